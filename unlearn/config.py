@@ -1,0 +1,286 @@
+"""RunConfig: one experiment, typed, validated whole, hashed.
+
+YAML in (`load`), a frozen tree of small classes out. Every field states its meaning; `unlearn config schema` prints them.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from unlearn.errors import ConfigError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def _absolute(uri: str) -> str:
+    if "://" in uri or uri.startswith("embedded:"):
+        return uri
+    return os.path.abspath(os.path.expanduser(uri))
+
+
+# A path, file://, s3:// or embedded:NAME; a path is made absolute, since workers stand in other folders.
+Location = Annotated[str, AfterValidator(_absolute)]
+
+
+class Part(BaseModel):
+    """Base of all parts: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class View(Part):
+    """A corruption T: which patches of the model's grid are hidden."""
+
+    kind: Literal["centre", "outpaint", "random", "box", "brush"] = "centre"
+    size: Share | tuple[Share, Share] = Field(
+        0.5,
+        description="centre, box: side of the hole / side of the image. outpaint: side of the visible middle / side of "
+        "the image. random, brush: share of patches hidden. [low, high] draws one value a micro-batch.",
+    )
+
+    @property
+    def name(self) -> str:
+        size = "-".join(f"{s:g}" for s in self.size) if isinstance(self.size, tuple) else f"{self.size:g}"
+        return f"{self.kind} {size}"
+
+    @model_validator(mode="after")
+    def _hides_something(self):
+        low, high = self.size if isinstance(self.size, tuple) else (self.size, self.size)
+        if not 0 < low <= high < 1:
+            raise ValueError(f"size {self.size}: give 0 < low <= high < 1, so that something is hidden and something seen")
+        return self
+
+
+class Rows(Part):
+    """Which rows of the shards form a set. All given conditions must hold; none given selects every row."""
+
+    classes: list[int | str] | None = Field(None, description="labels, or names from the manifest")
+    exclude_classes: list[int | str] | None = Field(None, description="rows of these classes are left out")
+    ids: list[str] | None = Field(None, description="row ids (column `id`, else `shard:row`)")
+    subjects: list[str] | None = Field(None, description="values of the column `subject`")
+    per_class: Positive | None = Field(None, description="at most this many rows of each class, drawn with the seed")
+    limit: Positive | None = Field(None, description="at most this many rows in all, drawn with the seed")
+
+
+class Data(Part):
+    """Where the images are and which of them play which role."""
+
+    train: Location = Field(description="folder of shards with a manifest: a path, s3://bucket/prefix or embedded:NAME")
+    forget: Rows | None = None
+    retain: Rows | None = None
+    proxy: Rows | None = Field(None, description="images that take the retain role where the retain data is gone")
+    proxy_data: Location | None = Field(None, description="shards of the proxy set, when not those of `train`")
+    cache: Literal["none", "encoded", "decoded"] = Field("encoded", description="what a worker keeps in memory")
+    augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: random resized crop (0.2-1) and flip")
+    shuffle_rows: Positive = Field(1 << 20, description="rows shuffled together; smaller reads fewer row groups at once")
+    decode_threads: Positive = 2
+    read_ahead: Positive = Field(3, description="micro-batches kept ready")
+    max_bad_images: int = Field(0, ge=0, description="images a worker may skip because they do not decode")
+
+
+class Model(Part):
+    """The generator h0 = D after E0."""
+
+    family: str = "mae"
+    weights: Location | None = Field(None, description="what it starts from: path, s3:// or embedded:NAME; none = random")
+    variant: str | None = Field(None, description="a named shape of the family, see `unlearn models`")
+    options: dict[str, Any] = Field(default_factory=dict, description="single values that differ from the variant's")
+
+
+class Method(Part):
+    """How it forgets."""
+
+    name: str = "encoder_l2"
+    alpha: float = Field(0.25, ge=0, description="weight of the forget term")
+    noise: Literal["standard", "batch", "dataset"] = Field("standard", description="covariance of the target noise")
+    noise_region: Literal["image", "hole"] = Field("image", description="where the teacher's input is noise")
+
+
+class Training(Part):
+    """The optimisation."""
+
+    engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: one plain process, no Ray")
+    steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(None, gt=0, description="passes over the larger of the two sets")
+    batch_size: Positive = Field(64, description="rows of a global batch, forget and retain together")
+    micro_batch_size: Positive | None = Field(
+        None, description="rows a worker computes at once; default batch_size / workers. Keep it when workers change."
+    )
+    forget_fraction: float = Field(0.5, ge=0, lt=1, description="share of forget rows in every micro-batch")
+    lr: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = Field(3.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO 1-3)")
+    activation_checkpointing: bool = False
+    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+    keep_checkpoints: Positive = 2
+    log_every: Positive = 10
+    threads: Positive = Field(1, description="CPU threads of a worker's arithmetic; another number rounds otherwise")
+
+
+class Cluster(Part):
+    """What the run asks Ray for."""
+
+    address: str | None = Field(None, description="a Ray cluster's address; none = start one on this machine")
+    workers: Positive = 1
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_failures: int = Field(3, ge=-1, description="worker failures to recover from; -1 = without end")
+
+
+class Evaluation(Part):
+    """What is measured after training."""
+
+    data: Location | None = Field(None, description="held-out shards; none = data.train, on the training images")
+    views: list[View] = Field(
+        default_factory=lambda: [View(size=0.5), View(size=0.25), View(kind="random", size=0.5)], min_length=1
+    )
+    features: str = Field("efficientnet_lite0", description="network that looks at images: efficientnet_lite0 | inception | clip")
+    features_weights: Location | None = Field(None, description="local weights of that network, where it does not bring its own")
+    oracle: Location | None = Field(None, description="weights of a model trained without the forget set, as the reference")
+    limit: Positive | None = Field(None, description="images of each set at most")
+    batch_size: Positive = 100
+    workers: Positive | None = Field(None, description="default: cluster.workers")
+    pictures: Positive = Field(8, description="rows of each picture grid")
+
+
+class RunConfig(Part):
+    """One experiment."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(0, ge=0)
+    run_dir: Location = Field(description="everything the run writes: a path or s3://bucket/prefix")
+    model: Model = Field(default_factory=Model)
+    data: Data
+    train_views: list[View] = Field(
+        default_factory=lambda: [View(kind="random", size=(0.25, 0.75)), View(size=0.5), View(kind="box", size=(0.25, 0.6))],
+        description="one of them is drawn for every micro-batch",
+        min_length=1,
+    )
+    method: Method = Field(default_factory=Method)
+    training: Training = Field(default_factory=Training)
+    cluster: Cluster = Field(default_factory=Cluster)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+
+    @model_validator(mode="after")
+    def _whole(self):
+        t, c = self.training, self.cluster
+        if (t.steps is None) == (t.epochs is None):
+            raise ValueError("training: give exactly one of steps and epochs")
+        if t.engine == "torch" and c.workers != 1:
+            raise ValueError(f"training.engine torch is one process: set cluster.workers to 1 (now {c.workers})")
+        if t.micro_batch_size is None and t.batch_size % c.workers:
+            raise ValueError(f"training.batch_size {t.batch_size} does not divide among {c.workers} workers")
+        if t.batch_size % (self.micro_batch * c.workers):
+            raise ValueError(
+                f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = "
+                f"{self.micro_batch} x {c.workers}"
+            )
+        if self.data.retain is not None and self.data.proxy is not None:
+            raise ValueError("data: give retain or proxy, not both: the proxy set takes the retain role")
+        if self.data.proxy_data and self.data.proxy is None:
+            raise ValueError("data.proxy_data is given without data.proxy: say which rows of it to use")
+        return self
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows a worker computes at once."""
+        return self.training.micro_batch_size or max(1, self.training.batch_size // self.cluster.workers)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches each worker computes for one optimizer step."""
+        return self.training.batch_size // (self.micro_batch * self.cluster.workers)
+
+    def hash(self) -> str:
+        """sha256 of what decides the weights. Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run
+        may go on elsewhere with another number of workers; the data is told by its manifests' hashes instead."""
+        tree = self.model_dump(mode="json", exclude={"cluster", "run_dir", "evaluation", "name"})
+        for key in ("train", "proxy_data", "cache", "decode_threads", "read_ahead"):
+            tree["data"].pop(key)
+        for key in ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer"):
+            tree["training"].pop(key)
+        tree["training"]["micro_batch_size"] = self.micro_batch
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+    """Read a YAML file and apply `a.b=value` overrides (values are YAML too). Raises ConfigError."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as e:
+        raise ConfigError(f"config {path}: {e.strerror}; give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ConfigError(f"config {path} is not YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"config {path}: expected keys and values at the top, found {type(tree).__name__}")
+    return parse(override(tree, overrides), str(path))
+
+
+def override(tree: dict, overrides: list[str]) -> dict:
+    """`tree` with each `a.b=value` set, parts made where they are missing."""
+    for item in overrides:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item}: write it as key=value, for example --set method.alpha=0.5")
+        node, path = tree, key.split(".")
+        for name in path[:-1]:
+            if not isinstance(node.get(name), dict):
+                node[name] = {}
+            node = node[name]
+        try:
+            node[path[-1]] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {item}: the value is not YAML") from None
+    return tree
+
+
+def parse(tree: dict, source: str = "config") -> RunConfig:
+    """Validate a tree of plain values. Raises ConfigError with every mistake, one a line."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as e:
+        lines = [_explain(error) for error in e.errors()]
+        raise ConfigError(f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
+
+
+def _explain(error: dict) -> str:
+    path = [str(p) for p in error["loc"] if not str(p).startswith(("tuple[", "constrained-"))]
+    where = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _fields(path[:-1])
+        close = difflib.get_close_matches(path[-1], known, n=1)
+        return f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}")
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, int | float | str | bool) and error["type"] != "missing" else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _fields(path: list[str]) -> list[str]:
+    """Names that the part at `path` knows."""
+    part: Any = RunConfig
+    for name in path:
+        if name.isdigit():
+            continue
+        annotation = part.model_fields[name].annotation if name in part.model_fields else None
+        kinds = [annotation, *getattr(annotation, "__args__", ())]
+        part = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), part)
+    return list(part.model_fields)
+
+
+def dump(config: RunConfig) -> str:
+    """The whole configuration as YAML, defaults included."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)

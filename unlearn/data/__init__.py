@@ -1,0 +1,1 @@
+"""Images in Parquet shards: where they are, which are chosen, in what order they come."""

@@ -1,0 +1,198 @@
+"""Parquet shards and their manifest.
+
+A shard is Parquet as image data sets on hubs have it: `image` (struct<bytes, path> or binary), `label` (integer), and
+optionally `id` and `subject` (strings). `manifest.json` beside the shards lists every row group with its rows, bytes,
+label range and checksum. Rows are numbered through all shards, in the manifest's order.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unlearn.data.storage import Storage
+from unlearn.errors import DataError
+
+MANIFEST = "manifest.json"
+SCHEMA = pa.schema(
+    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "id": pa.string(), "subject": pa.string()}
+)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group: its rows, its bytes in the file, the smallest and largest label, sha256 of those bytes."""
+
+    rows: int
+    offset: int
+    bytes: int
+    labels: tuple[int, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file; `sha256` is of the whole file."""
+
+    path: str
+    bytes: int
+    sha256: str
+    row_groups: list[RowGroup]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds. classes: name of label i, or empty where the names are not known."""
+
+    uri: str
+    columns: list[str]
+    classes: list[str]
+    shards: list[Shard]
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """(shard, row group within it) of every row group."""
+        return [(s, g) for s, shard in enumerate(self.shards) for g in range(len(shard.row_groups))]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of the first row of every row group, and at the end the number of rows."""
+        return np.cumsum([0, *(self.shards[s].row_groups[g].rows for s, g in self.groups)])
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the content, wherever it is stored."""
+        content = {k: v for k, v in asdict(self).items() if k != "uri"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def group_of(self, rows: np.ndarray) -> np.ndarray:
+        """The row group of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def read(self, group: int, columns: list[str]) -> pa.Table:
+        """Columns of one row group. Raises DataError where the shard is not what the manifest says."""
+        s, g = self.groups[group]
+        shard = self.shards[s]
+        with parquet(Storage(self.uri), shard.path) as file:
+            if file.num_row_groups != len(shard.row_groups) or file.metadata.row_group(g).num_rows != shard.row_groups[g].rows:
+                raise DataError(f"{self.uri}/{shard.path}: not the file of the manifest; run `unlearn shards verify {self.uri}`")
+            try:
+                return file.read_row_group(g, columns=columns)
+            except (pa.ArrowException, OSError) as e:
+                raise DataError(f"{self.uri}/{shard.path}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+
+    def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
+        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images."""
+        tables = []
+        for group in range(len(self.groups)) if groups is None else groups:
+            table = self.read(group, columns)
+            numbers = np.arange(self.starts[group], self.starts[group + 1])
+            tables.append(table.append_column("row", pa.array(numbers)))
+        if not tables:
+            return pa.table({name: [] for name in [*columns, "row"]})
+        return pa.concat_tables(tables, promote_options="permissive")
+
+
+def images(table: pa.Table) -> Iterator[memoryview]:
+    """The encoded images of a table read with column `image`; an empty view where the image is null."""
+    for chunk in table.column("image").chunks:
+        column = chunk.field("bytes") if pa.types.is_struct(chunk.type) else chunk
+        for value in column:
+            buffer = value.as_buffer() if value.is_valid else None
+            yield memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
+
+
+def load(uri: str) -> Manifest:
+    """Read a manifest. Raises DataError, StorageError."""
+    storage = Storage(uri)
+    if not storage.is_file(MANIFEST):
+        raise DataError(
+            f"{uri}: no {MANIFEST} there. Shards you already have: `unlearn shards index {uri}`; images: `unlearn shards build SRC {uri}`"
+        )
+    try:
+        tree = json.loads(storage.read(MANIFEST))
+        shards = [
+            Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
+            for s in tree["shards"]
+        ]
+        return Manifest(storage.uri, tree["columns"], tree["classes"], shards)
+    except (ValueError, KeyError, TypeError) as e:
+        raise DataError(f"{uri}/{MANIFEST} is damaged ({_short(e)}): make it anew with `unlearn shards index {uri}`") from None
+
+
+def index(uri: str) -> Manifest:
+    """Make the manifest of shards that are already there, and write it. Nothing is converted."""
+    storage = Storage(uri)
+    names = [n for n in storage.files() if n.endswith(".parquet")]
+    if not names:
+        raise DataError(f"{uri}: no .parquet file there")
+    shards, columns, classes = [], [], []
+    for name in names:
+        shard, columns, found = _describe(storage, name)
+        shards.append(shard)
+        classes = classes or found
+    manifest = Manifest(storage.uri, columns, classes, shards)
+    save(manifest)
+    return manifest
+
+
+def save(manifest: Manifest) -> None:
+    """Write manifest.json beside the shards."""
+    tree = {k: v for k, v in asdict(manifest).items() if k != "uri"} | {"hash": manifest.hash}
+    Storage(manifest.uri).write(MANIFEST, json.dumps(tree, indent=1).encode())
+
+
+def parquet(storage: Storage, name: str) -> pq.ParquetFile:
+    """Open a shard. Raises DataError where it is not Parquet."""
+    try:
+        return pq.ParquetFile(storage.open(name), pre_buffer=not storage.is_local())
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{storage.where(name)}: truncated, or not Parquet ({_short(e)}); restore the shard") from None
+
+
+def _describe(storage: Storage, name: str) -> tuple[Shard, list[str], list[str]]:
+    """(shard, columns, class names where the schema carries them)."""
+    with parquet(storage, name) as file:
+        schema = file.schema_arrow
+        image = schema.field("image").type if "image" in schema.names else None
+        if image is None or not (pa.types.is_binary(image) or pa.types.is_large_binary(image) or pa.types.is_struct(image)):
+            raise DataError(f"{storage.where(name)}: needs a column `image` (binary, or struct with `bytes`); found {schema.names}")
+        if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
+            raise DataError(f"{storage.where(name)}: needs an integer column `label`; found {schema.names}")
+        data = storage.read(name)
+        groups = []
+        for g in range(file.num_row_groups):
+            meta = file.metadata.row_group(g)
+            chunks = [meta.column(c) for c in range(meta.num_columns)]
+            offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
+            size = sum(c.total_compressed_size for c in chunks)
+            labels = pc.min_max(file.read_row_group(g, columns=["label"])["label"]).as_py()
+            digest = hashlib.sha256(memoryview(data)[offset : offset + size]).hexdigest()
+            groups.append(RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest))
+    columns = [c for c in SCHEMA.names if c in schema.names]
+    return Shard(name, len(data), hashlib.sha256(data).hexdigest(), groups), columns, _class_names(schema)
+
+
+def _class_names(schema: pa.Schema) -> list[str]:
+    """Names in the metadata that Hugging Face's `datasets` writes for a ClassLabel."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    if not text:
+        return []
+    try:
+        return json.loads(text)["info"]["features"]["label"].get("names", [])
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]

@@ -1,0 +1,43 @@
+"""What can go wrong for a user. Every message says what is wrong, where, and what to do.
+
+The command line prints these without a traceback and exits with 2; any other exception is a bug.
+"""
+
+
+class UnlearnError(Exception):
+    """A mistake, or a state of the world, that the user can mend."""
+
+
+class ConfigError(UnlearnError):
+    """The configuration is wrong, or does not fit the data or the model."""
+
+
+class DataError(UnlearnError):
+    """A shard, a manifest, an image or a selection is wrong."""
+
+
+class StorageError(UnlearnError):
+    """A file or an object cannot be reached, read or written."""
+
+
+class WeightsError(UnlearnError):
+    """A file of weights is missing, unreadable, or of another shape than the model."""
+
+
+class CheckpointError(UnlearnError):
+    """A checkpoint is incomplete, damaged, or belongs to another run."""
+
+
+class ClusterError(UnlearnError):
+    """The cluster cannot give what the run asks for."""
+
+
+class TrainingError(UnlearnError):
+    """Training had to stop, for example at a loss that is not finite."""
+
+
+class MissingExtra(UnlearnError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str):
+        super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'unlearn[{extra}]'")
