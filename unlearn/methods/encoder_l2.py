@@ -1,0 +1,76 @@
+"""The paper's method (arXiv 2402.00351): keep the embeddings of retain images, send those of forget images to noise.
+
+    loss = mean over R of |E(T(x)) - E0(T(x))|² + alpha · mean over F of |E(T(x)) - E0(T(n))|²,   n ~ N(0, Sigma)
+
+|·|² is the mean squared error over all elements of the embedding, summed over its levels where it has several. The
+teacher is routed: one pass over [retain images, noise], so a row costs one teacher forward, not two.
+"""
+
+import torch
+
+from unlearn.data.loader import Batch
+from unlearn.errors import ConfigError
+from unlearn.methods.base import Generator, Method
+from unlearn.models.base import Adapter, Embedding
+
+
+def distance(a: Embedding, b: Embedding) -> torch.Tensor:
+    """Mean squared error in float32 over each level's elements, summed over levels: a scalar."""
+    if isinstance(a, torch.Tensor):
+        return (a.float() - b.float()).square().mean()
+    return sum((distance(x, y) for x, y in zip(a, b, strict=True)), start=torch.zeros((), device=a[0].device))
+
+
+def rows(embedding: Embedding, start: int, stop: int | None) -> Embedding:
+    """Rows of every level."""
+    return embedding[start:stop] if isinstance(embedding, torch.Tensor) else [level[start:stop] for level in embedding]
+
+
+class EncoderL2(Method):
+    """Trains the encoder; the decoder is neither trained nor needed."""
+
+    name = "encoder_l2"
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self._mean: torch.Tensor | None = None
+        self._mix: torch.Tensor | None = None
+
+    def check(self, model: type[Adapter]) -> None:
+        if self.settings.noise_region == "hole" and not model.encoder_sees_hole:
+            raise ConfigError(
+                f"method.noise_region hole: the encoder of {model.family} never sees the hole, so nothing would be forgotten; use image"
+            )
+
+    def prepare(self, pixels: torch.Tensor, model: Adapter) -> None:
+        """Measure the mean and covariance of the channels, for `noise: dataset`."""
+        if self.settings.noise != "dataset":
+            return
+        channels = model.normalise(pixels).double().transpose(0, 1).flatten(1)
+        covariance = torch.cov(channels) + 1e-8 * torch.eye(3, dtype=torch.float64, device=channels.device)
+        self._mean = channels.mean(1).view(1, 3, 1, 1)
+        self._mix = torch.linalg.cholesky(covariance)
+
+    def noise(self, batch: Batch, student: Adapter) -> torch.Tensor:
+        """The teacher's input for forget rows (F, 3, S, S), drawn from the batch's seed."""
+        images = batch.images[batch.retain :]
+        generator = torch.Generator(images.device).manual_seed(batch.seed)
+        noise = student.noise_like(images, generator)
+        if self.settings.noise == "batch":
+            noise = noise * batch.images.std() + batch.images.mean()
+        elif self.settings.noise == "dataset":
+            mixed = torch.einsum("dc,nchw->ndhw", self._mix.to(noise), noise)
+            noise = mixed + self._mean.to(noise)
+        if self.settings.noise_region == "hole":
+            hole = batch.view.rows(batch.retain, len(batch.images)).pixel_mask(images.shape[-1])
+            noise = torch.where(hole, noise, images)
+        return noise
+
+    def loss(self, batch: Batch, student: Generator, teacher: Generator | None) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            routed = torch.cat([batch.images[: batch.retain], self.noise(batch, student)])
+            target = teacher.encode(routed, batch.view)
+        found = student.encode(batch.images, batch.view)
+        retain = distance(rows(found, 0, batch.retain), rows(target, 0, batch.retain))
+        forget = distance(rows(found, batch.retain, None), rows(target, batch.retain, None))
+        return {"loss": retain + self.settings.alpha * forget, "retain": retain.detach(), "forget": forget.detach()}

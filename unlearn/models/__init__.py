@@ -1,0 +1,1 @@
+"""Generators: the adapter every family meets, the families, their weights."""

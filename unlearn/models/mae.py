@@ -1,0 +1,213 @@
+"""Masked autoencoder (arXiv 2111.06377): a ViT that encodes visible patches only, and a light ViT that fills in the rest.
+
+Shapes: B images, V visible of L = G x G patches, P pixels a patch side, W encoder width, D decoder width.
+"""
+
+import functools
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import unlearn.torchvision_cpu  # noqa: F401  timm imports torchvision
+from unlearn.models import base
+from unlearn.views import View
+
+from timm.models.vision_transformer import Block  # isort: skip
+
+
+class MAEOptions(base.Options):
+    """Defaults are those of ViT-B/16."""
+
+    patch_size: int = 16
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    mlp_ratio: float = 4.0
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
+            if width % heads or width % 4:
+                raise ValueError(f"width {width} must be a multiple of 4 and of its {heads} heads")
+        return self
+
+
+def sincos_positions(width: int, grid: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions (1, 1 + grid², width); row 0, the class token's, is zero.
+
+    The first half of the channels holds the column, the second the row, as in the public checkpoints.
+    """
+    frequency = 10000.0 ** -(np.arange(width // 4) / (width / 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angles = [np.outer(position, frequency) for position in (column, row)]
+    table = np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], axis=1)
+    return torch.from_numpy(np.concatenate([np.zeros((1, width)), table])).float()[None]
+
+
+def patches(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 3, S, S) to (B, L, 3, P, P)."""
+    b, c, s, _ = images.shape
+    return images.view(b, c, s // size, size, s // size, size).permute(0, 2, 4, 1, 3, 5).reshape(b, -1, c, size, size)
+
+
+def unpatch(values: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, L, 3, P, P) to (B, 3, S, S)."""
+    b, count, c, _, _ = values.shape
+    g = int(count**0.5)
+    return values.view(b, g, g, c, size, size).permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * size, g * size)
+
+
+def take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index` (B, N) of `values` (B, L, ...)."""
+    shape = index.shape + (1,) * (values.dim() - 2)
+    return values.gather(1, index.view(shape).expand(*index.shape, *values.shape[2:]))
+
+
+class PatchProjection(nn.Conv2d):
+    """A convolution whose stride is its kernel, applied to patches already cut out: one matrix product."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return F.linear(values.flatten(2), self.weight.flatten(1), self.bias)
+
+
+def _blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    return nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+
+
+class Encoder(nn.Module):
+    """(images, visible) to tokens (B, 1 + V, W)."""
+
+    def __init__(self, o: MAEOptions):
+        super().__init__()
+        self.patch_size = o.patch_size
+        self.activation_checkpointing = False
+        self.patch_embed = nn.ModuleDict({"proj": PatchProjection(3, o.width, o.patch_size, o.patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, o.width))
+        self.register_buffer("pos_embed", sincos_positions(o.width, o.image_size // o.patch_size))
+        self.blocks = _blocks(o.width, o.depth, o.heads, o.mlp_ratio)
+        self.norm = nn.LayerNorm(o.width, eps=1e-6)
+
+    def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        tokens = self.patch_embed["proj"](take(patches(images, self.patch_size), visible))
+        tokens = tokens + take(self.pos_embed[:, 1:].expand(len(images), -1, -1), visible)
+        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        tokens = torch.cat([first, tokens], dim=1)
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, use_reentrant=False)
+            else:
+                tokens = block(tokens)
+        return self.norm(tokens)
+
+
+class Decoder(nn.Module):
+    """(tokens, view) to normalised pixels of every patch (B, L, 3, P, P)."""
+
+    def __init__(self, o: MAEOptions):
+        super().__init__()
+        self.patch_size = o.patch_size
+        self.embed = nn.Linear(o.width, o.decoder_width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, o.decoder_width))
+        self.register_buffer("pos_embed", sincos_positions(o.decoder_width, o.image_size // o.patch_size))
+        self.blocks = _blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o.mlp_ratio)
+        self.norm = nn.LayerNorm(o.decoder_width, eps=1e-6)
+        self.pred = nn.Linear(o.decoder_width, o.patch_size**2 * 3)
+
+    def forward(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
+        tokens = self.embed(tokens)
+        masked = self.mask_token.to(tokens.dtype).expand(*view.hidden.shape, -1)
+        # Visible tokens first, then masked ones; `back` puts every patch at its own place.
+        back = torch.cat([view.visible, view.hidden], dim=1).argsort(dim=1)
+        whole = take(torch.cat([tokens[:, 1:], masked], dim=1), back)
+        tokens = torch.cat([tokens[:, :1], whole], dim=1) + self.pos_embed
+        for block in self.blocks:
+            tokens = block(tokens)
+        pixels = self.pred(self.norm(tokens))[:, 1:]
+        # The pixel head's order is (row, column, channel).
+        return pixels.unflatten(2, (self.patch_size, self.patch_size, 3)).permute(0, 1, 4, 2, 3)
+
+
+def _block_flops(width: int, tokens: int, mlp_ratio: float) -> int:
+    return int(2 * tokens * width * width * (4 + 2 * mlp_ratio) + 4 * tokens * tokens * width)
+
+
+class MaskedAutoencoder(base.Adapter):
+    """The embedding compared is all output tokens, (B, 1 + V, W)."""
+
+    family = "mae"
+    Options = MAEOptions
+    encoder_sees_hole = False
+    variants = {
+        "vit_base_patch16": {},
+        "vit_large_patch16": {"width": 1024, "depth": 24, "heads": 16},
+        "vit_huge_patch14": {"patch_size": 14, "width": 1280, "depth": 32, "heads": 16},
+        "vit_nano_patch4_32": {
+            "image_size": 32, "patch_size": 4, "width": 128, "depth": 6, "heads": 4,
+            "decoder_width": 96, "decoder_depth": 3, "decoder_heads": 4,
+        },
+        "vit_micro_patch8_64": {
+            "image_size": 64, "patch_size": 8, "width": 192, "depth": 6, "heads": 4,
+            "decoder_width": 128, "decoder_depth": 3, "decoder_heads": 4,
+        },
+    }  # fmt: skip
+
+    def __init__(self, options: MAEOptions):
+        super().__init__(options)
+        self.encoder = Encoder(options)
+        self.decoder = Decoder(options)
+        self._initialise()
+
+    def _initialise(self):
+        for module in self.modules():
+            if isinstance(module, PatchProjection):
+                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.encoder.cls_token, std=0.02)
+        nn.init.normal_(self.decoder.mask_token, std=0.02)
+
+    @property
+    def grid(self) -> int:
+        return self.options.image_size // self.options.patch_size
+
+    def encode(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        return self.encoder(images, view.visible)
+
+    def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        filled = unpatch(self.decoder(self.encode(images, view), view), self.options.patch_size)
+        return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
+
+    def training_loss(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        """Mean squared error of the hidden patches, in normalised pixels."""
+        filled = self.decoder(self.encode(images, view), view)
+        target = patches(images, self.options.patch_size)
+        return (take(filled, view.hidden) - take(target, view.hidden)).float().square().mean()
+
+    def flops(self, view: View) -> int:
+        o, seen = self.options, view.visible.shape[1]
+        projection = 2 * seen * 3 * o.patch_size**2 * o.width
+        return projection + o.depth * _block_flops(o.width, seen + 1, o.mlp_ratio)
+
+    @classmethod
+    def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The layout of facebookresearch/mae: `decoder_*` and `mask_token` are the decoder's, the rest the encoder's."""
+        if any(name.startswith("encoder.") for name in tensors):
+            return tensors
+        renamed = {}
+        for name, tensor in tensors.items():
+            if name == "mask_token" or name.startswith("decoder_"):
+                renamed[f"decoder.{name.removeprefix('decoder_')}"] = tensor
+            else:
+                renamed[f"encoder.{name}"] = tensor
+        return renamed
