@@ -1,0 +1,82 @@
+"""Reach a Ray cluster, or start one on this machine, and see that it can carry the run."""
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+
+from unlearn import config
+from unlearn.errors import ClusterError
+
+# Set for the workers before Ray starts them. Page faults are dear in small allocations that come and go every step.
+WORKER_ENV = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+    "MALLOC_TOP_PAD_": "268435456",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+# How often Ray Train's controller looks at its workers: reports wait for it.
+POLL = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
+
+@contextlib.contextmanager
+def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
+    """A Ray connection for the length of a job. Raises ClusterError where the resources are not there."""
+    import ray
+
+    mine = not ray.is_initialized()
+    if mine:
+        _connect(cluster, workers)
+    try:
+        _check(cluster, workers)
+        yield
+    finally:
+        if mine:
+            ray.shutdown()
+
+
+def _connect(cluster: config.Cluster, workers: int) -> None:
+    import ray
+
+    for name, value in POLL.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module="ray")
+    environment = {"env_vars": WORKER_ENV | ({} if cluster.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as e:
+            raise ClusterError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0][:160]}; check cluster.address") from None
+        return
+    _check_machine(cluster, workers)
+    # A cluster of this process alone, on loopback, gone with it: there is nobody to authenticate.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
+    ray.init(
+        address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=environment,
+        object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
+    )  # fmt: skip
+
+
+def _check_machine(cluster: config.Cluster, workers: int) -> None:
+    import torch
+
+    have = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+    _compare(cluster, workers, have, "this machine")
+
+
+def _check(cluster: config.Cluster, workers: int) -> None:
+    import ray
+
+    _compare(cluster, workers, ray.cluster_resources(), "the cluster")
+
+
+def _compare(cluster: config.Cluster, workers: int, have: dict, where: str) -> None:
+    for kind, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", cluster.gpus_per_worker, "gpus")):
+        if workers * each > have.get(kind, 0):
+            raise ClusterError(
+                f"cluster.workers {workers} x {key}_per_worker {each:g} = {workers * each:g} {kind}s are asked for, {where} has "
+                f"{have.get(kind, 0):g}: lower cluster.workers or cluster.{key}_per_worker"
+            )

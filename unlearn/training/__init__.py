@@ -1,0 +1,1 @@
+"""The worker's loop, the engines that carry its arithmetic, the teacher, the checkpoints."""

@@ -1,0 +1,213 @@
+"""What carries the arithmetic of a step: DeepSpeed (ZeRO 0-3), or plain torch in one process, with one face.
+
+The plain engine is the yardstick: same batches, same loss, same optimizer, nothing else.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from unlearn.config import Training
+from unlearn.data.loader import Batch
+from unlearn.methods.base import Method
+from unlearn.models.base import Adapter
+from unlearn.training import fragments
+from unlearn.training.fragments import Fragment
+
+Parts = dict[str, torch.Tensor]
+
+
+class Objective(nn.Module):
+    """The student and its loss as one module, so that ZeRO sees every use of a parameter inside a forward.
+
+    The teacher is kept out of the module: it is nobody's parameter here.
+    """
+
+    def __init__(self, student: Adapter, method: Method, teacher: Adapter | None):
+        super().__init__()
+        self.student, self.method = student, method
+        self._teacher = (teacher,)
+
+    def forward(self, batch: Batch) -> Parts:
+        return self.method.loss(batch, self.student, self._teacher[0])
+
+
+class Engine(Protocol):
+    """rank, workers: of the run. fragments: this rank's part of the state."""
+
+    rank: int
+    workers: int
+    device: torch.device
+
+    def step(self, batches: Iterable[Batch], lr: float) -> Parts:
+        """One optimizer step over this rank's micro-batches. Sums of the loss parts over them, and `grad_norm`, all on
+        the device. Raises RuntimeError before the update where a part is not finite."""
+
+    def fragments(self) -> list[Fragment]: ...
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean over all ranks."""
+
+    def gather(self, value: object) -> list:
+        """One object of every rank, in every rank."""
+
+
+def _assert_finite(parts: Parts) -> None:
+    """Stop before the update, and without waiting for the device: there the assertion runs in the stream."""
+    for name, value in parts.items():
+        if name != "loss":
+            torch._assert_async(torch.isfinite(value), f"the {name} loss is not finite")
+    torch._assert_async(torch.isfinite(parts["loss"].detach()), "the loss is not finite")
+
+
+def _on(batch: Batch, student: Adapter, device: torch.device, dtype: torch.dtype) -> Batch:
+    """The batch on the device, its images normalised."""
+    images = student.normalise(batch.images.to(device, non_blocking=True)).to(dtype)
+    return Batch(images, batch.view.to(device), batch.retain, batch.seed)
+
+
+def _optimizer(trained: list[nn.Parameter], settings: Training, device: torch.device) -> torch.optim.AdamW:
+    """AdamW; biases, norms and tokens (what has at most one long axis) are not decayed."""
+    small = [p for p in trained if max(p.shape, default=1) == p.numel()]
+    large = [p for p in trained if max(p.shape, default=1) != p.numel()]
+    groups = [{"params": large, "weight_decay": settings.weight_decay}, {"params": small, "weight_decay": 0.0}]
+    fused = device.type == "cuda" and not settings.offload_optimizer
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, fused=fused)
+
+
+class TorchEngine:
+    """One plain process."""
+
+    rank, workers = 0, 1
+
+    def __init__(self, objective: Objective, trained: list[nn.Parameter], settings: Training, device: torch.device):
+        self.device, self.settings = device, settings
+        self.objective = objective.to(device).train()
+        self.optimizer = _optimizer(trained, settings, device)
+        self._named = _named(objective.student, trained)
+
+    def step(self, batches: Iterable[Batch], lr: float) -> Parts:
+        sums: Parts = {}
+        batches = list(batches)
+        for batch in batches:
+            batch = _on(batch, self.objective.student, self.device, torch.float32)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
+                parts = self.objective(batch)
+            _assert_finite(parts)
+            (parts["loss"] / len(batches)).backward()
+            _add(sums, parts)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        trained = [p for _, p in self._named]
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or float("inf"))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return sums | {"grad_norm": norm}
+
+    def fragments(self) -> list[Fragment]:
+        return list(fragments.whole(self._named, self.optimizer))
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+    def gather(self, value: object) -> list:
+        return [value]
+
+
+class DeepSpeedEngine:
+    """DeepSpeed inside a process group that Ray Train has made.
+
+    accumulation: micro-batches of this rank a step; micro_batch: rows of each.
+    """
+
+    def __init__(
+        self, objective: Objective, trained: list[nn.Parameter], settings: Training, device: torch.device,
+        accumulation: int, micro_batch: int,
+    ):  # fmt: skip
+        deepspeed = import_deepspeed()
+        import torch.distributed as dist
+
+        self.device, self.settings = device, settings
+        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self._dist, self._student = dist, objective.student
+        self._named = _named(objective.student, trained)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=objective.to(device), model_parameters=trained, optimizer=_optimizer(trained, settings, device),
+            config=deepspeed_config(settings, accumulation, micro_batch), dist_init_required=False,
+        )  # fmt: skip
+        self._engine.train()
+        self._dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+
+    def step(self, batches: Iterable[Batch], lr: float) -> Parts:
+        sums: Parts = {}
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for batch in batches:
+            parts = self._engine(_on(batch, self._student, self.device, self._dtype))
+            _assert_finite(parts)
+            self._engine.backward(parts["loss"])
+            _add(sums, parts)
+            self._engine.step()  # updates at the end of the accumulation only
+        norm = self._engine.get_global_grad_norm()
+        return sums | {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=self.device)}
+
+    def fragments(self) -> list[Fragment]:
+        zero = self._optimizer
+        if self.settings.zero_stage == 3:
+            return list(fragments.zero3(self._named, zero, self.rank))
+        if self.settings.zero_stage == 0 and self.settings.dtype == "fp32":
+            return list(fragments.whole(self._named, zero))
+        return list(fragments.zero12(self._named, zero))
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        total = values.clone()
+        self._dist.all_reduce(total)
+        return total / self.workers
+
+    def gather(self, value: object) -> list:
+        values = [None] * self.workers
+        self._dist.all_gather_object(values, value)
+        return values
+
+
+def deepspeed_config(settings: Training, accumulation: int, micro_batch: int) -> dict:
+    """The run's settings in DeepSpeed's words."""
+    zero: dict = {"stage": settings.zero_stage}
+    if settings.offload_optimizer and settings.zero_stage:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.clip,
+        "steps_per_print": 10**9,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if settings.dtype == "bf16":
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config
+
+
+def import_deepspeed():
+    """DeepSpeed, told the accelerator, and kept from compiling a shared-memory op where plain gloo serves."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _named(student: Adapter, trained: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    wanted = {id(p) for p in trained}
+    return [(name, p) for name, p in student.named_parameters() if id(p) in wanted]
+
+
+def _add(sums: Parts, parts: Parts) -> None:
+    for name, value in parts.items():
+        value = value.detach()
+        sums[name] = sums[name] + value if name in sums else value

@@ -1,0 +1,198 @@
+"""The worker's loop: what one process of a run does from its first step to its last."""
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable
+
+import torch
+
+from unlearn import config
+from unlearn.data import order, selection
+from unlearn.data.loader import Loader
+from unlearn.data.selection import RowSet
+from unlearn.errors import TrainingError
+from unlearn.methods import base as methods
+from unlearn.models import weights
+from unlearn.training import teacher as teachers
+from unlearn.training.checkpoint import Checkpoints, TrainerState
+from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
+from unlearn.training.metrics import MetricsLog, mfu, peak_memory
+
+# Called with every logged row, on every rank.
+Report = Callable[[dict], None]
+
+
+def worker(run: config.RunConfig, report: Report = lambda row: None) -> None:
+    """Train this process's share of a run, going on from its newest checkpoint where there is one.
+
+    Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed.
+    """
+    torch.set_num_threads(run.training.threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if run.cluster.gpus_per_worker else torch.device("cpu")
+    found = selection.sets(run.data, run.seed)
+    checkpoints = Checkpoints(run.run_dir, run.training.keep_checkpoints)
+    start = (checkpoints.steps() or [0])[-1]
+
+    method = methods.create(run.method)
+    student = weights.build(run.model, run.seed)
+    loader = Loader(run, found, student.grid, student.options.image_size)
+    if start:
+        manifests = {name: rows.manifest.hash for name, rows in found.items()}
+        checkpoints.state(start).check(run.hash(), manifests, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
+    with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
+        if saved:
+            saved.weights(student)
+        engine = _engine(run, method, student, device)
+        method.prepare(_sample(loader).to(device), student)
+        with _finite():
+            _rehearse(engine, loader, run)
+        if saved:
+            saved.restore(engine.fragments(), start)
+    with _finite():
+        train(run, engine, loader, checkpoints, start, steps(run, found), student, method, report)
+
+
+def train(
+    run: config.RunConfig, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, stop: int,
+    student, method: methods.Method, report: Report,
+) -> None:  # fmt: skip
+    """Steps start .. stop: fetch, compute, update, log, save."""
+    data = {name: images.set.manifest.hash for name, images in loader.images.items()}
+    log = MetricsLog(run.run_dir, start) if engine.rank == 0 else None
+    batches = loader.batches(_numbers(run, engine, start, stop), pin=engine.device.type == "cuda")
+    window = _Window(run, engine, student, method)
+    for step in range(start + 1, stop + 1):
+        mine = window.watch(itertools.islice(batches, run.accumulation))
+        window.add(engine.step(mine, learning_rate(run.training, step - 1, stop)))
+        if step % run.training.log_every == 0 or step == stop:
+            row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(run.training, step - 1, stop)}
+            row["bad_images"] = loader.bad_images
+            if log:
+                log.add(row)
+            report(row)
+        if step % run.training.checkpoint_every == 0 or step == stop:
+            state = TrainerState(step, step * run.training.batch_size, run.hash(), data, engine.workers)
+            checkpoints.save(engine.fragments(), state, engine.rank, engine.gather)
+            if log:
+                log.flush()
+            window.restart()
+    if log:
+        log.close()
+
+
+def steps(run: config.RunConfig, found: dict[str, RowSet]) -> int:
+    """Optimizer steps of the run; an epoch is a pass over the set that takes longest."""
+    if run.training.steps:
+        return run.training.steps
+    retain, forget = order.split(run.micro_batch, run.training.forget_fraction if "forget" in found else 0)
+    per_step = run.training.batch_size // run.micro_batch
+    passes = [len(found["retain"]) / (retain * per_step)]
+    passes += [len(found["forget"]) / (forget * per_step)] if forget else []
+    return max(1, math.ceil(run.training.epochs * max(passes)))
+
+
+def learning_rate(settings: config.Training, step: int, stop: int) -> float:
+    """Linear warm-up, then cosine to zero or constant; `step` counts from 0."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / settings.warmup_steps
+    if settings.schedule == "constant":
+        return settings.lr
+    done = (step - settings.warmup_steps) / max(1, stop - settings.warmup_steps)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _engine(run: config.RunConfig, method: methods.Method, student, device: torch.device) -> Engine:
+    """The engine with student and teacher in it."""
+    if not method.needs_decoder:
+        student.drop_decoder()
+    student.encoder.activation_checkpointing = run.training.activation_checkpointing
+    teacher = teachers.load(run, device, method.needs_decoder) if method.needs_teacher else None
+    objective, trained = Objective(student, method, teacher), method.trainable(student)
+    if run.training.engine == "torch":
+        return TorchEngine(objective, trained, run.training, device)
+    return DeepSpeedEngine(objective, trained, run.training, device, run.accumulation, run.micro_batch)
+
+
+def _numbers(run: config.RunConfig, engine: Engine, start: int, stop: int):
+    per_step = run.training.batch_size // run.micro_batch
+    for step in range(start, stop):
+        yield from order.micro_batches(step, engine.rank, engine.workers, per_step)
+
+
+def _sample(loader: Loader) -> torch.Tensor:
+    """Some training images (N, 3, S, S), the same on every rank."""
+    return torch.cat([loader.batch(n).images for n in range(max(1, 256 // (loader.retain + loader.forget)))])
+
+
+def _rehearse(engine: Engine, loader: Loader, run: config.RunConfig) -> None:
+    """One whole step at learning rate 0 before the first: shapes, memory and communication fail here, not later.
+
+    The weights stay what they are to the bit, and the optimizer forgets the step.
+    """
+    try:
+        engine.step(itertools.repeat(loader.batch(0), run.accumulation), 0.0)
+    except torch.OutOfMemoryError as e:
+        raise TrainingError(
+            f"a micro-batch of {run.micro_batch} rows does not fit on the device ({str(e).splitlines()[0][:120]}): lower "
+            "training.micro_batch_size, or set activation_checkpointing, a higher zero_stage or offload_optimizer"
+        ) from None
+    for fragment in engine.fragments():
+        fragment.reset()
+
+
+@contextlib.contextmanager
+def _finite():
+    """Tell a failed assertion of the engines in the user's words."""
+    try:
+        yield
+    except RuntimeError as e:
+        if "is not finite" not in str(e) and "device-side assert" not in str(e):
+            raise
+        what = str(e).splitlines()[0] if "is not finite" in str(e) else "a loss is not finite"
+        raise TrainingError(
+            f"{what}; stopped before the update, the last checkpoint is good. Lower training.lr or method.alpha, or look at the data"
+        ) from None
+
+
+class _Window:
+    """Sums between two log rows, on the device; reading them is the only wait."""
+
+    def __init__(self, run: config.RunConfig, engine: Engine, student, method: methods.Method):
+        self.run, self.engine, self.student, self.method = run, engine, student, method
+        self.restart()
+
+    def restart(self) -> None:
+        """Start the clock anew, so that a checkpoint's time is not counted as training."""
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count, self.flops, self.began = 0, 0, time.perf_counter()
+
+    def watch(self, batches):
+        """The batches, their FLOPs counted as they pass."""
+        for batch in batches:
+            self.flops += self.student.flops(batch.view) * len(batch.images) * self.method.units
+            yield batch
+
+    def add(self, parts: dict[str, torch.Tensor]) -> None:
+        self.count += 1
+        for name, value in parts.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def row(self) -> dict:
+        """Means over the window and over all ranks; images/s and FLOP/s of the whole run."""
+        micro = self.count * self.run.accumulation
+        scale = {name: self.count if name == "grad_norm" else micro for name in self.sums}
+        means = self.engine.mean(torch.stack([self.sums[n].float() / scale[n] for n in self.sums])).tolist()
+        seconds = time.perf_counter() - self.began
+        row = dict(zip(self.sums, means, strict=True))
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise RuntimeError(f"{name} is not finite")
+        rate = self.flops / seconds
+        row |= {"images_per_s": self.count * self.run.training.batch_size / seconds, "flop_per_s": rate * self.engine.workers}
+        share = mfu(rate, self.engine.device)
+        row |= {} if share is None else {"mfu": share}
+        row["peak_memory_gib"] = peak_memory(self.engine.device)
+        self.restart()
+        return row

@@ -1,0 +1,26 @@
+"""The frozen original E0: no gradient, no optimizer state, no decoder; sharded where the student is (ZeRO-3)."""
+
+import torch
+
+from unlearn import config
+from unlearn.models import weights
+from unlearn.models.base import Adapter
+
+
+def load(run: config.RunConfig, device: torch.device, decoder: bool) -> Adapter:
+    """The teacher on its device, in the run's dtype, in eval mode."""
+    teacher = weights.build(run.model, run.seed).requires_grad_(False)
+    if not decoder:
+        teacher.drop_decoder()
+    bf16 = run.training.dtype == "bf16" and run.training.engine == "deepspeed"
+    teacher = teacher.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+    return _sharded(teacher, run) if run.training.engine == "deepspeed" and run.training.zero_stage == 3 else teacher
+
+
+def _sharded(teacher: Adapter, run: config.RunConfig) -> Adapter:
+    """Each rank keeps its share; parameters are gathered for the forward of the module that owns them."""
+    from unlearn.training.engine import deepspeed_config, import_deepspeed
+
+    settings = deepspeed_config(run.training, 1, 1) | {"zero_optimization": {"stage": 3}}
+    engine, *_ = import_deepspeed().initialize(model=teacher, config=settings, dist_init_required=False)
+    return engine.module.eval()
