@@ -43,14 +43,13 @@ def _connect(cluster: config.Cluster, workers: int) -> None:
         os.environ.setdefault(name, value)
     warnings.filterwarnings("ignore", module="ray")
     environment = {"env_vars": WORKER_ENV | ({} if cluster.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
-    address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address:
+    if address := _address(cluster):
         try:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise ClusterError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0][:160]}; check cluster.address") from None
         return
-    _check_machine(cluster, workers)
+    check_machine(cluster, workers)
     # A cluster of this process alone, on loopback, gone with it: there is nobody to authenticate.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
@@ -60,11 +59,17 @@ def _connect(cluster: config.Cluster, workers: int) -> None:
     )  # fmt: skip
 
 
-def _check_machine(cluster: config.Cluster, workers: int) -> None:
+def check_machine(cluster: config.Cluster, workers: int) -> None:
+    """Where no address is given: whether this machine can carry the workers. Raises ClusterError."""
     import torch
 
-    have = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
-    _compare(cluster, workers, have, "this machine")
+    if not _address(cluster):
+        have = {"CPU": os.cpu_count() or 1, "GPU": torch.cuda.device_count()}
+        _compare(cluster, workers, have, "this machine")
+
+
+def _address(cluster: config.Cluster) -> str | None:
+    return cluster.address or os.environ.get("RAY_ADDRESS")
 
 
 def _check(cluster: config.Cluster, workers: int) -> None:

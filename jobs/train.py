@@ -1,35 +1,52 @@
 """Train: `python -m jobs.train CONFIG [--set a.b=c] [--resume]`, the driver behind `unlearn run` and `unlearn pretrain`."""
 
 import sys
+import tempfile
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 
+from jobs.cluster import check_machine, connected
 from unlearn import config
 from unlearn.data import selection
 from unlearn.data.storage import Storage
-from unlearn.errors import CheckpointError, ClusterError, TrainingError, UnlearnError
+from unlearn.errors import CheckpointError, ClusterError, ConfigError, StorageError, TrainingError, UnlearnError
 from unlearn.methods import base as methods
 from unlearn.models import base as models
 from unlearn.training.checkpoint import Checkpoints
 
-# Called with every logged row.
+# Called with logged rows, the newest at least.
 Progress = Callable[[dict], None]
+# In the run folder: the user's mistake that stopped the workers.
+FAILURE = "failure.txt"
 
 
-def prepare(run: config.RunConfig, resume: bool = False) -> None:
-    """Check everything that can be checked before anything expensive starts, and write the config to the run folder.
+def check(run: config.RunConfig) -> dict[str, dict]:
+    """Check data, sets, method and weights, and say what the sets hold; nothing is written.
 
-    Raises UnlearnError: no such data or class, an empty or overlapping set, weights that do not fit, a run folder that
-    is in use or cannot be written.
+    Raises UnlearnError: no such data or class, an empty or overlapping set, weights that do not fit.
     """
     from unlearn.models import weights
+    from unlearn.training import loop
 
     cls = methods.method_class(run.method.name)
     methods.create(run.method).check(models.adapter(run.model.family))
-    found = selection.sets(run.data, run.seed)
+    if run.model.weights is None and cls.needs_teacher:
+        raise ConfigError(f"model.weights is missing: {run.method.name} starts from a trained model")
+    found = loop.sets(run)
     selection.check_sizes(found, cls.needs_forget)
-    model = weights.build(run.model, run.seed)
-    if run.data.augment == "none" and run.model.weights is None and cls.needs_teacher:
-        raise UnlearnError(f"model.weights is missing: {run.method.name} starts from a trained model")
+    weights.build(run.model, run.seed)
+    if run.evaluation.oracle:
+        weights.read(run.evaluation.oracle)
+    return selection.describe(found)
+
+
+def prepare(run: config.RunConfig, resume: bool = False) -> None:
+    """Check everything before anything expensive starts, and write the config to the run folder.
+
+    Raises UnlearnError as `check` does, and where the run folder is in use or cannot be written.
+    """
+    about = check(run)
     checkpoints = Checkpoints(run.run_dir, run.training.keep_checkpoints)
     steps = checkpoints.steps()
     if steps and not resume:
@@ -37,9 +54,9 @@ def prepare(run: config.RunConfig, resume: bool = False) -> None:
             f"{run.run_dir} holds a run that has come to step {steps[-1]}: add --resume to go on, or give another run_dir"
         )
     if steps:
-        manifests = {name: rows.manifest.hash for name, rows in found.items()}
+        manifests = {name: found["manifest"] for name, found in about.items()}
         checkpoints.state(steps[-1]).check(run.hash(), manifests, run.run_dir)
-    del model
+    check_machine(run.cluster, run.cluster.workers)
     Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
 
 
@@ -58,18 +75,14 @@ def train(run: config.RunConfig, resume: bool = False, progress: Progress = lamb
 
 
 def _on_ray(run: config.RunConfig, progress: Progress) -> None:
-    from jobs.cluster import connected
-
-    with connected(run.cluster, run.cluster.workers):
+    with connected(run.cluster, run.cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        class Watch(ray.train.UserCallback):
-            def after_report(self, run_context, metrics, checkpoint):
-                progress(metrics[0])
+        from unlearn.training import metrics
 
         storage = Storage(run.run_dir)
-        storage.delete("failure.txt")
+        storage.delete(FAILURE)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"run": run.model_dump(mode="json")},
@@ -79,21 +92,32 @@ def _on_ray(run: config.RunConfig, progress: Progress) -> None:
                 use_gpu=run.cluster.gpus_per_worker > 0,
                 resources_per_worker=_resources(run.cluster),
             ),
+            # Ray Train's own records go to a scratch folder: all that a run needs to go on is in its checkpoints.
             run_config=ray.train.RunConfig(
-                name="ray", storage_path=_scratch(run), callbacks=[Watch()],
+                name=run.name, storage_path=scratch,
                 failure_config=ray.train.FailureConfig(max_failures=run.cluster.max_failures),
             ),
         )  # fmt: skip
+        # In a thread, since in the main thread Ray Train takes Ctrl-C for itself and ends the process without a word.
+        work = Future()
+        threading.Thread(target=_into, args=(work, trainer.fit), daemon=True).start()
+        metrics.follow(run.run_dir, work, progress)
         try:
-            trainer.fit()
+            work.result()
         except ray.train.TrainingFailedError as e:
-            told = storage.read("failure.txt").decode() if storage.is_file("failure.txt") else None
-            if told:
-                raise TrainingError(told) from None
+            if storage.is_file(FAILURE):
+                raise TrainingError(storage.read(FAILURE).decode()) from None
             raise ClusterError(
                 f"the workers failed more than cluster.max_failures ({run.cluster.max_failures}) times: {_last_line(e)}; "
                 "the last checkpoint is good: add --resume to go on"
             ) from e
+
+
+def _into(work: Future, call: Callable) -> None:
+    try:
+        work.set_result(call())
+    except BaseException as e:
+        work.set_exception(e)
 
 
 def _worker(settings: dict) -> None:
@@ -109,25 +133,20 @@ def _worker(settings: dict) -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     run = config.parse(settings["run"])
     storage = Storage(run.run_dir)
-    if storage.is_file("failure.txt"):
-        raise TrainingError(storage.read("failure.txt").decode())
+    if storage.is_file(FAILURE):
+        raise TrainingError(storage.read(FAILURE).decode())
     try:
         worker(run, ray.train.report)
+    except StorageError:
+        raise  # may pass by itself: tried again
     except UnlearnError as e:
-        storage.write("failure.txt", str(e).encode())
+        storage.write(FAILURE, str(e).encode())
         raise
 
 
 def _resources(cluster: config.Cluster) -> dict[str, float]:
     wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     return {kind: count for kind, count in wanted.items() if count}
-
-
-def _scratch(run: config.RunConfig) -> str:
-    """Where Ray Train keeps its own records; the run's state is in our checkpoints, so they may be lost."""
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="unlearn-ray-")
 
 
 def _last_line(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from unlearn.errors import ConfigError
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _absolute(uri: str) -> str:
@@ -118,7 +119,7 @@ class Training(Part):
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(3.0, ge=0, description="largest gradient norm; 0 = no clipping")
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -188,6 +189,8 @@ class RunConfig(Part):
                 f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = "
                 f"{self.micro_batch} x {c.workers}"
             )
+        if self.micro_batch < 2 and self.data.forget is not None and t.forget_fraction:
+            raise ValueError("training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more")
         if self.data.retain is not None and self.data.proxy is not None:
             raise ValueError("data: give retain or proxy, not both: the proxy set takes the retain role")
         if self.data.proxy_data and self.data.proxy is None:
@@ -219,14 +222,22 @@ class RunConfig(Part):
 def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=value` overrides (values are YAML too). Raises ConfigError."""
     try:
-        tree = yaml.safe_load(Path(path).read_text()) or {}
+        return read(Path(path).read_text(), str(path), overrides)
     except OSError as e:
         raise ConfigError(f"config {path}: {e.strerror}; give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"config {path} is not YAML: {' '.join(str(e).split())}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"config {path} is not text") from None
+
+
+def read(text: str, source: str, overrides: list[str] = ()) -> RunConfig:
+    """The same from the text of a file; `source` names it in messages."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise ConfigError(f"config {source} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"config {path}: expected keys and values at the top, found {type(tree).__name__}")
-    return parse(override(tree, overrides), str(path))
+        raise ConfigError(f"config {source}: expected keys and values at the top, found {type(tree).__name__}")
+    return parse(override(tree, overrides), source)
 
 
 def override(tree: dict, overrides: list[str]) -> dict:
@@ -254,6 +265,29 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
     except ValidationError as e:
         lines = [_explain(error) for error in e.errors()]
         raise ConfigError(f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
+
+
+def ignored(run: RunConfig) -> list[str]:
+    """What the config sets and this run will not look at, one sentence each."""
+    t, c, e = run.training, run.cluster, run.evaluation
+    found = []
+
+    def note(part: Part, where: str, keys: tuple[str, ...], why: str) -> None:
+        found.extend(f"{where}.{key} is ignored: {why}" for key in keys if key in part.model_fields_set)
+
+    if t.engine == "torch":
+        note(t, "training", ("zero_stage", "offload_optimizer"), "engine torch is one plain process")
+        note(c, "cluster", ("address", "max_failures"), "engine torch does not use Ray to train")
+    elif t.offload_optimizer and t.zero_stage == 0:
+        note(t, "training", ("offload_optimizer",), "there is nothing to offload without ZeRO; set zero_stage 1, 2 or 3")
+    if run.method.name == "pretrain":
+        note(run.method, "method", ("alpha", "noise", "noise_region"), "pretrain forgets nothing")
+        note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
+    if t.steps and t.warmup_steps >= t.steps:
+        found.append(f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value")
+    if e.features == "efficientnet_lite0":
+        note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")
+    return found
 
 
 def _explain(error: dict) -> str:

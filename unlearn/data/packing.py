@@ -1,6 +1,7 @@
 """Pack images into shards: from a folder or a tar of `.../CLASS/FILE` (ImageNet, Places style), or from any records."""
 
 import tarfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -17,7 +18,7 @@ Record = dict  # image: bytes, label: int, id: str, optional subject: str
 
 def build(
     src: str, dest: str, split: str | None = None, rows_per_group: int = 256, shard_bytes: int = 256 << 20,
-    progress: Callable[[int], None] = lambda rows: None,
+    progress: Callable[[int, int], None] = lambda rows, total: None,
 ) -> shards.Manifest:  # fmt: skip
     """Pack `src` into shards at `dest` and write their manifest. The encoded images are kept as they are.
 
@@ -37,7 +38,7 @@ def build(
     names.sort(key=lambda n: (_class(n), n))
     read = _folder_reader(path) if path.is_dir() else _tar_reader(path)
     records = ({"image": read(n), "label": labels[_class(n)], "id": n} for n in names)
-    return write(records, dest, classes, rows_per_group, shard_bytes, progress)
+    return write(records, dest, classes, rows_per_group, shard_bytes, lambda rows: progress(rows, len(names)))
 
 
 def write(
@@ -116,8 +117,8 @@ def _tar_names(path: Path) -> list[str]:
     try:
         with tarfile.open(path) as tar:
             return [m.name for m in tar if m.isfile() and _is_image(m.name)]
-    except tarfile.TarError as e:
-        raise DataError(f"{path}: not a tar file ({e})") from None
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as e:
+        raise DataError(f"{path}: not a tar file, or cut short ({e})") from None
 
 
 def _tar_reader(path: Path) -> Callable[[str], bytes]:

@@ -15,9 +15,10 @@ from unlearn.models.base import Adapter, Embedding
 
 
 def distance(a: Embedding, b: Embedding) -> torch.Tensor:
-    """Mean squared error in float32 over each level's elements, summed over levels: a scalar."""
+    """Mean squared error in float32 or better over each level's elements, summed over levels: a scalar."""
     if isinstance(a, torch.Tensor):
-        return (a.float() - b.float()).square().mean()
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        return (a.to(dtype) - b.to(dtype)).square().mean()
     return sum((distance(x, y) for x, y in zip(a, b, strict=True)), start=torch.zeros((), device=a[0].device))
 
 
@@ -27,7 +28,7 @@ def rows(embedding: Embedding, start: int, stop: int | None) -> Embedding:
 
 
 class EncoderL2(Method):
-    """Trains the encoder; the decoder is neither trained nor needed."""
+    """Keep the embeddings of retain images, send those of forget images to noise; the encoder alone is trained."""
 
     name = "encoder_l2"
 

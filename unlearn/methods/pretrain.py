@@ -8,7 +8,7 @@ from unlearn.models.base import Adapter
 
 
 class Pretrain(Method):
-    """The family's own training loss, on the retain set alone."""
+    """Train the whole model from nothing with its family's own loss, on the retain set alone."""
 
     name = "pretrain"
     needs_forget = False
@@ -20,5 +20,6 @@ class Pretrain(Method):
         return [p for p in model.parameters() if p.requires_grad]
 
     def loss(self, batch: Batch, student: Generator, teacher: Generator | None) -> dict[str, torch.Tensor]:
-        loss = student.training_loss(batch.images, batch.view)
+        # A run that names a forget set has its rows in the batch too: they are not learned.
+        loss = student.training_loss(batch.images[: batch.retain], batch.view.rows(0, batch.retain))
         return {"loss": loss, "retain": loss.detach()}

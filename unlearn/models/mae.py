@@ -99,8 +99,9 @@ class Encoder(nn.Module):
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         tokens = self.patch_embed["proj"](take(patches(images, self.patch_size), visible))
-        tokens = tokens + take(self.pos_embed[:, 1:].expand(len(images), -1, -1), visible)
-        first = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        positions = self.pos_embed.to(tokens.dtype)  # DeepSpeed leaves buffers in float32
+        tokens = tokens + take(positions[:, 1:].expand(len(images), -1, -1), visible)
+        first = (self.cls_token + positions[:, :1]).to(tokens.dtype).expand(len(images), -1, -1)
         tokens = torch.cat([first, tokens], dim=1)
         for block in self.blocks:
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
         # Visible tokens first, then masked ones; `back` puts every patch at its own place.
         back = torch.cat([view.visible, view.hidden], dim=1).argsort(dim=1)
         whole = take(torch.cat([tokens[:, 1:], masked], dim=1), back)
-        tokens = torch.cat([tokens[:, :1], whole], dim=1) + self.pos_embed
+        tokens = torch.cat([tokens[:, :1], whole], dim=1) + self.pos_embed.to(whole.dtype)
         for block in self.blocks:
             tokens = block(tokens)
         pixels = self.pred(self.norm(tokens))[:, 1:]

@@ -63,6 +63,7 @@ class Checkpoints:
 
     def save(self, fragments: list[Fragment], state: TrainerState, rank: int, gather: Callable[[object], list]) -> None:
         """Write this rank's fragments; rank 0 commits when all have. `gather` collects one object from every rank."""
+        fragments = [f for f in fragments if rank == 0 or not f.replicated]
         tensors = {f"weights/{f.start}/{f.name}": f.master().cpu() for f in fragments}
         for kind in OPTIMIZER_STATE:
             tensors |= {f"{kind}/{f.start}/{f.name}": f.state(kind).cpu() for f in fragments}

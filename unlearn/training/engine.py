@@ -139,7 +139,8 @@ class DeepSpeedEngine:
             config=deepspeed_config(settings, accumulation, micro_batch), dist_init_required=False,
         )  # fmt: skip
         self._engine.train()
-        self._dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+        self._plain = settings.zero_stage == 0
+        self._dtype = torch.bfloat16 if settings.dtype == "bf16" and not self._plain else torch.float32
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
@@ -150,15 +151,17 @@ class DeepSpeedEngine:
             _assert_finite(parts)
             self._engine.backward(parts["loss"])
             _add(sums, parts)
+            # Without ZeRO DeepSpeed keeps no norm, and the gradients are gone after its step.
+            norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named]) if self._plain else None
             self._engine.step()  # updates at the end of the accumulation only
-        norm = self._engine.get_global_grad_norm()
-        return sums | {"grad_norm": torch.as_tensor(0.0 if norm is None else norm, device=self.device)}
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
+        return sums | {"grad_norm": torch.as_tensor(norm, device=self.device)}
 
     def fragments(self) -> list[Fragment]:
         zero = self._optimizer
         if self.settings.zero_stage == 3:
             return list(fragments.zero3(self._named, zero, self.rank))
-        if self.settings.zero_stage == 0 and self.settings.dtype == "fp32":
+        if self._plain:
             return list(fragments.whole(self._named, zero))
         return list(fragments.zero12(self._named, zero))
 
@@ -187,7 +190,9 @@ def deepspeed_config(settings: Training, accumulation: int, micro_batch: int) ->
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if settings.dtype == "bf16":
+    if settings.dtype == "bf16" and settings.zero_stage == 0:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif settings.dtype == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return config
 

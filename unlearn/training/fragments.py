@@ -16,7 +16,7 @@ OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq")
 class Fragment:
     """Elements start .. start + count of the flattened parameter `name`, kept in `flat` from `offset` on.
 
-    flat: the float32 tensor that the optimizer `optimizer` steps.
+    flat: the float32 tensor that the optimizer `optimizer` steps; replicated: every rank holds the same.
     """
 
     name: str
@@ -25,6 +25,7 @@ class Fragment:
     flat: torch.Tensor
     offset: int
     optimizer: torch.optim.Optimizer
+    replicated: bool = False
 
     def master(self) -> torch.Tensor:
         """The weights (count,), float32, a view."""
@@ -47,7 +48,7 @@ class Fragment:
 def whole(named: list[tuple[str, torch.nn.Parameter]], optimizer: torch.optim.Optimizer) -> Iterator[Fragment]:
     """Every parameter in one piece: plain torch, and ZeRO 0."""
     for name, p in named:
-        yield Fragment(name, 0, p.numel(), p, 0, optimizer)
+        yield Fragment(name, 0, p.numel(), p, 0, optimizer, replicated=True)
 
 
 def zero12(named: list[tuple[str, torch.nn.Parameter]], zero) -> Iterator[Fragment]:

@@ -31,7 +31,7 @@ def worker(run: config.RunConfig, report: Report = lambda row: None) -> None:
     """
     torch.set_num_threads(run.training.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if run.cluster.gpus_per_worker else torch.device("cpu")
-    found = selection.sets(run.data, run.seed)
+    found = sets(run)
     checkpoints = Checkpoints(run.run_dir, run.training.keep_checkpoints)
     start = (checkpoints.steps() or [0])[-1]
 
@@ -80,6 +80,14 @@ def train(
             window.restart()
     if log:
         log.close()
+
+
+def sets(run: config.RunConfig) -> dict[str, RowSet]:
+    """The sets that the method sees: one that needs no forget set trains without those rows."""
+    found = selection.sets(run.data, run.seed)
+    if not methods.method_class(run.method.name).needs_forget:
+        found.pop("forget", None)
+    return found
 
 
 def steps(run: config.RunConfig, found: dict[str, RowSet]) -> int:

@@ -1,14 +1,18 @@
 """What a run says while it trains: metrics.jsonl and TensorBoard events in the run folder, rewritten whole."""
 
+import contextlib
 import json
 import resource
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
 
 from unlearn.data.storage import Storage
+from unlearn.errors import StorageError
 
 METRICS = "metrics.jsonl"
 # dense bf16 peaks of one device, FLOP/s, from the makers' data sheets
@@ -18,12 +22,11 @@ PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 
 class MetricsLog:
     """Rows of one run. A resumed run keeps the rows up to the step it goes on from."""
 
-    def __init__(self, run_dir: str, start: int, every: float = 5):
+    def __init__(self, run_dir: str, start: int, every: float = 2):
         from tensorboardX import SummaryWriter
 
         self._storage, self._every, self._last = Storage(run_dir), every, 0.0
-        old = self._storage.read(METRICS).decode().splitlines() if start and self._storage.is_file(METRICS) else []
-        self.rows = [row for row in map(json.loads, old) if row["step"] <= start]
+        self.rows = [row for row in read(run_dir) if row["step"] <= start]
         self._temporary = None if self._storage.is_local() else tempfile.TemporaryDirectory()
         self._folder = self._temporary.name if self._temporary else self._storage.where("tensorboard")
         self._board = SummaryWriter(self._folder, purge_step=start or None)
@@ -50,6 +53,22 @@ class MetricsLog:
         self._board.close()
         if self._temporary:
             self._temporary.cleanup()
+
+
+def read(run_dir: str) -> list[dict]:
+    """The rows that a run has published so far."""
+    storage = Storage(run_dir)
+    return [json.loads(line) for line in storage.read(METRICS).splitlines()] if storage.is_file(METRICS) else []
+
+
+def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: float = 1) -> None:
+    """Until `work` is done, call `progress` with the newest row of a run as it appears in the run's storage."""
+    last = None
+    while not wait([work], timeout=every).done:
+        with contextlib.suppress(StorageError):  # a picture of progress is not worth a run
+            if (rows := read(run_dir)) and rows[-1] != last:
+                last = rows[-1]
+                progress(last)
 
 
 def peak_memory(device: torch.device) -> float:

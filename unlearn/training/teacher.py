@@ -12,7 +12,7 @@ def load(run: config.RunConfig, device: torch.device, decoder: bool) -> Adapter:
     teacher = weights.build(run.model, run.seed).requires_grad_(False)
     if not decoder:
         teacher.drop_decoder()
-    bf16 = run.training.dtype == "bf16" and run.training.engine == "deepspeed"
+    bf16 = run.training.dtype == "bf16" and run.training.engine == "deepspeed" and run.training.zero_stage > 0
     teacher = teacher.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
     return _sharded(teacher, run) if run.training.engine == "deepspeed" and run.training.zero_stage == 3 else teacher
 
