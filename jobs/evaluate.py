@@ -236,7 +236,8 @@ def _result(future) -> dict:
     try:
         result = ray.get(future)
     except ray.exceptions.RayActorError as e:
-        raise ClusterError(f"a worker died more than {RETRIES} times: {str(e).splitlines()[0][:160]}; it may need more memory") from None
+        told = str(e).splitlines()[0][:160]
+        raise ClusterError(f"a worker died more than {RETRIES} times: {told}; it may need more memory") from None
     if isinstance(result, str):
         raise UnlearnError(result)
     return result
@@ -254,27 +255,26 @@ def _notes(run: config.RunConfig, document: dict) -> list[str]:
             "indicates. Compare it within this table, not with other work."
         )
     for name, found in document["sets"].items():
-        if run.evaluation.data and found["split"] == "training":
-            notes.append(f"The {name} set is measured on training images: its rows are not described by classes the held-out shards have.")
-        elif found["split"] == "training":
-            notes.append(f"The {name} set is measured on training images; give evaluation.data to measure on held-out ones.")
+        if found["split"] == "training":
+            why = "held-out shards have no such rows" if run.evaluation.data else "evaluation.data names no held-out ones"
+            notes.append(f"The {name} set is measured on training images: {why}.")
         if found["bad_images"]:
             notes.append(f"{found['bad_images']} damaged image(s) of the {name} set were left out.")
     if any(row["is"] is None for row in document["rows"]):
         notes.append(f"{document['features']} has no class scores: no Inception Score.")
     elif document["features"] != "inception":
         notes.append(
-            f"FID and IS are computed with {document['features']}, not with the Inception network of the literature: compare them within "
-            "this report alone."
+            f"FID and IS are computed with {document['features']}, not with the Inception network of the literature: compare "
+            "them within this report alone."
         )
     return notes
 
 
 def _training_seconds(run: config.RunConfig) -> float | None:
     """Seconds in training steps, from the logged rates: each row tells of the steps since the one before."""
-    from unlearn.evaluation.report import training_rows
+    from unlearn.training import metrics
 
-    rows = training_rows(run)
+    rows = metrics.read(run.run_dir)
     steps = [row["step"] - before["step"] for row, before in zip(rows, [{"step": 0}, *rows], strict=False)]
     times = [n * run.training.batch_size / row["images_per_s"] for n, row in zip(steps, rows, strict=True)]
     return round(sum(times), 1) if rows else None

@@ -260,12 +260,13 @@ def _train(settings, resume: bool) -> None:
 def _evaluate(settings, show_forget: bool) -> None:
     from jobs import evaluate as job
     from unlearn.console import out, progress
-    from unlearn.evaluation.report import table
+    from unlearn.data.storage import Storage
+    from unlearn.evaluation.report import NAME, table
 
     with progress("evaluating") as advance:
         metrics = job.evaluate(settings, lambda done, total: advance(done, total, ""), show_forget)
     out.print(table(metrics))
-    out.print(f"report: {job.report(settings, show_forget)}", soft_wrap=True)
+    out.print(f"report: {Storage(settings.run_dir).where(NAME)}", soft_wrap=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""How well a model has forgotten and what it has kept: feature networks, metrics, pictures and the report."""

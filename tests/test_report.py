@@ -1,0 +1,195 @@
+"""The report: what it concludes, that it stands alone, and that it can be read by everyone."""
+
+import copy
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from unlearn import config
+from unlearn.data.storage import Storage
+from unlearn.evaluation import report
+from unlearn.models import weights
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+VIEWS = ["centre 0.5", "random 0.5"]
+
+
+def row(generator, name, view=VIEWS[0], cosine=0.8, psnr=15.0, std=0.1, images=100) -> dict:
+    return {
+        "generator": generator, "set": name, "view": view, "images": images, "fid": 20.0, "is": 2.0, "is_std": 0.1,
+        "cosine": cosine, "cosine_std": std, "psnr": psnr,
+    }  # fmt: skip
+
+
+def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
+    """Figures with these cosines (before, after); the second view says the contrary of the first."""
+    rows = [
+        row(generator, name, view, values[i] if view == VIEWS[0] else values[1 - i])
+        for name, values in (("forget", forget), ("retain", retain)) for view in VIEWS
+        for i, generator in enumerate(("original", "unlearned"))
+    ]  # fmt: skip
+    rows += [] if oracle is None else [row("oracle", name, view, oracle) for name in ("forget", "retain") for view in VIEWS]
+    about = {"images": 100, "classes": [1], "manifest": "0" * 64, "split": "held-out", "bad_images": 0}
+    return {
+        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "views": VIEWS,
+        "generators": ["original", "unlearned"] + ([] if oracle is None else ["oracle"]),
+        "sets": {"forget": about, "retain": about}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
+        "training_seconds": 90.0,
+    }  # fmt: skip
+
+
+def test_the_verdict_follows_the_figures():
+    headline, sentences = report.verdict(make_document())
+    assert headline.startswith("The forget set is reconstructed worse than before, the retain set as well")
+    assert "of 0.500, before 0.800" in sentences[0] and "forget" in sentences[0]
+    assert "of 0.800, before 0.800" in sentences[1] and "retain" in sentences[1]
+    assert report.verdict(make_document(forget=(0.8, 0.81)))[0] == "No forgetting can be seen."
+    assert "lost 3.0 times" in report.verdict(make_document(retain=(0.8, 0.7)))[0]
+    assert report.verdict(make_document(retain=(0.8, 0.4)))[0].startswith("Not selective")
+
+
+def test_a_change_within_chance_is_no_change():
+    # The standard error of the difference is 0.1 * sqrt(2 / 100) = 0.014.
+    assert report.verdict(make_document(forget=(0.8, 0.775)))[0] == "No forgetting can be seen."
+    assert report.verdict(make_document(forget=(0.8, 0.765)))[0] != "No forgetting can be seen."
+
+
+def test_the_oracle_is_the_measure():
+    assert "75% of the way" in report.verdict(make_document(oracle=0.4))[1][-1]
+    assert "gone further" in report.verdict(make_document(oracle=0.6))[1][-1]
+    assert "no measure of forgetting" in report.verdict(make_document(oracle=0.9))[1][-1]
+
+
+def test_without_an_unlearned_model_or_an_original_nothing_is_concluded():
+    document = make_document()
+    before = copy.deepcopy(document) | {"generators": ["original"]}
+    assert report.verdict(before)[0] == "Nothing has been unlearned yet."
+    alone = document | {"rows": [r for r in document["rows"] if r["generator"] == "unlearned"], "generators": ["unlearned"]}
+    assert report.verdict(alone)[0] == "There is nothing to compare."
+
+
+def test_ticks_are_round_and_reach_the_top():
+    for high in (0.003, 0.7, 1, 4.2, 9.99, 1234):
+        ticks = report._ticks(high)
+        assert ticks[0] == 0 and high <= ticks[-1] <= 2 * high and 3 <= len(ticks) <= 6
+    assert report._ticks(0) == [0, 1]
+
+
+def test_the_terminal_table_names_the_network_and_the_differences():
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(report.table(make_document(oracle=0.4)))
+    told = console.export_text()
+    assert "feature network: efficientnet_lite0" in told and "0.500 (−0.300)" in told and "A <note> & more." in told
+    assert told.count("unlearned") == 4 and told.count("forget") == told.count("retain") == 1
+
+
+class Page(HTMLParser):
+    """Tags, and whether each that was opened is closed in turn."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br", "line"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def all(self, tag) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> config.RunConfig:
+    root = tmp_path_factory.mktemp("report")
+    for name, seed in (("original", 0), ("run/model", 1)):
+        weights.write(weights.build(config.Model(variant="vit_nano_patch4_32"), seed), str(root / name), {})
+    same = {"steps": 40, "forget": 0.3, "lr": 1e-4, "images_per_s": 50}
+    rows = [json.dumps({"step": step, "retain": 1 / step} | same) for step in (10, 20, 40)]
+    Storage(root / "run").write("metrics.jsonl", "\n".join(rows).encode())
+    return config.parse({
+        "run_dir": str(root / "run"), "model": {"weights": str(root / "original")},
+        "data": {"train": "embedded:fashion-test", "forget": {"classes": ["Bag"]}, "retain": {"classes": ["Coat"]}},
+        "training": {"engine": "torch", "steps": 40}, "evaluation": {"pictures": 3},
+    })  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def html(run) -> str:
+    uri = report.write(run, make_document(oracle=0.4))
+    assert uri == Storage(run.run_dir).where("report.html")
+    return Storage(run.run_dir).read("report.html").decode()
+
+
+def test_it_is_whole_and_everyone_can_read_it(html):
+    page = Page(html)
+    assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1
+    assert page.all("img") and all(i["alt"] and i["src"].startswith("data:image/png;base64,") for i in page.all("img"))
+    assert len(page.all("caption")) == len(page.all("table")) == 3
+    assert all("scope" in head for head in page.all("th"))
+    assert all("aria-label" in drawing for drawing in page.all("svg") if drawing.get("role") == "img")
+    assert "A &lt;note&gt; &amp; more." in html and "prefers-color-scheme: dark" in html and "@media print" in html
+
+
+def test_it_asks_nothing_of_the_network_and_runs_no_script(html):
+    assert not re.search(r"https?:|@import|url\(|<script|<link|<iframe|srcset", html)
+    assert all(attributes[k].startswith("data:") for _, attributes in Page(html).tags for k in ("src", "href") if k in attributes)
+    assert "default-src 'none'" in html
+
+
+def test_it_shows_the_network_the_figures_and_the_curves(html):
+    assert html.count("feature network efficientnet_lite0") == 2
+    assert "0.500 <small>−0.300</small>" in html and "wanted: lower" in html and "wanted: unchanged" in html
+    assert "Retain loss from 0.1 at step 10 to 0.025 at step 40" in html and "Gradient norm" not in html
+    assert "40 of 40 steps" in html and "1 worker(s), torch" in html and "90 s" in html
+
+
+def test_forgotten_images_are_shown_on_demand_alone(run, html):
+    pictured = [image["alt"] for image in Page(html).all("img")]
+    assert len(pictured) == 3 * 4 and all(alt.startswith("retain image of class Coat") for alt in pictured)
+    assert "The forget set is not shown" in html
+    report.write(run, make_document(), show_forget=True)
+    shown = Storage(run.run_dir).read("report.html").decode()
+    pictured = [image["alt"] for image in Page(shown).all("img")]
+    assert len(pictured) == 2 * 3 * 4 and sum(alt.startswith("forget image of class Bag") for alt in pictured) == 12
+    assert "delete it after use" in shown and "is not shown" not in shown
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+def test_a_browser_draws_it_without_a_complaint(run, html, tmp_path):
+    path = tmp_path / "report.html"
+
+    def complaints(text: str) -> list[str]:
+        path.write_text(text)
+        told = subprocess.run(
+            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+             "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+             f"--screenshot={tmp_path / 'page.png'}", path.as_uri()],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return [line for line in told.stderr.splitlines() if "CONSOLE" in line]
+
+    assert complaints(html) == []
+    assert (tmp_path / "page.png").stat().st_size > 10_000
+    # The control: the page's policy stops what is fetched from elsewhere, and the browser says so.
+    assert complaints(html.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>'))
+
+
+def test_pictures_are_the_same_for_the_same_seed(run, html):
+    report.write(run, make_document(oracle=0.4))
+    assert Storage(run.run_dir).read("report.html").decode() == html

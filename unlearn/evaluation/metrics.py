@@ -1,0 +1,80 @@
+"""FID, Inception Score, cosine and PSNR of one set under one view, from what the workers have computed."""
+
+import warnings
+
+import torch
+from torch import nn
+
+import unlearn.torchvision_cpu  # noqa: F401  torchmetrics imports torchvision
+
+from torchmetrics.functional.regression import cosine_similarity  # isort: skip
+from torchmetrics.image.fid import FrechetInceptionDistance  # isort: skip
+from torchmetrics.image.inception import InceptionScore  # isort: skip
+
+STABLE = 2048  # images below which FID is too biased to be more than an indication
+SPLITS = 10
+
+
+class _Computed(nn.Module):
+    """Stands in for the feature network where its output is there already: one pass serves every metric."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def scores(
+    real: torch.Tensor, made: torch.Tensor, classes: torch.Tensor | None, errors: torch.Tensor, seed: int
+) -> dict[str, float | int | None]:
+    """One row of figures, None where a figure cannot be given.
+
+    real, made: (N, D) features of the originals and of the reconstructions, row for row; classes: (N, C) class scores of
+    the reconstructions; errors: (N,) mean squared error in the hole, pixels in [0, 1].
+    """
+    score, score_std = inception_score(classes, seed) if classes is not None else (None, None)
+    similar = cosine(made, real)
+    return {
+        "images": len(made), "fid": fid(real, made), "is": score, "is_std": score_std,
+        "cosine": float(similar.mean()), "cosine_std": float(similar.std(correction=0)), "psnr": psnr(errors),
+    }  # fmt: skip
+
+
+def fid(real: torch.Tensor, made: torch.Tensor) -> float | None:
+    """Fréchet distance of two sets of features (N, D) and (M, D), in float64; None for fewer than two images."""
+    if min(len(real), len(made)) < 2:
+        return None
+    metric = FrechetInceptionDistance(feature=_Computed(real.shape[1]))
+    metric.update(real.double(), real=True)
+    metric.update(made.double(), real=False)
+    return max(float(metric.compute()), 0.0)
+
+
+def inception_score(classes: torch.Tensor, seed: int) -> tuple[float, float | None]:
+    """(mean, standard deviation) over ten splits of class scores (N, C), rows dealt to the splits by the seed."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        metric = InceptionScore(feature=_Computed(classes.shape[1]), splits=min(SPLITS, len(classes)))
+        metric.update(classes.double())
+        mean, std = metric.compute()
+    return float(mean), None if std.isnan() else float(std)
+
+
+def cosine(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """(N,) cosine of each reconstruction's features to those of its own original; 0 where a vector is zero."""
+    return cosine_similarity(made, real, reduction="none").double().nan_to_num(0)
+
+
+def psnr(errors: torch.Tensor) -> float:
+    """dB, from the mean of (N,) squared errors: pooled over the set, so one perfect image does not make it infinite.
+    At most 100."""
+    return float(-10 * errors.double().mean().clamp(min=1e-10).log10())
+
+
+def hole_errors(made: torch.Tensor, real: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """(B,) float64 mean squared error over the hidden pixels. made, real: (B, 3, S, S) in [0, 1]; hidden: (B, 1, S, S) bool."""
+    squares = (made.double() - real.double()).square() * hidden
+    return squares.sum((1, 2, 3)) / (3 * hidden.sum((1, 2, 3)))
