@@ -271,7 +271,7 @@ def _evaluate(settings, show_forget: bool) -> None:
 
 @contextlib.contextmanager
 def _resumable(settings) -> Iterator[None]:
-    """On Ctrl-C say how to go on."""
+    """On Ctrl-C say how to go on, and exit with 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -280,8 +280,9 @@ def _resumable(settings) -> Iterator[None]:
 
         steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
         saved = f"step {steps[-1]} is saved; go on with" if steps else "no checkpoint was written yet; start again with"
+        command = "pretrain" if settings.method.name == "pretrain" else "run"
         resume = " --resume" if steps else ""
-        err.print(f"\nstopped: {saved}\n  unlearn run {settings.run_dir}{resume}", soft_wrap=True)
+        err.print(f"\nstopped: {saved}\n  unlearn {command} {settings.run_dir}{resume}", soft_wrap=True)
         sys.exit(130)
 
 

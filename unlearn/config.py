@@ -99,7 +99,7 @@ class Method(Part):
     """How it forgets."""
 
     name: str = "encoder_l2"
-    alpha: float = Field(0.25, ge=0, description="weight of the forget term")
+    alpha: float = Field(0.25, ge=0, allow_inf_nan=False, description="weight of the forget term")
     noise: Literal["standard", "batch", "dataset"] = Field("standard", description="covariance of the target noise")
     noise_region: Literal["image", "hole"] = Field("image", description="where the teacher's input is noise")
 
@@ -115,7 +115,7 @@ class Training(Part):
         None, description="rows a worker computes at once; default batch_size / workers. Keep it when workers change."
     )
     forget_fraction: float = Field(0.5, ge=0, lt=1, description="share of forget rows in every micro-batch")
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.05, ge=0)

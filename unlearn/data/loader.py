@@ -45,7 +45,7 @@ def decode(data: memoryview | bytes) -> np.ndarray:
             pass  # rare colour spaces that only PIL converts; real damage fails there too
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except SyntaxError as e:  # PIL's word for some broken PNGs
+    except (SyntaxError, Image.DecompressionBombError) as e:  # PIL's words for some broken PNGs, and for absurd sizes
         raise ValueError(str(e)) from None
 
 
@@ -99,12 +99,13 @@ class Images:
         with self._locks[group]:  # two threads that want one row group read it once
             if self.data.cache != "none" and row in self._cache:
                 return self._cache[row]
-            if group not in self._tables:
+            views = self._tables.get(group)  # a thread that holds another row group's lock may drop it any time
+            if views is None:
                 views = list(shards.images(self.set.manifest.read(group, ["image"])))
                 if self.data.cache != "none":
                     return self._keep(group, views, row)
                 self._remember(group, views)
-            return self._tables[group][row - int(self.set.manifest.starts[group])]
+            return views[row - int(self.set.manifest.starts[group])]
 
     def _keep(self, group: int, views: list[memoryview], row: int) -> memoryview:
         """Copy the chosen rows of a row group into the cache, so that it is never read again."""
@@ -126,7 +127,7 @@ class Images:
         with self._lock:
             if row not in self.bad:
                 self.bad[row] = selection.name_row(self.set.manifest, row)
-            if len(self.bad) > self.data.max_bad_images:
+            if len(self.bad) > self.data.max_bad_images or len(self.bad) == len(self.set):
                 names = ", ".join(list(self.bad.values())[:5])
                 raise DataError(
                     f"{len(self.bad)} image(s) of {self.set.manifest.uri} do not decode: {names} ({str(error)[:80]}). "

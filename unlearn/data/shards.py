@@ -125,7 +125,10 @@ def load(uri: str) -> Manifest:
             Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
             for s in tree["shards"]
         ]
-        return Manifest(storage.uri, tree["columns"], tree["classes"], shards)
+        manifest = Manifest(storage.uri, tree["columns"], tree["classes"], shards)
+        if tree["hash"] != manifest.hash:
+            raise ValueError("its hash is not that of its content")
+        return manifest
     except (ValueError, KeyError, TypeError) as e:
         raise DataError(f"{uri}/{MANIFEST} is damaged ({_short(e)}): make it anew with `unlearn shards index {uri}`") from None
 
@@ -136,10 +139,11 @@ def index(uri: str) -> Manifest:
     names = [n for n in storage.files() if n.endswith(".parquet")]
     if not names:
         raise DataError(f"{uri}: no .parquet file there")
-    shards, columns, classes = [], [], []
+    shards, columns, classes = [], SCHEMA.names, []
     for name in names:
-        shard, columns, found = _describe(storage, name)
+        shard, has, found = _describe(storage, name)
         shards.append(shard)
+        columns = [c for c in columns if c in has]
         classes = classes or found
     manifest = Manifest(storage.uri, columns, classes, shards)
     save(manifest)
@@ -176,7 +180,13 @@ def _describe(storage: Storage, name: str) -> tuple[Shard, list[str], list[str]]
             chunks = [meta.column(c) for c in range(meta.num_columns)]
             offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
             size = sum(c.total_compressed_size for c in chunks)
-            labels = pc.min_max(file.read_row_group(g, columns=["label"])["label"]).as_py()
+            try:
+                column = file.read_row_group(g, columns=["label"])["label"]
+            except (pa.ArrowException, OSError) as e:
+                raise DataError(f"{storage.where(name)}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+            if column.null_count:
+                raise DataError(f"{storage.where(name)}: {column.null_count} row(s) of row group {g} have no label; give every row one")
+            labels = pc.min_max(column).as_py()
             digest = hashlib.sha256(memoryview(data)[offset : offset + size]).hexdigest()
             groups.append(RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest))
     columns = [c for c in SCHEMA.names if c in schema.names]
@@ -189,7 +199,7 @@ def _class_names(schema: pa.Schema) -> list[str]:
     if not text:
         return []
     try:
-        return json.loads(text)["info"]["features"]["label"].get("names", [])
+        return json.loads(text)["info"]["features"]["label"]["names"]
     except (ValueError, KeyError, TypeError):
         return []
 

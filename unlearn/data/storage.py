@@ -7,6 +7,7 @@ identity ...), never from a config of ours. What is written appears whole or not
 import contextlib
 import functools
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -136,7 +137,10 @@ class Storage:
                 keys = [self._key(n) for n in (self.files(name) or [name])]
                 for start in range(0, len(keys), 1000):
                     objects = [{"Key": k} for k in keys[start : start + 1000]]
-                    _client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+                    answer = _client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
+                    for error in answer.get("Errors", ()):  # a refusal is no exception here
+                        code = error.get("Code", "")
+                        raise StorageError(f"s3://{self._bucket}/{error.get('Key')}: not deleted: {_HINTS.get(code) or code}")
             elif os.path.isdir(self._key(name)):
                 shutil.rmtree(self._key(name))
             else:
@@ -193,7 +197,8 @@ def _told(where: str) -> Iterator[None]:
         # botocore is imported by the S3 calls alone, so its errors are told by their module and their answer.
         if not type(e).__module__.startswith(("botocore", "boto3")):
             raise
-        code = getattr(e, "response", {}).get("Error", {}).get("Code", "")
+        # A failed upload carries the answer in its text alone.
+        code = getattr(e, "response", {}).get("Error", {}).get("Code") or (re.findall(r"\((\w+)\) when calling", str(e)) or [""])[0]
         missing = {"NoCredentialsError": "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
                    "EndpointConnectionError": "no S3 server answers: check AWS_ENDPOINT_URL and the network"}
         raise StorageError(f"{where}: {_HINTS.get(code) or missing.get(type(e).__name__) or str(e)[:200]}") from None

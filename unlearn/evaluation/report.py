@@ -1,6 +1,5 @@
 """report.html: one file with the verdict, the tables, the curves and the pictures of a run. It loads nothing from anywhere."""
 
-import json
 import math
 from pathlib import Path
 

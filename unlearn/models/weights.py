@@ -5,12 +5,10 @@ Nothing is unpickled: .pth files are read with weights_only=True.
 
 import argparse
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from unlearn import config
@@ -59,7 +57,11 @@ def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if not storage.is_file():
         if not storage.exists(CARD):
             raise WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
-        card = json.loads(storage.read(CARD))
+        try:
+            card = json.loads(storage.read(CARD))
+            dict(card["options"], family=card["family"])
+        except (ValueError, KeyError, TypeError):
+            raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
         uri = f"{uri.rstrip('/')}/{WEIGHTS}"
     with local_copy(uri) as path:
         return _tensors(path, uri), card
@@ -72,8 +74,9 @@ def _tensors(path: Path, uri: str) -> dict[str, torch.Tensor]:
         # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {str(e).splitlines()[0][:200]}") from None
+    except Exception as e:  # a damaged pickle fails in any way there is
+        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {why}") from None
     for key in ("model", "state_dict"):
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
