@@ -33,6 +33,8 @@ def check(run: config.RunConfig) -> dict[str, dict]:
     methods.create(run.method).check(models.adapter(run.model.family))
     if run.model.weights is None and cls.needs_teacher:
         raise ConfigError(f"model.weights is missing: {run.method.name} starts from a trained model")
+    if cls.needs_forget and not run.training.forget_fraction:
+        raise ConfigError(f"training.forget_fraction is 0: {run.method.name} needs forget rows in every micro-batch")
     found = loop.sets(run)
     selection.check_sizes(found, cls.needs_forget)
     weights.build(run.model, run.seed)
