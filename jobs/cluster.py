@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 
@@ -44,6 +45,7 @@ def _connect(cluster: config.Cluster, workers: int) -> None:
     warnings.filterwarnings("ignore", module="ray")
     environment = {"env_vars": WORKER_ENV | ({} if cluster.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
     if address := _address(cluster):
+        _check_answers(address)
         try:
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as e:
@@ -57,6 +59,16 @@ def _connect(cluster: config.Cluster, workers: int) -> None:
         address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=environment,
         object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
     )  # fmt: skip
+
+
+def _check_answers(address: str) -> None:
+    """Ray itself waits for minutes where nobody listens. Raises ClusterError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as e:
+            raise ClusterError(f"no Ray cluster answers at {address} ({e.strerror or e}): check cluster.address and the network") from None
 
 
 def check_machine(cluster: config.Cluster, workers: int) -> None:

@@ -185,9 +185,8 @@ def test_run_evaluate_report_show(told, written, tmp_path):
 
 
 def test_shards_commands(told, tmp_path, tiny_shards):
-    from conftest import encode
-
     import numpy as np
+    from conftest import encode
 
     for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
         path = tmp_path / "images" / name

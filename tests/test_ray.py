@@ -95,8 +95,12 @@ def test_a_killed_driver_and_ctrl_c_leave_a_run_that_goes_on(uninterrupted, tmp_
 
     driver = start_driver(path)
     wait_for(checkpoints.steps)
+    # Ray's two agents notice after a minute; they touch no run.
+    started = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
     driver.kill()
     driver.wait()
+    _, left = psutil.wait_procs(started, timeout=60)
+    assert not left, "the dead driver's cluster lives on"
     first = checkpoints.steps()[-1]
     assert first < run.training.steps, "the run was over before the driver was killed"
 

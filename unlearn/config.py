@@ -268,12 +268,13 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
 
 
 def ignored(run: RunConfig) -> list[str]:
-    """What the config sets and this run will not look at, one sentence each."""
+    """What differs from the defaults and this run will not look at, one sentence each."""
     t, c, e = run.training, run.cluster, run.evaluation
     found = []
 
     def note(part: Part, where: str, keys: tuple[str, ...], why: str) -> None:
-        found.extend(f"{where}.{key} is ignored: {why}" for key in keys if key in part.model_fields_set)
+        changed = (key for key in keys if getattr(part, key) != type(part).model_fields[key].default)
+        found.extend(f"{where}.{key} is ignored: {why}" for key in changed)
 
     if t.engine == "torch":
         note(t, "training", ("zero_stage", "offload_optimizer"), "engine torch is one plain process")

@@ -30,7 +30,8 @@ class Network(nn.Module):
         self.name, self.body, self.head, self.size, self.resize = name, body, head, size, resize
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-        self.eval().requires_grad_(False)
+        # Depthwise convolutions are half as fast again with the channels last.
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -44,7 +45,7 @@ class Network(nn.Module):
         if pixels.shape[-2:] != (self.size, self.size):
             # Bicubic overshoots at edges.
             pixels = F.interpolate(pixels, size=(self.size, self.size), mode=self.resize, antialias=True).clamp(0, 1)
-        return (pixels - self.mean) / self.std
+        return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
 def build(name: str, weights_uri: str | None = None) -> Network:
