@@ -1,0 +1,103 @@
+"""`unlearn demo`, shortened; and, marked slow, in full on natural colour images."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from unlearn.cli import main
+
+TINY_IMAGENET = Path(__file__).parents[2] / "shared/data/tiny_imagenet_20cls.tar"
+
+
+def demo(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", *arguments])
+    return stopped.value.code or 0
+
+
+def figures(folder: Path, view: int = 0) -> dict:
+    """{(generator, set): row} under one view."""
+    document = json.loads((folder / "metrics.json").read_text())
+    return {(r["generator"], r["set"]): r for r in document["rows"] if r["view"] == document["views"][view]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A demo with two Ray workers and ZeRO-2, of a quarter of its length and measured on fewer images."""
+    folder = tmp_path_factory.mktemp("demo") / "run"
+    short = ["training.steps=80", "evaluation.limit=40", "evaluation.views=[{size: 0.5}]"]
+    assert demo("--run-dir", str(folder), *[a for o in short for a in ("--set", o)]) == 0
+    return folder
+
+
+def test_forget_falls_and_retain_stays(finished):
+    found = figures(finished)
+    assert found["unlearned", "forget"]["psnr"] < found["original", "forget"]["psnr"] - 2
+    assert found["unlearned", "forget"]["cosine"] < found["original", "forget"]["cosine"] - 0.05
+    assert found["unlearned", "retain"]["psnr"] > found["original", "retain"]["psnr"] - 1.5
+    assert found["unlearned", "retain"]["cosine"] > found["original", "retain"]["cosine"] - 0.03
+    assert found["oracle", "forget"]["psnr"] < found["original", "forget"]["psnr"] - 2
+
+
+def test_the_run_folder_tells_the_run(finished):
+    assert {"config.yaml", "metrics.jsonl", "metrics.json", "report.html"} <= {p.name for p in finished.iterdir()}
+    card = json.loads((finished / "model/model.json").read_text())
+    assert card["method"] == "encoder_l2" and card["step"] == 80
+    html = (finished / "report.html").read_text()
+    assert "efficientnet_lite0" in html and not re.search(r"(src|href)=.https?:", html)
+
+
+def test_the_report_is_drawn_by_a_browser(finished, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium on this machine")
+    picture = tmp_path / "report.png"
+    quiet = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    command = [browser, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={tmp_path}/profile", "--window-size=1000,2600"]
+    subprocess.run([*command, f"--screenshot={picture}", f"file://{finished}/report.html"], check=True, capture_output=True, timeout=120)
+    from PIL import Image
+
+    colours = Image.open(picture).convert("RGB").getcolors(1 << 24)
+    assert len(colours) > 300, "the page is blank"
+
+
+def test_data_and_model_come_together(capsys):
+    assert demo("--data", "embedded:fashion-test") == 2
+    assert "give --data and --model together" in capsys.readouterr().err
+
+
+def test_other_classes_on_other_shards(tmp_path):
+    arguments = ["--data", "embedded:fashion-test", "--model", "embedded:mae-fashion", "--forget", "Bag", "--forget", "3"]
+    short = ["training.steps=2", "evaluation.limit=4", "evaluation.views=[{size: 0.5}]", "training.engine=torch", "cluster.workers=1"]
+    assert demo(*arguments, "--run-dir", str(tmp_path / "run"), *[a for o in short for a in ("--set", o)]) == 0
+    document = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert document["sets"]["forget"]["classes"] == [3, 8] and "oracle" not in document["generators"]
+    assert "data:image" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_natural_colour_images(tmp_path):
+    """Twenty classes of Tiny-ImageNet at 64 px: an autoencoder trained on them forgets half of them."""
+    if not TINY_IMAGENET.exists():
+        pytest.skip("Tiny-ImageNet-20 is not on this machine")
+    for split in ("train", "val"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["shards", "build", str(TINY_IMAGENET), str(tmp_path / split), "--split", split])
+        assert not stopped.value.code
+    config = Path(__file__).parents[1] / "jobs/configs/pretrain_tiny_imagenet.yaml"
+    places = [f"data.train={tmp_path}/train", f"run_dir={tmp_path}/pretrained"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["pretrain", str(config), *[a for o in places for a in ("--set", o)]])
+    assert not stopped.value.code
+    held_out = ["--set", f"evaluation.data={tmp_path}/val"]
+    model = str(tmp_path / "pretrained/model")
+    assert demo("--data", str(tmp_path / "train"), "--model", model, "--run-dir", str(tmp_path / "run"), *held_out) == 0
+    found = figures(tmp_path / "run")
+    print(json.dumps([*found.values()], indent=1))
+    assert found["unlearned", "forget"]["psnr"] < found["original", "forget"]["psnr"] - 1.5
+    assert found["unlearned", "retain"]["psnr"] > 0.95 * found["original", "retain"]["psnr"]
