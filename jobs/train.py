@@ -22,10 +22,11 @@ FAILURE = "failure.txt"
 
 
 def check(run: config.RunConfig) -> dict[str, dict]:
-    """Check data, sets, method and weights, and say what the sets hold; nothing is written.
+    """Check data, sets, method, weights and what the evaluation needs, and say what the sets hold; nothing is written.
 
     Raises UnlearnError: no such data or class, an empty or overlapping set, weights that do not fit.
     """
+    from unlearn.evaluation import features, pictures
     from unlearn.models import weights
     from unlearn.training import loop
 
@@ -38,8 +39,11 @@ def check(run: config.RunConfig) -> dict[str, dict]:
     found = loop.sets(run)
     selection.check_sizes(found, cls.needs_forget)
     weights.build(run.model, run.seed)
-    if run.evaluation.oracle:
-        weights.read(run.evaluation.oracle)
+    if cls.needs_teacher:  # then there will be something to evaluate
+        pictures.sets(run)
+        features.check(run.evaluation.features, run.evaluation.features_weights)
+        if run.evaluation.oracle:
+            weights.build(run.model.model_copy(update={"weights": run.evaluation.oracle}))
     return selection.describe(found)
 
 

@@ -85,6 +85,11 @@ def test_version_models_methods_schema(told):
         ("model.family=gpt", "no family 'gpt'; known: mae"),
         ("method.name=hope", "no method 'hope'; known: encoder_l2"),
         ("method.noise_region=hole", "never sees the hole"),
+        ("evaluation.data=/nowhere", "/nowhere: no manifest.json there"),
+        ("evaluation.features=eyes", "no network 'eyes'; known: efficientnet_lite0"),
+        ("evaluation.features=inception", "give its file as evaluation.features_weights"),
+        ("evaluation.oracle=/nowhere", "no weights at /nowhere"),
+        ("training.forget_fraction=0", "training.forget_fraction is 0"),
         ("cluster.workers=2", "engine torch is one process"),
     ],
 )

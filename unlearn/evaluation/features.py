@@ -8,11 +8,14 @@
 Nothing is downloaded and nothing is unpickled. Numbers of different networks cannot be compared: the name stands in every table.
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import unlearn.torchvision_cpu  # noqa: F401  before torchvision and open_clip
+from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, MissingExtra, WeightsError
 from unlearn.models import weights
 
@@ -53,10 +56,21 @@ def build(name: str, weights_uri: str | None = None) -> Network:
 
     Raises ConfigError for an unknown name, WeightsError for weights that are missing or do not fit, MissingExtra.
     """
+    check(name, weights_uri)
+    return NETWORKS[name.partition(":")[0]](name, weights_uri)
+
+
+def check(name: str, weights_uri: str | None) -> None:
+    """Raise what `build` raises for an unknown name, a missing package or a missing file, without building anything."""
     kind, _, arch = name.partition(":")
     if kind not in NETWORKS or (arch and kind != "clip"):
         raise ConfigError(f"evaluation.features: no network {name!r}; known: {', '.join(NETWORKS)}, clip:ARCH")
-    return NETWORKS[kind](name, weights_uri)
+    if kind == "clip" and importlib.util.find_spec("open_clip") is None:
+        raise MissingExtra("open-clip-torch", "clip", f"evaluation.features {name}")
+    if kind != "efficientnet_lite0" and weights_uri is None:
+        raise WeightsError(f"evaluation.features {name} brings no weights: give its file as evaluation.features_weights")
+    if kind != "efficientnet_lite0" and not Storage(weights_uri).is_file():
+        raise WeightsError(f"evaluation.features_weights: there is no file {weights_uri}")
 
 
 def _efficientnet_lite0(name: str, uri: str | None) -> Network:
@@ -105,10 +119,8 @@ class _ImageTower(nn.Module):
 
 
 def _clip(name: str, uri: str | None) -> Network:
-    try:
-        import open_clip
-    except ImportError:
-        raise MissingExtra("open-clip-torch", "clip", f"evaluation.features {name}") from None
+    import open_clip
+
     arch = name.partition(":")[2] or "ViT-H-14"
     if arch not in open_clip.list_models():
         raise ConfigError(f"evaluation.features: open_clip has no architecture {arch!r}; see open_clip.list_models()")
@@ -121,10 +133,8 @@ def _clip(name: str, uri: str | None) -> Network:
 NETWORKS = {"efficientnet_lite0": _efficientnet_lite0, "inception": _inception, "clip": _clip}
 
 
-def _fill(net: nn.Module, uri: str | None, name: str) -> None:
+def _fill(net: nn.Module, uri: str, name: str) -> None:
     """Load a state dict whole. Counters of batch norm, which old files do not have, are not asked for."""
-    if uri is None:
-        raise WeightsError(f"evaluation.features {name} brings no weights: give its file as evaluation.features_weights")
     counters = {n: t for n, t in net.state_dict().items() if n.endswith("num_batches_tracked")}
     try:
         net.load_state_dict(counters | weights.read(uri)[0])
