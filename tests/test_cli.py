@@ -11,11 +11,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from conftest import BUCKET, tiny_table
+from conftest import ADMIN, BUCKET, tiny_table
 
 from unlearn import config
 from unlearn.cli import main
 from unlearn.data import shards
+from unlearn.data.storage import Storage
 from unlearn.training import metrics
 
 
@@ -187,6 +188,19 @@ def test_run_evaluate_report_show(told, written, tmp_path):
     assert told("evaluate", folder, "--set", "evaluation.limit=4")[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["rows"][0]["images"] == 4
     assert config.parse(yaml.safe_load(told("config", "show", folder)[1])) == config.load(folder / "config.yaml")
+
+
+def test_everything_on_s3(told, written, tiny_shards, s3):
+    """Shards, run folder, model and report on S3; no secret in anything that was written."""
+    here, there, run = Storage(tiny_shards), Storage(f"{s3}/shards"), Storage(f"{s3}/run")
+    for name in here.files():
+        there.write(name, here.read(name))
+    assert told("shards", "verify", f"{s3}/shards")[0] == 0
+    code, out, err = told("run", written(f"data.train={s3}/shards", f"run_dir={s3}/run"))
+    assert code == 0 and f"{s3}/run/report.html" in out
+    assert {"config.yaml", "metrics.jsonl", "metrics.json", "report.html", "model/weights.safetensors"} <= set(run.files())
+    assert not any(ADMIN[1].encode() in run.read(name) for name in run.files()) and ADMIN[1] not in out + err
+    assert told("report", f"{s3}/run")[0] == 0
 
 
 def test_shards_commands(told, tmp_path, tiny_shards):
