@@ -18,7 +18,7 @@ install_torch_cpu() {
         "$python" -c 'import json, sys; m = json.load(sys.stdin)["install"][0]["metadata"]; sys.exit(any("nvidia" in r for r in m.get("requires_dist", [])) and "+cpu" not in m["version"])'; then
         .venv/bin/pip install --quiet "$torch"
     else
-        .venv/bin/pip install --quiet uv
+        .venv/bin/pip install --quiet uv==0.13.9
         .venv/bin/uv pip install --quiet --python .venv --torch-backend=cpu "$torch" "$(grep '^torchvision==' infra/constraints.txt)"
     fi
 }

@@ -5,6 +5,7 @@
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -12,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs import demo
+from jobs.cluster import WORKER_ENV
 from unlearn import config
 from unlearn.errors import UnlearnError
 
@@ -85,6 +87,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args(argv)
+    if not WORKER_ENV.items() <= os.environ.items():
+        # What Ray's workers are given, plain torch must have too, or it would be no fair baseline; malloc reads it at start.
+        os.execve(sys.executable, [sys.executable, "-m", "jobs.benchmark", *(argv or sys.argv[1:])], os.environ | WORKER_ENV)
     try:
         run = config.load(options.config, options.overrides) if options.config else demo.demo_config(overrides=options.overrides)
         (engines if options.what == "engines" else loader)(run, options.rounds)

@@ -1,5 +1,6 @@
 """The demo's configuration: embedded by default, or the same job on other shards and weights."""
 
+import copy
 from datetime import datetime
 from importlib.resources import files
 
@@ -19,15 +20,18 @@ def demo_config(
     if (data is None) != (model is None):
         raise ConfigError("give --data and --model together: a model belongs to its images")
     tree = yaml.safe_load((files("jobs") / CONFIG).read_text())
+    forgotten = copy.deepcopy(tree["data"]["forget"])  # what the embedded oracle has never seen
     if data is not None:
         tree["data"]["train"], tree["model"]["weights"] = data, model
         tree["evaluation"] |= {"data": None, "oracle": None}
         tree["data"]["forget"]["classes"] = _half(data)
     if forget:
         tree["data"]["forget"]["classes"] = [int(c) if c.isdigit() else c for c in forget]
-        tree["evaluation"]["oracle"] = None  # it has seen what is now forgotten
     tree["run_dir"] = run_dir or f"runs/demo-{datetime.now():%Y%m%d-%H%M%S}"
-    return config.parse(config.override(tree, overrides), "demo")
+    tree = config.override(tree, overrides)
+    if tree["data"]["forget"] != forgotten and not any(o.startswith("evaluation.oracle=") for o in overrides):
+        tree["evaluation"]["oracle"] = None  # it has seen what is now forgotten
+    return config.parse(tree, "demo")
 
 
 def _half(data: str) -> list[int]:

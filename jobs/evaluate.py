@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Batch:
+class Piece:
     """One piece of work: positions start .. stop of a set; generator None: the originals themselves."""
 
     set: str
@@ -108,7 +108,7 @@ class Worker:
         self.compared = Comparison(run, device)
         self.network = features.build(run.evaluation.features, run.evaluation.features_weights).to(device)
 
-    def measure(self, batch: Batch) -> dict:
+    def measure(self, batch: Piece) -> dict:
         """{"features": (B, D), "classes": (B, C) or None, "errors": (B,) squared error in the hole, or None, "seconds"}."""
         import numpy as np
 
@@ -136,7 +136,7 @@ def _rows(run, sizes: dict[str, int], generators: list[str], measure, progress: 
     views = range(len(run.evaluation.views))
     cells = [(s, g, v) for s in sizes for g, v in [(None, 0), *((g, v) for v in views for g in generators)]]
     step = run.evaluation.batch_size
-    batches = [Batch(s, g, v, i, min(i + step, sizes[s])) for s, g, v in cells for i in range(0, sizes[s], step)]
+    batches = [Piece(s, g, v, i, min(i + step, sizes[s])) for s, g, v in cells for i in range(0, sizes[s], step)]
     total, done = sum(b.stop - b.start for b in batches), 0
     rows, kept, seconds, real = [], {}, {"originals": 0.0} | dict.fromkeys([*generators, "figures"], 0.0), None
     results = measure(batches)
@@ -170,7 +170,7 @@ def _joined(parts: list[dict]) -> tuple:
 
 
 @contextlib.contextmanager
-def _workers(run: config.RunConfig) -> Iterator[Callable[[list[Batch]], Iterator[dict]]]:
+def _workers(run: config.RunConfig) -> Iterator[Callable[[list[Piece]], Iterator[dict]]]:
     """A function that measures batches and yields the results in their order: in this process, or in Ray actors."""
     count = run.evaluation.workers or run.cluster.workers
     if count == 1 and (run.training.engine == "torch" or not _on_cluster(run)):
@@ -212,7 +212,7 @@ class _Actor:
     def __init__(self, settings: dict):
         self.settings, self.worker = settings, None
 
-    def measure(self, batch: Batch) -> dict | str:
+    def measure(self, batch: Piece) -> dict | str:
         try:
             self.worker = self.worker or Worker(config.parse(self.settings))
             return self.worker.measure(batch)
@@ -220,7 +220,7 @@ class _Actor:
             return str(e)
 
 
-def _in_order(actors: list, batches: list[Batch]) -> Iterator[dict]:
+def _in_order(actors: list, batches: list[Piece]) -> Iterator[dict]:
     ahead: deque = deque()
     for number, batch in enumerate(batches):
         ahead.append(actors[number % len(actors)].measure.remote(batch))

@@ -15,7 +15,7 @@ from unlearn.methods import base as methods
 from unlearn.models import base as models
 from unlearn.training.checkpoint import Checkpoints
 
-# Called with logged rows, the newest at least.
+# Called with logged rows: all of them on plain torch, the newest ones from Ray.
 Progress = Callable[[dict], None]
 # In the run folder: the user's mistake that stopped the workers.
 FAILURE = "failure.txt"
@@ -52,7 +52,9 @@ def prepare(run: config.RunConfig, resume: bool = False) -> None:
 
     Raises UnlearnError as `check` does, and where the run folder is in use or cannot be written.
     """
-    about = check(run)
+    from unlearn.training import loop
+
+    check(run)
     checkpoints = Checkpoints(run.run_dir, run.training.keep_checkpoints)
     steps = checkpoints.steps()
     if steps and not resume:
@@ -60,8 +62,7 @@ def prepare(run: config.RunConfig, resume: bool = False) -> None:
             f"{run.run_dir} holds a run that has come to step {steps[-1]}: add --resume to go on, or give another run_dir"
         )
     if steps:
-        manifests = {name: found["manifest"] for name, found in about.items()}
-        checkpoints.state(steps[-1]).check(run.hash(), manifests, run.run_dir)
+        checkpoints.state(steps[-1]).check(run.hash(), loop.origin(run, loop.sets(run)), run.run_dir)
     check_machine(run.cluster, run.cluster.workers)
     Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
 
@@ -110,13 +111,18 @@ def _on_ray(run: config.RunConfig, progress: Progress) -> None:
         metrics.follow(run.run_dir, work, progress)
         try:
             work.result()
+            _tell_failure(storage)
         except ray.train.TrainingFailedError as e:
-            if storage.is_file(FAILURE):
-                raise TrainingError(storage.read(FAILURE).decode()) from None
+            _tell_failure(storage)
             raise ClusterError(
                 f"the workers failed more than cluster.max_failures ({run.cluster.max_failures}) times: {_last_line(e)}; "
                 "the last checkpoint is good: add --resume to go on"
             ) from e
+
+
+def _tell_failure(storage: Storage) -> None:
+    if storage.is_file(FAILURE):
+        raise TrainingError(storage.read(FAILURE).decode()) from None
 
 
 def _into(work: Future, call: Callable) -> None:
@@ -140,7 +146,7 @@ def _worker(settings: dict) -> None:
     run = config.parse(settings["run"])
     storage = Storage(run.run_dir)
     if storage.is_file(FAILURE):
-        raise TrainingError(storage.read(FAILURE).decode())
+        return  # the mistake of another worker, or of this one before Ray started it again: the driver tells it
     try:
         worker(run, ray.train.report)
     except StorageError:

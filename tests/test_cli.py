@@ -148,6 +148,7 @@ def test_images_that_do_not_decode(told, written, damaged):
     path = written(*options, "data.max_bad_images=2", "method.name=pretrain")
     assert told("pretrain", path, "--set", f"run_dir={damaged}-run")[0] == 0
     assert metrics.read(f"{damaged}-run")[-1]["bad_images"] == 2
+    assert json.loads(Path(f"{damaged}-run/bad_images.json").read_text()) == {"retain": ["img-013", "img-020"]}
 
 
 def test_a_run_folder_in_use_and_a_checkpoint_of_another_config(told, written):

@@ -32,7 +32,7 @@ def parse(*overrides: str) -> config.RunConfig:
         (["data.retain={}", "data.proxy={}"], "give retain or proxy, not both"),
         (["data.proxy_data=x"], "data.proxy_data is given without data.proxy"),
         (["method.alpha=-1"], "method.alpha: Input should be greater than or equal to 0 (given: -1)"),
-        (["training.lr=.nan"], "training.lr: Input should be greater than 0"),
+        (["training.lr=.nan"], "training.lr: Input should be a finite number"),
         (["training.betas=[0.9, 1.5]"], "training.betas.1: Input should be less than 1"),
         (["name=a b"], "name: String should match pattern"),
         (["run_dir=null"], "run_dir: Input should be a valid string"),
@@ -66,7 +66,7 @@ def test_a_malformed_override_is_told(item):
     "item",
     ["cluster.max_failures=0", "cluster.gpus_per_worker=1", "run_dir=elsewhere", "name=other", "data.train=copy/of/it",
      "data.cache=none", "data.decode_threads=7", "data.read_ahead=1", "training.checkpoint_every=1", "training.log_every=1",
-     "training.keep_checkpoints=9", "training.engine=torch", "training.zero_stage=3", "training.offload_optimizer=true",
+     "training.keep_checkpoints=9", "data.max_bad_images=3", "training.activation_checkpointing=true", "training.engine=torch", "training.zero_stage=3", "training.offload_optimizer=true",
      "evaluation.limit=5"],
 )  # fmt: skip
 def test_the_hash_ignores_where_and_how_it_runs(item):

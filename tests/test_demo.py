@@ -101,3 +101,16 @@ def test_natural_colour_images(tmp_path):
     print(json.dumps([*found.values()], indent=1))
     assert found["unlearned", "forget"]["psnr"] < found["original", "forget"]["psnr"] - 1.5
     assert found["unlearned", "retain"]["psnr"] > 0.95 * found["original", "retain"]["psnr"]
+
+
+def test_the_embedded_weights_say_which_configuration_makes_them():
+    """A change of the configurations, or of what their hash means, must come with new cards."""
+    from unlearn import config
+    from unlearn.data import shards
+    from unlearn.models import weights
+
+    for model, name in (("mae-fashion", "pretrain_fashion"), ("mae-fashion-oracle", "pretrain_fashion_oracle")):
+        run = config.load(Path(__file__).parents[1] / f"jobs/configs/{name}.yaml")
+        _, card = weights.read(f"embedded:{model}")
+        assert card["config_hash"] == run.hash() and card["data"]["retain"] == shards.load(run.data.train).hash
+        assert weights.build(config.Model(weights=f"embedded:{model}")).options == weights.build(run.model).options

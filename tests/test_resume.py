@@ -35,14 +35,18 @@ def whole(tiny_shards, tiny_model, tmp_path_factory):
     return runs
 
 
+KILLS = [*((step, "report") for step in range(1, STEPS)), (2, "written"), (4, "written"), (4, "committed")]
+
+
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("step", range(1, STEPS))
-def test_killed_at_any_step_and_resumed_is_the_same_run(whole, tmp_path, stage, step):
+@pytest.mark.parametrize(("step", "where"), KILLS)
+def test_killed_at_any_step_and_resumed_is_the_same_run(whole, tmp_path, stage, step, where):
     run = whole[stage].model_copy(update={"run_dir": str(tmp_path / "run")})
     with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        together([run], 2, kill_at=step)
-    assert Checkpoints(run.run_dir, 2).steps() == [s for s in (2,) if s < step]
+        together([run], 2, kill_at=step, kill_in=where)
+    assert Checkpoints(run.run_dir, 2).steps() == [s for s in (2, 4) if s < step or where == "committed"]
     together([run], 2)
+    assert not list(Path(run.run_dir).rglob(".part-*"))
     assert weights_of(run) == weights_of(whole[stage])
     assert [row["step"] for row in metrics.read(run.run_dir)] == [*range(1, STEPS + 1)]
 

@@ -77,3 +77,9 @@ def test_the_views_of_a_seed_never_change(kind, hidden, after):
     rng = np.random.default_rng(3)
     assert views.draw([config.View(kind=kind, size=(0.2, 0.4))], 4, 1, rng).hidden[0].tolist() == hidden
     assert int(rng.integers(1000)) == after
+
+
+def test_the_fullest_view_hides_least():
+    specs = [config.View(kind="random", size=(0.3, 0.9)), config.View(size=0.75), config.View(kind="box", size=(0.5, 0.6))]
+    view = views.fullest(specs, 8, 3, np.random.default_rng(0))
+    assert view.visible.shape == (3, 8 * 8 - 16)  # the box of half the side

@@ -94,6 +94,7 @@ def demo(
     forget: Annotated[list[str] | None, typer.Option(help="a class to forget, may be repeated; default: half of the classes")] = None,
     run_dir: Annotated[str | None, typer.Option(help="where to write; default: a new folder in runs/")] = None,
     overrides: Set = (),
+    resume: Resume = False,
     show_forget: Annotated[bool | None, typer.Option(help="pictures of the forget set; default: for the embedded images only")] = None,
 ):
     """Forget half of the classes of an embedded data set with two workers: minutes on a laptop, no download.
@@ -103,7 +104,7 @@ def demo(
     from jobs.demo import demo_config
 
     settings = _warned(demo_config(data, model, forget, run_dir, overrides))
-    _train(settings, resume=False)
+    _train(settings, resume)
     _evaluate(settings, data is None if show_forget is None else show_forget)
 
 
@@ -263,14 +264,14 @@ def _evaluate(settings, show_forget: bool) -> None:
     from unlearn.data.storage import Storage
     from unlearn.evaluation.report import NAME, table
 
-    with progress("evaluating") as advance:
+    with _resumable(settings, measuring=True), progress("evaluating") as advance:
         metrics = job.evaluate(settings, lambda done, total: advance(done, total, ""), show_forget)
     out.print(table(metrics))
     out.print(f"report: {Storage(settings.run_dir).where(NAME)}", soft_wrap=True)
 
 
 @contextlib.contextmanager
-def _resumable(settings) -> Iterator[None]:
+def _resumable(settings, measuring: bool = False) -> Iterator[None]:
     """On Ctrl-C say how to go on, and exit with 130."""
     try:
         yield
@@ -278,6 +279,9 @@ def _resumable(settings) -> Iterator[None]:
         from unlearn.console import err
         from unlearn.training.checkpoint import Checkpoints
 
+        if measuring:
+            err.print(f"\nstopped: the model is there; measure it with\n  unlearn evaluate {settings.run_dir}", soft_wrap=True)
+            sys.exit(130)
         steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
         saved = f"step {steps[-1]} is saved; go on with" if steps else "no checkpoint was written yet; start again with"
         command = "pretrain" if settings.method.name == "pretrain" else "run"

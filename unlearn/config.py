@@ -83,7 +83,7 @@ class Data(Part):
     shuffle_rows: Positive = Field(1 << 20, description="rows shuffled together; smaller reads fewer row groups at once")
     decode_threads: Positive = 2
     read_ahead: Positive = Field(3, description="micro-batches kept ready")
-    max_bad_images: int = Field(0, ge=0, description="images a worker may skip because they do not decode")
+    max_bad_images: int = Field(0, ge=0, description="images of one set that a worker may skip because they do not decode")
 
 
 class Model(Part):
@@ -182,6 +182,8 @@ class RunConfig(Part):
             raise ValueError("training: give exactly one of steps and epochs")
         if t.engine == "torch" and c.workers != 1:
             raise ValueError(f"training.engine torch is one process: set cluster.workers to 1 (now {c.workers})")
+        if t.engine == "deepspeed" and c.workers > 1 and c.gpus_per_worker not in (0, 1):
+            raise ValueError(f"cluster.gpus_per_worker {c.gpus_per_worker:g}: a worker drives one GPU; give 0 or 1, and more workers")
         if t.micro_batch_size is None and t.batch_size % c.workers:
             raise ValueError(f"training.batch_size {t.batch_size} does not divide among {c.workers} workers")
         if t.batch_size % (self.micro_batch * c.workers):
@@ -209,11 +211,13 @@ class RunConfig(Part):
 
     def hash(self) -> str:
         """sha256 of what decides the weights. Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run
-        may go on elsewhere with another number of workers; the data is told by its manifests' hashes instead."""
+        may go on elsewhere with another number of workers; data and first weights are told by hashes of their own instead."""
         tree = self.model_dump(mode="json", exclude={"cluster", "run_dir", "evaluation", "name"})
-        for key in ("train", "proxy_data", "cache", "decode_threads", "read_ahead"):
+        tree["model"].pop("weights")
+        for key in ("train", "proxy_data", "cache", "decode_threads", "read_ahead", "max_bad_images"):
             tree["data"].pop(key)
-        for key in ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer"):
+        for key in ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
+                    "activation_checkpointing"):  # fmt: skip
             tree["training"].pop(key)
         tree["training"]["micro_batch_size"] = self.micro_batch
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

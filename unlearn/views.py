@@ -22,6 +22,9 @@ class View:
     hidden: torch.Tensor
     grid: int
 
+    def pin(self) -> "View":
+        return View(self.visible.pin_memory(), self.hidden.pin_memory(), self.grid)
+
     def to(self, device) -> "View":
         return View(self.visible.to(device, non_blocking=True), self.hidden.to(device, non_blocking=True), self.grid)
 
@@ -47,6 +50,13 @@ def draw(specs: list[config.View], grid: int, count: int, rng: np.random.Generat
     order = np.argsort(mask, axis=1, kind="stable")
     visible = grid * grid - int(mask[0].sum())
     return View(torch.from_numpy(order[:, :visible].copy()), torch.from_numpy(order[:, visible:].copy()), grid)
+
+
+def fullest(specs: list[config.View], grid: int, count: int, rng: np.random.Generator) -> View:
+    """Of all views that the specs allow the one that hides least: it takes the most memory and time."""
+    sizes = [(spec, size) for spec in specs for size in (spec.size if isinstance(spec.size, tuple) else (spec.size,))]
+    drawn = [draw([spec.model_copy(update={"size": size})], grid, count, rng) for spec, size in sizes]
+    return max(drawn, key=lambda view: view.visible.shape[1])
 
 
 def _side(grid: int, size: float) -> int:

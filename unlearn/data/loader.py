@@ -33,7 +33,7 @@ class Batch:
     seed: int
 
     def pin(self) -> "Batch":
-        return Batch(self.images.pin_memory(), self.view, self.retain, self.seed)
+        return Batch(self.images.pin_memory(), self.view.pin(), self.retain, self.seed)
 
 
 def decode(data: memoryview | bytes) -> np.ndarray:
@@ -150,9 +150,9 @@ class Loader:
         }
 
     @property
-    def bad_images(self) -> int:
-        """Damaged images met so far by this worker."""
-        return sum(len(i.bad) for i in self.images.values())
+    def bad_images(self) -> dict[str, list[str]]:
+        """Ids of the damaged images of each set that this worker has met so far."""
+        return {name: sorted(images.bad.values()) for name, images in self.images.items() if images.bad}
 
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, computed in the calling thread."""

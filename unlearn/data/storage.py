@@ -83,8 +83,6 @@ class Storage:
                     return False
                 raise
 
-    exists = is_file
-
     def read(self, name: str = "") -> bytes:
         with _told(self.where(name)):
             if self.is_local():

@@ -17,6 +17,7 @@ class Generator(Protocol):
     def encode(self, images, view): ...
     def reconstruct(self, images, view): ...
     def training_loss(self, images, view): ...
+    def noise_like(self, images, generator): ...
 
 
 class Method:
@@ -40,8 +41,12 @@ class Method:
     def check(self, model: type[Adapter]) -> None:
         """Raise ConfigError where the settings make no sense for this family."""
 
+    def sample_size(self) -> int:
+        """How many training images `prepare` wants to see."""
+        return 0
+
     def prepare(self, pixels: torch.Tensor, model: Adapter) -> None:
-        """See some training images (N, 3, S, S), uint8, before the first step."""
+        """See about `sample_size` training images (N, 3, S, S), uint8, before the first step."""
 
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         """The parameters that move."""

@@ -43,8 +43,11 @@ class EncoderL2(Method):
                 f"method.noise_region hole: the encoder of {model.family} never sees the hole, so nothing would be forgotten; use image"
             )
 
+    def sample_size(self) -> int:
+        return 256 if self.settings.noise == "dataset" else 0
+
     def prepare(self, pixels: torch.Tensor, model: Adapter) -> None:
-        """Measure the mean and covariance of the channels, for `noise: dataset`."""
+        """Measure the mean and covariance of the channels over some training images, for `noise: dataset`."""
         if self.settings.noise != "dataset":
             return
         channels = model.normalise(pixels).double().transpose(0, 1).flatten(1)

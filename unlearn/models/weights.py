@@ -4,6 +4,7 @@ Nothing is unpickled: .pth files are read with weights_only=True.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, card) of a folder of ours or of one file; the card is empty where there is none."""
     storage, card = Storage(uri), {}
     if not storage.is_file():
-        if not storage.exists(CARD):
+        if not storage.is_file(CARD):
             raise WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
         try:
             card = json.loads(storage.read(CARD))
@@ -83,6 +84,13 @@ def _tensors(path: Path, uri: str) -> dict[str, torch.Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise WeightsError(f"{uri} holds no dictionary of tensors")
     return tensors
+
+
+def fingerprint(uri: str) -> str:
+    """sha256 of the file of weights at `uri`."""
+    storage = Storage(uri)
+    with local_copy(uri if storage.is_file() else storage.where(WEIGHTS)) as path, open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(model: base.Adapter, uri: str, card: dict[str, Any]) -> None:

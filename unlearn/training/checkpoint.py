@@ -33,7 +33,7 @@ class TrainerState:
     step: int
     samples: int
     config: str  # RunConfig.hash()
-    data: dict[str, str]  # set -> manifest hash
+    data: dict[str, str]  # set -> manifest hash, and "weights" -> sha256 of what training started from
     workers: int
 
     def check(self, config: str, data: dict[str, str], where: str) -> None:
@@ -44,7 +44,8 @@ class TrainerState:
                 "resume with the config of the run, or start a new run_dir"
             )
         if self.data != data:
-            raise CheckpointError(f"{where}: the data has changed since ({', '.join(k for k in data if data[k] != self.data.get(k))})")
+            changed = ", ".join(k for k in data if data[k] != self.data.get(k))
+            raise CheckpointError(f"{where}: the data has changed since ({changed}); start a new run_dir")
 
 
 class Checkpoints:
@@ -68,13 +69,15 @@ class Checkpoints:
         for kind in OPTIMIZER_STATE:
             tensors |= {f"{kind}/{f.start}/{f.name}": f.state(kind).cpu() for f in fragments}
         folder, name = _folder(state.step), f"rank-{rank:05d}-of-{state.workers:05d}.safetensors"
-        with tempfile.TemporaryDirectory(**self._near()) as temporary:
+        with tempfile.TemporaryDirectory(**self._near(folder)) as temporary:
             path = Path(temporary) / name
             save_file({k: t.contiguous() for k, t in tensors.items()}, path)
             about = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             self.storage.upload(path, f"{folder}/{name}")
         files = dict(gather((name, about)))
         if rank == 0:
+            if missing := [n for n in files if not self.storage.is_file(f"{folder}/{n}")]:
+                raise CheckpointError(f"{self.storage.where(folder)}: {missing[0]} is not there: run_dir must be shared by all nodes, as s3:// is")
             self.storage.write(f"{folder}/{COMMIT}", json.dumps({"state": asdict(state), "files": files}, indent=1).encode())
             self._prune()
         gather(None)  # nobody runs on before the checkpoint exists
@@ -104,20 +107,21 @@ class Checkpoints:
             raise CheckpointError(f"{self.storage.where(_folder(step))}/{COMMIT} is damaged: delete that folder") from None
 
     def _prune(self) -> None:
-        """Delete all but the newest, COMMIT first, and what was never committed before the newest."""
+        """Delete all but the newest, COMMIT first, and older ones that were never committed."""
         kept = self.steps()[-self.keep :]
         found = {int(n.split("/")[1].removeprefix("step-")) for n in self.storage.files("checkpoints")}
         for step in sorted(found - set(kept)):
-            if step < kept[-1]:
+            if step < kept[0]:
                 self.storage.delete(f"{_folder(step)}/{COMMIT}")
                 self.storage.delete(_folder(step))
 
-    def _near(self) -> dict:
-        """Where to write first: on the run's own disk, so that publishing is a rename."""
+    def _near(self, folder: str) -> dict:
+        """Where to write first: on the run's own disk, so that publishing is a rename, and where pruning finds what is left."""
         if not self.storage.is_local():
             return {}
-        Path(self.storage.uri).mkdir(parents=True, exist_ok=True)
-        return {"dir": self.storage.uri, "prefix": ".part-"}
+        place = Path(self.storage.where(folder))
+        place.mkdir(parents=True, exist_ok=True)
+        return {"dir": place, "prefix": ".part-"}
 
 
 class Saved:

@@ -3,6 +3,7 @@
 The plain engine is the yardstick: same batches, same loss, same optimizer, nothing else.
 """
 
+import math
 import os
 from collections.abc import Iterable
 from typing import Protocol
@@ -41,6 +42,7 @@ class Engine(Protocol):
     rank: int
     workers: int
     device: torch.device
+    finite: "FiniteCheck"
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         """One optimizer step over this rank's micro-batches. Sums of the loss parts over them, and `grad_norm`, all on
@@ -55,12 +57,29 @@ class Engine(Protocol):
         """One object of every rank, in every rank."""
 
 
-def _assert_finite(parts: Parts) -> None:
-    """Stop before the update, and without waiting for the device: there the assertion runs in the stream."""
-    for name, value in parts.items():
-        if name != "loss":
-            torch._assert_async(torch.isfinite(value), f"the {name} loss is not finite")
-    torch._assert_async(torch.isfinite(parts["loss"].detach()), "the loss is not finite")
+class FiniteCheck:
+    """Stops before an update that is not finite, without waiting for the device: there the assertion runs in the stream.
+
+    A GPU whose assertion failed tells no more than that; the last values are kept in the host's memory to say what it was.
+    """
+
+    def __init__(self):
+        self._names: list[str] = []
+        self._seen: torch.Tensor | None = None
+
+    def __call__(self, values: Parts) -> None:
+        # The parts come before their sum, so that the message names the one at fault.
+        named = {f"{name} loss" if name in ("retain", "forget") else name: values[name].detach() for name in sorted(values, key="loss".__eq__)}
+        if next(iter(named.values())).is_cuda:
+            self._names, stacked = list(named), torch.stack([v.float() for v in named.values()])
+            self._seen = torch.empty(len(named), pin_memory=True).copy_(stacked, non_blocking=True)
+        for name, value in named.items():
+            torch._assert_async(torch.isfinite(value), f"the {name} is not finite")
+
+    def culprit(self) -> str | None:
+        """What was not finite on a GPU, where that is known."""
+        seen = zip(self._names, [] if self._seen is None else self._seen.tolist(), strict=False)
+        return next((name for name, value in seen if not math.isfinite(value)), None)
 
 
 def _on(batch: Batch, student: Adapter, device: torch.device, dtype: torch.dtype) -> Batch:
@@ -88,6 +107,7 @@ class TorchEngine:
         self.objective = objective.to(device).train()
         self.optimizer = _optimizer(trained, settings, device)
         self._named = _named(objective.student, trained)
+        self.finite = FiniteCheck()
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
@@ -96,13 +116,14 @@ class TorchEngine:
             batch = _on(batch, self.objective.student, self.device, torch.float32)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
                 parts = self.objective(batch)
-            _assert_finite(parts)
+            self.finite(parts)
             (parts["loss"] / len(batches)).backward()
             _add(sums, parts)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         trained = [p for _, p in self._named]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or float("inf"))
+        self.finite({"gradient norm": norm})
         self.optimizer.step()
         self.optimizer.zero_grad()
         return sums | {"grad_norm": norm}
@@ -134,6 +155,7 @@ class DeepSpeedEngine:
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self._dist, self._student = dist, objective.student
         self._named = _named(objective.student, trained)
+        self.finite = FiniteCheck()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective.to(device), model_parameters=trained, optimizer=_optimizer(trained, settings, device),
             config=deepspeed_config(settings, accumulation, micro_batch), dist_init_required=False,
@@ -144,18 +166,21 @@ class DeepSpeedEngine:
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
+        norm = None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         for batch in batches:
             parts = self._engine(_on(batch, self._student, self.device, self._dtype))
-            _assert_finite(parts)
+            self.finite(parts)
             self._engine.backward(parts["loss"])
             _add(sums, parts)
             # Without ZeRO DeepSpeed keeps no norm, and the gradients are gone after its step.
-            norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named]) if self._plain else None
+            if self._plain and self._engine.is_gradient_accumulation_boundary():
+                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named])
             self._engine.step()  # updates at the end of the accumulation only
-        norm = self._engine.get_global_grad_norm() if norm is None else norm
-        return sums | {"grad_norm": torch.as_tensor(norm, device=self.device)}
+        norm = torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, device=self.device)
+        self.finite({"gradient norm": norm})  # ZeRO has skipped the update then; no checkpoint may count it
+        return sums | {"grad_norm": norm}
 
     def fragments(self) -> list[Fragment]:
         zero = self._optimizer

@@ -2,16 +2,19 @@
 
 import contextlib
 import itertools
+import json
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from unlearn import config
+from unlearn import config, views
 from unlearn.data import order, selection
 from unlearn.data.loader import Loader
 from unlearn.data.selection import RowSet
+from unlearn.data.storage import Storage
 from unlearn.errors import TrainingError
 from unlearn.methods import base as methods
 from unlearn.models import weights
@@ -38,28 +41,28 @@ def worker(run: config.RunConfig, report: Report = lambda row: None) -> None:
     method = methods.create(run.method)
     student = weights.build(run.model, run.seed)
     loader = Loader(run, found, student.grid, student.options.image_size)
+    data = origin(run, found)
     if start:
-        manifests = {name: rows.manifest.hash for name, rows in found.items()}
-        checkpoints.state(start).check(run.hash(), manifests, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
+        checkpoints.state(start).check(run.hash(), data, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
         engine = _engine(run, method, student, device)
-        method.prepare(_sample(loader).to(device), student)
-        with _finite():
+        if method.sample_size():
+            method.prepare(_sample(loader, method.sample_size()).to(device), student)
+        with _told(run, engine):
             _rehearse(engine, loader, run)
         if saved:
             saved.restore(engine.fragments(), start)
-    with _finite():
-        train(run, engine, loader, checkpoints, start, steps(run, found), student, method, report)
+    with _told(run, engine):
+        train(run, engine, loader, checkpoints, data, start, steps(run, found), student, method, report)
 
 
 def train(
-    run: config.RunConfig, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, stop: int,
+    run: config.RunConfig, engine: Engine, loader: Loader, checkpoints: Checkpoints, data: dict, start: int, stop: int,
     student, method: methods.Method, report: Report,
 ) -> None:  # fmt: skip
     """Steps start .. stop: fetch, compute, update, log, save."""
-    data = {name: images.set.manifest.hash for name, images in loader.images.items()}
     log = MetricsLog(run.run_dir, start) if engine.rank == 0 else None
     batches = loader.batches(_numbers(run, engine, start, stop), pin=engine.device.type == "cuda")
     window = _Window(run, engine, student, method)
@@ -68,16 +71,16 @@ def train(
         window.add(engine.step(mine, learning_rate(run.training, step - 1, stop)))
         if step % run.training.log_every == 0 or step == stop:
             row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(run.training, step - 1, stop)}
-            row["bad_images"] = loader.bad_images
+            row["bad_images"] = _bad_images(run, engine, loader)
             if log:
                 log.add(row)
             report(row)
         if step % run.training.checkpoint_every == 0 or step == stop:
             state = TrainerState(step, step * run.training.batch_size, run.hash(), data, engine.workers)
-            checkpoints.save(engine.fragments(), state, engine.rank, engine.gather)
-            if log:
-                log.flush()
-            window.restart()
+            with window.paused():
+                if log:
+                    log.flush()  # first, so that a committed checkpoint has all its rows
+                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather)
     if log:
         log.close()
 
@@ -88,6 +91,12 @@ def sets(run: config.RunConfig) -> dict[str, RowSet]:
     if not methods.method_class(run.method.name).needs_forget:
         found.pop("forget", None)
     return found
+
+
+def origin(run: config.RunConfig, found: dict[str, RowSet]) -> dict[str, str]:
+    """Hashes of what a run starts from: the manifest of each set, and the weights."""
+    data = {name: rows.manifest.hash for name, rows in found.items()}
+    return data | ({"weights": weights.fingerprint(run.model.weights)} if run.model.weights else {})
 
 
 def steps(run: config.RunConfig, found: dict[str, RowSet]) -> int:
@@ -129,38 +138,53 @@ def _numbers(run: config.RunConfig, engine: Engine, start: int, stop: int):
         yield from order.micro_batches(step, engine.rank, engine.workers, per_step)
 
 
-def _sample(loader: Loader) -> torch.Tensor:
-    """Some training images (N, 3, S, S), the same on every rank."""
-    return torch.cat([loader.batch(n).images for n in range(max(1, 256 // (loader.retain + loader.forget)))])
+def _sample(loader: Loader, count: int) -> torch.Tensor:
+    """About `count` training images (N, 3, S, S), the same on every rank."""
+    return torch.cat([loader.batch(n).images for n in range(max(1, count // (loader.retain + loader.forget)))])
+
+
+def _bad_images(run: config.RunConfig, engine: Engine, loader: Loader) -> int:
+    """Damaged images that all workers have met; their ids go to bad_images.json in the run folder."""
+    met: dict[str, set[str]] = {}
+    for found in engine.gather(loader.bad_images):
+        for name, ids in found.items():
+            met.setdefault(name, set()).update(ids)
+    if met and engine.rank == 0:
+        Storage(run.run_dir).write("bad_images.json", json.dumps({name: sorted(ids) for name, ids in met.items()}).encode())
+    return sum(map(len, met.values()))
 
 
 def _rehearse(engine: Engine, loader: Loader, run: config.RunConfig) -> None:
     """One whole step at learning rate 0 before the first: shapes, memory and communication fail here, not later.
 
-    The weights stay what they are to the bit, and the optimizer forgets the step.
+    It sees the largest micro-batch that can come. The weights stay what they are to the bit, and the optimizer forgets it.
     """
-    try:
-        engine.step(itertools.repeat(loader.batch(0), run.accumulation), 0.0)
-    except torch.OutOfMemoryError as e:
-        raise TrainingError(
-            f"a micro-batch of {run.micro_batch} rows does not fit on the device ({str(e).splitlines()[0][:120]}): lower "
-            "training.micro_batch_size, or set activation_checkpointing, a higher zero_stage or offload_optimizer"
-        ) from None
+    view = views.fullest(run.train_views, loader.grid, loader.retain + loader.forget, order.generator(run.seed, 1 << 23))
+    engine.step(itertools.repeat(replace(loader.batch(0), view=view), run.accumulation), 0.0)
     for fragment in engine.fragments():
         fragment.reset()
 
 
 @contextlib.contextmanager
-def _finite():
-    """Tell a failed assertion of the engines in the user's words."""
+def _told(run: config.RunConfig, engine: Engine):
+    """Tell what fails on the device in the user's words."""
     try:
         yield
-    except RuntimeError as e:
-        if "is not finite" not in str(e) and "device-side assert" not in str(e):
-            raise
-        what = str(e).splitlines()[0] if "is not finite" in str(e) else "a loss is not finite"
+    except torch.OutOfMemoryError as e:
         raise TrainingError(
-            f"{what}; stopped before the update, the last checkpoint is good. Lower training.lr or method.alpha, or look at the data"
+            f"a micro-batch of {run.micro_batch} rows does not fit on the device ({str(e).splitlines()[0][:120]}): lower "
+            "training.micro_batch_size, or set activation_checkpointing, a higher zero_stage or offload_optimizer"
+        ) from None
+    except RuntimeError as e:
+        if "is not finite" in str(e):
+            what = str(e).splitlines()[0]
+        elif "device-side assert" in str(e) and engine.finite.culprit():
+            what = f"the {engine.finite.culprit()} is not finite"
+        else:
+            raise
+        raise TrainingError(
+            f"{what}; stopped before the update, and the checkpoints before it are kept. The same settings lead here again: start "
+            "a new run_dir with a lower training.lr or method.alpha, or look at the data"
         ) from None
 
 
@@ -172,9 +196,15 @@ class _Window:
         self.restart()
 
     def restart(self) -> None:
-        """Start the clock anew, so that a checkpoint's time is not counted as training."""
         self.sums: dict[str, torch.Tensor] = {}
         self.count, self.flops, self.began = 0, 0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the clock: writing a checkpoint is not counted as training."""
+        stopped = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - stopped
 
     def watch(self, batches):
         """The batches, their FLOPs counted as they pass."""
@@ -197,10 +227,12 @@ class _Window:
         for name, value in row.items():
             if not math.isfinite(value):
                 raise RuntimeError(f"{name} is not finite")
-        rate = self.flops / seconds
-        row |= {"images_per_s": self.count * self.run.training.batch_size / seconds, "flop_per_s": rate * self.engine.workers}
-        share = mfu(rate, self.engine.device)
-        row |= {} if share is None else {"mfu": share}
+        row["images_per_s"] = self.count * self.run.training.batch_size / seconds
+        if not self.method.needs_decoder:  # whose FLOPs nobody has counted
+            rate = self.flops / seconds
+            row["flop_per_s"] = rate * self.engine.workers
+            share = mfu(rate, self.engine.device) if self.run.training.dtype == "bf16" else None
+            row |= {} if share is None else {"mfu": share}
         row["peak_memory_gib"] = peak_memory(self.engine.device)
         self.restart()
         return row

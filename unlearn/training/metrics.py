@@ -16,7 +16,7 @@ from unlearn.errors import StorageError
 
 METRICS = "metrics.jsonl"
 # dense bf16 peaks of one device, FLOP/s, from the makers' data sheets
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
 class MetricsLog:
@@ -63,8 +63,9 @@ def read(run_dir: str) -> list[dict]:
 
 def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: float = 1) -> None:
     """Until `work` is done, call `progress` with the newest row of a run as it appears in the run's storage."""
-    last = None
-    while not wait([work], timeout=every).done:
+    last, done = None, False
+    while not done:
+        done = bool(wait([work], timeout=every).done)
         with contextlib.suppress(StorageError):  # a picture of progress is not worth a run
             if (rows := read(run_dir)) and rows[-1] != last:
                 last = rows[-1]
@@ -79,7 +80,7 @@ def peak_memory(device: torch.device) -> float:
 
 
 def mfu(flops_per_second: float, device: torch.device) -> float | None:
-    """Share of the device's peak, where the device is a known one."""
+    """Share of the device's bf16 peak, where the device is a known one."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

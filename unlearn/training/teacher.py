@@ -22,5 +22,9 @@ def _sharded(teacher: Adapter, run: config.RunConfig) -> Adapter:
     from unlearn.training.engine import deepspeed_config, import_deepspeed
 
     settings = deepspeed_config(run.training, 1, 1) | {"zero_optimization": {"stage": 3}}
-    engine, *_ = import_deepspeed().initialize(model=teacher, config=settings, dist_init_required=False)
-    return engine.module.eval()
+    # Part by part: DeepSpeed learns what to fetch ahead from calls of the very module it was given.
+    for name in ("encoder", "decoder"):
+        if (part := getattr(teacher, name)) is not None:
+            engine, *_ = import_deepspeed().initialize(model=part, config=settings, dist_init_required=False)
+            setattr(teacher, name, engine.module)
+    return teacher.eval()
