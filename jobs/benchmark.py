@@ -60,8 +60,9 @@ def loader(run: config.RunConfig, rounds: int, batches: int = 100) -> None:
         rate = {"loader": count / (time.perf_counter() - began)}
         encoded = []
         for number in range(batches):
-            for name, each in (("retain", source.retain), ("forget", source.forget)):
-                encoded += [source.images[name]._encoded(row) for row in source.streams[name].take(number * each, each).tolist()]
+            for name, stream in source.streams.items():
+                each = getattr(source, name)
+                encoded += [source.images[name]._encoded(row) for row in stream.take(number * each, each).tolist()]
         began = time.perf_counter()
         with ThreadPoolExecutor(run.data.decode_threads) as pool:
             # In runs as long as a micro-batch, so that handing over work costs as little as in the loader.

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from unlearn import config
 from unlearn.cli import main
+from unlearn.data import shards
+from unlearn.models import weights
 
 TINY_IMAGENET = Path(__file__).parents[2] / "shared/data/tiny_imagenet_20cls.tar"
 
@@ -75,7 +78,8 @@ def test_other_classes_on_other_shards(tmp_path):
     short = ["training.steps=2", "evaluation.limit=4", "evaluation.views=[{size: 0.5}]", "training.engine=torch", "cluster.workers=1"]
     assert demo(*arguments, "--run-dir", str(tmp_path / "run"), *[a for o in short for a in ("--set", o)]) == 0
     document = json.loads((tmp_path / "run/metrics.json").read_text())
-    assert document["sets"]["forget"]["classes"] == [3, 8] and "oracle" not in document["generators"]
+    assert config.load(tmp_path / "run/config.yaml").data.forget.classes == ["Bag", 3]
+    assert "oracle" not in document["generators"]  # it has seen what is now forgotten
     assert "data:image" in (tmp_path / "run/report.html").read_text()
 
 
@@ -89,10 +93,10 @@ def test_natural_colour_images(tmp_path):
         with pytest.raises(SystemExit) as stopped:
             main(["shards", "build", str(TINY_IMAGENET), str(tmp_path / split), "--split", split])
         assert not stopped.value.code
-    config = Path(__file__).parents[1] / "jobs/configs/pretrain_tiny_imagenet.yaml"
+    recipe = Path(__file__).parents[1] / "jobs/configs/pretrain_tiny_imagenet.yaml"
     places = [f"data.train={tmp_path}/train", f"run_dir={tmp_path}/pretrained"]
     with pytest.raises(SystemExit) as stopped:
-        main(["pretrain", str(config), *[a for o in places for a in ("--set", o)]])
+        main(["pretrain", str(recipe), *[a for o in places for a in ("--set", o)]])
     assert not stopped.value.code
     held_out = ["--set", f"evaluation.data={tmp_path}/val"]
     model = str(tmp_path / "pretrained/model")
@@ -105,10 +109,6 @@ def test_natural_colour_images(tmp_path):
 
 def test_the_embedded_weights_say_which_configuration_makes_them():
     """A change of the configurations, or of what their hash means, must come with new cards."""
-    from unlearn import config
-    from unlearn.data import shards
-    from unlearn.models import weights
-
     for model, name in (("mae-fashion", "pretrain_fashion"), ("mae-fashion-oracle", "pretrain_fashion_oracle")):
         run = config.load(Path(__file__).parents[1] / f"jobs/configs/{name}.yaml")
         _, card = weights.read(f"embedded:{model}")

@@ -158,13 +158,13 @@ class Loader:
         """Micro-batch `number`, computed in the calling thread."""
         rng = order.generator(self.run.seed, 1 << 20, number)
         view = views.draw(self.run.train_views, self.grid, self.retain + self.forget, rng)
-        pixels = torch.empty(self.retain + self.forget, 3, self.size, self.size, dtype=torch.uint8)
+        pixels = np.empty((self.retain + self.forget, 3, self.size, self.size), np.uint8)
         place = 0
         for name, count in (("retain", self.retain), ("forget", self.forget)):
             for row in self.streams[name].take(number * count, count).tolist() if count else ():
-                pixels[place] = torch.from_numpy(self._image(name, row, rng).transpose(2, 0, 1).copy())
+                pixels[place] = self._image(name, row, rng).transpose(2, 0, 1)
                 place += 1
-        return Batch(pixels, view, self.retain, int(rng.integers(1 << 62)))
+        return Batch(torch.from_numpy(pixels), view, self.retain, int(rng.integers(1 << 62)))
 
     def _image(self, name: str, row: int, rng: np.random.Generator) -> np.ndarray:
         images = self.images[name]
