@@ -158,13 +158,15 @@ class Loader:
         """Micro-batch `number`, computed in the calling thread."""
         rng = order.generator(self.run.seed, 1 << 20, number)
         view = views.draw(self.run.train_views, self.grid, self.retain + self.forget, rng)
-        pixels = np.empty((self.retain + self.forget, 3, self.size, self.size), np.uint8)
+        pixels = np.empty((self.retain + self.forget, self.size, self.size, 3), np.uint8)
         place = 0
         for name, count in (("retain", self.retain), ("forget", self.forget)):
             for row in self.streams[name].take(number * count, count).tolist() if count else ():
-                pixels[place] = self._image(name, row, rng).transpose(2, 0, 1)
+                pixels[place] = self._image(name, row, rng)
                 place += 1
-        return Batch(torch.from_numpy(pixels), view, self.retain, int(rng.integers(1 << 62)))
+        # The channels stay last in memory, as decoders give them: no pixel is moved once more.
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return Batch(images, view, self.retain, int(rng.integers(1 << 62)))
 
     def _image(self, name: str, row: int, rng: np.random.Generator) -> np.ndarray:
         images = self.images[name]
