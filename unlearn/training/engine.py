@@ -64,22 +64,24 @@ class FiniteCheck:
     """
 
     def __init__(self):
-        self._names: list[str] = []
-        self._seen: torch.Tensor | None = None
+        self._seen: dict[tuple[str, ...], torch.Tensor] = {}
 
     def __call__(self, values: Parts) -> None:
         # The parts come before their sum, so that the message names the one at fault.
-        named = {f"{name} loss" if name in ("retain", "forget") else name: values[name].detach() for name in sorted(values, key="loss".__eq__)}
-        if next(iter(named.values())).is_cuda:
-            self._names, stacked = list(named), torch.stack([v.float() for v in named.values()])
-            self._seen = torch.empty(len(named), pin_memory=True).copy_(stacked, non_blocking=True)
-        for name, value in named.items():
-            torch._assert_async(torch.isfinite(value), f"the {name} is not finite")
+        order = sorted(values, key=lambda name: name == "loss")
+        names = tuple(f"{name} loss" if name in ("retain", "forget") else name for name in order)
+        found = torch.stack([values[name].detach().float() for name in order])
+        if found.is_cuda:
+            if names not in self._seen:
+                self._seen[names] = torch.zeros(len(names), pin_memory=True)
+            self._seen[names].copy_(found, non_blocking=True)
+        for name, finite in zip(names, torch.isfinite(found), strict=True):
+            torch._assert_async(finite, f"the {name} is not finite")
 
     def culprit(self) -> str | None:
         """What was not finite on a GPU, where that is known."""
-        seen = zip(self._names, [] if self._seen is None else self._seen.tolist(), strict=False)
-        return next((name for name, value in seen if not math.isfinite(value)), None)
+        values = ((name, value) for names, seen in self._seen.items() for name, value in zip(names, seen.tolist(), strict=True))
+        return next((name for name, value in values if not math.isfinite(value)), None)
 
 
 def _on(batch: Batch, student: Adapter, device: torch.device, dtype: torch.dtype) -> Batch:
