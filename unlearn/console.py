@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 
 err = Console(stderr=True, highlight=False)
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)  # class names and paths may hold brackets
 
 # Called with (done, total, what to say beside the bar).
 Advance = Callable[[int, int, str], None]

@@ -55,9 +55,6 @@ class Storage:
         else:
             self._root = self.uri = os.path.abspath(uri.removeprefix("file://"))
 
-    def __reduce__(self):
-        return Storage, (self.uri,)
-
     def _key(self, name: str) -> str:
         return "/".join(part for part in (self._root.rstrip("/"), name) if part)
 
@@ -158,11 +155,6 @@ def local_copy(uri: str) -> Iterator[Path]:
         path = Path(folder) / storage.uri.rpartition("/")[2]
         _client().download_file(storage._bucket, storage._root, str(path))
         yield path
-
-
-def absolute(uri: str) -> str:
-    """The same place, named so that it holds in every process and working directory."""
-    return Storage(uri).uri
 
 
 @contextlib.contextmanager
