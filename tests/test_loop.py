@@ -62,7 +62,7 @@ def test_the_decoder_is_not_on_the_device(tiny_run, monkeypatch):
     seen, real = [], TorchEngine.__init__
 
     def watch(self, objective, *arguments):
-        seen.append((objective.student.decoder, objective._teacher[0] and objective._teacher[0].decoder))
+        seen.append((objective.student.decoder, objective.teacher and objective.teacher.decoder))
         real(self, objective, *arguments)
 
     monkeypatch.setattr(TorchEngine, "__init__", watch)

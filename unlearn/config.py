@@ -79,6 +79,10 @@ class Data(Part):
     proxy: Rows | None = Field(None, description="images that take the retain role where the retain data is gone")
     proxy_data: Location | None = Field(None, description="shards of the proxy set, when not those of `train`")
     cache: Literal["none", "encoded", "decoded"] = Field("encoded", description="what a worker keeps in memory")
+    codes: Location | None = Field(
+        None, description="folder that keeps what the frozen front end (tokenizer, VAE) makes of each image; none = made every step"
+    )
+    code_views: Positive = Field(8, description="with codes: views drawn once and used in turn, each with codes of its own")
     augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: random resized crop (0.2-1) and flip")
     shuffle_rows: Positive = Field(1 << 20, description="rows shuffled together; smaller reads fewer row groups at once")
     decode_threads: Positive = 2
@@ -91,6 +95,7 @@ class Model(Part):
 
     family: str = "mae"
     weights: Location | None = Field(None, description="what it starts from: path, s3:// or embedded:NAME; none = random")
+    front: Location | None = Field(None, description="weights of the frozen front end (tokenizer, VAE), where they lie apart")
     variant: str | None = Field(None, description="a named shape of the family, see `unlearn models`")
     options: dict[str, Any] = Field(default_factory=dict, description="single values that differ from the variant's")
 
@@ -101,7 +106,12 @@ class Method(Part):
     name: str = "encoder_l2"
     alpha: float = Field(0.25, ge=0, allow_inf_nan=False, description="weight of the forget term")
     noise: Literal["standard", "batch", "dataset"] = Field("standard", description="covariance of the target noise")
-    noise_region: Literal["image", "hole"] = Field("image", description="where the teacher's input is noise")
+    noise_region: Literal["image", "hole"] | None = Field(
+        None, description="where the teacher's input is noise; none: everywhere, for diffusion models in the hole"
+    )
+    distance: Literal["mse", "relative"] = Field(
+        "mse", description="relative: each level's error is divided by the mean square of its target"
+    )
 
 
 class Training(Part):
@@ -136,6 +146,9 @@ class Cluster(Part):
 
     address: str | None = Field(None, description="a Ray cluster's address; none = start one on this machine")
     workers: Positive = 1
+    min_workers: Positive | None = Field(
+        None, description="go on with so few where nodes are lost, and with more when they are back; none = wait for all"
+    )
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_failures: int = Field(3, ge=-1, description="worker failures to recover from; -1 = without end")
@@ -184,6 +197,10 @@ class RunConfig(Part):
             raise ValueError(f"training.engine torch is one process: set cluster.workers to 1 (now {c.workers})")
         if t.engine == "deepspeed" and c.workers > 1 and c.gpus_per_worker not in (0, 1):
             raise ValueError(f"cluster.gpus_per_worker {c.gpus_per_worker:g}: a worker drives one GPU; give 0 or 1, and more workers")
+        if c.min_workers and c.min_workers > c.workers:
+            raise ValueError(f"cluster.min_workers {c.min_workers} is more than cluster.workers {c.workers}")
+        if c.min_workers and t.micro_batch_size is None:
+            raise ValueError("cluster.min_workers: give training.micro_batch_size too, which must not change with the number of workers")
         if t.micro_batch_size is None and t.batch_size % c.workers:
             raise ValueError(f"training.batch_size {t.batch_size} does not divide among {c.workers} workers")
         if t.batch_size % (self.micro_batch * c.workers):
@@ -206,14 +223,16 @@ class RunConfig(Part):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches each worker computes for one optimizer step."""
-        return self.training.batch_size // (self.micro_batch * self.cluster.workers)
+        """Micro-batches each worker computes for one optimizer step; the last ones may count for nothing, see training/loop.py."""
+        return -(-self.training.batch_size // (self.micro_batch * self.cluster.workers))
 
     def hash(self) -> str:
         """sha256 of what decides the weights. Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run
         may go on elsewhere with another number of workers; data and first weights are told by hashes of their own instead."""
         tree = self.model_dump(mode="json", exclude={"cluster", "run_dir", "evaluation", "name"})
         tree["model"].pop("weights")
+        tree["model"].pop("front")
+        tree["data"]["codes"] = self.data.codes is not None
         for key in ("train", "proxy_data", "cache", "decode_threads", "read_ahead", "max_bad_images"):
             tree["data"].pop(key)
         for key in ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
@@ -282,11 +301,11 @@ def ignored(run: RunConfig) -> list[str]:
 
     if t.engine == "torch":
         note(t, "training", ("zero_stage", "offload_optimizer"), "engine torch is one plain process")
-        note(c, "cluster", ("address", "max_failures"), "engine torch does not use Ray to train")
+        note(c, "cluster", ("address", "max_failures", "min_workers"), "engine torch does not use Ray to train")
     elif t.offload_optimizer and t.zero_stage == 0:
         note(t, "training", ("offload_optimizer",), "there is nothing to offload without ZeRO; set zero_stage 1, 2 or 3")
-    if run.method.name == "pretrain":
-        note(run.method, "method", ("alpha", "noise", "noise_region"), "pretrain forgets nothing")
+    if run.method.name.startswith("pretrain"):
+        note(run.method, "method", ("alpha", "noise", "noise_region", "distance"), "pretrain forgets nothing")
         note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
     if t.steps and t.warmup_steps >= t.steps:
         found.append(f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value")

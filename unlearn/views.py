@@ -52,6 +52,11 @@ def draw(specs: list[config.View], grid: int, count: int, rng: np.random.Generat
     return View(torch.from_numpy(order[:, :visible].copy()), torch.from_numpy(order[:, visible:].copy()), grid)
 
 
+def repeated(view: View, count: int) -> View:
+    """The same view for `count` rows; `view` has one."""
+    return View(view.visible.expand(count, -1), view.hidden.expand(count, -1), view.grid)
+
+
 def fullest(specs: list[config.View], grid: int, count: int, rng: np.random.Generator) -> View:
     """Of all views that the specs allow the one that hides least: it takes the most memory and time."""
     sizes = [(spec, size) for spec in specs for size in (spec.size if isinstance(spec.size, tuple) else (spec.size,))]

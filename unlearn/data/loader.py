@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import simplejpeg
@@ -24,16 +24,18 @@ from unlearn.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. images: (B, 3, S, S), uint8 from the loader, normalised on the device; rows [:retain] are the
-    retain set's, the others the forget set's. seed: of everything random in this micro-batch, the noise first of all."""
+    """One micro-batch. images: (B, 3, S, S) uint8, or (B, ...) codes, from the loader; on the device what the encoder takes.
+    Rows [:retain] are the retain set's, the others the forget set's. seed: of everything random in this micro-batch.
+    weight: of its loss in the step; 0 where it only keeps its worker in step with the others."""
 
     images: torch.Tensor
     view: views.View
     retain: int
     seed: int
+    weight: float = 1.0
 
     def pin(self) -> "Batch":
-        return Batch(self.images.pin_memory(), self.view.pin(), self.retain, self.seed)
+        return replace(self, images=self.images.pin_memory(), view=self.view.pin())
 
 
 def decode(data: memoryview | bytes) -> np.ndarray:
@@ -94,6 +96,14 @@ class Images:
             self._cache[row] = image
         return image
 
+    def sound(self, row: int) -> np.ndarray:
+        """The decoded image of a row, or of the row that stands in for it where it is damaged."""
+        while True:
+            try:
+                return self[row]
+            except (ValueError, OSError) as e:
+                row = self.skip(row, e)
+
     def _encoded(self, row: int) -> memoryview:
         group = int(np.searchsorted(self.set.manifest.starts, row, side="right") - 1)
         with self._locks[group]:  # two threads that want one row group read it once
@@ -137,13 +147,15 @@ class Images:
 
 
 class Loader:
-    """Micro-batches by number. grid, size: of the model; sets: {"retain": ..., "forget": ...}."""
+    """Micro-batches by number. grid, size: of the model; sets: {"retain": ..., "forget": ...}; codes: of each set, where
+    the batches are to hold them in place of pixels."""
 
-    def __init__(self, run: config.RunConfig, sets: dict[str, RowSet], grid: int, size: int):
+    def __init__(self, run: config.RunConfig, sets: dict[str, RowSet], grid: int, size: int, codes: dict | None = None):
         self.run, self.grid, self.size = run, grid, size
         fraction = run.training.forget_fraction if "forget" in sets else 0
         self.retain, self.forget = order.split(run.micro_batch, fraction)
         self.images = {name: Images(rows, run.data) for name, rows in sets.items()}
+        self.codes = codes
         self.streams = {
             name: order.Stream(rows.rows, rows.groups, run.seed, number, run.data.shuffle_rows)
             for number, (name, rows) in enumerate(sorted(sets.items()))
@@ -157,6 +169,8 @@ class Loader:
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, computed in the calling thread."""
         rng = order.generator(self.run.seed, 1 << 20, number)
+        if self.codes:
+            return self._coded(number, rng)
         view = views.draw(self.run.train_views, self.grid, self.retain + self.forget, rng)
         pixels = np.empty((self.retain + self.forget, self.size, self.size, 3), np.uint8)
         place = 0
@@ -168,14 +182,16 @@ class Loader:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return Batch(images, view, self.retain, int(rng.integers(1 << 62)))
 
+    def _coded(self, number: int, rng: np.random.Generator) -> Batch:
+        which = int(rng.integers(self.run.data.code_views))
+        rows = [(name, row) for name, count in (("retain", self.retain), ("forget", self.forget)) if count
+                for row in self.streams[name].take(number * count, count).tolist()]  # fmt: skip
+        codes = torch.stack([self.codes[name](row, which) for name, row in rows])
+        view = views.repeated(next(iter(self.codes.values())).views[which], len(rows))
+        return Batch(codes, view, self.retain, int(rng.integers(1 << 62)))
+
     def _image(self, name: str, row: int, rng: np.random.Generator) -> np.ndarray:
-        images = self.images[name]
-        while True:
-            try:
-                image = images[row]
-                break
-            except (ValueError, OSError) as e:
-                row = images.skip(row, e)
+        image = self.images[name].sound(row)
         if self.run.data.augment == "crop_flip":
             return crop_flip(image, self.size, rng)
         return fit(image, self.size)

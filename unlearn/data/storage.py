@@ -158,6 +158,29 @@ def local_copy(uri: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def local_folder(uri: str) -> Iterator[Path]:
+    """A path at which a file or a whole folder can be read: its own, or that of a temporary copy."""
+    storage = Storage(uri)
+    if storage.is_local():
+        if not os.path.exists(storage.uri):
+            raise StorageError(f"{uri}: there is no such file or folder")
+        yield Path(storage.uri)
+    elif storage.is_file():
+        with local_copy(uri) as path:
+            yield path
+    else:
+        names = storage.files()
+        if not names:
+            raise StorageError(f"{uri}: there is no such file or folder")
+        with tempfile.TemporaryDirectory() as folder, _told(uri):
+            for name in names:
+                path = Path(folder) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _client().download_file(storage._bucket, storage._key(name), str(path))
+            yield Path(folder)
+
+
+@contextlib.contextmanager
 def _published(path: str) -> Iterator[Path]:
     """A temporary neighbour that takes the place of `path` once it is whole and on the disk."""
     target = Path(path)

@@ -14,10 +14,11 @@ from unlearn.models.base import Adapter
 class Generator(Protocol):
     """What a method may ask of the student and of the teacher."""
 
-    def encode(self, images, view): ...
-    def reconstruct(self, images, view): ...
-    def training_loss(self, images, view): ...
-    def noise_like(self, images, generator): ...
+    def encode(self, inputs, view, seed): ...
+    def training_loss(self, inputs, view, seed): ...
+    def front_loss(self, images): ...
+    def noise_like(self, inputs, generator): ...
+    def fill_hole(self, inputs, noise, view): ...
 
 
 class Method:
@@ -26,12 +27,14 @@ class Method:
     needs_forget: the run must name a forget set; without it a method sees retain rows only.
     needs_teacher: whether the frozen original is loaded.
     needs_decoder: whether the student's decoder is on the device.
+    trains_front: whether it is the front that is trained, on images; else the batch holds what the front made of them.
     """
 
     name: ClassVar[str]
     needs_forget: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     needs_decoder: ClassVar[bool] = False
+    trains_front: ClassVar[bool] = False
     # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s
     units: ClassVar[int] = 4
 
@@ -39,14 +42,14 @@ class Method:
         self.settings = settings
 
     def check(self, model: type[Adapter]) -> None:
-        """Raise ConfigError where the settings make no sense for this family."""
+        """Raise ConfigError where the method or its settings make no sense for this family."""
 
     def sample_size(self) -> int:
         """How many training images `prepare` wants to see."""
         return 0
 
-    def prepare(self, pixels: torch.Tensor, model: Adapter) -> None:
-        """See about `sample_size` training images (N, 3, S, S), uint8, before the first step."""
+    def prepare(self, inputs: torch.Tensor) -> None:
+        """See the inputs of about `sample_size` training images before the first step."""
 
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         """The parameters that move."""
@@ -60,6 +63,7 @@ class Method:
 METHODS: dict[str, str] = {
     "encoder_l2": "unlearn.methods.encoder_l2:EncoderL2",
     "pretrain": "unlearn.methods.pretrain:Pretrain",
+    "pretrain_front": "unlearn.methods.pretrain:PretrainFront",
 }
 
 

@@ -2,7 +2,8 @@
 
     loss = mean over R of |E(T(x)) - E0(T(x))|² + alpha · mean over F of |E(T(x)) - E0(T(n))|²,   n ~ N(0, Sigma)
 
-|·|² is the mean squared error over all elements of the embedding, summed over its levels where it has several. The
+|·|² is the mean squared error over all elements of the embedding, summed over its levels where it has several; with
+`distance: relative` each level's error is divided by the mean square of its target, so that no level drowns the others. The
 teacher is routed: one pass over [retain images, noise], so a row costs one teacher forward, not two.
 """
 
@@ -14,12 +15,18 @@ from unlearn.methods.base import Generator, Method
 from unlearn.models.base import Adapter, Embedding
 
 
-def distance(a: Embedding, b: Embedding) -> torch.Tensor:
-    """Mean squared error in float32 or better over each level's elements, summed over levels: a scalar."""
-    if isinstance(a, torch.Tensor):
-        dtype = torch.promote_types(a.dtype, torch.float32)
-        return (a.to(dtype) - b.to(dtype)).square().mean()
-    return sum((distance(x, y) for x, y in zip(a, b, strict=True)), start=torch.zeros((), device=a[0].device))
+def distance(found: Embedding, target: Embedding, relative: bool = False) -> torch.Tensor:
+    """Mean squared error in float32 or better over each level's elements, summed over levels: a scalar.
+
+    relative: each level's error is divided by the mean square of its target.
+    """
+    if isinstance(found, torch.Tensor):
+        dtype = torch.promote_types(found.dtype, torch.float32)
+        target = target.to(dtype)
+        error = (found.to(dtype) - target).square().mean()
+        return error / target.square().mean().clamp_min(1e-12) if relative else error
+    levels = (distance(x, y, relative) for x, y in zip(found, target, strict=True))
+    return sum(levels, start=torch.zeros((), device=found[0].device))
 
 
 def rows(embedding: Embedding, start: int, stop: int | None) -> Embedding:
@@ -42,21 +49,24 @@ class EncoderL2(Method):
             raise ConfigError(
                 f"method.noise_region hole: the encoder of {model.family} never sees the hole, so nothing would be forgotten; use image"
             )
+        if self.settings.noise != "standard" and not model.continuous:
+            raise ConfigError(f"method.noise {self.settings.noise}: the inputs of {model.family} are tokens, not numbers; use standard")
 
     def sample_size(self) -> int:
         return 256 if self.settings.noise == "dataset" else 0
 
-    def prepare(self, pixels: torch.Tensor, model: Adapter) -> None:
+    def prepare(self, inputs: torch.Tensor) -> None:
         """Measure the mean and covariance of the channels over some training images, for `noise: dataset`."""
         if self.settings.noise != "dataset":
             return
-        channels = model.normalise(pixels).double().transpose(0, 1).flatten(1)
-        covariance = torch.cov(channels) + 1e-8 * torch.eye(3, dtype=torch.float64, device=channels.device)
-        self._mean = channels.mean(1).view(1, 3, 1, 1)
+        channels = inputs.double().transpose(0, 1).flatten(1)
+        count = len(channels)
+        covariance = torch.cov(channels) + 1e-8 * torch.eye(count, dtype=torch.float64, device=channels.device)
+        self._mean = channels.mean(1).view(1, count, 1, 1)
         self._mix = torch.linalg.cholesky(covariance)
 
     def noise(self, batch: Batch, student: Adapter) -> torch.Tensor:
-        """The teacher's input for forget rows (F, 3, S, S), drawn from the batch's seed."""
+        """The teacher's inputs for forget rows, in their shape, drawn from the batch's seed."""
         images = batch.images[batch.retain :]
         generator = torch.Generator(images.device).manual_seed(batch.seed)
         noise = student.noise_like(images, generator)
@@ -65,16 +75,15 @@ class EncoderL2(Method):
         elif self.settings.noise == "dataset":
             mixed = torch.einsum("dc,nchw->ndhw", self._mix.to(noise), noise)
             noise = mixed + self._mean.to(noise)
-        if self.settings.noise_region == "hole":
-            hole = batch.view.rows(batch.retain, len(batch.images)).pixel_mask(images.shape[-1])
-            noise = torch.where(hole, noise, images)
+        if (self.settings.noise_region or student.noise_region) == "hole":
+            noise = student.fill_hole(images, noise, batch.view.rows(batch.retain, len(batch.images)))
         return noise
 
     def loss(self, batch: Batch, student: Generator, teacher: Generator | None) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             routed = torch.cat([batch.images[: batch.retain], self.noise(batch, student)])
-            target = teacher.encode(routed, batch.view)
-        found = student.encode(batch.images, batch.view)
-        retain = distance(rows(found, 0, batch.retain), rows(target, 0, batch.retain))
-        forget = distance(rows(found, batch.retain, None), rows(target, batch.retain, None))
+            target = teacher.encode(routed, batch.view, batch.seed)
+        found, relative = student.encode(batch.images, batch.view, batch.seed), self.settings.distance == "relative"
+        retain = distance(rows(found, 0, batch.retain), rows(target, 0, batch.retain), relative)
+        forget = distance(rows(found, batch.retain, None), rows(target, batch.retain, None), relative)
         return {"loss": retain + self.settings.alpha * forget, "retain": retain.detach(), "forget": forget.detach()}

@@ -5,14 +5,18 @@ A family is one file with one Adapter, and one line in MODELS.
 
 import functools
 import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from unlearn import config
-from unlearn.errors import ConfigError
+from unlearn.errors import ConfigError, WeightsError
 from unlearn.views import View
 
 # What the encoder hands to the decoder: one tensor, or one a level.
@@ -33,10 +37,15 @@ class Options(BaseModel):
 
 
 class Adapter(nn.Module):
-    """h = D after E. Subclasses set `encoder` and `decoder`, two modules that share no parameter.
+    """h = D after E. Subclasses set `encoder` and `decoder`, two modules that share no parameter, and where they need them
 
-    Images are (B, 3, S, S). "Normalised" means what the encoder takes: (pixel / 255 - mean) / std.
-    A parameter may only be used inside the forward of the module that owns it: under ZeRO-3 it is empty elsewhere.
+    shared: what encoder and decoder both use (the embedding of time): never trained, or the decoder would move with it.
+    front: turns images into what the encoder takes, called as front(images, view): a tokenizer, a VAE; never trained.
+
+    Images are (B, 3, S, S); "normalised" means (pixel / 255 - mean) / std. "Inputs" are what the encoder takes: one tensor
+    with a row an image, normalised images where there is no front. Whatever is random in a forward comes from `seed`: the
+    same seed gives teacher and student the same. A parameter may only be used inside the forward of the module that owns
+    it: under ZeRO-3 it is empty elsewhere.
     """
 
     family: ClassVar[str]
@@ -44,6 +53,12 @@ class Adapter(nn.Module):
     variants: ClassVar[dict[str, dict[str, Any]]] = {}
     # False where hidden pixels never enter the encoder, so that noise in the hole would change nothing.
     encoder_sees_hole: ClassVar[bool] = True
+    # False where inputs are tokens, so that noise has no mean and covariance.
+    continuous: ClassVar[bool] = True
+    # Where the teacher's input is noise unless the config says so: "image" or "hole".
+    noise_region: ClassVar[str] = "image"
+    # Beginnings of the names of the tensors that `model.front` fills, all of them.
+    front_names: ClassVar[tuple[str, ...]] = ("front.",)
 
     encoder: nn.Module
     decoder: nn.Module | None
@@ -51,32 +66,72 @@ class Adapter(nn.Module):
     def __init__(self, options: Options):
         super().__init__()
         self.options = options
+        self.shared: nn.Module | None = None
+        self.front: nn.Module | None = None
 
     @property
     def grid(self) -> int:
         """Patches along one side of the image, the unit of views."""
         raise NotImplementedError
 
-    def encode(self, images: torch.Tensor, view: View) -> Embedding:
-        """Embedding of normalised images under a view; the subclass states the shapes."""
+    def inputs(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        """What the encoder takes of normalised images under a view."""
+        return images if self.front is None else self.front(images, view)
+
+    def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> Embedding:
+        """Embedding of inputs under a view; the subclass states the shapes."""
         raise NotImplementedError
 
     def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
         """Normalised images with the hidden patches filled in and the visible ones as they were, (B, 3, S, S)."""
         raise NotImplementedError
 
-    def training_loss(self, images: torch.Tensor, view: View) -> torch.Tensor:
+    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         """The loss the family is pretrained with, a scalar."""
+        raise NotImplementedError
+
+    def front_loss(self, images: torch.Tensor) -> torch.Tensor:
+        """The loss that the front is trained with, a scalar, for families whose front can be trained here."""
         raise NotImplementedError
 
     def flops(self, view: View) -> int:
         """FLOPs (2 a multiply-add) of one encoder forward of one image under this view."""
         raise NotImplementedError
 
+    def front_parameters(self) -> list[nn.Parameter]:
+        """What `front_loss` trains, all of it set to require a gradient."""
+        raise NotImplementedError
+
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Rename the tensors of a public checkpoint to ours; tensors that carry our names are handed back as they are."""
         return tensors
+
+    @classmethod
+    def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """(tensors in our names, options) of a folder as other libraries save it: a local path. Raises WeightsError.
+
+        chosen: the options that the config sets itself; they win over those of the folder afterwards.
+        """
+        raise WeightsError(f"{folder}: family {cls.family} knows no such folder; give one with model.json, or a file")
+
+    @classmethod
+    def placed(cls, tensors: dict[str, torch.Tensor], options: Options) -> dict[str, torch.Tensor]:
+        """Tensors in our names, on the side where these options have them: for families that let the config say where the
+        encoder ends."""
+        return tensors
+
+    @classmethod
+    def front_from(cls, path: Path) -> dict[str, torch.Tensor]:
+        """Tensors of the front, and of what undoes it in the decoder, from a public file or folder: a local path.
+
+        They are named as in the model's `state_dict()`. Raises WeightsError.
+        """
+        raise WeightsError(f"model.front: family {cls.family} has no frozen front end")
+
+    def to_folder(self, folder: Path) -> None:
+        """Write the model as the libraries it comes from read it. Raises WeightsError where there is no such form."""
+        raise WeightsError(f"family {self.family} has no other form than ours")
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (B, 3, S, S) to what the encoder takes, in float32."""
@@ -88,13 +143,33 @@ class Adapter(nn.Module):
         mean, std = _statistics(self.options.mean, self.options.std, images.device)
         return (images.float() * std + mean).clamp(0, 1)
 
-    def noise_like(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Standard Gaussian noise in the shape of `images`."""
-        return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+    def noise_like(self, inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Inputs of standard Gaussian noise, in the shape of `inputs`."""
+        return torch.randn(inputs.shape, generator=generator, device=inputs.device, dtype=inputs.dtype)
+
+    def fill_hole(self, inputs: torch.Tensor, noise: torch.Tensor, view: View) -> torch.Tensor:
+        """The inputs, with those of noise in the hole."""
+        return torch.where(view.pixel_mask(inputs.shape[-1]), noise, inputs)
 
     def drop_decoder(self) -> None:
         """Forget the decoder, for methods that never call it: it then takes no memory on the device."""
         self.decoder = None
+
+    def take_front(self, device: torch.device) -> nn.Module | None:
+        """Hand out the front, on its device, and forget it: it is no part of what is trained, sharded or saved."""
+        front, self.front = self.front, None
+        return front if front is None else front.to(device).requires_grad_(False).eval()
+
+    def stock_noise(self, front: nn.Module, seed: int) -> None:
+        """Called with the front before training: a family whose noise has to go through it makes a stock here."""
+
+
+def counted(forward: Callable[[], object]) -> int:
+    """FLOPs (2 a multiply-add) of a call, as torch counts them; modules and inputs on the meta device cost nothing."""
+    # Attention is counted only where it is made of plain products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward()
+    return counter.get_total_flops()
 
 
 @functools.cache
@@ -106,6 +181,9 @@ def _statistics(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Te
 # family -> where its Adapter is; imported when first used
 MODELS: dict[str, str] = {
     "mae": "unlearn.models.mae:MaskedAutoencoder",
+    "diffusion": "unlearn.models.diffusion:Diffusion",
+    "migan": "unlearn.models.migan:MIGAN",
+    "vqgan": "unlearn.models.vqgan:MaskedGenerativeEncoder",
 }
 
 
@@ -122,6 +200,12 @@ def adapter(family: str) -> type[Adapter]:
         raise ConfigError(f"model.family: no family {family!r}; known: {', '.join(MODELS)}")
     module, _, name = MODELS[family].partition(":")
     return getattr(importlib.import_module(module), name)
+
+
+def shape(family: str, variant: str) -> Adapter:
+    """A named shape without weights: its parameters are on the meta device."""
+    with torch.device("meta"):
+        return adapter(family)(options(config.Model(family=family, variant=variant)))
 
 
 def options(model: config.Model, found: dict[str, Any] | None = None) -> Options:

@@ -4,6 +4,8 @@ Shapes: B images, V visible of L = G x G patches, P pixels a patch side, W encod
 """
 
 import functools
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import unlearn.torchvision_cpu  # noqa: F401  timm imports torchvision
-from unlearn.models import base
+from unlearn.models import base, vitmae
 from unlearn.views import View
 
 from timm.models.vision_transformer import Block  # isort: skip
@@ -30,6 +32,7 @@ class MAEOptions(base.Options):
     decoder_depth: int = 8
     decoder_heads: int = 16
     mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6
 
     @model_validator(mode="after")
     def _fits(self):
@@ -79,9 +82,9 @@ class PatchProjection(nn.Conv2d):
         return F.linear(values.flatten(2), self.weight.flatten(1), self.bias)
 
 
-def _blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
-    norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    return nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+def _blocks(width: int, depth: int, heads: int, o: MAEOptions) -> nn.ModuleList:
+    norm = functools.partial(nn.LayerNorm, eps=o.norm_eps)
+    return nn.ModuleList(Block(width, heads, o.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
 
 
 class Encoder(nn.Module):
@@ -94,8 +97,8 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(3, o.width, o.patch_size, o.patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, o.width))
         self.register_buffer("pos_embed", sincos_positions(o.width, o.image_size // o.patch_size))
-        self.blocks = _blocks(o.width, o.depth, o.heads, o.mlp_ratio)
-        self.norm = nn.LayerNorm(o.width, eps=1e-6)
+        self.blocks = _blocks(o.width, o.depth, o.heads, o)
+        self.norm = nn.LayerNorm(o.width, eps=o.norm_eps)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         tokens = self.patch_embed["proj"](take(patches(images, self.patch_size), visible))
@@ -120,8 +123,8 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(o.width, o.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, o.decoder_width))
         self.register_buffer("pos_embed", sincos_positions(o.decoder_width, o.image_size // o.patch_size))
-        self.blocks = _blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o.mlp_ratio)
-        self.norm = nn.LayerNorm(o.decoder_width, eps=1e-6)
+        self.blocks = _blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o)
+        self.norm = nn.LayerNorm(o.decoder_width, eps=o.norm_eps)
         self.pred = nn.Linear(o.decoder_width, o.patch_size**2 * 3)
 
     def forward(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
@@ -182,23 +185,30 @@ class MaskedAutoencoder(base.Adapter):
     def grid(self) -> int:
         return self.options.image_size // self.options.patch_size
 
-    def encode(self, images: torch.Tensor, view: View) -> torch.Tensor:
-        return self.encoder(images, view.visible)
+    def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        return self.encoder(inputs, view.visible)
 
     def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
         filled = unpatch(self.decoder(self.encode(images, view), view), self.options.patch_size)
         return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
 
-    def training_loss(self, images: torch.Tensor, view: View) -> torch.Tensor:
+    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         """Mean squared error of the hidden patches, in normalised pixels."""
-        filled = self.decoder(self.encode(images, view), view)
-        target = patches(images, self.options.patch_size)
+        filled = self.decoder(self.encode(inputs, view), view)
+        target = patches(inputs, self.options.patch_size)
         return (take(filled, view.hidden) - take(target, view.hidden)).float().square().mean()
 
     def flops(self, view: View) -> int:
         o, seen = self.options, view.visible.shape[1]
         projection = 2 * seen * 3 * o.patch_size**2 * o.width
         return projection + o.depth * _block_flops(o.width, seen + 1, o.mlp_ratio)
+
+    @classmethod
+    def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        return vitmae.read(folder)
+
+    def to_folder(self, folder: Path) -> None:
+        vitmae.write(self, folder)
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

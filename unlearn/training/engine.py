@@ -6,6 +6,7 @@ The plain engine is the yardstick: same batches, same loss, same optimizer, noth
 import math
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -19,21 +20,40 @@ from unlearn.training import fragments
 from unlearn.training.fragments import Fragment
 
 Parts = dict[str, torch.Tensor]
+BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket where nothing is said
 
 
 class Objective(nn.Module):
     """The student and its loss as one module, so that ZeRO sees every use of a parameter inside a forward.
 
-    The teacher is kept out of the module: it is nobody's parameter here.
+    Teacher and front are kept out of the module: their parameters are nobody's here.
     """
 
-    def __init__(self, student: Adapter, method: Method, teacher: Adapter | None):
+    def __init__(self, student: Adapter, method: Method, teacher: Adapter | None, front: nn.Module | None = None):
         super().__init__()
         self.student, self.method = student, method
-        self._teacher = (teacher,)
+        self._kept_out = (teacher, front)
+
+    @property
+    def teacher(self) -> Adapter | None:
+        return self._kept_out[0]
+
+    @property
+    def front(self) -> nn.Module | None:
+        return self._kept_out[1]
 
     def forward(self, batch: Batch) -> Parts:
-        return self.method.loss(batch, self.student, self._teacher[0])
+        parts = self.method.loss(batch, self.student, self.teacher)
+        return parts if batch.weight == 1 else {name: value * batch.weight for name, value in parts.items()}
+
+    @torch.no_grad()
+    def on(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
+        """A batch of the loader on the device, its pixels turned into inputs; what a loader of codes hands out is inputs."""
+        images, view = batch.images.to(device, non_blocking=True), batch.view.to(device)
+        if images.dtype == torch.uint8:
+            images = self.student.normalise(images)
+            images = images if self.front is None else self.front(images, view)
+        return replace(batch, images=images.to(dtype) if images.is_floating_point() else images.long(), view=view)
 
 
 class Engine(Protocol):
@@ -42,6 +62,7 @@ class Engine(Protocol):
     rank: int
     workers: int
     device: torch.device
+    objective: Objective
     finite: "FiniteCheck"
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
@@ -84,12 +105,6 @@ class FiniteCheck:
         return next((name for name, value in values if not math.isfinite(value)), None)
 
 
-def _on(batch: Batch, student: Adapter, device: torch.device, dtype: torch.dtype) -> Batch:
-    """The batch on the device, its images normalised."""
-    images = student.normalise(batch.images.to(device, non_blocking=True)).to(dtype)
-    return Batch(images, batch.view.to(device), batch.retain, batch.seed)
-
-
 def _optimizer(trained: list[nn.Parameter], settings: Training, device: torch.device) -> torch.optim.AdamW:
     """AdamW; biases, norms and tokens (what has at most one long axis) are not decayed."""
     small = [p for p in trained if max(p.shape, default=1) == p.numel()]
@@ -115,7 +130,7 @@ class TorchEngine:
         sums: Parts = {}
         batches = list(batches)
         for batch in batches:
-            batch = _on(batch, self.objective.student, self.device, torch.float32)
+            batch = self.objective.on(batch, self.device, torch.float32)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
                 parts = self.objective(batch)
             self.finite(parts)
@@ -155,12 +170,12 @@ class DeepSpeedEngine:
 
         self.device, self.settings = device, settings
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self._dist, self._student = dist, objective.student
+        self._dist, self.objective = dist, objective
         self._named = _named(objective.student, trained)
         self.finite = FiniteCheck()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective.to(device), model_parameters=trained, optimizer=_optimizer(trained, settings, device),
-            config=deepspeed_config(settings, accumulation, micro_batch), dist_init_required=False,
+            config=deepspeed_config(settings, accumulation, micro_batch, sum(p.numel() for p in trained)), dist_init_required=False,
         )  # fmt: skip
         self._engine.train()
         self._plain = settings.zero_stage == 0
@@ -172,7 +187,7 @@ class DeepSpeedEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         for batch in batches:
-            parts = self._engine(_on(batch, self._student, self.device, self._dtype))
+            parts = self._engine(self.objective.on(batch, self.device, self._dtype))
             self.finite(parts)
             self._engine.backward(parts["loss"])
             _add(sums, parts)
@@ -203,9 +218,10 @@ class DeepSpeedEngine:
         return values
 
 
-def deepspeed_config(settings: Training, accumulation: int, micro_batch: int) -> dict:
-    """The run's settings in DeepSpeed's words."""
-    zero: dict = {"stage": settings.zero_stage}
+def deepspeed_config(settings: Training, accumulation: int, micro_batch: int, trained: int) -> dict:
+    """The run's settings in DeepSpeed's words; trained: elements of all trained parameters."""
+    # DeepSpeed allocates the whole bucket, and most models are smaller.
+    zero: dict = {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, trained)}
     if settings.offload_optimizer and settings.zero_stage:
         zero["offload_optimizer"] = {"device": "cpu"}
     config = {

@@ -12,12 +12,14 @@ import torch
 
 from unlearn import config, views
 from unlearn.data import order, selection
+from unlearn.data.codes import Codes
 from unlearn.data.loader import Loader
 from unlearn.data.selection import RowSet
 from unlearn.data.storage import Storage
 from unlearn.errors import TrainingError
 from unlearn.methods import base as methods
 from unlearn.models import weights
+from unlearn.training import metrics
 from unlearn.training import teacher as teachers
 from unlearn.training.checkpoint import Checkpoints, TrainerState
 from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
@@ -40,16 +42,20 @@ def worker(run: config.RunConfig, report: Report = lambda row: None) -> None:
 
     method = methods.create(run.method)
     student = weights.build(run.model, run.seed)
-    loader = Loader(run, found, student.grid, student.options.image_size)
+    front = None if method.trains_front else student.take_front(device)
+    if front is not None:
+        student.stock_noise(front, run.seed)
+    kept = codes(run, found, student, front, device, report) if front is not None and run.data.codes else None
+    loader = Loader(run, found, student.grid, student.options.image_size, kept)
     data = origin(run, found)
     if start:
         checkpoints.state(start).check(run.hash(), data, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
-        engine = _engine(run, method, student, device)
+        engine = _engine(run, method, student, None if kept else front, device)
         if method.sample_size():
-            method.prepare(_sample(loader, method.sample_size()).to(device), student)
+            method.prepare(_sample(engine, loader, method.sample_size()))
         with _told(run, engine):
             _rehearse(engine, loader, run)
         if saved:
@@ -64,14 +70,14 @@ def train(
 ) -> None:  # fmt: skip
     """Steps start .. stop: fetch, compute, update, log, save."""
     log = MetricsLog(run.run_dir, start) if engine.rank == 0 else None
-    batches = loader.batches(_numbers(run, engine, start, stop), pin=engine.device.type == "cuda")
+    batches = _weighted(run, engine, loader.batches(_numbers(run, engine, start, stop), pin=engine.device.type == "cuda"))
     window = _Window(run, engine, student, method)
     for step in range(start + 1, stop + 1):
         mine = window.watch(itertools.islice(batches, run.accumulation))
         window.add(engine.step(mine, learning_rate(run.training, step - 1, stop)))
         if step % run.training.log_every == 0 or step == stop:
             row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(run.training, step - 1, stop)}
-            row["bad_images"] = _bad_images(run, engine, loader)
+            row |= {"bad_images": _bad_images(run, engine, loader), "workers": engine.workers}
             if log:
                 log.add(row)
             report(row)
@@ -96,7 +102,8 @@ def sets(run: config.RunConfig) -> dict[str, RowSet]:
 def origin(run: config.RunConfig, found: dict[str, RowSet]) -> dict[str, str]:
     """Hashes of what a run starts from: the manifest of each set, and the weights."""
     data = {name: rows.manifest.hash for name, rows in found.items()}
-    return data | ({"weights": weights.fingerprint(run.model.weights)} if run.model.weights else {})
+    files = {"weights": run.model.weights, "front": run.model.front}
+    return data | {name: weights.fingerprint(uri) for name, uri in files.items() if uri}
 
 
 def steps(run: config.RunConfig, found: dict[str, RowSet]) -> int:
@@ -120,27 +127,64 @@ def learning_rate(settings: config.Training, step: int, stop: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def _engine(run: config.RunConfig, method: methods.Method, student, device: torch.device) -> Engine:
-    """The engine with student and teacher in it."""
+def codes(run: config.RunConfig, found: dict[str, RowSet], student, front, device: torch.device, report: Report) -> dict[str, Codes]:
+    """What the front makes of every image of the sets, made where it is missing; the workers share the work."""
+    import torch.distributed as dist
+
+    together = dist.is_available() and dist.is_initialized()
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    made = {name: Codes(run, rows, student, front) for name, rows in found.items()}
+
+    def told(done: int, of: int) -> None:
+        row = {"coding": done, "of": of}
+        Storage(run.run_dir).write(metrics.CODING, json.dumps(row).encode())
+        if not together:  # Ray's report waits for all workers, who do not make as many codes
+            report(row)
+
+    for each in made.values():
+        each.fill(device, rank, workers, told if rank == 0 else lambda done, of: None)
+    if together:
+        dist.barrier()
+    for each in made.values():
+        each.forget_front()
+    return made
+
+
+def _engine(run: config.RunConfig, method: methods.Method, student, front, device: torch.device) -> Engine:
+    """The engine with student, teacher and front in it."""
     if not method.needs_decoder:
         student.drop_decoder()
     student.encoder.activation_checkpointing = run.training.activation_checkpointing
     teacher = teachers.load(run, device, method.needs_decoder) if method.needs_teacher else None
-    objective, trained = Objective(student, method, teacher), method.trainable(student)
+    objective, trained = Objective(student, method, teacher, front), method.trainable(student)
     if run.training.engine == "torch":
         return TorchEngine(objective, trained, run.training, device)
     return DeepSpeedEngine(objective, trained, run.training, device, run.accumulation, run.micro_batch)
 
 
 def _numbers(run: config.RunConfig, engine: Engine, start: int, stop: int):
+    """Where the workers cannot share a global batch evenly some compute one micro-batch too many, since all must take part in
+    every exchange; it counts for nothing."""
     per_step = run.training.batch_size // run.micro_batch
     for step in range(start, stop):
-        yield from order.micro_batches(step, engine.rank, engine.workers, per_step)
+        mine = order.micro_batches(step, engine.rank, engine.workers, per_step)
+        yield from mine
+        yield from [step * per_step] * (run.accumulation - len(mine))
 
 
-def _sample(loader: Loader, count: int) -> torch.Tensor:
-    """About `count` training images (N, 3, S, S), the same on every rank."""
-    return torch.cat([loader.batch(n).images for n in range(max(1, count // (loader.retain + loader.forget)))])
+def _weighted(run: config.RunConfig, engine: Engine, batches):
+    """The engine takes the mean over all micro-batches of all workers; with these weights it is the mean over the true ones."""
+    per_step = run.training.batch_size // run.micro_batch
+    mine = len(order.micro_batches(0, engine.rank, engine.workers, per_step))
+    scale = run.accumulation * engine.workers / per_step
+    for i, batch in enumerate(batches):
+        yield replace(batch, weight=scale if i % run.accumulation < mine else 0.0)
+
+
+def _sample(engine: Engine, loader: Loader, count: int) -> torch.Tensor:
+    """Inputs of about `count` training images, the same on every rank."""
+    numbers = range(max(1, count // (loader.retain + loader.forget)))
+    return torch.cat([engine.objective.on(loader.batch(n), engine.device, torch.float32).images for n in numbers])
 
 
 def _bad_images(run: config.RunConfig, engine: Engine, loader: Loader) -> int:
@@ -209,7 +253,7 @@ class _Window:
     def watch(self, batches):
         """The batches, their FLOPs counted as they pass."""
         for batch in batches:
-            self.flops += self.student.flops(batch.view) * len(batch.images) * self.method.units
+            self.flops += self.student.flops(batch.view) * len(batch.images) * self.method.units if batch.weight else 0
             yield batch
 
     def add(self, parts: dict[str, torch.Tensor]) -> None:

@@ -15,6 +15,8 @@ from unlearn.data.storage import Storage
 from unlearn.errors import StorageError
 
 METRICS = "metrics.jsonl"
+# What a run says before its first row: {"coding": row groups whose codes are made, "of": row groups in all}.
+CODING = "coding.json"
 # dense bf16 peaks of one device, FLOP/s, from the makers' data sheets
 PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
@@ -61,14 +63,21 @@ def read(run_dir: str) -> list[dict]:
     return [json.loads(line) for line in storage.read(METRICS).splitlines()] if storage.is_file(METRICS) else []
 
 
+def coding(run_dir: str) -> list[dict]:
+    """How far the codes are, or nothing."""
+    storage = Storage(run_dir)
+    return [json.loads(storage.read(CODING))] if storage.is_file(CODING) else []
+
+
 def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: float = 1) -> None:
     """Until `work` is done, call `progress` with the newest row of a run as it appears in the run's storage."""
     last, done = None, False
     while not done:
         done = bool(wait([work], timeout=every).done)
         with contextlib.suppress(StorageError):  # a picture of progress is not worth a run
-            if (rows := read(run_dir)) and rows[-1] != last:
-                last = rows[-1]
+            found = read(run_dir)[-1:] or coding(run_dir)
+            if found and found[0] != last:
+                last = found[0]
                 progress(last)
 
 

@@ -1,0 +1,1 @@
+"""Images, manifests, set-up scripts. Nothing imports it; jobs/rayjob.py reads kubernetes/rendered."""

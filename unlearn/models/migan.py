@@ -1,0 +1,256 @@
+"""MI-GAN (ICCV 2023): a small convolutional inpainting generator, an encoder with skips and a synthesis network.
+
+Blocks are named by the resolution they work at in an image of `resolution` pixels; a smaller image runs through the same
+blocks, and everything is as much smaller. Shapes: B images of S x S pixels; block b{R} works at R * S / resolution pixels.
+"""
+
+import functools
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from unlearn.models import base
+from unlearn.views import View
+
+# The file that `to_folder` writes, in the public layout.
+FILE = "migan.safetensors"
+
+
+class MIGANOptions(base.Options):
+    """Defaults are those of the model trained on Places2 at 512 pixels.
+
+    resolution: pixels of the images it was made for; image_size: pixels of the images it is used on, resolution / 1, 2 or 4.
+    channel_base, channel_max: a block b{R} is min(channel_base / R, channel_max) channels wide.
+    """
+
+    image_size: int = 512
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resolution: int = 512
+    channel_base: int = 32768
+    channel_max: int = 512
+    grid: int = 16
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if self.resolution < 8 or self.resolution & (self.resolution - 1):
+            raise ValueError(f"resolution {self.resolution} must be a power of two, 8 or more")
+        if self.image_size not in [self.resolution // d for d in (1, 2, 4)]:
+            raise ValueError(f"image_size {self.image_size} must be the resolution {self.resolution}, half or a quarter of it")
+        if self.image_size % self.grid:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of grid {self.grid}")
+        if self.channel_base < self.resolution:
+            raise ValueError(f"channel_base {self.channel_base} leaves block b{self.resolution} no channel")
+        return self
+
+    @property
+    def resolutions(self) -> list[int]:
+        """Those of the blocks: resolution, resolution / 2, ..., 4."""
+        return [self.resolution >> i for i in range(self.resolution.bit_length() - 2)]
+
+    def width(self, resolution: int) -> int:
+        return min(self.channel_base // resolution, self.channel_max)
+
+
+def activate(x: torch.Tensor) -> torch.Tensor:
+    """Leaky ReLU times sqrt 2, clamped to +-256. In place after the first step: nothing needs what lies between."""
+    return F.hardtanh_(F.leaky_relu(x, 0.2).mul_(math.sqrt(2)), -256, 256)
+
+
+@functools.cache
+def _fir(channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The low-pass filter (1, 3, 3, 1) in both directions, of sum 1, for a depthwise convolution: (channels, 1, 4, 4)."""
+    # What is made in inference mode could never be used for training again.
+    with torch.inference_mode(False):
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device) / 8
+        return torch.outer(line, line).to(dtype).expand(channels, 1, 4, 4).contiguous()
+
+
+def downsample(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) to (B, C, H / 2, W / 2), low-passed."""
+    return F.conv2d(x, _fir(x.shape[1], x.device, x.dtype), stride=2, padding=1, groups=x.shape[1])
+
+
+def upsample(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) to (B, C, 2H, 2W): zeros between the pixels, low-passed with gain 4."""
+    return F.conv_transpose2d(x, 4 * _fir(x.shape[1], x.device, x.dtype), stride=2, padding=1, groups=x.shape[1])
+
+
+class SeparableConv(nn.Module):
+    """Depthwise 3x3, activation, [half the size], pointwise, [twice the size], [constant noise], activation.
+
+    noise: the side of the constant noise map; 0 = none. A smaller image takes the map's first rows and columns.
+    """
+
+    def __init__(self, channels: int, out: int, down: bool = False, up: bool = False, noise: int = 0):
+        super().__init__()
+        self.down, self.up = down, up
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.conv2 = nn.Conv2d(channels, out, 1, bias=False)
+        if noise:
+            self.register_buffer("noise_const", torch.randn(noise, noise))
+            # Public weights say 1; a model trained here from nothing, without an adversary, has no use for noise.
+            self.register_buffer("noise_strength", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = activate(self.conv1(x))
+        x = self.conv2(downsample(x) if self.down else x)
+        x = upsample(x) if self.up else x
+        if hasattr(self, "noise_const"):
+            noise = self.noise_const[: x.shape[2], : x.shape[3]] * self.noise_strength
+            x = x + noise.to(x.dtype)  # DeepSpeed leaves buffers in float32
+        return activate(x)
+
+
+class EncoderBlock(nn.Module):
+    """x to (the skip of this resolution, what the next block takes)."""
+
+    def __init__(self, o: MIGANOptions, resolution: int):
+        super().__init__()
+        width, last = o.width(resolution), resolution == 4
+        self.conv1 = SeparableConv(width, width)
+        self.conv2 = SeparableConv(width, o.width(max(resolution // 2, 4)), down=not last)
+        if resolution == o.resolution:
+            self.fromrgb = nn.Conv2d(4, width, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        skip = self.conv1(activate(self.fromrgb(x)) if hasattr(self, "fromrgb") else x)
+        return skip, self.conv2(skip)
+
+
+class Encoder(nn.Module):
+    """(B, 4, S, S) = (mask - 0.5, known pixels) to [bottleneck, skip of b{resolution}, ..., skip of b4]."""
+
+    def __init__(self, o: MIGANOptions):
+        super().__init__()
+        self.activation_checkpointing = False
+        self.names = [f"b{r}" for r in o.resolutions]
+        for r, name in zip(o.resolutions, self.names, strict=True):
+            self.add_module(name, EncoderBlock(o, r))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        # Depthwise convolutions are several times faster with channels last.
+        x, skips = x.contiguous(memory_format=torch.channels_last), []
+        for name in self.names:
+            block = getattr(self, name)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                skip, x = checkpoint(block, x, use_reentrant=False)
+            else:
+                skip, x = block(x)
+            skips.append(skip)
+        return [x, *skips]
+
+
+class SynthesisBlock(nn.Module):
+    """(x, skip, RGB so far) to (x, RGB) at twice the size; the first block keeps the size and has neither RGB nor noise."""
+
+    def __init__(self, o: MIGANOptions, resolution: int):
+        super().__init__()
+        first = resolution == 4
+        before, width, noise = o.width(4 if first else resolution // 2), o.width(resolution), 0 if first else resolution
+        self.conv1 = SeparableConv(before, width, up=not first, noise=noise)
+        self.conv2 = SeparableConv(width, width, noise=noise)
+        self.torgb = nn.Conv2d(width, 3, 1)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor, rgb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.conv2(self.conv1(x) + skip)
+        seen = self.torgb(x)
+        return x, seen if rgb is None else upsample(rgb) + seen
+
+
+class Synthesis(nn.Module):
+    """[bottleneck, skips] to normalised images (B, 3, S, S), known pixels included."""
+
+    def __init__(self, o: MIGANOptions):
+        super().__init__()
+        self.names = [f"b{r}" for r in reversed(o.resolutions)]
+        for r, name in zip(reversed(o.resolutions), self.names, strict=True):
+            self.add_module(name, SynthesisBlock(o, r))
+
+    def forward(self, levels: list[torch.Tensor]) -> torch.Tensor:
+        x, *skips = levels
+        rgb = None
+        for name, skip in zip(self.names, reversed(skips), strict=True):
+            x, rgb = getattr(self, name)(x, skip, rgb)
+        return rgb
+
+
+@functools.cache
+def _encoder_flops(o: MIGANOptions) -> int:
+    with torch.device("meta"):
+        encoder, x = Encoder(o), torch.empty(1, 4, o.image_size, o.image_size)
+    return base.counted(lambda: encoder(x))
+
+
+class MIGAN(base.Adapter):
+    """The embedding compared is the bottleneck, (B, W, s, s), and the skip of every resolution."""
+
+    family = "migan"
+    Options = MIGANOptions
+    encoder_sees_hole = False
+    variants = {
+        "migan_512": {},
+        "migan_256": {"image_size": 256},
+        "migan_128": {"image_size": 128},
+        "migan_nano_32": {"image_size": 32, "resolution": 32, "channel_base": 1024, "channel_max": 96, "grid": 8},
+    }
+
+    def __init__(self, options: MIGANOptions):
+        super().__init__(options)
+        self.encoder = Encoder(options)
+        self.decoder = Synthesis(options)
+        self._initialise()
+
+    def _initialise(self):
+        """Keep the variance: the activation brings its own gain."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @property
+    def grid(self) -> int:
+        return self.options.grid
+
+    def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> list[torch.Tensor]:
+        hidden = view.pixel_mask(inputs.shape[-1])
+        known = torch.where(hidden, 0, inputs)
+        return self.encoder(torch.cat([0.5 - hidden.to(known.dtype), known], dim=1))
+
+    def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        filled = self.decoder(self.encode(images, view))
+        return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
+
+    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """Mean absolute error in the hole, in normalised pixels.
+
+        The public weights were trained against a discriminator as well; that is not repeated here, so a model trained from
+        nothing fills holes with blur.
+        """
+        error = (self.decoder(self.encode(inputs, view)) - inputs).float().abs()
+        hidden = view.pixel_mask(inputs.shape[-1])
+        return torch.where(hidden, error, 0).sum() / (3 * hidden.sum())
+
+    def flops(self, view: View) -> int:
+        return _encoder_flops(self.options)
+
+    @classmethod
+    def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The layout of Picsart-AI-Research/MI-GAN without its FIR filters: `synthesis.*` is the decoder."""
+        return {_swap(name, "synthesis.", "decoder."): tensor for name, tensor in tensors.items()}
+
+    def to_folder(self, folder: Path) -> None:
+        """Write FILE in the public layout."""
+        held = {_swap(name, "decoder.", "synthesis."): t.detach().contiguous() for name, t in self.state_dict().items()}
+        save_file(held, folder / FILE)
+
+
+def _swap(name: str, prefix: str, other: str) -> str:
+    return other + name.removeprefix(prefix) if name.startswith(prefix) else name

@@ -1,0 +1,231 @@
+"""VQ-GAN tokenizers (arXiv 2012.09841): images to a grid of codes and back.
+
+Two architectures: `mage`, the convolutions of MaskGIT as the public MAGE tokenizer has them, and `diffusers`, those of
+`diffusers.VQModel` (taming-transformers). Shapes: B images, L = G x G codes, C channels of a code, N codes.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from unlearn.errors import WeightsError
+from unlearn.models import weights
+from unlearn.views import View
+
+# Weights file of a diffusers model folder.
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+# Where each part of a public tokenizer is in our model; the codebook is there twice, for the front is taken away.
+PLACES = {
+    "encoder.": ["front.encoder."],
+    "quant_conv.": ["front.quant_conv."],
+    "quantize.embedding.": ["front.codebook.", "decoder.codebook."],
+    "post_quant_conv.": ["decoder.post_quant_conv."],
+    "decoder.": ["decoder.pixels."],
+}
+# What a checkpoint of a tokenizer's training holds beside it: the discriminator and the perceptual network.
+OTHERS = ("loss.",)
+# Our tensors that a tokenizer fills.
+NAMES = tuple(sorted({place for places in PLACES.values() for place in places}))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and what is added to them.
+
+    Where the width changes the sum is with a projection of the convolutions' own result, as in the public weights.
+    """
+
+    def __init__(self, inside: int, outside: int, groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, inside, eps=1e-6)
+        self.conv1 = nn.Conv2d(inside, outside, 3, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(groups, outside, eps=1e-6)
+        self.conv2 = nn.Conv2d(outside, outside, 3, padding=1, bias=False)
+        if inside != outside:
+            self.nin_shortcut = nn.Conv2d(outside, outside, 1, bias=False)
+        self.same = inside == outside
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (x if self.same else self.nin_shortcut(h))
+
+
+def _level(inside: int, outside: int, count: int, groups: int) -> nn.ModuleDict:
+    blocks = (ResidualBlock(inside if n == 0 else outside, outside, groups) for n in range(count))
+    return nn.ModuleDict({"block": nn.ModuleList(blocks)})
+
+
+def _middle(width: int, groups: int) -> nn.ModuleDict:
+    return nn.ModuleDict({f"block_{n}": ResidualBlock(width, width, groups) for n in (1, 2)})
+
+
+class MageEncoder(nn.Module):
+    """(B, 3, S, S) to latents (B, C, G, G); each level but the last halves the side by averaging."""
+
+    def __init__(self, channels: tuple[int, ...], layers: int, groups: int, latent: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
+        inside = (channels[0], *channels[:-1])
+        self.down = nn.ModuleList(_level(i, o, layers, groups) for i, o in zip(inside, channels, strict=True))
+        self.mid = _middle(channels[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[-1], latent, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        for number, level in enumerate(self.down):
+            x = F.avg_pool2d(x, 2) if number else x
+            for block in level["block"]:
+                x = block(x)
+        x = self.mid["block_2"](self.mid["block_1"](x))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class MageDecoder(nn.Module):
+    """Latents (B, C, G, G) to images (B, 3, S, S)."""
+
+    def __init__(self, channels: tuple[int, ...], layers: int, groups: int, latent: int):
+        super().__init__()
+        self.conv_in = nn.Conv2d(latent, channels[-1], 3, padding=1)
+        self.mid = _middle(channels[-1], groups)
+        inside = (*channels[1:], channels[-1])
+        self.up = nn.ModuleList(_level(i, o, layers, groups) for i, o in zip(inside, channels, strict=True))
+        for level, width in zip(self.up[1:], channels[1:], strict=True):
+            level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+        self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_in(x)
+        x = self.mid["block_2"](self.mid["block_1"](x))
+        for level in reversed(self.up):
+            for block in level["block"]:
+                x = block(x)
+            if "upsample" in level:
+                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def encoder(o) -> nn.Module:
+    """Pixels to latents. o: the options of unlearn.models.vqgan."""
+    if o.tokenizer == "mage":
+        return MageEncoder(o.channels, o.layers, o.norm_groups, o.code_width)
+    from diffusers.models.autoencoders.vae import Encoder
+
+    return Encoder(3, o.latent_channels, ("DownEncoderBlock2D",) * len(o.channels), double_z=False, **_diffusers(o))
+
+
+def decoder(o) -> nn.Module:
+    """Latents to pixels."""
+    if o.tokenizer == "mage":
+        return MageDecoder(o.channels, o.layers, o.norm_groups, o.code_width)
+    from diffusers.models.autoencoders.vae import Decoder
+
+    return Decoder(o.latent_channels, 3, ("UpDecoderBlock2D",) * len(o.channels), **_diffusers(o))
+
+
+def _diffusers(o) -> dict:
+    return {
+        "block_out_channels": o.channels, "layers_per_block": o.layers, "norm_num_groups": o.norm_groups,
+        "mid_block_add_attention": o.mid_attention,
+    }  # fmt: skip
+
+
+def projection(o, inside: int, outside: int) -> nn.Module:
+    """Between latents and codes: MAGE's tokenizer has nothing there."""
+    return nn.Identity() if o.tokenizer == "mage" else nn.Conv2d(inside, outside, 1)
+
+
+class Range(nn.Module):
+    """Normalised images to the tokenizer's own range and back: [0, 1] for `mage`, [-1, 1] for `diffusers`."""
+
+    def __init__(self, o):
+        super().__init__()
+        self.low = 0.0 if o.tokenizer == "mage" else -1.0
+        for name, values in (("mean", o.mean), ("std", o.std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return (self.low + (1 - self.low) * (images * self.std + self.mean).clamp(0, 1)).to(images.dtype)
+
+    def back(self, found: torch.Tensor) -> torch.Tensor:
+        return (((found - self.low) / (1 - self.low) - self.mean) / self.std).to(found.dtype)
+
+
+class Tokenizer(nn.Module):
+    """(normalised images, view) to int64 (B, 2, L): the codes of the image with its hole filled with the mean colour, so
+    that nothing hidden is in them, and those of the whole image, which training has to guess."""
+
+    def __init__(self, o):
+        super().__init__()
+        self.range = Range(o)
+        self.encoder = encoder(o)
+        self.quant_conv = projection(o, o.latent_channels, o.code_width)
+        self.codebook = nn.Embedding(o.codes, o.code_width)
+        self.register_buffer("every", torch.arange(o.codes), persistent=False)
+
+    def latents(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, C, G, G) of normalised images."""
+        return self.quant_conv(self.encoder(self.range(images)))
+
+    def tokens(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, L) int64: the nearest codes."""
+        latents = self.latents(images).flatten(2).transpose(1, 2)
+        return distances(latents, self.codebook(self.every)).argmin(2)
+
+    def forward(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        seen = images.masked_fill(view.pixel_mask(images.shape[-1]), 0)
+        return torch.stack([self.tokens(seen), self.tokens(images)], dim=1)
+
+
+def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Distances (..., N) of vectors (..., C) to codes (N, C), in float32 or better, under autocast too."""
+    dtype = torch.promote_types(vectors.dtype, torch.float32)
+    return torch.cdist(vectors.to(dtype), codes.to(dtype))
+
+
+def loss(front: Tokenizer, back, images: torch.Tensor) -> torch.Tensor:
+    """What a tokenizer is trained with (arXiv 1711.00937): the squared error of normalised images, that of codes to latents
+    and a quarter of that of latents to codes. back: has a codebook of its own, and `paint`, codes (B, C, G, G) to images.
+    """
+    latents = front.latents(images)
+    vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
+    # Both copies of the codebook get the same gradient, to the bit, and stay equal.
+    codes = (front.codebook(front.every) + back.codebook(front.every)) / 2
+    with torch.no_grad():
+        apart = distances(vectors, codes)
+        nearest, closest = apart.argmin(1), apart.argmin(0)
+        unused = torch.ones_like(front.every).scatter(0, nearest, 0)
+    chosen = codes[nearest]
+    straight = vectors + (chosen - vectors).detach()
+    painted = back.paint(straight.unflatten(0, (len(images), *latents.shape[2:])).permute(0, 3, 1, 2))
+    follow = (chosen - vectors.detach()).square().mean()
+    commit = (vectors - chosen.detach()).square().mean()
+    # A code that no latent takes is drawn to the latent nearest to it, so none is lost.
+    revive = ((codes - vectors[closest].detach()).square() * unused[:, None]).mean()
+    return (painted - images).square().mean() + follow + 0.25 * commit + revive
+
+
+def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of a tokenizer in our names: taming-transformers, MAGE and diffusers write them alike."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        prefix = next((p for p in PLACES if name.startswith(p)), None)
+        if prefix is not None:
+            renamed |= {place + name.removeprefix(prefix): tensor for place in PLACES[prefix]}
+        elif not name.startswith(OTHERS):
+            renamed[name] = tensor  # told as unexpected where the model is filled
+    return renamed
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a tokenizer in our names: a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
+    if path.is_dir() and (path / weights.CARD).is_file():
+        found = weights.tensors(path / weights.WEIGHTS, str(path))
+        return {name: tensor for name, tensor in found.items() if name.startswith(NAMES)}
+    if path.is_dir():
+        if not (path / DIFFUSERS).is_file():
+            raise WeightsError(f"{path} holds no tokenizer: no {weights.CARD} and no {DIFFUSERS}")
+        path = path / DIFFUSERS
+    return from_public(weights.tensors(path, str(path)))
