@@ -2,6 +2,9 @@
 
     python -m jobs.benchmark engines [CONFIG] [--set a.b=c]   Ray Train + DeepSpeed against the plain torch engine
     python -m jobs.benchmark loader  [CONFIG] [--set a.b=c]   the loader against the bare decoder
+    python -m jobs.benchmark step    [CONFIG] [--set a.b=c]   a step of the plain engine against a bare PyTorch loop; on a GPU
+                                                              also the share of its peak. --model mae/vit_large_patch16: a
+                                                              named shape with random weights and images
 """
 
 import argparse
@@ -81,19 +84,46 @@ def _ratio(what: str, mine: list[float], base: list[float]) -> None:
     print(f"{what}: {statistics.median(ratios):.2f} (median of {len(ratios)} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 
+def _one_worker(options: argparse.Namespace) -> list[str]:
+    """Overrides for a step of one process: those of the command line come after them."""
+    import torch
+
+    found = ["training.engine=torch", "cluster.workers=1"]
+    if options.model:
+        family, _, variant = options.model.partition("/")
+        found += [f"model={{family: {family}, variant: {variant or 'null'}}}", "train_views=[{kind: random, size: 0.75}]"]
+    if torch.cuda.is_available():
+        found += ["training.dtype=bf16", "cluster.gpus_per_worker=1"]
+    rows = options.micro_batch
+    return found + ([f"training.micro_batch_size={rows}", f"training.batch_size={rows}"] if rows else [])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["engines", "loader"])
+    parser.add_argument("what", choices=["engines", "loader", "step"])
     parser.add_argument("config", nargs="?", help="a YAML file; default: the demo's configuration")
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=3)
+    steps = parser.add_argument_group("step")
+    steps.add_argument("--model", metavar="FAMILY/VARIANT")
+    steps.add_argument("--micro-batch", type=int, metavar="ROWS", help="of one step; default: the config's")
+    steps.add_argument("--warm-up", type=int, default=3, metavar="STEPS")
+    steps.add_argument("--seconds", type=float, default=2, help="of each round")
+    steps.add_argument("--compile", action="store_true", help="torch.compile on both encoders")
+    steps.add_argument("--channels-last", action="store_true")
     options = parser.parse_args(argv)
     if not WORKER_ENV.items() <= os.environ.items():
         # What Ray's workers are given, plain torch must have too, or it would be no fair baseline; malloc reads it at start.
         os.execve(sys.executable, [sys.executable, "-m", "jobs.benchmark", *(argv or sys.argv[1:])], os.environ | WORKER_ENV)
     try:
-        run = config.load(options.config, options.overrides) if options.config else demo.demo_config(overrides=options.overrides)
-        (engines if options.what == "engines" else loader)(run, options.rounds)
+        overrides = (_one_worker(options) if options.what == "step" else []) + options.overrides
+        run = config.load(options.config, overrides) if options.config else demo.demo_config(overrides=overrides)
+        if options.what == "step":
+            from jobs.benchmark_step import step
+
+            step(run, options.rounds, options.seconds, options.warm_up, options.compile, options.channels_last, options.model is not None)
+        else:
+            (engines if options.what == "engines" else loader)(run, options.rounds)
     except UnlearnError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
