@@ -80,6 +80,18 @@ def check_machine(cluster: config.Cluster, workers: int) -> None:
         _compare(cluster, workers, have, "this machine")
 
 
+def reach(cluster: config.Cluster, workers: int) -> str | None:
+    """See that the cluster is there and can carry the workers; the kind of its GPUs, where Ray knows it. Raises ClusterError."""
+    if not _address(cluster):
+        check_machine(cluster, workers)
+        return None
+    with connected(cluster, workers):
+        import ray
+
+        kinds = (name.partition(":")[2] for name in ray.cluster_resources() if name.startswith("accelerator_type:"))
+        return next(kinds, None)
+
+
 def _address(cluster: config.Cluster) -> str | None:
     return cluster.address or os.environ.get("RAY_ADDRESS")
 

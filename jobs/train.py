@@ -38,7 +38,9 @@ def check(run: config.RunConfig) -> dict[str, dict]:
         raise ConfigError(f"training.forget_fraction is 0: {run.method.name} needs forget rows in every micro-batch")
     found = loop.sets(run)
     selection.check_sizes(found, cls.needs_forget)
-    weights.build(run.model, run.seed)
+    built = weights.build(run.model, run.seed)
+    if run.data.codes and built.front is not None and run.data.augment != "none":
+        raise ConfigError("data.augment: with data.codes every image is seen as it is; set augment to none, or leave out codes")
     if cls.needs_teacher:  # then there will be something to evaluate
         pictures.sets(run)
         features.check(run.evaluation.features, run.evaluation.features_weights)
@@ -50,7 +52,16 @@ def check(run: config.RunConfig) -> dict[str, dict]:
 def prepare(run: config.RunConfig, resume: bool = False) -> None:
     """Check everything before anything expensive starts, and write the config to the run folder.
 
-    Raises UnlearnError as `check` does, and where the run folder is in use or cannot be written.
+    Raises UnlearnError as `ready` does, and where the run folder cannot be written.
+    """
+    ready(run, resume)
+    Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
+
+
+def ready(run: config.RunConfig, resume: bool = False) -> None:
+    """Check everything that can be checked before the run; nothing is written.
+
+    Raises UnlearnError as `check` does, where the run folder is in use, and where this machine has too little.
     """
     from unlearn.training import loop
 
@@ -63,8 +74,7 @@ def prepare(run: config.RunConfig, resume: bool = False) -> None:
         )
     if steps:
         checkpoints.state(steps[-1]).check(run.hash(), loop.origin(run, loop.sets(run)), run.run_dir)
-    check_machine(run.cluster, run.cluster.workers)
-    Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
+    check_machine(run.cluster, run.cluster.min_workers or run.cluster.workers)
 
 
 def train(run: config.RunConfig, resume: bool = False, progress: Progress = lambda row: None) -> str:
@@ -82,7 +92,7 @@ def train(run: config.RunConfig, resume: bool = False, progress: Progress = lamb
 
 
 def _on_ray(run: config.RunConfig, progress: Progress) -> None:
-    with connected(run.cluster, run.cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
+    with connected(run.cluster, run.cluster.min_workers or run.cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
         import ray.train
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -95,7 +105,7 @@ def _on_ray(run: config.RunConfig, progress: Progress) -> None:
             train_loop_config={"run": run.model_dump(mode="json")},
             torch_config=TorchConfig(backend="nccl" if run.cluster.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
-                num_workers=run.cluster.workers,
+                num_workers=(run.cluster.min_workers, run.cluster.workers) if run.cluster.min_workers else run.cluster.workers,
                 use_gpu=run.cluster.gpus_per_worker > 0,
                 resources_per_worker=_resources(run.cluster),
             ),
@@ -108,7 +118,7 @@ def _on_ray(run: config.RunConfig, progress: Progress) -> None:
         # In a thread, since in the main thread Ray Train takes Ctrl-C for itself and ends the process without a word.
         work = Future()
         threading.Thread(target=_into, args=(work, trainer.fit), daemon=True).start()
-        metrics.follow(run.run_dir, work, progress)
+        metrics.follow(run.run_dir, work, _telling_of_losses(run, progress))
         try:
             work.result()
             _tell_failure(storage)
@@ -118,6 +128,24 @@ def _on_ray(run: config.RunConfig, progress: Progress) -> None:
                 f"the workers failed more than cluster.max_failures ({run.cluster.max_failures}) times: {_last_line(e)}; "
                 "the last checkpoint is good: add --resume to go on"
             ) from e
+
+
+def _telling_of_losses(run: config.RunConfig, progress: Progress) -> Progress:
+    """`progress` that also says when the run has gone back to a checkpoint, and with how many workers."""
+    step, workers = 0, run.cluster.workers
+
+    def told(row: dict) -> None:
+        nonlocal step, workers
+        if "step" in row:
+            if row["step"] < step or row.get("workers", workers) != workers:
+                from unlearn.console import warn
+
+                again = "went back to a checkpoint; " if row["step"] < step else ""
+                warn(f"{again}step {row['step']} with {row['workers']} of {run.cluster.workers} workers")
+            step, workers = row["step"], row.get("workers", workers)
+        progress(row)
+
+    return told
 
 
 def _tell_failure(storage: Storage) -> None:
@@ -144,6 +172,8 @@ def _worker(settings: dict) -> None:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     run = config.parse(settings["run"])
+    workers = ray.train.get_context().get_world_size()  # fewer where nodes were lost and cluster.min_workers allows it
+    run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"workers": workers})})
     storage = Storage(run.run_dir)
     if storage.is_file(FAILURE):
         return  # the mistake of another worker, or of this one before Ray started it again: the driver tells it

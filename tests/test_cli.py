@@ -14,23 +14,9 @@ import yaml
 from conftest import ADMIN, BUCKET, tiny_table
 
 from unlearn import config
-from unlearn.cli import main
 from unlearn.data import shards
 from unlearn.data.storage import Storage
 from unlearn.training import metrics
-
-
-@pytest.fixture
-def told(capsys):
-    """told(*arguments) -> (exit code, standard output, standard error with line ends folded)."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as stopped:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, " ".join(err.split())
-
-    return call
 
 
 @pytest.fixture
@@ -84,6 +70,8 @@ def test_version_models_methods_schema(told):
         ("model.weights=null", "model.weights is missing"),
         ("model.options={width: 32}", "encoder.cls_token has shape (1, 1, 16)"),
         ("model.family=gpt", "no family 'gpt'; known: mae"),
+        ("model.front=/nowhere", "this mae has no frozen front end"),
+        ("method.name=pretrain_front", "mae has no front end that is trained here"),
         ("method.name=hope", "no method 'hope'; known: encoder_l2"),
         ("method.noise_region=hole", "never sees the hole"),
         ("evaluation.data=/nowhere", "/nowhere: no manifest.json there"),
@@ -96,6 +84,16 @@ def test_version_models_methods_schema(told):
 )
 def test_mistakes_in_the_config(told, written, override, message):
     assert message in refused(told, "run", written(override))
+
+
+def test_convert_writes_what_other_libraries_read(told, tmp_path):
+    folder = tmp_path / "theirs"
+    assert f"written: {folder}" in told("convert", "embedded:mae-fashion", folder)[1]
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "vit_mae"
+    assert "is not empty: give a new folder" in refused(told, "convert", "embedded:mae-fashion", folder)
+    assert "name it with --family" in refused(told, "convert", folder, tmp_path / "again")
+    told("convert", folder, tmp_path / "again", "--family", "mae")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def test_too_few_cpus_or_gpus(told, written):

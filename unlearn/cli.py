@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it is called, so that `unlearn --help` is quick."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Annotated
 import typer
 
 from unlearn import __version__
+from unlearn.cli_jobs import jobs_app, submit
+from unlearn.cli_plan import Gpu, Memory, Mfu, plan
 from unlearn.errors import ConfigError, UnlearnError
 
 app = typer.Typer(
@@ -19,6 +22,7 @@ shards_app = typer.Typer(no_args_is_help=True, help="Pack, index, check and desc
 config_app = typer.Typer(no_args_is_help=True, help="Check and show configurations.")
 app.add_typer(shards_app, name="shards")
 app.add_typer(config_app, name="config")
+app.add_typer(jobs_app, name="jobs")
 
 Config = Annotated[str, typer.Argument(help="a YAML file, or the folder of a run (path or s3://)")]
 Set = Annotated[list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one value, as in method.alpha=0.5")]
@@ -45,24 +49,33 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 
 
 @app.command()
-def run(config: Config, overrides: Set = (), resume: Resume = False, show_forget: ShowForget = False):
+def run(
+    config: Config, overrides: Set = (), resume: Resume = False, show_forget: ShowForget = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, also against the cluster; train and write nothing")] = False,
+    memory: Memory = None, gpu: Gpu = None, mfu: Mfu = None,
+):  # fmt: skip
     """Unlearn, evaluate and write the report.
 
     Example: `unlearn run jobs/configs/demo_fashion.yaml --set method.alpha=0.5 --set run_dir=runs/half`
     """
     settings = _load(config, overrides)
+    if dry_run:
+        return _dry_run(settings, resume, memory, gpu, mfu)
     _train(settings, resume)
-    if settings.method.name != "pretrain":  # which has no original to compare with
+    if not settings.method.name.startswith("pretrain"):  # which has no original to compare with
         _evaluate(settings, show_forget)
 
 
 @app.command()
-def pretrain(config: Config, overrides: Set = (), resume: Resume = False):
+def pretrain(
+    config: Config, overrides: Set = (), resume: Resume = False,
+    front: Annotated[bool, typer.Option("--front", help="train the frozen front end (a tokenizer) instead, which comes first")] = False,
+):  # fmt: skip
     """Train a model from nothing (method `pretrain`): the models that others start from, and retrained oracles.
 
     Example: `unlearn pretrain jobs/configs/pretrain_fashion.yaml`
     """
-    settings = _load(config, [*overrides, "method.name=pretrain"])
+    settings = _load(config, [*overrides, "method.name=pretrain_front" if front else "method.name=pretrain"])
     _train(settings, resume)
 
 
@@ -108,21 +121,44 @@ def demo(
     _evaluate(settings, data is None if show_forget is None else show_forget)
 
 
+app.command()(submit)
+app.command()(plan)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="weights: the folder `model` of a run, or a public checkpoint")],
+    dest: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")],
+    family: Annotated[str | None, typer.Option(help="the family, where the weights do not say it")] = None,
+    variant: Annotated[str | None, typer.Option(help="the named shape, where the weights do not say it")] = None,
+):
+    """Write a model as other libraries read it: a folder of diffusers (diffusion, vqgan) or transformers (mae).
+
+    Example: `unlearn convert runs/half/model half-diffusers`
+    """
+    from unlearn.config import Model
+    from unlearn.console import out
+    from unlearn.models import weights
+
+    weights.convert(Model(family=family or weights.family(model), variant=variant, weights=model), dest)
+    out.print(f"written: {dest}", soft_wrap=True)
+
+
 @app.command()
 def models():
-    """List the model families and their named shapes."""
+    """List the model families and their named shapes, with the parameters of their parts."""
     from rich.table import Table
 
     from unlearn.console import out
     from unlearn.models import base
 
-    table = Table("family", "variant", "image", "shape that differs from the family's default", box=None)
+    table = Table("family", "variant", "image", "encoder", "decoder", "front", box=None)
     for family in base.MODELS:
-        cls = base.adapter(family)
-        for variant, values in cls.variants.items():
-            size = values.get("image_size", cls.Options().image_size)
-            shape = "  ".join(f"{k} {v}" for k, v in values.items() if k != "image_size")
-            table.add_row(family, variant, f"{size} px", shape or "-")
+        for variant in base.adapter(family).variants:
+            model = base.shape(family, variant)
+            parts = (model.encoder, model.decoder, model.front)
+            counts = (sum(p.numel() for p in part.parameters()) / 1e6 if part is not None else 0 for part in parts)
+            table.add_row(family, variant, f"{model.options.image_size} px", *(f"{n:,.1f} M" if n else "-" for n in counts))
     out.print(table)
 
 
@@ -232,12 +268,24 @@ def _load(source: str, overrides: list[str] = ()):
     from unlearn import config
     from unlearn.data.storage import Storage
 
+    _check_environment()
+    if source.startswith("env:"):  # where `unlearn submit` has put it
+        if (variable := source.removeprefix("env:")) not in os.environ:
+            raise ConfigError(f"{source}: this variable is not set; a configuration is expected in it")
+        return _warned(config.read(os.environ[variable], source, overrides))
     if Path(source).suffix in (".yaml", ".yml") and "://" not in source:
         return _warned(config.load(source, overrides))
     storage = Storage(source)
     if not storage.is_file("config.yaml"):
         raise ConfigError(f"{source}: neither a YAML file nor the folder of a run (no config.yaml in it)")
     return _warned(config.read(storage.read("config.yaml").decode(), f"{source}/config.yaml", overrides))
+
+
+def _check_environment() -> None:
+    """That a job finds the variables that `unlearn submit --env` has named. Raises ConfigError."""
+    missing = [name for name in os.environ.get("UNLEARN_REQUIRED_ENV", "").split(",") if name and name not in os.environ]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not set where the job runs, and it was submitted with --env {missing[0]}; set it there")
 
 
 def _warned(settings):
@@ -251,10 +299,10 @@ def _warned(settings):
 
 def _train(settings, resume: bool) -> None:
     from jobs import train as job
-    from unlearn.console import out, progress, training_note
+    from unlearn.console import out, progress, training
 
     with _resumable(settings), progress("training") as advance:
-        model = job.train(settings, resume, lambda row: advance(row["step"], row["steps"], training_note(row)))
+        model = job.train(settings, resume, lambda row: advance(*training(row)))
     out.print(f"model: {model}", soft_wrap=True)
 
 
@@ -268,6 +316,18 @@ def _evaluate(settings, show_forget: bool) -> None:
         metrics = job.evaluate(settings, lambda done, total: advance(done, total, ""), show_forget)
     out.print(table(metrics))
     out.print(f"report: {Storage(settings.run_dir).where(NAME)}", soft_wrap=True)
+
+
+def _dry_run(settings, resume: bool, memory: str | None, gpu: str | None, mfu: float | None) -> None:
+    from jobs import plan as job
+    from unlearn.cli_plan import show
+    from unlearn.console import out
+
+    report = job.dry_run(settings, resume, memory, gpu, mfu)
+    for name, images in report.sizes.items():
+        out.print(f"{name}: {images:,} images")
+    show(report)
+    out.print(f"{settings.name}: good, hash {settings.hash()[:12]}; nothing was written")
 
 
 @contextlib.contextmanager
@@ -284,7 +344,8 @@ def _resumable(settings, measuring: bool = False) -> Iterator[None]:
             sys.exit(130)
         steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
         saved = f"step {steps[-1]} is saved; go on with" if steps else "no checkpoint was written yet; start again with"
-        command = "pretrain" if settings.method.name == "pretrain" else "run"
+        command = "pretrain" if settings.method.name.startswith("pretrain") else "run"
+        command += " --front" if settings.method.name == "pretrain_front" else ""
         resume = " --resume" if steps else ""
         err.print(f"\nstopped: {saved}\n  unlearn {command} {settings.run_dir}{resume}", soft_wrap=True)
         sys.exit(130)

@@ -34,6 +34,13 @@ def progress(what: str, every: float = 10) -> Iterator[Advance]:
         yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
 
 
+def training(row: dict) -> tuple[int, int, str]:
+    """(done, total, note) of one row that a run reports."""
+    if "coding" in row:
+        return row["coding"], row["of"], "row groups through the frozen front end"
+    return row["step"], row["steps"], training_note(row)
+
+
 def training_note(row: dict) -> str:
     """What one logged row says beside the bar."""
     parts = [f"{name} {row[name]:.4g}" for name in ("retain", "forget") if name in row]

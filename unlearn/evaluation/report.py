@@ -6,6 +6,7 @@ from pathlib import Path
 from unlearn import config
 from unlearn.data import selection
 from unlearn.data.storage import Storage
+from unlearn.models import base as models
 
 NAME = "report.html"
 POINTS = 300  # of a curve; more cannot be seen
@@ -175,8 +176,9 @@ def _facts(run: config.RunConfig, document: dict) -> list[tuple[str, str]]:
     training, method, trained = run.training, run.method, metrics.read(run.run_dir)
     steps = f"{trained[-1]['step']:,} of {trained[-1]['steps']:,}" if trained else "none"
     engine = training.engine + (f", ZeRO stage {training.zero_stage}" if training.engine == "deepspeed" else "")
+    region = method.noise_region or models.adapter(run.model.family).noise_region
     facts = [
-        ("Method", f"{method.name}, alpha {method.alpha:g}, noise {method.noise} ({method.noise_region})"),
+        ("Method", f"{method.name}, alpha {method.alpha:g}, noise {method.noise} ({region}), distance {method.distance}"),
         ("Model", f"{run.model.family}, {run.model.variant or 'shape of its weights'}"),
         ("Training", f"{steps} steps of {training.batch_size} images, learning rate {training.lr:g}, {training.dtype}"),
         ("Training time", _time(document["training_seconds"])),

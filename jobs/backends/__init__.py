@@ -1,0 +1,1 @@
+"""Where a job can run: one file, one place."""

@@ -1,0 +1,116 @@
+"""What every place to run a job agrees on: the words for its state, what is sent, and the face of a backend."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+# The environment variables in which the configuration, and the names that must be set there, reach a job.
+CONFIG, REQUIRED = "UNLEARN_CONFIG", "UNLEARN_REQUIRED_ENV"
+
+
+class State(StrEnum):
+    """The same words everywhere. Queued: nothing of it is there yet; starting: its driver does not run yet."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known of a job. submitted: seconds since 1970; message: one line, why it is as it is."""
+
+    id: str
+    state: State
+    run_dir: str
+    submitted: float | None
+    message: str = ""
+
+    @property
+    def live(self) -> bool:
+        return self.state in (State.QUEUED, State.STARTING, State.RUNNING)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is sent, the same to every backend; no value of a secret is in it.
+
+    id: the same for the same request; module, arguments: `python -m MODULE SOURCE ARGUMENTS`; config: YAML of the whole
+    RunConfig; source: where the job finds it; env: names of variables that must be set where the job runs.
+    """
+
+    id: str
+    run_dir: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    source: str = f"env:{CONFIG}"
+    env: tuple[str, ...] = ()
+    config: str = field(default="", repr=False)
+
+    @property
+    def command(self) -> list[str]:
+        """Arguments of Python."""
+        return ["-m", self.module, self.source, *self.arguments]
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The job's environment beyond what is there."""
+        found = {CONFIG: self.config} if self.source == f"env:{CONFIG}" else {}
+        return found | ({REQUIRED: ",".join(self.env)} if self.env else {})
+
+    def dump(self) -> str:
+        """JSON of all but the configuration, which lies in `variables`."""
+        return json.dumps({name: value for name, value in asdict(self).items() if name != "config"})
+
+    @classmethod
+    def load(cls, text: str, config: str) -> "Request":
+        tree = json.loads(text)
+        return cls(**tree | {"arguments": tuple(tree["arguments"]), "env": tuple(tree["env"]), "config": config})
+
+
+class Backend(Protocol):
+    """A place to run jobs. Everything raises UnlearnError; a job that is not there is a ClusterError."""
+
+    where: str  # as the user names it in --to
+    remote: bool  # whether a path of this machine may mean nothing there
+
+    def plan(self, request: Request) -> str:
+        """YAML of what `start` would send. Nobody is asked."""
+
+    def start(self, request: Request) -> Job:
+        """Start the job, or start it again where an earlier attempt under the same id is over."""
+
+    def jobs(self) -> list[Job]:
+        """Every job of ours, the newest first."""
+
+    def get(self, id: str) -> Job: ...
+
+    def request(self, id: str) -> Request:
+        """What the job was started with."""
+
+    def logs(self, id: str, follow: bool) -> Iterator[str]:
+        """What the job's driver has printed, in pieces; with `follow` until the job is over."""
+
+    def stop(self, id: str) -> None:
+        """Ask the job to stop, and return when it is over or beyond reach."""
+
+    def remove(self, id: str) -> None:
+        """Forget a job that is over, its log too. Its run folder stays."""
+
+
+def next_attempt(id: str, before: list[str]) -> str:
+    """The name of the next attempt of a job: ID, then ID-r2, ID-r3 ...: not every place takes a name twice."""
+    numbers = [int(name.removeprefix(f"{id}-r")) if name != id else 1 for name in before]
+    return f"{id}-r{max(numbers) + 1}" if numbers else id
+
+
+def error_line(log: str) -> str:
+    """The line that says why a driver ended: its message to the user, else the last one."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    told = [line for line in lines if line.startswith("error:")]
+    return (told or lines or [""])[-1][:500]

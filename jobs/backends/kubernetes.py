@@ -1,0 +1,282 @@
+"""Jobs on Kubernetes: each is a RayJob, which brings a Ray cluster of its own and takes it down again (KubeRay, ray.io/v1).
+
+The RayJob comes from a template (jobs/rayjob.py). A job that is started again is a new RayJob ID-r2, ID-r3 ... with the same
+label; the newest one counts. Stopping suspends: the nodes are given back at once, and what is known of the job stays.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime
+
+import yaml
+
+from jobs import rayjob
+from jobs.backends.base import CONFIG, Job, Request, State, next_attempt
+from jobs.backends.kubernetes_words import STATES, reason, refusal, waiting
+from jobs.rayjob_rules import QUEUE
+from unlearn import config
+from unlearn.errors import ClusterError, ConfigError, MissingExtra
+
+LABEL, REQUEST, STOP = "unlearn.dev/job", "unlearn.dev/request", "unlearn.dev/stopped"
+NAMESPACE = "unlearn"  # where neither the user nor the kubeconfig names one
+RAYJOBS = ("ray.io", "v1")
+WORKLOADS = ("kueue.x-k8s.io", "v1beta2")
+
+
+class Kubernetes:
+    """context: of the kubeconfig, none for its current one. overlay, image, queue: of the RayJob; secret: NAME=SECRET/KEY."""
+
+    remote = True
+
+    def __init__(
+        self, context: str | None = None, overlay: str = "gpu", image: str | None = None, namespace: str | None = None,
+        queue: str | None = None, secret: tuple[str, ...] = (), grace: float = 60,
+    ):  # fmt: skip
+        self.where = f"k8s:{context}" if context else "k8s"
+        self._context, self._overlay, self._image, self._queue, self._grace = context, overlay, image, queue, grace
+        self._secrets, self._given, self._client = dict(map(_secret, secret)), namespace, None
+
+    # What is sent
+
+    def plan(self, request: Request) -> str:
+        return yaml.safe_dump(self._document(request, request.id, self._given or NAMESPACE), sort_keys=False)
+
+    def _document(self, request: Request, name: str, namespace: str) -> dict:
+        template = rayjob.template(self._overlay)
+        cluster = config.parse(yaml.safe_load(request.config)).cluster
+        most, least = (
+            count and rayjob.pods(template, count, cluster.cpus_per_worker, cluster.gpus_per_worker)
+            for count in (cluster.workers, cluster.min_workers)
+        )
+        document = rayjob.fill(
+            template, name=name, entrypoint=["python", *request.command], image=self._image, namespace=namespace, queue=self._queue,
+            workers=(least, most) if least else most, env=request.variables | self._secrets,
+            labels={LABEL: request.id}, annotations={REQUEST: request.dump()},
+        )  # fmt: skip
+        rayjob.check(document)
+        return document
+
+    def start(self, request: Request) -> Job:
+        before = [d["metadata"]["name"] for d in self._all() if _id(d) == request.id]
+        document = self._document(request, next_attempt(request.id, before), self.namespace)
+        with self._told(f"sending {document['metadata']['name']}"):
+            for rehearsal in ({"dry_run": "All"}, {}):  # the server itself is asked first: every field, every admission
+                try:
+                    self._objects.create_namespaced_custom_object(
+                        *RAYJOBS, self.namespace, "rayjobs", document, field_manager="unlearn", field_validation="Strict", **rehearsal
+                    )
+                except Exception as e:
+                    if getattr(e, "status", None) != 409:  # another has sent the same at the same time: then it is there
+                        raise
+        return self.get(request.id)
+
+    # What is known
+
+    def jobs(self) -> list[Job]:
+        newest = {}
+        for document in self._all():
+            newest.setdefault(_id(document), document)
+        return [self._job(document) for document in newest.values()]
+
+    def get(self, id: str) -> Job:
+        return self._job(self._newest(id), closely=True)
+
+    def request(self, id: str) -> Request:
+        document = self._newest(id)
+        variables = _variables(document["spec"]["rayClusterSpec"]["headGroupSpec"])
+        text = document["metadata"]["annotations"][REQUEST]
+        request = Request.load(text, variables.get(CONFIG, ""))
+        if request.config:
+            return request
+        from unlearn.data.storage import Storage
+
+        return Request.load(text, Storage(request.run_dir).read("config.yaml").decode())
+
+    def logs(self, id: str, follow: bool) -> Iterator[str]:
+        name = self._newest(id)["metadata"]["name"]
+        where = f"the log of {name}"
+        with self._told(where):
+            pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}").items
+            if not pods:
+                state = self.get(id).state
+                raise ClusterError(
+                    f"{where}: its pod is gone, or not there yet (the job is {state}); older logs are where the cluster's log shipping "
+                    "takes them (infra/kubernetes/components/logs)"
+                )
+            pod = max(pods, key=lambda p: p.metadata.creation_timestamp)
+            if pod.status.phase == "Pending":
+                raise ClusterError(f"{where}: its pod has not started ({waiting(pod) or 'Pending'}); try again later")
+            answer = self._core.read_namespaced_pod_log(pod.metadata.name, self.namespace, follow=follow, _preload_content=False)
+            for piece in answer.stream(decode_content=False):
+                yield piece.decode(errors="replace")
+
+    # What is asked for
+
+    def stop(self, id: str) -> None:
+        document = self._newest(id)
+        if not self._job(document).live:
+            return
+        name, workload = document["metadata"]["name"], self._workload(document)
+        patch = {"metadata": {"annotations": {STOP: "true"}}}
+        with self._told(f"stopping {name}"):
+            if workload:  # Kueue owns `suspend` of what is in its queues: there the workload is what one stops
+                self._objects.patch_namespaced_custom_object(
+                    *WORKLOADS, self.namespace, "workloads", workload["metadata"]["name"], {"spec": {"active": False}}
+                )
+            else:
+                patch["spec"] = {"suspend": True}
+            self._objects.patch_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", name, patch)
+        deadline = time.monotonic() + self._grace
+        while self.get(id).live and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+    def remove(self, id: str) -> None:
+        self._newest(id)
+        with self._told(f"deleting {id}"):
+            for document in self._all():
+                if _id(document) == id:
+                    self._objects.delete_namespaced_custom_object(
+                        *RAYJOBS, self.namespace, "rayjobs", document["metadata"]["name"], propagation_policy="Background"
+                    )
+
+    # A document in our words
+
+    def _job(self, document: dict, closely: bool = False) -> Job:
+        """closely: ask for what stands behind a job that does not start."""
+        meta, status = document["metadata"], document.get("status") or {}
+        phase = status.get("jobDeploymentStatus", "")
+        state, message = STATES.get(phase, State.RUNNING), reason(status)
+        if phase == "Running" and status.get("jobStatus") in (None, "", "PENDING"):
+            state = State.STARTING
+        elif phase == "Complete" and status.get("jobStatus") == "STOPPED":
+            state = State.STOPPED
+        elif phase == "Retrying":
+            message = f"attempt {status.get('failed', 0) + 1} failed, it is tried again. {message}".strip()
+        elif meta.get("annotations", {}).get(STOP) and state in (State.QUEUED, State.STARTING, State.RUNNING):
+            # Until the cluster is down the run folder may still be written to.
+            state, message = (State.STOPPED, "") if phase in ("", "Suspended") else (State.RUNNING, "is being stopped")
+        elif phase == "Suspended":
+            message = message or "suspended"
+        if closely and state in (State.QUEUED, State.STARTING):
+            message = self._why(document, state) or message
+        created = datetime.fromisoformat(meta["creationTimestamp"]).timestamp()
+        request = Request.load(meta["annotations"][REQUEST], "")
+        return Job(request.id, state, request.run_dir, created, " ".join(message.split())[:500])
+
+    def _why(self, document: dict, state: str) -> str:
+        """Why a job does not run yet: what Kueue says, what the operator could not create, what its pods wait for."""
+        status = document.get("status") or {}
+        if state == State.QUEUED and (queue := document["metadata"].get("labels", {}).get(QUEUE)):
+            conditions = (self._workload(document) or {}).get("status", {}).get("conditions", [])
+            told = {c["type"]: c.get("message", "") for c in conditions if c["status"] == "False" or c["type"] in ("Evicted", "Preempted")}
+            why = next((told[kind] for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted") if told.get(kind)), "")
+            return f"waits in Kueue's queue {queue}" + (f": {why}" if why else "; no such queue, or Kueue has not looked yet")
+        for condition in status.get("rayClusterStatus", {}).get("conditions", []):
+            if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
+                return f"pods cannot be made ({condition.get('reason')}): {condition.get('message', '')}"
+        if cluster := status.get("rayClusterName"):
+            with contextlib.suppress(Exception):  # pods may be out of this user's sight; the job's state is told anyway
+                pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"ray.io/cluster={cluster}").items
+                return next(filter(None, map(waiting, pods)), "")
+        return ""
+
+    def _workload(self, document: dict) -> dict | None:
+        """Kueue's record of a job in a queue."""
+        if not document["metadata"].get("labels", {}).get(QUEUE):
+            return None
+        with contextlib.suppress(Exception):  # no Kueue there, or out of sight
+            chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
+            found = self._objects.list_namespaced_custom_object(*WORKLOADS, self.namespace, "workloads", label_selector=chosen)["items"]
+            return found[0] if found else None
+        return None
+
+    # The server
+
+    def _all(self) -> list[dict]:
+        """Every RayJob of ours, the newest first."""
+        with self._told("listing jobs"):
+            found = self._objects.list_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", label_selector=LABEL)["items"]
+        # Two within one second are told apart by their attempt.
+        return sorted(found, key=lambda d: (d["metadata"]["creationTimestamp"], len(d["metadata"]["name"]), d["metadata"]["name"]), reverse=True)
+
+    def _newest(self, id: str) -> dict:
+        for document in self._all():
+            if _id(document) == id:
+                return document
+        raise ClusterError(f"no job {id} in namespace {self.namespace}: `unlearn jobs list --to {self.where}` names those there are")
+
+    @property
+    def namespace(self) -> str:
+        return self._given or self._connected[1] or NAMESPACE
+
+    @property
+    def _objects(self):
+        import kubernetes
+
+        return kubernetes.client.CustomObjectsApi(self._connected[0])
+
+    @property
+    def _core(self):
+        import kubernetes
+
+        return kubernetes.client.CoreV1Api(self._connected[0])
+
+    @property
+    def _connected(self) -> tuple:
+        """(the client, the namespace that the kubeconfig names)."""
+        if self._client is None:
+            try:
+                import kubernetes
+            except ImportError:
+                raise MissingExtra("the kubernetes client", "k8s", "submitting to Kubernetes") from None
+            settings = kubernetes.client.Configuration()
+            settings.retries = False  # where nobody answers that is to be said at once
+            file = os.environ.get("KUBECONFIG")  # by itself the client looks once, when it is imported
+            try:
+                contexts, current = kubernetes.config.list_kube_config_contexts(file)
+                chosen = next((c for c in contexts if c["name"] == self._context), None) if self._context else current
+                if chosen is None:
+                    raise ConfigError(f"no context {self._context} in the kubeconfig: {', '.join(c['name'] for c in contexts)}")
+                kubernetes.config.load_kube_config(file, context=self._context, client_configuration=settings)
+                namespace = chosen["context"].get("namespace")
+            except kubernetes.config.ConfigException as e:
+                try:
+                    kubernetes.config.load_incluster_config(client_configuration=settings)
+                    namespace = None
+                except kubernetes.config.ConfigException:
+                    raise ConfigError(f"no Kubernetes cluster is configured ({' '.join(str(e).split())[:160]}): set KUBECONFIG") from None
+            self._client = kubernetes.client.ApiClient(settings), namespace
+        return self._client
+
+    @contextlib.contextmanager
+    def _told(self, doing: str) -> Iterator[None]:
+        """What the client raises, in the user's words."""
+        from kubernetes.client import ApiException
+        from urllib3.exceptions import HTTPError
+
+        try:
+            yield
+        except ApiException as e:
+            raise ClusterError(f"{doing}: {refusal(e, self.namespace, self.where)}") from None
+        except HTTPError as e:
+            host = self._connected[0].configuration.host
+            why = " ".join(str(getattr(e, "reason", None) or e).split())
+            raise ClusterError(f"no Kubernetes cluster answers at {host} ({why[:160]}): check the context, and that you can reach it") from None
+
+
+def _id(document: dict) -> str:
+    return document["metadata"]["labels"][LABEL]
+
+
+def _variables(group: dict) -> dict[str, str]:
+    return {v["name"]: v.get("value", "") for v in group["template"]["spec"]["containers"][0].get("env", [])}
+
+
+def _secret(text: str) -> tuple[str, rayjob.Secret]:
+    name, _, rest = text.partition("=")
+    secret, _, key = rest.partition("/")
+    if not (name and secret and key):
+        raise ConfigError(f"--secret {name}: write it as NAME=SECRET/KEY, a Secret of the namespace and a key in it")
+    return name, rayjob.Secret(secret, key)

@@ -1,0 +1,220 @@
+"""Jobs on a Ray cluster that is running, through its Jobs API: `http://HEAD:8265`.
+
+Ray takes an id once only, so a job that is started again is a new submission ID-r2, ID-r3 ...; the newest one counts.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import re
+import shlex
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import yaml
+
+from jobs.backends.base import CONFIG, Job, Request, State, error_line, next_attempt
+from unlearn.errors import ClusterError, ConfigError, MissingExtra
+
+STATES = {"PENDING": State.STARTING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "FAILED": State.FAILED, "STOPPED": State.STOPPED}
+REQUEST = "unlearn"  # our key in a submission's metadata
+GRACE = 30  # seconds that a driver has to end by itself once it is asked to
+# Of a working directory only the packages travel, and of them not what .gitignore names: no results, data or `.env` by mistake.
+EXCLUDES = ["/*", "!/.", "!/unlearn", "!/jobs", "!/pipelines", "__pycache__", ".env"]
+
+
+class RayJobs:
+    """address: of the dashboard, http or https. working_dir: the folder of code to send, or none where it is installed."""
+
+    def __init__(self, address: str, working_dir: str | None = None):
+        self.where, self._working_dir, self._connected = address.rstrip("/"), working_dir, None
+        if working_dir and not (Path(working_dir) / "jobs").is_dir():
+            raise ConfigError(f"--working-dir {working_dir}: no folder `jobs` in it; give the project's root")
+
+    @property
+    def remote(self) -> bool:
+        host = urlsplit(self.where).hostname or ""
+        with contextlib.suppress(ValueError):
+            return not ipaddress.ip_address(host).is_loopback
+        return host != "localhost"
+
+    def plan(self, request: Request) -> str:
+        return yaml.safe_dump(self._sent(request, request.id), sort_keys=False)
+
+    def _sent(self, request: Request, attempt: str) -> dict:
+        variables = request.variables | {"RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)}
+        code = {"working_dir": self._working_dir, "excludes": EXCLUDES} if self._working_dir else {}
+        return {
+            "submission_id": attempt, "entrypoint": shlex.join(["python", *request.command]),
+            "runtime_env": {"env_vars": variables} | code, "metadata": {REQUEST: request.dump()},
+        }  # fmt: skip
+
+    def start(self, request: Request) -> Job:
+        attempt = next_attempt(request.id, [d.submission_id for d in self._details() if _identity(d) == request.id])
+        with self._told():
+            try:
+                self._client.submit_job(**self._sent(request, attempt))
+            except RuntimeError as e:
+                # Somebody else has sent the same request at the same time: then it is there, which is all we want.
+                if "already exists" not in str(e):
+                    raise
+        return self.get(request.id)
+
+    def jobs(self) -> list[Job]:
+        newest = {}
+        for details in self._details():
+            newest.setdefault(_identity(details), details)
+        return [_job(details) for details in newest.values()]
+
+    def get(self, id: str) -> Job:
+        return _job(self._newest(id))
+
+    def request(self, id: str) -> Request:
+        details = self._newest(id)
+        variables = (details.runtime_env or {}).get("env_vars", {})
+        return Request.load(details.metadata[REQUEST], variables.get(CONFIG, ""))
+
+    def logs(self, id: str, follow: bool) -> Iterator[str]:
+        attempt = self._newest(id).submission_id
+        with self._told():
+            if not follow:
+                yield self._client.get_job_logs(attempt)
+                return
+            loop, pieces = asyncio.new_event_loop(), self._client.tail_job_logs(attempt)
+            try:
+                with contextlib.suppress(StopAsyncIteration):
+                    while True:
+                        yield loop.run_until_complete(anext(pieces))
+            finally:
+                loop.run_until_complete(pieces.aclose())
+                loop.close()
+
+    def stop(self, id: str) -> None:
+        attempt, deadline = self._newest(id).submission_id, time.monotonic() + GRACE + 15
+        with self._told():
+            self._client.stop_job(attempt)
+        while self.get(id).live and time.monotonic() < deadline:
+            time.sleep(0.5)
+
+    def remove(self, id: str) -> None:
+        self._newest(id)
+        with self._told():
+            for details in self._details():
+                if _identity(details) == id:
+                    self._client.delete_job(details.submission_id)
+
+    def _details(self) -> list:
+        """Every submission of ours, the newest first."""
+        with self._told():
+            found = [d for d in self._client.list_jobs() if REQUEST in (d.metadata or {}) and d.submission_id]
+        return sorted(found, key=lambda d: d.start_time or 0, reverse=True)
+
+    def _newest(self, id: str):
+        for details in self._details():
+            if _identity(details) == id:
+                return details
+        raise ClusterError(f"no job {id} at {self.where}: `unlearn jobs list --to {self.where}` names those there are")
+
+    @property
+    def _client(self):
+        if self._connected is None:
+            _check_answers(self.where)
+            try:
+                import aiohttp  # noqa: F401  without it Ray's client cannot follow a log
+                from ray.job_submission import JobSubmissionClient
+            except ImportError:
+                raise MissingExtra("Ray's client for jobs", "cluster", "submitting to a Ray cluster") from None
+            for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            with _meant(self.where):
+                self._connected = JobSubmissionClient(self.where, headers=_token())
+        return self._connected
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """What Ray's client raises, in the user's words."""
+        import requests
+
+        try:
+            yield
+        except (ClusterError, MissingExtra):
+            raise
+        except Exception as e:
+            text = " ".join(str(e).split())
+            if type(e).__name__ == "AuthenticationError" or "Invalid response status" in text and re.search("40[13]", text):
+                if "Missing" in text or "required" in text or "401" in text:
+                    what = f"{self.where} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file"
+                else:
+                    what = f"{self.where} refuses the token: check RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+                raise ClusterError(what) from None
+            if isinstance(e, ConnectionError | requests.exceptions.RequestException | ValueError):
+                raise ClusterError(f"no Ray dashboard answers at {self.where} ({text[:160]}): check the address; the port is 8265 unless told") from None
+            if isinstance(e, RuntimeError):
+                if "Package" in text and "exceed" in text or "is too large" in text:
+                    raise ClusterError(f"the working directory is too large to be sent: {text[:200]}; name a smaller --working-dir") from None
+                raise ClusterError(f"{self.where} refused: {text[:300]}") from None
+            raise
+
+
+def _job(details) -> Job:
+    state = STATES[str(getattr(details.status, "value", details.status))]
+    request = Request.load(details.metadata[REQUEST], "")
+    return Job(request.id, state, request.run_dir, (details.start_time or 0) / 1000, _message(details) if state in (State.FAILED, State.STARTING) else "")
+
+
+def _message(details) -> str:
+    text, code = details.message or "", details.driver_exit_code
+    if code is None:
+        return " ".join(text.split())[:500]
+    why = error_line(text.partition("\n")[2])
+    if "No module named" in why:
+        why += "; the head's `python` lacks it: start Ray with the right one first in PATH, or send our code with --working-dir"
+    return f"exit code {code}: {why}"
+
+
+def _identity(details) -> str:
+    return Request.load(details.metadata[REQUEST], "").id
+
+
+def _check_answers(address: str) -> None:
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"--to {address}: write a Ray cluster as http://HEAD:8265")
+    try:
+        socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=10).close()
+    except (OSError, ValueError) as e:
+        raise ClusterError(f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the cluster is up") from None
+
+
+def _token() -> dict[str, str] | None:
+    """The header of Ray's token authentication, from where Ray itself looks; none where there is none, or it is turned off."""
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    if not token:
+        given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+        path = Path(given or "~/.ray/auth_token").expanduser()
+        if given and not path.is_file():
+            raise ClusterError(f"RAY_AUTH_TOKEN_PATH: there is no file {given}")
+        token = path.read_text().strip() if path.is_file() else ""
+    if not token or os.environ.get("RAY_AUTH_MODE") == "disabled":
+        return None
+    return {"Authorization": f"Bearer {token}"}
+
+
+@contextlib.contextmanager
+def _meant(address: str) -> Iterator[None]:
+    """Ray's client prefers these variables to the address it is given; here the address is meant."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,162 @@
+"""Submit a run as a job and look after it: one face for this machine, a Ray cluster and Kubernetes; behind `unlearn submit` and
+`unlearn jobs`.
+
+What is sent: the whole configuration, the driver's name, the names of environment variables that must be set there, and, to a
+Ray cluster, the code. Never the value of a secret. The same request is the same job: its id is made of what is sent, so a second
+submission finds the first, and one after a failure goes on in its run folder.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from jobs.backends.base import CONFIG, Backend, Job, Request, State
+from unlearn import config
+from unlearn.data.storage import Storage
+from unlearn.errors import ClusterError, ConfigError, StorageError
+
+# driver -> (module, what it is given beside its configuration). Any other module of `jobs` may be named in full.
+DRIVERS = {"run": ("jobs.train", ("--resume",)), "pretrain": ("jobs.train", ("--resume",)), "evaluate": ("jobs.evaluate", ())}
+# An environment variable holds 128 KiB, and on its way through a command line it is quoted.
+LARGEST = 64 << 10
+
+
+def request(
+    run: config.RunConfig, driver: str = "run", arguments: list[str] = (), env: list[str] = (), name: str | None = None,
+    elsewhere: bool = False,
+) -> Request:  # fmt: skip
+    """What is sent for this run. name: the readable part of the job's id, else the run's name; elsewhere: the job finds its Ray
+    cluster there, whatever cluster.address says here. Raises ConfigError."""
+    if elsewhere:
+        run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"address": None})})
+    if driver == "pretrain" and not run.method.name.startswith("pretrain"):
+        run = run.model_copy(update={"method": run.method.model_copy(update={"name": "pretrain"})})
+    module, given = DRIVERS.get(driver, (driver, ()))
+    if not re.fullmatch(r"jobs(\.[a-z_][a-z0-9_]*)+", module):
+        raise ConfigError(f"--driver {driver}: give {', '.join(DRIVERS)}, or a module of `jobs`, as in jobs.train")
+    for variable in env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
+            raise ConfigError(
+                f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable where the job runs"
+            )
+    text, arguments = config.dump(run), (*given, *arguments)
+    told = json.dumps([run.model_dump(mode="json"), module, arguments], sort_keys=True)
+    id = f"{_label(name or run.name)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    source = f"env:{CONFIG}" if len(text.encode()) <= LARGEST else run.run_dir
+    return Request(id, run.run_dir, module, arguments, source, tuple(sorted(set(env))), text)
+
+
+def _label(name: str) -> str:
+    """A name as DNS-1035 wants it, short enough for a RayJob's 47 characters with our hash behind it."""
+    label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return (label if label[:1].isalpha() else f"run-{label}")[:34].strip("-")
+
+
+def backend(to: str, *, working_dir: str | None = None, **kubernetes) -> Backend:
+    """The place that --to names. working_dir: for a Ray cluster; "none", a folder, or by default the checkout that this
+    package is imported from, unless the head is on loopback; kubernetes: see jobs.backends.kubernetes. Raises ConfigError."""
+    if to.startswith(("http://", "https://")):
+        from jobs.backends.ray_jobs import RayJobs
+
+        _only("Kubernetes", to, kubernetes)
+        root = Path(__file__).parents[1]
+        if working_dir is None and RayJobs(to).remote and (root / "pyproject.toml").exists():
+            working_dir = str(root)
+        return RayJobs(to, None if working_dir in (None, "none") else str(Path(working_dir).absolute()))
+    _only("a Ray cluster (http://HEAD:8265)", to, {"working_dir": working_dir})
+    if to == "local":
+        from jobs.backends.local import Local
+
+        _only("Kubernetes", to, kubernetes)
+        return Local()
+    if to == "k8s" or to.startswith("k8s:"):
+        from jobs.backends.kubernetes import Kubernetes
+
+        return Kubernetes(to.removeprefix("k8s").removeprefix(":") or None, **{k: v for k, v in kubernetes.items() if v})
+    raise ConfigError(f"--to {to}: give local, http://HEAD:8265 or k8s[:CONTEXT]")
+
+
+def _only(where: str, to: str, options: dict) -> None:
+    for name, value in options.items():
+        if value:
+            raise ConfigError(f"--{name.replace('_', '-')} is for {where}; --to {to} does not know it")
+
+
+def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, bool]:
+    """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped is
+    started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
+    if place.remote and not mounted and Storage(sent.run_dir).is_local():
+        raise ConfigError(
+            f"run_dir {sent.run_dir} is a path of this machine, and {place.where} runs on others: give s3://bucket/prefix "
+            "(--set run_dir=...), or --mounted where every node has this path"
+        )
+    known = place.jobs()
+    mine = next((job for job in known if job.id == sent.id), None)
+    if mine and (mine.live or mine.state == State.SUCCEEDED):
+        return mine, False
+    if busy := next((job for job in known if job.live and job.run_dir == sent.run_dir), None):
+        raise ClusterError(f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir")
+    return _start(place, sent), True
+
+
+def resume(place: Backend, id: str) -> Job:
+    """Start a job again that failed or was stopped; it goes on from its newest checkpoint. Raises UnlearnError."""
+    job = place.get(id)
+    if job.live:
+        raise ClusterError(f"{id} is {job.state}: there is nothing to resume")
+    if job.state == State.SUCCEEDED:
+        raise ClusterError(f"{id} has succeeded: there is nothing to resume; `unlearn jobs rm {id}` makes room for the same request")
+    return _start(place, place.request(id))
+
+
+def _start(place: Backend, sent: Request) -> Job:
+    if sent.source == sent.run_dir and sent.config:  # too large for a variable: the run folder carries it
+        Storage(sent.run_dir).write("config.yaml", sent.config.encode())
+    return place.start(sent)
+
+
+def remove(place: Backend, id: str) -> None:
+    """Forget a job that is over. Raises ClusterError where it is not."""
+    job = place.get(id)
+    if job.live:
+        raise ClusterError(f"{id} is {job.state}: stop it first (`unlearn jobs stop {id}`)")
+    place.remove(id)
+
+
+def wait(
+    place: Backend, id: str, progress: Callable[[dict], None] = lambda row: None, told: Callable[[Job], None] = lambda job: None,
+    every: float = 2, retries: int = 0,
+) -> Job:  # fmt: skip
+    """Follow a job to its end. progress: called with the newest row that the run has written; told: with the job when its state
+    or message changes; retries: how often it is resumed after it failed. Raises UnlearnError where nobody answers any more."""
+    from unlearn.training import metrics
+
+    last, row, misses = None, None, 0
+    while True:
+        try:
+            job, misses = place.get(id), 0
+        except ClusterError:
+            misses += 1
+            if misses * every > 60:  # a head that restarts, a network that is away for a moment
+                raise
+            time.sleep(every)
+            continue
+        if last is None or (job.state, job.message) != (last.state, last.message):
+            told(job)
+            last = job
+        try:
+            found = metrics.read(job.run_dir)[-1:] or metrics.coding(job.run_dir)
+            if found and found[0] != row and job.state not in ("queued", "starting"):
+                row = found[0]
+                progress(row)
+        except (StorageError, ValueError):  # a picture of progress; the run folder may be out of reach from here
+            pass
+        if not job.live:
+            if job.state != State.FAILED or not retries:
+                return job
+            retries -= 1
+            resume(place, id)
+        time.sleep(every)
