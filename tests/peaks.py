@@ -81,7 +81,9 @@ def _patient(exchange: Callable) -> Callable:
 
     def call(*args, **kwargs):
         work = exchange(*args, **kwargs)
-        time.sleep(0.005)
+        if work is not None:
+            work.wait()
+        time.sleep(0.01)
         return work
 
     return call

@@ -12,7 +12,8 @@ from test_cli import refused, written  # noqa: F401  a fixture
 
 from jobs import plan as job
 from jobs.demo import demo_config
-from unlearn import config
+from unlearn import config, views
+from unlearn.data import order
 from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.methods import base as methods
@@ -68,7 +69,7 @@ def test_memory_of_a_worker_is_what_the_plan_says(measured, case):
     assert need.total + need.host == pytest.approx(real.peak, rel=0.15), need
     # The parts that stay from step to step; the engines keep a few of the others too.
     kept = need.host + sum(need.device[name] for name in ("parameters", "teacher", "optimizer", "front"))
-    assert kept == pytest.approx(real.between, rel=0.05) or kept < real.between <= kept + need.device["gradients"] + need.device["buckets"]
+    assert 0.95 * kept < real.between < 1.05 * (kept + need.device["gradients"] + need.device["buckets"])
 
 
 @pytest.mark.parametrize("shape", test_contract.SMALL)
@@ -79,10 +80,12 @@ def test_every_family_can_be_planned(shape, tmp_path):
                   "cluster.workers=1", "training.batch_size=32", "training.micro_batch_size=32", "data.codes=codes")  # fmt: skip
     student, teacher = (test_contract.build(shape, seed) for seed in (1, 2))
     batch = test_contract.batch_for(student, 32, kind="centre", size=0.5)
-    batch = test_contract.coded(student, Batch(batch.images, batch.view, 16, 0))
-    before = [p.shape for p in student.parameters()]
+    if student.front is None:  # pixels, as the loader hands them out
+        batch = Batch((student.denormalise(batch.images) * 255).round().byte(), batch.view, 16, 0)
+    else:
+        batch = test_contract.coded(student, Batch(batch.images, batch.view, 16, 0))
     found = footprint.measure(run, 32, "fp32", False)
-    assert found.trained.count == sum(p.numel() for p in student.encoder.parameters()) and len(before)
+    assert found.trained.count == sum(p.numel() for p in student.encoder.parameters())
     method = methods.create(run.method)
     for model in (student, teacher):
         model.drop_decoder()
@@ -115,7 +118,7 @@ def test_two_sizes_of_micro_batch_tell_of_all(tmp_path):
         assert made.need(Way(2), rows).total == pytest.approx(exact.total, rel=0.01)
 
 
-@pytest.mark.parametrize("gib", [0.5, 2, 6, 12, 40, 80])
+@pytest.mark.parametrize("gib", [0.5, 3, 6, 12, 40, 80])
 def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib):
     """ViT-L, 64 rows a GPU."""
     overrides = ["model={family: mae, variant: vit_large_patch16}", "training.batch_size=128", "training.micro_batch_size=64", "training.dtype=bf16", *TWO]
@@ -140,9 +143,8 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     kinds = [[0.5], [0.25, 0.375, 0.5, 0.625, 0.75]]
     means = []
     for kind, sizes in zip(("centre", "random"), kinds, strict=True):
-        views = [test_contract.batch_for(model, 1, kind=kind, size=size).view if False else cost.views.draw(
-            [config.View(kind=kind, size=size)], model.grid, 1, cost.order.generator(0)) for size in sizes]  # fmt: skip
-        means.append(sum(model.flops(view) for view in views) / len(views))
+        found = [views.draw([config.View(kind=kind, size=size)], model.grid, 1, order.generator(0)) for size in sizes]
+        means.append(sum(model.flops(view) for view in found) / len(found))
     work = cost.work(run, {"retain": 10, "forget": 10}, steps=7, measured=20)
     assert work.step == pytest.approx(64 * 4 * sum(means) / 2) and work.steps == 7 and work.evaluation > 0
     found = cost.cost(run, work, peak=1e12, share=0.25)
@@ -190,7 +192,7 @@ def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # no
 
 
 def test_dry_run_refuses_what_would_not_run(told, written):  # noqa: F811
-    err = refused(told, "run", written("training.batch_size=256"), "--dry-run", "--memory", "20MiB")
+    err = refused(told, "run", written("training.batch_size=256"), "--dry-run", "--memory", "9MiB")
     assert "a worker needs" in err and "--set training.micro_batch_size=" in err
     assert "nothing that can be set here" in refused(told, "run", written(), "--dry-run", "--memory", "10KiB")
     assert "500 CPUs are asked for" in refused(

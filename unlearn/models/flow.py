@@ -3,10 +3,13 @@
 x_s = (1 - s) x + s eps, and the network says the velocity eps - x. Its timestep is t = 1000 s. Same face as `noising.Diffusion`.
 """
 
+import functools
+import json
 import math
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
 
@@ -22,8 +25,7 @@ class Flow:
 
     def __init__(self, config: dict[str, Any], tokens: int):
         self.config = config
-        made = self._made()
-        c = made.config
+        c = _checked(json.dumps(config, sort_keys=True))
         self.count = c.num_train_timesteps
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
         self.mu = slope * (tokens - c.base_image_seq_len) + c.base_shift if c.use_dynamic_shifting else None
@@ -54,3 +56,10 @@ class Flow:
 
     def _made(self):
         return getattr(diffusers, SCHEDULER).from_config(self.config)
+
+
+@functools.cache
+def _checked(config: str):
+    """The config of a scheduler, as JSON, with diffusers' defaults. Raises ValueError and TypeError as diffusers does."""
+    with unset_fake_temporarily():  # the scheduler looks at its numbers, which fake tensors of the plan do not have
+        return getattr(diffusers, SCHEDULER).from_config(json.loads(config)).config
