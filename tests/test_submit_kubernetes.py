@@ -156,8 +156,10 @@ SUCCESS = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 
 def test_what_is_sent(sent, api_server):  # noqa: F811
     """The document of --dry-run is one that the server takes as it is; names of secrets are in it, no values."""
-    document = yaml.safe_load(place(secret=("WANDB=tracking/key",), queue="gpus").plan(sent(env=["WANDB"])))
-    assert document["metadata"]["namespace"] == "unlearn" and document["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    document = yaml.safe_load(place(secret=("WANDB=tracking/key",), queue="gpus", priority="unlearn-request").plan(sent(env=["WANDB"])))
+    labels = document["metadata"]["labels"]
+    assert document["metadata"]["namespace"] == "unlearn" and labels["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert labels["kueue.x-k8s.io/priority-class"] == "unlearn-request"
     spec = document["spec"]
     assert spec["entrypoint"] == "python -m jobs.train env:UNLEARN_CONFIG --resume"
     for group in (spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]):

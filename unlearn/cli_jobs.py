@@ -30,6 +30,7 @@ def submit(
     image: Annotated[str | None, typer.Option(help="k8s: the image with this software")] = None,
     namespace: Namespace = None,
     queue: Annotated[str | None, typer.Option(help="k8s: Kueue's local queue")] = None,
+    priority: Annotated[str | None, typer.Option(help="k8s: Kueue's priority class; unlearn-request passes unlearn-batch")] = None,
     secret: Annotated[list[str], typer.Option(metavar="NAME=SECRET/KEY", help="k8s: a variable from a key of a Secret there")] = (),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, and send nothing")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="follow the job to its end; exit with 1 where it did not succeed")] = False,
@@ -45,8 +46,9 @@ def submit(
 
     settings = _load(config, overrides)
     place = job.backend(
-        to, working_dir=working_dir, overlay=overlay, image=image, namespace=namespace, queue=queue, secret=tuple(secret)
-    )
+        to, working_dir=working_dir, overlay=overlay, image=image, namespace=namespace, queue=queue, priority=priority,
+        secret=tuple(secret),
+    )  # fmt: skip
     sent = job.request(settings, driver, arguments, env, name, elsewhere=to != "local")
     if dry_run:
         typer.echo(place.plan(sent), nl=False)

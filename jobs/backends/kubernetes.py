@@ -26,16 +26,17 @@ WORKLOADS = ("kueue.x-k8s.io", "v1beta2")
 
 
 class Kubernetes:
-    """context: of the kubeconfig, none for its current one. overlay, image, queue: of the RayJob; secret: NAME=SECRET/KEY."""
+    """context: of the kubeconfig, none for its current one. overlay, image, queue, priority: of the RayJob; secret: NAME=SECRET/KEY."""
 
     remote = True
 
     def __init__(
         self, context: str | None = None, overlay: str = "gpu", image: str | None = None, namespace: str | None = None,
-        queue: str | None = None, secret: tuple[str, ...] = (), grace: float = 60,
+        queue: str | None = None, priority: str | None = None, secret: tuple[str, ...] = (), grace: float = 60,
     ):  # fmt: skip
         self.where = f"k8s:{context}" if context else "k8s"
-        self._context, self._overlay, self._image, self._queue, self._grace = context, overlay, image, queue, grace
+        self._context, self._overlay, self._image, self._grace = context, overlay, image, grace
+        self._queue, self._priority = queue, priority
         self._secrets, self._given, self._client = dict(map(_secret, secret)), namespace, None
 
     # What is sent
@@ -51,7 +52,8 @@ class Kubernetes:
             for count in (cluster.workers, cluster.min_workers)
         )
         document = rayjob.fill(
-            template, name=name, entrypoint=["python", *request.command], image=self._image, namespace=namespace, queue=self._queue,
+            template, name=name, entrypoint=["python", *request.command], image=self._image, namespace=namespace,
+            queue=self._queue, priority=self._priority,
             workers=(least, most) if least else most, env=request.variables | self._secrets,
             labels={LABEL: request.id}, annotations={REQUEST: request.dump()},
         )  # fmt: skip
