@@ -26,7 +26,7 @@ ray.init()
 def seen():
     return os.environ["MALLOC_MMAP_THRESHOLD_"]
 have = ray.cluster_resources()
-print("SEEN", ray.get(seen.remote()), have["CPU"], have["object_store_memory"] <= min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 10))
+print("SEEN", ray.get(seen.remote()), have["CPU"], have["object_store_memory"] <= 1.01 * min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10))
 """
 CLIENT = """
 import sys, time
