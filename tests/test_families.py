@@ -69,14 +69,14 @@ def test_only_the_encoder_moves(trained):
         assert trainable == changed
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_resumed_it_ends_with_the_same_bits(trained, stage):
-    whole = trained[stage]
-    stopped = whole.model_copy(update={"run_dir": f"{whole.run_dir}-stopped"})
-    shutil.copytree(whole.run_dir, stopped.run_dir)
-    shutil.rmtree(Path(stopped.run_dir, "checkpoints", "step-00000004"))
-    assert Checkpoints(stopped.run_dir, 2).steps() == [2]
-    together([stopped], workers=2)
-    assert metrics.read(stopped.run_dir)[-1]["step"] == 4
-    first, second = (Path(export(run), "weights.safetensors").read_bytes() for run in (whole, stopped))
-    assert first == second
+def test_resumed_it_ends_with_the_same_bits(trained):
+    pairs = [(trained[stage], trained[stage].model_copy(update={"run_dir": f"{trained[stage].run_dir}-stopped"})) for stage in (2, 3)]
+    for whole, stopped in pairs:
+        shutil.copytree(whole.run_dir, stopped.run_dir)
+        shutil.rmtree(Path(stopped.run_dir, "checkpoints", "step-00000004"))
+        assert Checkpoints(stopped.run_dir, 2).steps() == [2]
+    together([stopped for _, stopped in pairs], workers=2)
+    for whole, stopped in pairs:
+        assert metrics.read(stopped.run_dir)[-1]["step"] == 4
+        first, second = (Path(export(run), "weights.safetensors").read_bytes() for run in (whole, stopped))
+        assert first == second

@@ -118,9 +118,24 @@ def test_two_sizes_of_micro_batch_tell_of_all(tmp_path):
         assert made.need(Way(2), rows).total == pytest.approx(exact.total, rel=0.01)
 
 
+@pytest.fixture(scope="module")
+def measured_once():
+    """footprint.measure, which takes a second for a ViT-L, remembers."""
+    known, measure = {}, footprint.measure
+
+    def remembering(run, *rest):
+        key = (run.hash(), *rest)
+        if key not in known:
+            known[key] = measure(run, *rest)
+        return known[key]
+
+    return remembering
+
+
 @pytest.mark.parametrize("gib", [0.5, 3, 6, 12, 40, 80])
-def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib):
+def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib, measured_once, monkeypatch):
     """ViT-L, 64 rows a GPU."""
+    monkeypatch.setattr(footprint, "measure", measured_once)
     overrides = ["model={family: mae, variant: vit_large_patch16}", "training.batch_size=128", "training.micro_batch_size=64", "training.dtype=bf16", *TWO]
     run = run_for(tmp_path, *overrides)
     made = plan.Plan(run, int(gib * 2**30), cuda=True)

@@ -1,6 +1,7 @@
 """Stopped anywhere, by anything, and resumed: the same weights to the bit."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -38,14 +39,24 @@ def whole(tiny_shards, tiny_model, tmp_path_factory):
 KILLS = [*((step, "report") for step in range(1, STEPS)), (2, "written"), (4, "written"), (4, "committed")]
 
 
+@pytest.fixture(scope="module")
+def resumed(whole, tmp_path_factory):
+    """{(stage, step, where): a run that was killed there and went on}. Each is killed in processes of its own; those that
+    go on share theirs, which saves starting them."""
+    runs = {}
+    for stage, (step, where) in itertools.product(whole, KILLS):
+        runs[stage, step, where] = run = whole[stage].model_copy(update={"run_dir": str(tmp_path_factory.mktemp("killed") / "run")})
+        with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+            together([run], 2, kill_at=step, kill_in=where)
+        assert Checkpoints(run.run_dir, 2).steps() == [s for s in (2, 4) if s < step or where == "committed"]
+    together(list(runs.values()), 2)
+    return runs
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize(("step", "where"), KILLS)
-def test_killed_at_any_step_and_resumed_is_the_same_run(whole, tmp_path, stage, step, where):
-    run = whole[stage].model_copy(update={"run_dir": str(tmp_path / "run")})
-    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        together([run], 2, kill_at=step, kill_in=where)
-    assert Checkpoints(run.run_dir, 2).steps() == [s for s in (2, 4) if s < step or where == "committed"]
-    together([run], 2)
+def test_killed_at_any_step_and_resumed_is_the_same_run(whole, resumed, stage, step, where):
+    run = resumed[stage, step, where]
     assert not list(Path(run.run_dir).rglob(".part-*"))
     assert weights_of(run) == weights_of(whole[stage])
     assert [row["step"] for row in metrics.read(run.run_dir)] == [*range(1, STEPS + 1)]
