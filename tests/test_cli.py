@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -187,6 +188,10 @@ def test_run_evaluate_report_show(told, written, tmp_path):
     assert told("evaluate", folder, "--set", "evaluation.limit=4")[0] == 0
     assert json.loads((folder / "metrics.json").read_text())["rows"][0]["images"] == 4
     assert config.parse(yaml.safe_load(told("config", "show", folder)[1])) == config.load(folder / "config.yaml")
+    # The folder that is named is meant, also where it is a copy of the one in its config.
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (folder / "report.html").unlink(), (copy / "report.html").unlink()
+    assert told("report", copy)[0] == 0 and (copy / "report.html").exists() and not (folder / "report.html").exists()
 
 
 def test_everything_on_s3(told, written, tiny_shards, s3):

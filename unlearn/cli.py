@@ -1,6 +1,7 @@
 """The command line. Each command imports what it needs when it is called, so that `unlearn --help` is quick."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -257,7 +258,6 @@ def show(config: Config, overrides: Set = ()):
 @config_app.command()
 def schema():
     """Print the JSON schema of configurations: every key, its meaning and its default."""
-    import json
 
     from unlearn.config import RunConfig
 
@@ -278,6 +278,8 @@ def _load(source: str, overrides: list[str] = ()):
     storage = Storage(source)
     if not storage.is_file("config.yaml"):
         raise ConfigError(f"{source}: neither a YAML file nor the folder of a run (no config.yaml in it)")
+    # The folder that was named is meant, also where it is a copy of the one that its config names.
+    overrides = [f"run_dir={json.dumps(source)}", *overrides]
     return _warned(config.read(storage.read("config.yaml").decode(), f"{source}/config.yaml", overrides))
 
 
