@@ -15,7 +15,7 @@ import time
 from jobs import demo, submit
 from unlearn import config
 from unlearn.data.storage import Storage
-from unlearn.errors import UnlearnError
+from unlearn.errors import ClusterError, UnlearnError
 
 STAGES = ("accepted", "driver runs", "checks are done", "workers run", "first step")
 
@@ -27,9 +27,8 @@ def measure(run: config.RunConfig, to: str) -> dict[str, float]:
     job, _ = submit.submit(place, submit.request(run, elsewhere=to != "local"))
     found["accepted"] = time.perf_counter() - began
     while "first step" not in found and job.live:
-        now = time.perf_counter() - began
+        now, job = time.perf_counter() - began, place.get(job.id)
         if "driver runs" not in found:
-            job = place.get(job.id)
             if job.state == "running":
                 found["driver runs"] = now
         elif "checks are done" not in found and storage.is_file("config.yaml"):
@@ -37,6 +36,8 @@ def measure(run: config.RunConfig, to: str) -> dict[str, float]:
         elif "first step" not in found and storage.is_file("metrics.jsonl"):
             found["first step"] = now
         time.sleep(0.05)
+    if "first step" not in found:
+        raise ClusterError(f"{job.id} is {job.state} before its first step: {job.message}")
     if started := _workers(wall):
         found["workers run"] = started - wall
     place.stop(job.id)

@@ -57,7 +57,7 @@ def _label(name: str) -> str:
 
 def backend(to: str, *, working_dir: str | None = None, **kubernetes) -> Backend:
     """The place that --to names. working_dir: for a Ray cluster; "none", a folder, or by default the checkout that this
-    package is imported from, unless the head is on loopback; kubernetes: see jobs.backends.kubernetes. Raises ConfigError."""
+    package is imported from, unless the head is this machine; kubernetes: see jobs.backends.kubernetes. Raises ConfigError."""
     if to.startswith(("http://", "https://")):
         from jobs.backends.ray_jobs import RayJobs
 
@@ -88,18 +88,22 @@ def _only(where: str, to: str, options: dict) -> None:
 def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, bool]:
     """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped is
     started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
-    if place.remote and not mounted and Storage(sent.run_dir).is_local():
-        raise ConfigError(
-            f"run_dir {sent.run_dir} is a path of this machine, and {place.where} runs on others: give s3://bucket/prefix "
-            "(--set run_dir=...), or --mounted where every node has this path"
-        )
+    if place.remote and not mounted:
+        for key, uri in config.read(sent.config, sent.id).locations().items():
+            if not uri.startswith("embedded:") and Storage(uri).is_local():
+                raise ConfigError(
+                    f"{key} {uri} is a path of this machine, and {place.where} runs on others: give s3://bucket/prefix "
+                    f"(--set {key}=...), or --mounted where every node has this path"
+                )
     known = place.jobs()
     mine = next((job for job in known if job.id == sent.id), None)
     if mine and (mine.live or mine.state == State.SUCCEEDED):
         return mine, False
     if busy := next((job for job in known if job.live and job.run_dir == sent.run_dir), None):
         raise ClusterError(f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir")
-    return _start(place, sent), True
+    if sent.source == sent.run_dir:  # too large for a variable: the run folder carries it
+        Storage(sent.run_dir).write("config.yaml", sent.config.encode())
+    return place.start(sent), True
 
 
 def resume(place: Backend, id: str) -> Job:
@@ -109,13 +113,7 @@ def resume(place: Backend, id: str) -> Job:
         raise ClusterError(f"{id} is {job.state}: there is nothing to resume")
     if job.state == State.SUCCEEDED:
         raise ClusterError(f"{id} has succeeded: there is nothing to resume; `unlearn jobs rm {id}` makes room for the same request")
-    return _start(place, place.request(id))
-
-
-def _start(place: Backend, sent: Request) -> Job:
-    if sent.source == sent.run_dir and sent.config:  # too large for a variable: the run folder carries it
-        Storage(sent.run_dir).write("config.yaml", sent.config.encode())
-    return place.start(sent)
+    return place.again(id)
 
 
 def remove(place: Backend, id: str) -> None:

@@ -99,8 +99,21 @@ def test_dump_and_load_round_trip(tmp_path):
 def test_paths_become_absolute_and_other_places_stay(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert parse("run_dir=a/../b").run_dir == str(tmp_path / "b")
-    for uri in ("s3://bucket/x", "embedded:fashion-test", "file:///x"):
+    for uri in ("s3://bucket/x", "embedded:fashion-test"):
         assert parse(f"data.train={uri}").data.train == uri
+    # One folder has one name, by which jobs that write there are told apart.
+    assert parse("run_dir=s3://bucket/x/").run_dir == "s3://bucket/x" and parse("run_dir=file:///x/").run_dir == "/x"
+
+
+def test_locations_are_all_that_are_read_or_written():
+    """Every field of that type, found in the schema of the classes."""
+    parts = {name: field.annotation for name, field in config.RunConfig.model_fields.items()}
+    wanted = {"run_dir"}
+    for name, part in parts.items():
+        fields = getattr(part, "__annotations__", {})
+        wanted |= {f"{name}.{key}" for key, kind in fields.items() if kind in (config.Location, config.Location | None)}
+    everything = [f"{key}=/a" for key in wanted] + ["data.proxy={}"]
+    assert set(parse(*everything).locations()) == wanted and len(wanted) == 9
 
 
 @pytest.mark.parametrize("text, message", [("a: [", "not YAML"), ("[1, 2]", "expected keys and values"), (None, "give the path of a YAML file")])

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from ray_nodes import until
@@ -82,6 +83,9 @@ def test_places(tiny_run, tmp_path, monkeypatch):
     assert submit.backend("http://10.1.2.3:8265")._working_dir == str(Path(__file__).parents[1])
     with pytest.raises(ConfigError, match="is a path of this machine, and http://10.1.2.3:8265 runs on others"):
         submit.submit(far, submit.request(tiny_run()))
+    elsewhere = ["run_dir=s3://b/run", "data.train=s3://b/train", "model.weights=s3://b/model", "evaluation.data=embedded:fashion-test"]
+    with pytest.raises(ConfigError, match=r"evaluation.oracle /mine is a path of this machine.*--set evaluation.oracle="):
+        submit.submit(far, submit.request(tiny_run(*elsewhere, "evaluation.oracle=/mine")))
     with pytest.raises(ClusterError, match="nobody answers at http://127.0.0.1:1 "):
         RayJobs("http://127.0.0.1:1").jobs()
 
@@ -151,6 +155,11 @@ def test_a_failed_job_says_why_and_is_started_again(told, here, tiny_run, tmp_pa
     id = out.splitlines()[0]
     assert code == 1 and f"{id}: failed exit code 2: error: " in err and "/nowhere.pth" in err
     assert told("submit", path)[0] == 0 and here.get(id).live  # again, since it failed
+    process = psutil.Process(json.loads((here.home / id / "process.json").read_text())["pid"])
+    until(process.children)[0].kill()
+    until(lambda: not here.get(id).live)
+    assert "exit code 137" in here.get(id).message and "/nowhere.pth" not in here.get(id).message  # which the first attempt said
+    assert told("submit", path)[0] == 0 and here.get(id).live
     assert "--env NOT_SET_ANYWHERE: this variable is not set here" in told("submit", path, "--env", "NOT_SET_ANYWHERE", "--set", f"run_dir={tmp_path}/new")[2]
     assert f"job {id} (running) writes there" in told("submit", path, "--set", "seed=8")[2]
 

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import sys
 import threading
 import time
 import urllib.error
@@ -17,7 +18,7 @@ from jobs import submit
 from jobs.backends import kubernetes as backend
 from jobs.backends.base import State
 from unlearn.cli import main
-from unlearn.errors import ClusterError, ConfigError
+from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 SPACE = "team"
 IMAGE = "registry.test/unlearn:1"
@@ -222,11 +223,10 @@ def test_states_failure_and_another_attempt(cluster, sent):
     other = sent("seed=9")
     with pytest.raises(ClusterError, match="writes there; stop it first, or give another run_dir"):
         submit.submit(here, other, mounted=True)
-    assert here.request(request.id) == request
 
 
 def test_stop_resume_remove(cluster, sent):
-    request, here = sent(), place()
+    request, here = sent(), place(secret=("WANDB=tracking/key",))
     submit.submit(here, request, mounted=True)
     until(lambda: here.get(request.id).state == State.RUNNING)
     with pytest.raises(ClusterError, match="is running: stop it first"):
@@ -235,7 +235,11 @@ def test_stop_resume_remove(cluster, sent):
     assert here.get(request.id).state == State.STOPPED
     assert [p for _, p in cluster.seen if p][-2:] == ["Suspending", "Suspended"]
     cluster.ends[f"{request.id}-r2"] = SUCCESS
-    assert submit.resume(here, request.id).live
+    # Whoever resumes need not say again what was said when it was sent.
+    assert submit.resume(backend.Kubernetes(CONTEXT), request.id).live
+    first, second = sorted(cluster.jobs(), key=lambda job: len(job["metadata"]["name"]))
+    assert second["spec"] == {key: value for key, value in first["spec"].items() if key != "suspend"}
+    assert backend.STOP not in second["metadata"]["annotations"] and first["metadata"]["labels"] == second["metadata"]["labels"]
     until(lambda: here.get(request.id).state == State.SUCCEEDED)
     with pytest.raises(ClusterError, match="has succeeded: there is nothing to resume"):
         submit.resume(here, request.id)
@@ -251,7 +255,7 @@ def test_stop_resume_remove(cluster, sent):
         ({"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded", "message": "waited 600s"}, "failed", "never started: no room"),
         ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, "failed", "longer than spec.activeDeadlineSeconds"),
         ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "bad field"}, "failed", "bad field"),
-        ({"jobDeploymentStatus": "Retrying", "failed": 1}, "starting", "attempt 2 failed, it is tried again"),
+        ({"jobDeploymentStatus": "Retrying", "failed": 1}, "starting", "attempt 1 failed, it is tried again"),
         ({"jobDeploymentStatus": "Waiting"}, "queued", ""),
         ({"jobDeploymentStatus": "Suspended"}, "queued", "suspended"),
         ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, "stopped", ""),
@@ -268,10 +272,13 @@ def test_what_the_operator_says(cluster, sent, status, state, message):
 
 
 def test_a_job_in_a_queue(cluster, sent, api_server):  # noqa: F811
-    """Kueue holds it back: the state is queued, with its reason; stopping deactivates its workload."""
+    """Kueue holds it back: the state is queued, with its reason; stopping deactivates its workload, and no other will do."""
     cluster.over.set()
     here, request = place(queue="gpus"), sent()
     here.start(request)
+    with pytest.raises(ClusterError, match=f"Kueue has no workload of {request.id} yet, by which it could be stopped: try again"):
+        place(grace=0).stop(request.id)
+    assert here.get(request.id).live and not cluster.jobs()[0]["spec"].get("suspend")
     assert "no such queue, or Kueue has not looked yet" in here.get(request.id).message
     job = cluster.jobs()[0]
     workload = {
@@ -279,6 +286,12 @@ def test_a_job_in_a_queue(cluster, sent, api_server):  # noqa: F811
         "metadata": {"name": "w", "namespace": SPACE, "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
         "spec": {"queueName": "gpus", "podSets": [{"name": "head", "count": 1, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
     }  # fmt: skip
+    # What a slice of an elastic job leaves behind.
+    old = {**workload, "metadata": {**workload["metadata"], "name": "older"}}
+    api_server.apply(old)
+    api_server.status(old, conditions=[{
+        "type": "Finished", "status": "True", "reason": "Replaced", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z",
+    }])  # fmt: skip
     api_server.apply(workload)
     try:
         why = "couldn't assign flavors to pod set workers: insufficient unused quota for nvidia.com/gpu in flavor h100, 4 more needed"
@@ -290,8 +303,10 @@ def test_a_job_in_a_queue(cluster, sent, api_server):  # noqa: F811
         assert found.state == State.QUEUED and found.message == f"waits in Kueue's queue gpus: {why}"
         here.stop(request.id)
         assert api_server.get(workload)["spec"]["active"] is False and here.get(request.id).state == State.STOPPED
+        assert api_server.get(old)["spec"].get("active", True)
     finally:
         api_server.delete(workload)
+        api_server.delete(old)
 
 
 def pods(*found: dict) -> tuple[int, bytes]:
@@ -327,7 +342,7 @@ def test_logs(cluster, sent, front):
     until(lambda: here.get(request.id).state == State.SUCCEEDED)
     path = f"/api/v1/namespaces/{SPACE}/pods"
     front.core[path] = pods()
-    with pytest.raises(ClusterError, match="its pod is gone, or not there yet .the job is succeeded.; older logs are where"):
+    with pytest.raises(ClusterError, match="its pod is gone, or not there yet .the job is succeeded.; wait for it with --follow. Older logs are where"):
         list(here.logs(request.id, False))
     front.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Succeeded"}})
     front.core[f"{path}/submitter/log"] = 200, b"training 4/4\nmodel: s3://b/run/model\n"
@@ -342,6 +357,24 @@ def test_logs(cluster, sent, front):
     front.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Pending"}})
     with pytest.raises(ClusterError, match="its pod has not started"):
         list(here.logs(request.id, False))
+
+
+def test_a_log_is_waited_for_and_goes_on_after_a_retry(cluster, sent, front):
+    request, here = sent(), place()
+    here.start(request)
+    path, pieces = f"/api/v1/namespaces/{SPACE}/pods", []
+    front.core[path] = pods()
+    reader = threading.Thread(target=lambda: pieces.extend(here.logs(request.id, True)), daemon=True)
+    reader.start()
+    for attempt, text in enumerate((b"error: the first\n", b"step 4\n")):
+        front.core[f"{path}/submitter-{attempt}/log"] = 200, text
+        found = [{"metadata": {"name": f"submitter-{n}", "creationTimestamp": f"2026-01-01T00:00:0{n}Z"}, "status": {"phase": "Running"}}
+                 for n in range(attempt + 1)]  # fmt: skip
+        front.core[path] = pods(*found)
+        until(lambda attempt=attempt: len(pieces) == attempt + 1)
+    cluster.ends[request.id] = SUCCESS
+    reader.join(timeout=15)
+    assert not reader.is_alive() and "".join(pieces) == "error: the first\nstep 4\n"
 
 
 def test_refusals_of_the_server(cluster, sent, front, monkeypatch, tmp_path):
@@ -398,3 +431,9 @@ def test_options_that_are_wrong():
         submit.backend("local", queue="gpus")
     with pytest.raises(ConfigError, match="no overlay 'tpu'"):
         backend.rayjob.template("tpu")
+
+
+def test_without_the_kubernetes_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(MissingExtra, match="k8s"):
+        place().jobs()

@@ -21,9 +21,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 def _absolute(uri: str) -> str:
-    if "://" in uri or uri.startswith("embedded:"):
+    if uri.startswith("embedded:"):
         return uri
-    return os.path.abspath(os.path.expanduser(uri))
+    if "://" in uri and not uri.startswith("file://"):
+        return uri.rstrip("/")  # one folder has one name
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
 # A path, file://, s3:// or embedded:NAME; a path is made absolute, since workers stand in other folders.
@@ -225,6 +227,15 @@ class RunConfig(Part):
     def accumulation(self) -> int:
         """Micro-batches each worker computes for one optimizer step; the last ones may count for nothing, see training/loop.py."""
         return -(-self.training.batch_size // (self.micro_batch * self.cluster.workers))
+
+    def locations(self) -> dict[str, str]:
+        """Every place that the run reads or writes, by its key."""
+        m, d, e = self.model, self.data, self.evaluation
+        found = {
+            "run_dir": self.run_dir, "model.weights": m.weights, "model.front": m.front, "data.train": d.train, "data.proxy_data": d.proxy_data,
+            "data.codes": d.codes, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights, "evaluation.oracle": e.oracle,
+        }  # fmt: skip
+        return {key: uri for key, uri in found.items() if uri}
 
     def hash(self) -> str:
         """sha256 of what decides the weights. Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run

@@ -90,8 +90,8 @@ class Backend(Protocol):
 
     def get(self, id: str) -> Job: ...
 
-    def request(self, id: str) -> Request:
-        """What the job was started with."""
+    def again(self, id: str) -> Job:
+        """Start a job that is over again, as it was sent: same code, image and secrets, whatever this backend was told."""
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         """What the job's driver has printed, in pieces; with `follow` until the job is over."""

@@ -1,10 +1,11 @@
 """Jobs on Kubernetes: each is a RayJob, which brings a Ray cluster of its own and takes it down again (KubeRay, ray.io/v1).
 
-The RayJob comes from a template (jobs/rayjob.py). A job that is started again is a new RayJob ID-r2, ID-r3 ... with the same
-label; the newest one counts. Stopping suspends: the nodes are given back at once, and what is known of the job stays.
+The RayJob comes from a template (jobs/rayjob.py), and keeps what was sent in an annotation. A job that is started again is a
+new RayJob ID-r2, ID-r3 ... with the same label; the newest one counts. Stopping suspends: the nodes are given back at once, and what is known of the job stays.
 """
 
 import contextlib
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -13,13 +14,13 @@ from datetime import datetime
 import yaml
 
 from jobs import rayjob
-from jobs.backends.base import CONFIG, Job, Request, State, next_attempt
+from jobs.backends.base import Job, Request, State, next_attempt
 from jobs.backends.kubernetes_words import STATES, reason, refusal, waiting
 from jobs.rayjob_rules import QUEUE
 from unlearn import config
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
-LABEL, REQUEST, STOP = "unlearn.dev/job", "unlearn.dev/request", "unlearn.dev/stopped"
+LABEL, REQUEST, SENT, STOP = "unlearn.dev/job", "unlearn.dev/request", "unlearn.dev/sent", "unlearn.dev/stopped"
 NAMESPACE = "unlearn"  # where neither the user nor the kubeconfig names one
 RAYJOBS = ("ray.io", "v1")
 WORKLOADS = ("kueue.x-k8s.io", "v1beta2")
@@ -61,8 +62,17 @@ class Kubernetes:
         return document
 
     def start(self, request: Request) -> Job:
-        before = [d["metadata"]["name"] for d in self._all() if _id(d) == request.id]
-        document = self._document(request, next_attempt(request.id, before), self.namespace)
+        return self._send(self._document(request, request.id, self.namespace))
+
+    def again(self, id: str) -> Job:
+        # Not the live object: Kueue and the server have written into that.
+        return self._send(json.loads(self._newest(id)["metadata"]["annotations"][SENT]))
+
+    def _send(self, document: dict) -> Job:
+        id = _id(document)
+        sent = json.dumps(document)
+        document["metadata"]["name"] = next_attempt(id, [d["metadata"]["name"] for d in self._all() if _id(d) == id])
+        document["metadata"]["annotations"][SENT] = sent
         with self._told(f"sending {document['metadata']['name']}"):
             for rehearsal in ({"dry_run": "All"}, {}):  # the server itself is asked first: every field, every admission
                 try:
@@ -72,7 +82,7 @@ class Kubernetes:
                 except Exception as e:
                     if getattr(e, "status", None) != 409:  # another has sent the same at the same time: then it is there
                         raise
-        return self.get(request.id)
+        return self.get(id)
 
     # What is known
 
@@ -85,34 +95,30 @@ class Kubernetes:
     def get(self, id: str) -> Job:
         return self._job(self._newest(id), closely=True)
 
-    def request(self, id: str) -> Request:
-        document = self._newest(id)
-        variables = _variables(document["spec"]["rayClusterSpec"]["headGroupSpec"])
-        text = document["metadata"]["annotations"][REQUEST]
-        request = Request.load(text, variables.get(CONFIG, ""))
-        if request.config:
-            return request
-        from unlearn.data.storage import Storage
-
-        return Request.load(text, Storage(request.run_dir).read("config.yaml").decode())
-
     def logs(self, id: str, follow: bool) -> Iterator[str]:
-        name = self._newest(id)["metadata"]["name"]
+        """Of the submitter's pod, which is made when the cluster is ready; a retry of KubeRay has a pod of its own."""
+        name, told = self._newest(id)["metadata"]["name"], None
         where = f"the log of {name}"
-        with self._told(where):
-            pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}").items
-            if not pods:
-                state = self.get(id).state
-                raise ClusterError(
-                    f"{where}: its pod is gone, or not there yet (the job is {state}); older logs are where the cluster's log shipping "
-                    "takes them (infra/kubernetes/components/logs)"
-                )
-            pod = max(pods, key=lambda p: p.metadata.creation_timestamp)
-            if pod.status.phase == "Pending":
-                raise ClusterError(f"{where}: its pod has not started ({waiting(pod) or 'Pending'}); try again later")
-            answer = self._core.read_namespaced_pod_log(pod.metadata.name, self.namespace, follow=follow, _preload_content=False)
-            for piece in answer.stream(decode_content=False):
-                yield piece.decode(errors="replace")
+        while True:
+            job = self.get(id)  # asked before reading, so that the last words are read
+            with self._told(where):
+                pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}").items
+                pod = max(pods, key=lambda p: p.metadata.creation_timestamp, default=None)
+                if pod and pod.status.phase != "Pending" and pod.metadata.name != told:
+                    told = pod.metadata.name
+                    answer = self._core.read_namespaced_pod_log(told, self.namespace, follow=follow, _preload_content=False)
+                    for piece in answer.stream(decode_content=False):
+                        yield piece.decode(errors="replace")
+            if not follow or not job.live:
+                break
+            time.sleep(1)
+        if told is None and pod:
+            raise ClusterError(f"{where}: its pod has not started ({waiting(pod) or 'Pending'}); wait for it with --follow")
+        if told is None:
+            raise ClusterError(
+                f"{where}: its pod is gone, or not there yet (the job is {job.state}); wait for it with --follow. Older logs are where "
+                "the cluster's log shipping takes them (infra/kubernetes/components/logs)"
+            )
 
     # What is asked for
 
@@ -120,17 +126,17 @@ class Kubernetes:
         document = self._newest(id)
         if not self._job(document).live:
             return
-        name, workload = document["metadata"]["name"], self._workload(document)
+        name, deadline = document["metadata"]["name"], time.monotonic() + self._grace
         patch = {"metadata": {"annotations": {STOP: "true"}}}
         with self._told(f"stopping {name}"):
-            if workload:  # Kueue owns `suspend` of what is in its queues: there the workload is what one stops
+            # Kueue owns `suspend` of what is in its queues, and starts it again: there the workload is what one stops.
+            if (workloads := self._awaited_workloads(document, deadline)) is None:
+                patch["spec"] = {"suspend": True}
+            for workload in workloads or ():
                 self._objects.patch_namespaced_custom_object(
                     *WORKLOADS, self.namespace, "workloads", workload["metadata"]["name"], {"spec": {"active": False}}
                 )
-            else:
-                patch["spec"] = {"suspend": True}
             self._objects.patch_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", name, patch)
-        deadline = time.monotonic() + self._grace
         while self.get(id).live and time.monotonic() < deadline:
             time.sleep(0.5)
 
@@ -155,7 +161,7 @@ class Kubernetes:
         elif phase == "Complete" and status.get("jobStatus") == "STOPPED":
             state = State.STOPPED
         elif phase == "Retrying":
-            message = f"attempt {status.get('failed', 0) + 1} failed, it is tried again. {message}".strip()
+            message = f"attempt {status.get('failed', 0)} failed, it is tried again. {message}".strip()  # counted already
         elif meta.get("annotations", {}).get(STOP) and state in (State.QUEUED, State.STARTING, State.RUNNING):
             # Until the cluster is down the run folder may still be written to.
             state, message = (State.STOPPED, "") if phase in ("", "Suspended") else (State.RUNNING, "is being stopped")
@@ -171,7 +177,10 @@ class Kubernetes:
         """Why a job does not run yet: what Kueue says, what the operator could not create, what its pods wait for."""
         status = document.get("status") or {}
         if state == State.QUEUED and (queue := document["metadata"].get("labels", {}).get(QUEUE)):
-            conditions = (self._workload(document) or {}).get("status", {}).get("conditions", [])
+            workloads = []
+            with contextlib.suppress(Exception):  # out of this user's sight; the job's state is told anyway
+                workloads = self._workloads(document) or []
+            conditions = [c for w in workloads for c in w.get("status", {}).get("conditions", [])]
             told = {c["type"]: c.get("message", "") for c in conditions if c["status"] == "False" or c["type"] in ("Evicted", "Preempted")}
             why = next((told[kind] for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted") if told.get(kind)), "")
             return f"waits in Kueue's queue {queue}" + (f": {why}" if why else "; no such queue, or Kueue has not looked yet")
@@ -184,15 +193,28 @@ class Kubernetes:
                 return next(filter(None, map(waiting, pods)), "")
         return ""
 
-    def _workload(self, document: dict) -> dict | None:
-        """Kueue's record of a job in a queue."""
+    def _workloads(self, document: dict) -> list[dict] | None:
+        """Kueue's records of a job in a queue that are not over, an elastic job's slices; None where no Kueue looks after it."""
         if not document["metadata"].get("labels", {}).get(QUEUE):
             return None
-        with contextlib.suppress(Exception):  # no Kueue there, or out of sight
-            chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
+        chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
+        try:
             found = self._objects.list_namespaced_custom_object(*WORKLOADS, self.namespace, "workloads", label_selector=chosen)["items"]
-            return found[0] if found else None
-        return None
+        except Exception as e:
+            if getattr(e, "status", None) == 404:  # a cluster without Kueue
+                return None
+            raise
+        over = {w["metadata"]["name"] for w in found for c in w.get("status", {}).get("conditions", [])
+                if (c["type"], c["status"]) == ("Finished", "True")}  # fmt: skip
+        return [w for w in found if w["metadata"]["name"] not in over]
+
+    def _awaited_workloads(self, document: dict, deadline: float) -> list[dict] | None:
+        """The same, once there are any. Raises ClusterError where Kueue is there and has none in time."""
+        while (found := self._workloads(document)) == []:
+            if time.monotonic() > deadline:
+                raise ClusterError(f"Kueue has no workload of {document['metadata']['name']} yet, by which it could be stopped: try again")
+            time.sleep(0.5)
+        return found
 
     # The server
 
@@ -255,6 +277,7 @@ class Kubernetes:
     @contextlib.contextmanager
     def _told(self, doing: str) -> Iterator[None]:
         """What the client raises, in the user's words."""
+        client, _ = self._connected  # says what is missing, should it be the package
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -263,17 +286,13 @@ class Kubernetes:
         except ApiException as e:
             raise ClusterError(f"{doing}: {refusal(e, self.namespace, self.where)}") from None
         except HTTPError as e:
-            host = self._connected[0].configuration.host
+            host = client.configuration.host
             why = " ".join(str(getattr(e, "reason", None) or e).split())
             raise ClusterError(f"no Kubernetes cluster answers at {host} ({why[:160]}): check the context, and that you can reach it") from None
 
 
 def _id(document: dict) -> str:
     return document["metadata"]["labels"][LABEL]
-
-
-def _variables(group: dict) -> dict[str, str]:
-    return {v["name"]: v.get("value", "") for v in group["template"]["spec"]["containers"][0].get("env", [])}
 
 
 def _secret(text: str) -> tuple[str, rayjob.Secret]:

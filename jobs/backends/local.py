@@ -62,11 +62,12 @@ class Local:
         path = os.pathsep.join([str(Path(jobs.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = ["/bin/sh", "-c", RECORD, "unlearn-job", str(folder / "exit"), sys.executable, *request.command]
         with open(folder / "log", "ab") as log:
+            earlier = log.tell()  # what earlier attempts have said
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | request.variables | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
-        return {"pid": process.pid, "started": _birth(process.pid), "host": socket.gethostname()}
+        return {"pid": process.pid, "started": _birth(process.pid), "host": socket.gethostname(), "log": earlier}
 
     def jobs(self) -> list[Job]:
         found = [self.get(path.parent.name) for path in self.home.glob("*/request.json")]
@@ -81,7 +82,7 @@ class Local:
         elif code and (stopped or code == "130"):
             state, message = State.STOPPED, ""
         elif code:
-            state, message = State.FAILED, f"exit code {code}: {error_line(_text(folder / 'log'))}"
+            state, message = State.FAILED, f"exit code {code}: {error_line(_text(folder / 'log', process.get('log', 0)))}"
         elif process.get("host", socket.gethostname()) != socket.gethostname():
             state, message = State.RUNNING, f"on {process['host']}: only there it can be told whether it still runs"
         elif _alive(process):
@@ -92,8 +93,8 @@ class Local:
             state, message = State.FAILED, "it was killed, or this machine was started anew"
         return Job(id, state, Request.load(about["request"], "").run_dir, about["submitted"], message)
 
-    def request(self, id: str) -> Request:
-        return Request.load(self._about(id)["request"], _text(self.home / id / "config.yaml"))
+    def again(self, id: str) -> Job:
+        return self.start(Request.load(self._about(id)["request"], _text(self.home / id / "config.yaml")))
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         self._about(id)
@@ -163,9 +164,10 @@ def _alive(process: dict) -> bool:
     return bool(process.get("started")) and _birth(process["pid"]) == process["started"]
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, start: int = 0) -> str:
+    """What is in the file from byte `start` on; nothing where there is none."""
     try:
-        return path.read_text(errors="replace")
+        return path.read_bytes()[start:].decode(errors="replace")
     except FileNotFoundError:
         return ""
 

@@ -5,6 +5,7 @@ Ray takes an id once only, so a job that is started again is a new submission ID
 
 import asyncio
 import contextlib
+import functools
 import ipaddress
 import logging
 import os
@@ -22,7 +23,7 @@ from jobs.backends.base import CONFIG, Job, Request, State, error_line, next_att
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 STATES = {"PENDING": State.STARTING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "FAILED": State.FAILED, "STOPPED": State.STOPPED}
-REQUEST = "unlearn"  # our key in a submission's metadata
+REQUEST, CODE = "unlearn", "unlearn-code"  # our keys in a submission's metadata
 GRACE = 30  # seconds that a driver has to end by itself once it is asked to
 # Of a working directory only the packages travel, and of them not what .gitignore names: no results, data or `.env` by mistake.
 EXCLUDES = ["/*", "!/.", "!/unlearn", "!/jobs", "!/pipelines", "__pycache__", ".env"]
@@ -36,12 +37,26 @@ class RayJobs:
         if working_dir and not (Path(working_dir) / "jobs").is_dir():
             raise ConfigError(f"--working-dir {working_dir}: no folder `jobs` in it; give the project's root")
 
-    @property
+    @functools.cached_property
     def remote(self) -> bool:
+        """Whether the head is another machine; a port here may be forwarded to such a one (ssh -L, kubectl port-forward)."""
         host = urlsplit(self.where).hostname or ""
         with contextlib.suppress(ValueError):
-            return not ipaddress.ip_address(host).is_loopback
-        return host != "localhost"
+            if not ipaddress.ip_address(host).is_loopback:
+                return True
+            host = "localhost"
+        return host != "localhost" or not self._head_is_here()
+
+    def _head_is_here(self) -> bool:
+        """Whether the cluster's own process runs on this machine; also said where nobody answers, which is told later."""
+        import psutil
+
+        try:
+            session = self._client._do_request("GET", "/api/version").json()["session_name"]
+        except Exception:
+            return True
+        commands = (p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"]))
+        return any(f"--session-name={session}" in command and command[0].endswith("gcs_server") for command in commands)
 
     def plan(self, request: Request) -> str:
         return yaml.safe_dump(self._sent(request, request.id), sort_keys=False)
@@ -51,8 +66,15 @@ class RayJobs:
         code = {"working_dir": self._working_dir, "excludes": EXCLUDES} if self._working_dir else {}
         return {
             "submission_id": attempt, "entrypoint": shlex.join(["python", *request.command]),
-            "runtime_env": {"env_vars": variables} | code, "metadata": {REQUEST: request.dump()},
+            "runtime_env": {"env_vars": variables} | code, "metadata": {REQUEST: request.dump(), CODE: self._working_dir or ""},
         }  # fmt: skip
+
+    def again(self, id: str) -> Job:
+        details = self._newest(id)
+        if (code := details.metadata.get(CODE, "")) and not Path(code).is_dir():
+            raise ClusterError(f"{id} was sent with the code in {code}, which is not on this machine: submit it again, with --working-dir")
+        variables = (details.runtime_env or {}).get("env_vars", {})
+        return RayJobs(self.where, code or None).start(Request.load(details.metadata[REQUEST], variables.get(CONFIG, "")))
 
     def start(self, request: Request) -> Job:
         attempt = next_attempt(request.id, [d.submission_id for d in self._details() if _identity(d) == request.id])
@@ -73,11 +95,6 @@ class RayJobs:
 
     def get(self, id: str) -> Job:
         return _job(self._newest(id))
-
-    def request(self, id: str) -> Request:
-        details = self._newest(id)
-        variables = (details.runtime_env or {}).get("env_vars", {})
-        return Request.load(details.metadata[REQUEST], variables.get(CONFIG, ""))
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         attempt = self._newest(id).submission_id
