@@ -45,10 +45,10 @@ def test_cfn_lint_has_nothing_to_say_of_the_stack():
 
 
 def test_only_the_pods_that_train_take_the_role_of_runs():
-    accounts = yaml.safe_load_all((INFRA / "kubernetes/base/accounts.yaml").read_text())
-    role = "arn:aws:iam::000000000000:role/unlearn-runs"
-    wanted = {a["metadata"]["name"] for a in accounts if a["metadata"].get("annotations", {}).get("eks.amazonaws.com/role-arn") == role}
-    assert wanted
+    accounts = [a["metadata"]["name"] for a in yaml.safe_load_all((INFRA / "kubernetes/base/accounts.yaml").read_text())]
+    component = yaml.safe_load((INFRA / "kubernetes/components/irsa/kustomization.yaml").read_text())["patches"][0]
+    wanted = {name for name in accounts if re.fullmatch(component["target"]["name"], name)}
+    assert wanted == {"unlearn-head", "unlearn-worker"} and "role/unlearn-runs" in component["patch"]
     pods = stack()["RunsRole"]["AssumeRolePolicyDocument"]["Statement"][0]["Condition"]["StringEquals"]
     assert set(pods["aws:RequestTag/kubernetes-service-account"]) == wanted
     irsa = json.loads(stack(irsa=True)["RunsRole"]["AssumeRolePolicyDocument"])["Statement"][0]["Condition"]["StringEquals"]
