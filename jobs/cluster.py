@@ -71,6 +71,15 @@ def _check_answers(address: str) -> None:
             raise ClusterError(f"no Ray cluster answers at {address} ({e.strerror or e}): check cluster.address and the network") from None
 
 
+def room(cluster: config.Cluster) -> int:
+    """How many workers fit into the connected cluster, by its CPUs and GPUs."""
+    import ray
+
+    have = ray.cluster_resources()
+    wanted = (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker))
+    return int(min(have.get(kind, 0) // each for kind, each in wanted if each))
+
+
 def check_machine(cluster: config.Cluster, workers: int) -> None:
     """Where no address is given: whether this machine can carry the workers. Raises ClusterError."""
     import torch

@@ -184,11 +184,13 @@ def _workers(run: config.RunConfig) -> Iterator[Callable[[list[Piece]], Iterator
             torch.set_num_threads(threads)
         return
 
-    from jobs.cluster import connected
+    from jobs.cluster import connected, room
 
-    with connected(run.cluster, count):
+    # A run that goes on with fewer workers is measured with fewer: the figures are the same.
+    with connected(run.cluster, min(count, run.cluster.min_workers or count)):
         import ray
 
+        count = min(count, room(run.cluster))
         cpus, gpus = run.cluster.cpus_per_worker, run.cluster.gpus_per_worker
         kind = ray.remote(num_cpus=cpus, num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)(_Actor)
         actors = [kind.remote(run.model_dump(mode="json")) for _ in range(count)]
