@@ -32,6 +32,8 @@ def step(
     """
     if run.method.name != "encoder_l2" or run.method.noise != "standard":
         raise ConfigError("benchmark step: the bare loop knows method encoder_l2 with noise standard alone")
+    if channels_last and run.training.engine == "deepspeed":
+        raise ConfigError("--channels-last: DeepSpeed keeps weights in flat buffers of its own; measure it with training.engine=torch")
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     torch.set_num_threads(run.training.threads)
@@ -40,7 +42,10 @@ def step(
         front = student.take_front(device)
         if front is not None:
             student.stock_noise(front, run.seed)
-        batches = _batches(run, student, front, device, synthetic)
+        batches, fronted = _batches(run, student, front, device, synthetic), front is not None
+        front = None  # as where its codes are kept
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(device)
         bare = Bare(run, copy.deepcopy(student), device, compiled, channels_last)
         engine = loop._engine(run, methods.create(run.method), student, None, device)
         _prepare((engine.objective.student, engine.objective.teacher), compiled, channels_last)
@@ -51,7 +56,7 @@ def step(
             raise RuntimeError(f"the two do not compute the same: {first}")
         times = _rounds(engines, rounds, seconds, warm_up, device)
         each = [student.flops(batch.view) * methods.method_class(run.method.name).units for batch in batches]
-        _tell(run, times, sum(each) / len(each), device, front is not None)
+        _tell(run, times, sum(each) / len(each), device, fronted)
 
 
 def _rounds(calls: dict[str, Callable], rounds: int, seconds: float, warm_up: int, device: torch.device) -> dict[str, list[tuple]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from unlearn import config
 from unlearn.errors import ConfigError, DataError, StorageError
 from unlearn.methods import base as methods
+from unlearn.models import base
 from unlearn.training import cost, loop, memory, plan
 from unlearn.training.cost import Cost, Work
 from unlearn.training.memory import Way
@@ -21,12 +22,14 @@ GPU = "H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker computes on. memory: bytes; peak: FLOP/s; share: of it that is expected; seen: whether it was asked itself."""
+    """What one worker computes on. memory: bytes; peak: FLOP/s, plain: in float32; share: of it that is expected; seen: whether
+    it was asked itself."""
 
     name: str
     cuda: bool
     memory: int
     peak: float
+    plain: float
     share: float
     seen: bool
 
@@ -61,12 +64,13 @@ def report(run: config.RunConfig, size: str | None = None, gpu: str | None = Non
 
     Raises ConfigError for a size or a kind that nobody understands.
     """
+    methods.create(run.method).check(base.adapter(run.model.family))
     found = device(run, size, gpu, mfu)
     made = plan.Plan(run, found.memory, found.cuda)
     sizes, steps, measured = _data(run)
     work = cost.work(run, sizes, steps, measured)
     return Report(
-        run, found, made.table(), made.advice(), made.starting(), sizes, work, cost.cost(run, work, found.peak, found.share)
+        run, found, made.table(), made.advice(), made.starting(), sizes, work, cost.cost(run, work, found.peak, found.plain, found.share)
     )  # fmt: skip
 
 
@@ -93,14 +97,15 @@ def device(run: config.RunConfig, size: str | None = None, gpu: str | None = Non
     if not run.cluster.gpus_per_worker:
         held = parse_size(size) if size else _host() // run.cluster.workers
         rate = cost.cpu_peak(run.training.threads, run.cluster.workers)
-        return Device("CPU", False, held, rate, mfu or MFU["cpu"], size is None)
+        return Device("CPU", False, held, rate, rate, mfu or MFU["cpu"], size is None)
     here = torch.cuda.is_available() and not gpu
     name = torch.cuda.get_device_name() if here else gpu or GPU
-    known = next((key for key in cost.MEMORY if key in name or name.lower() in key.lower()), None)
-    if known is None and not (here and size):
+    known = cost.known(name)
+    if known is None and not here:
         raise ConfigError(f"--gpu {name}: not known; known: {', '.join(cost.MEMORY)}")
     held = parse_size(size) if size else torch.cuda.get_device_properties(0).total_memory if here else cost.MEMORY[known] << 30
-    return Device(name if here else known, True, held, cost.gpu_peak(known, run.training.dtype), mfu or MFU["cuda"], here)
+    peak, plain = (cost.gpu_peak(known, dtype) if known else cost.gpu_measured(dtype) for dtype in (run.training.dtype, "fp32"))
+    return Device(name if here else known, True, held, peak, plain, mfu or MFU["cuda"], here)
 
 
 def parse_size(text: str) -> int:

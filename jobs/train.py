@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 from jobs.cluster import check_machine, connected
 from unlearn import config
+from unlearn.console import warn
 from unlearn.data import selection
 from unlearn.data.storage import Storage
 from unlearn.errors import CheckpointError, ClusterError, ConfigError, StorageError, TrainingError, UnlearnError
@@ -41,6 +42,8 @@ def check(run: config.RunConfig) -> dict[str, dict]:
     built = weights.build(run.model, run.seed)
     if run.data.codes and built.front is not None and run.data.augment != "none":
         raise ConfigError("data.augment: with data.codes every image is seen as it is; set augment to none, or leave out codes")
+    if getattr(built.options, "norm_pix_loss", False):
+        warn("these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, mean little")
     if cls.needs_teacher:  # then there will be something to evaluate
         pictures.sets(run)
         features.check(run.evaluation.features, run.evaluation.features_weights)
@@ -138,8 +141,6 @@ def _telling_of_losses(run: config.RunConfig, progress: Progress) -> Progress:
         nonlocal step, workers
         if "step" in row:
             if row["step"] < step or row.get("workers", workers) != workers:
-                from unlearn.console import warn
-
                 again = "went back to a checkpoint; " if row["step"] < step else ""
                 warn(f"{again}step {row['step']} with {row['workers']} of {run.cluster.workers} workers")
             step, workers = row["step"], row.get("workers", workers)

@@ -231,3 +231,17 @@ def s3(s3_user) -> str:
 def place(request, tmp_path) -> str:
     """A fresh folder, once on this machine and once on S3."""
     return str(tmp_path / "place") if request.param == "file" else request.getfixturevalue("s3")
+
+
+@pytest.fixture
+def damaged(tmp_path) -> str:
+    """The first 16 rows of the small data set, rows 3 (truncated) and 9 (null) damaged."""
+    table = tiny_table(0, 16)
+    values = table["image"].to_pylist()
+    values[3], values[9] = {"bytes": values[3]["bytes"][:200], "path": None}, None
+    table = table.set_column(0, "image", pa.array(values, table.schema.field("image").type))
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    pq.write_table(table, folder / "a.parquet", row_group_size=8)
+    shards.index(str(folder))
+    return str(folder)

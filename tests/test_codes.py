@@ -1,6 +1,9 @@
 """What a frozen front end makes of images, kept in files: the same batches as without, made once, by all workers together."""
 
+import gc
+import json
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +184,36 @@ def test_codes_that_are_numbers_are_kept_in_half_precision(make):
     image = model.normalise(torch.from_numpy(fit(expected[int(codes.set.rows[5])], 32).copy()).permute(2, 0, 1)[None])
     assert found.dtype == torch.float16
     torch.testing.assert_close(found, front(image, codes.views[2])[0].half())
+
+
+def test_damaged_images_are_counted_and_named_also_by_a_run_that_finds_their_codes(make, damaged):
+    bad = [f"data.train={damaged}", "data.forget=null", "method.name=pretrain"]
+    rows = lambda run: metrics.read(run.run_dir)[-1]["bad_images"]  # noqa: E731
+    for name in ("makes", "finds"):
+        run = make(name, *bad, "data.max_bad_images=2")
+        loop.worker(run)
+        assert rows(run) == 2 and json.loads(Path(run.run_dir, "bad_images.json").read_text()) == {"retain": ["img-003", "img-009"]}
+    with pytest.raises(DataError, match=r"2 image\(s\) of .*damaged do not decode: img-00[39], img-00[39] .found when their codes were made"):
+        loop.worker(make("strict", *bad, "data.max_bad_images=1"))
+
+
+def test_the_front_is_gone_before_training(make, monkeypatch):
+    fronts, begin = [], loop._engine
+    taken = weights.base.Adapter.take_front
+
+    def remembered(self, device):
+        front = taken(self, device)
+        fronts.append(weakref.ref(front))
+        return front
+
+    def engine(*arguments):
+        gc.collect()
+        assert fronts and not [front for front in fronts if front() is not None]
+        return begin(*arguments)
+
+    monkeypatch.setattr(weights.base.Adapter, "take_front", remembered)
+    monkeypatch.setattr(loop, "_engine", engine)
+    loop.worker(make("run"))
 
 
 def test_the_front_is_let_go(make):

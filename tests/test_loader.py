@@ -5,7 +5,6 @@ import sys
 import threading
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
@@ -116,20 +115,6 @@ def test_fit_takes_the_middle_and_a_flat_image_stays_flat():
     assert (crop_flip(np.full((40, 50, 3), 77, np.uint8), 32, np.random.default_rng(0)) == 77).all()
 
 
-@pytest.fixture
-def damaged(tmp_path) -> str:
-    """The first 16 rows of the small data set, rows 3 (truncated) and 9 (null) damaged."""
-    table = tiny_table(0, 16)
-    values = table["image"].to_pylist()
-    values[3], values[9] = {"bytes": values[3]["bytes"][:200], "path": None}, None
-    table = table.set_column(0, "image", pa.array(values, table.schema.field("image").type))
-    folder = tmp_path / "damaged"
-    folder.mkdir()
-    pq.write_table(table, folder / "a.parquet", row_group_size=8)
-    shards.index(str(folder))
-    return str(folder)
-
-
 @pytest.mark.parametrize("cache", ["none", "decoded"])
 def test_a_damaged_image_is_skipped_counted_and_named(tiny_run, damaged, cache):
     settings = [f"data.train={damaged}", "data.forget=null", f"data.cache={cache}", "data.max_bad_images=2"]
@@ -153,6 +138,22 @@ def test_a_set_of_damaged_images_alone_is_told_and_not_searched_for_ever(tiny_ru
     run = tiny_run(f"data.train={damaged}", "data.forget=null", "data.retain={ids: [img-003, img-009]}", "data.max_bad_images=9")
     with pytest.raises(DataError, match="2 image.* do not decode"):
         load(run).batch(0)
+
+
+def test_an_image_that_another_thread_has_decoded_meanwhile_is_no_damaged_one(tiny_run):
+    run = tiny_run("data.cache=decoded")
+    images = load(run).images["retain"]
+    row = int(images.set.rows[0])
+    first = images[row]
+
+    class Late(dict):
+        """Looked at just before the other thread is done."""
+
+        def get(self, key, default=None):
+            return default
+
+    images._cache = Late(images._cache)
+    assert images[row] is first and not images.bad
 
 
 def test_many_threads_read_uncached_row_groups_without_losing_one(tiny_run, tmp_path):

@@ -162,10 +162,10 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
         means.append(sum(model.flops(view) for view in found) / len(found))
     work = cost.work(run, {"retain": 10, "forget": 10}, steps=7, measured=20)
     assert work.step == pytest.approx(64 * 4 * sum(means) / 2) and work.steps == 7 and work.evaluation > 0
-    found = cost.cost(run, work, peak=1e12, share=0.25)
+    found = cost.cost(run, work, peak=1e12, plain=1e11, share=0.25)
     assert found.step == pytest.approx(work.step / (0.25e12 * run.cluster.workers)) and found.training == pytest.approx(7 * found.step)
     assert found.images == pytest.approx(0.25 * found.floor) == pytest.approx(64 / found.step)
-    again = cost.cost(run_for(tmp_path, "training.activation_checkpointing=true"), work, 1e12, 0.25)
+    again = cost.cost(run_for(tmp_path, "training.activation_checkpointing=true"), work, 1e12, 1e11, 0.25)
     assert again.step == pytest.approx(found.step * 5 / 4)
     assert 1e8 < cost.cpu_peak(1, 1, 0.05) < 1e13
 
@@ -174,7 +174,13 @@ def test_a_front_counts_each_step_or_once(tmp_path):
     model = "model={family: vqgan, variant: mage_nano_32}"
     each = cost.work(run_for(tmp_path, model), {"retain": 3, "forget": 2}, 1)
     once = cost.work(run_for(tmp_path, model, "data.codes=codes", "data.code_views=4"), {"retain": 3, "forget": 2}, 1)
-    assert each.once == 0 and (each.step - once.step) / 64 == pytest.approx(once.once / (5 * 4)) and once.once > 0
+    assert each.once == once.front == 0 and each.step == once.step
+    assert each.front / 64 == pytest.approx(once.once / (5 * 4)) and once.once > 0
+    # Fronts compute in float32, whatever the rest does.
+    run = run_for(tmp_path, model)
+    fast, slow = (cost.cost(run, each, 1e12, plain, 0.5) for plain in (1e12, 1e11))
+    assert (slow.step - fast.step) * run.cluster.workers == pytest.approx(each.front * 0.9 / 0.05e12) and slow.floor < fast.floor
+    assert cost.cost(run, once, 1e12, 1e11, 0.5).once == pytest.approx(once.once / (0.05e12 * run.cluster.workers))
 
 
 def test_sizes_and_kinds_of_gpus():
@@ -185,11 +191,21 @@ def test_sizes_and_kinds_of_gpus():
     found = job.device(run, gpu="h200")
     assert (found.memory, found.peak, found.share) == (141 << 30, 989e12, 0.35)
     assert job.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
+    for name, key in (("H100", "H100 80GB HBM3"), ("A100", "A100"), ("a100-80g", "A100-80G"), ("NVIDIA L40S", "L40S"), ("L4", None)):
+        assert cost.known(name) == key  # as users, Ray and the driver name them
     with pytest.raises(ConfigError, match="known: H100"):
         job.device(run, gpu="abacus")
 
 
-def test_weights_that_are_not_there_have_no_shape():
+def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F811
+    vqgan = written("model={family: vqgan, variant: mage_nano_32}", "method.noise=dataset")
+    assert "the inputs of vqgan are tokens" in refused(told, "plan", vqgan)
+
+
+def test_weights_that_are_not_there_have_no_shape(tmp_path):
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(WeightsError, match="model.json is damaged"):
+        footprint.shape(config.Model(weights=str(tmp_path)))
     with pytest.raises(WeightsError, match="no weights at"):
         footprint.shape(config.Model(weights="/nowhere"))
     assert footprint.shape(config.Model(weights="/nowhere", variant="vit_large_patch16")).width == 1024

@@ -79,6 +79,14 @@ def test_the_views_of_a_seed_never_change(kind, hidden, after):
     assert int(rng.integers(1000)) == after
 
 
+def test_a_repeated_view_has_rows_of_its_own():
+    """Rows that share memory cannot be pinned for a GPU."""
+    view = views.draw([config.View(size=0.5)], 4, 1, np.random.default_rng(0))
+    many = views.repeated(view, 3)
+    assert many.visible.is_contiguous() and many.hidden.is_contiguous() and many.visible.stride(0) > 0
+    assert all(torch.equal(many.rows(n, n + 1).hidden, view.hidden) for n in range(3))
+
+
 def test_the_fullest_view_hides_least():
     specs = [config.View(kind="random", size=(0.3, 0.9)), config.View(size=0.75), config.View(kind="box", size=(0.5, 0.6))]
     view = views.fullest(specs, 8, 3, np.random.default_rng(0))

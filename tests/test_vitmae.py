@@ -45,12 +45,14 @@ def inputs():
     return images, views.draw([config.View(kind="random", size=0.5)], 4, 2, np.random.default_rng(0))
 
 
-def compare(theirs, ours):
+def noise_for(view):
     """Both see the same patches: theirs shuffle by noise, so the noise puts the visible ones first, in order."""
+    return torch.zeros(2, 16).scatter(1, torch.cat([view.visible, view.hidden], 1), torch.arange(16.0).expand(2, 16).contiguous())
+
+
+def compare(theirs, ours):
     images, view = inputs()
-    theirs.config.mask_ratio = 0.5
-    noise = torch.zeros(2, 16)
-    noise.scatter_(1, torch.cat([view.visible, view.hidden], 1), torch.arange(16.0).expand(2, 16).contiguous())
+    theirs.config.mask_ratio, noise = 0.5, noise_for(view)
     with torch.no_grad():
         out = theirs(images, noise=noise, output_hidden_states=True)
         hidden = theirs.vit(images, noise=noise).last_hidden_state
@@ -82,6 +84,19 @@ def test_written_back_it_is_the_same_model_for_transformers(folder, tmp_path):
     again = build(tmp_path / "back")
     assert again.options == ours.options
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in ours.state_dict().items())
+
+
+def test_pixels_normalised_by_patch_are_learnt_as_transformers_learn_them(theirs, tmp_path, monkeypatch):
+    monkeypatch.setattr(theirs.config, "norm_pix_loss", True)
+    monkeypatch.setattr(theirs.config, "mask_ratio", 0.5)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = build(tmp_path / "theirs")
+    assert ours.options.norm_pix_loss
+    images, view = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.training_loss(images, view), theirs(images, noise=noise_for(view)).loss)
+    ours.to_folder(tmp_path / "back")
+    assert json.loads((tmp_path / "back/config.json").read_text())["norm_pix_loss"] is True
 
 
 def test_the_image_processors_statistics_are_taken(folder):

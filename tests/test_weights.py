@@ -120,6 +120,15 @@ def test_another_family_and_nothing_at_all_are_told(place):
         build(place)
 
 
+def test_a_variant_must_not_contradict_what_the_weights_say_of_themselves(tmp_path):
+    model = weights.build(config.Model(variant="vit_nano_patch4_32", options={"mean": [0.2, 0.2, 0.2]}))
+    weights.write(model, str(tmp_path), {})
+    found = weights.build(config.Model(variant="vit_nano_patch4_32", weights=str(tmp_path)))
+    assert found.options == model.options  # the mean too, of which the variant says nothing
+    with pytest.raises(ConfigError, match="model.variant vit_micro_patch8_64 has another .* than .* was made with: leave model.variant out"):
+        weights.build(config.Model(variant="vit_micro_patch8_64", weights=str(tmp_path)))
+
+
 def test_a_variant_and_a_family_that_do_not_exist_are_told():
     with pytest.raises(ConfigError, match="mae has no variant 'vit_giant'; known: vit_base_patch16"):
         weights.build(config.Model(variant="vit_giant"))

@@ -77,9 +77,9 @@ def _cost(report):
     work, cost, device = report.work, report.cost, report.device
     table = Table("", "", box=None, show_header=False)
     table.add_row("host memory of a worker while it starts", size(report.host))
-    table.add_row("FLOPs of a step", f"{work.step:.3g}, {work.images} images")
+    table.add_row("FLOPs of a step", f"{work.step + work.front:.3g}, {work.images} images")
     if work.steps:
-        table.add_row("FLOPs of the run", f"{work.step * work.steps:.3g}, {work.steps:,} steps")
+        table.add_row("FLOPs of the run", f"{(work.step + work.front) * work.steps:.3g}, {work.steps:,} steps")
     table.add_row("expected", f"{cost.images:,.0f} images/s, {cost.step:.3g} s a step, at {device.share:.0%} of {device.peak:.3g} FLOP/s a worker")
     table.add_row("at the floor", f"{cost.floor:,.0f} images/s")
     if cost.total is None:

@@ -54,7 +54,8 @@ def draw(specs: list[config.View], grid: int, count: int, rng: np.random.Generat
 
 def repeated(view: View, count: int) -> View:
     """The same view for `count` rows; `view` has one."""
-    return View(view.visible.expand(count, -1), view.hidden.expand(count, -1), view.grid)
+    # Copied: rows that share their memory cannot be pinned.
+    return View(view.visible.repeat(count, 1), view.hidden.repeat(count, 1), view.grid)
 
 
 def fullest(specs: list[config.View], grid: int, count: int, rng: np.random.Generator) -> View:

@@ -43,6 +43,7 @@ class Codes:
         self.storage = Storage(f"{run.data.codes}/{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}")
         self.views = [views.draw(run.train_views, model.grid, 1, order.generator(1 << 24, n)) for n in range(run.data.code_views)]
         self._files = {int(group): self._file(int(group)) for group in np.unique(rows.groups)}
+        self.images = Images(rows, run.data)  # counts the damaged ones
         self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -59,7 +60,10 @@ class Codes:
         missing = [group for group, name in list(self._files.items())[rank::workers] if name not in there]
         images = Images(self.set, self.run.data)
         for done, group in enumerate(missing):
-            self.storage.write(self._files[group], save({"codes": self._make(images, self._rows(group), device)}))
+            rows = self._rows(group)
+            held = {"codes": self._make(images, rows, device)}
+            held["bad"] = torch.tensor([row for row in rows.tolist() if row in images.bad], dtype=torch.int64)
+            self.storage.write(self._files[group], save(held))
             progress(done + 1, len(missing))
 
     def _make(self, images: Images, rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -88,9 +92,12 @@ class Codes:
             if group not in self._kept:
                 name = self._files[group]
                 try:
-                    self._kept[group] = load(self.storage.read(name))["codes"]
+                    held = load(self.storage.read(name))
+                    self._kept[group], bad = held["codes"], held["bad"].tolist()
                 except (SafetensorError, KeyError):
                     raise DataError(f"{self.storage.where(name)} is damaged: delete it, and it is made anew") from None
+                for row in bad:  # another image stands in for it
+                    self.images.skip(row, ValueError("found when their codes were made"))
                 while self.run.data.cache == "none" and len(self._kept) > 4:
                     self._kept.popitem(last=False)
             return self._kept[group]

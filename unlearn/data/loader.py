@@ -89,9 +89,10 @@ class Images:
     def __getitem__(self, row: int) -> np.ndarray:
         """The decoded image of a row. Raises ValueError, OSError on damage."""
         found = self._cache.get(row)
-        if isinstance(found, np.ndarray):
+        found = self._encoded(row) if found is None else found
+        if isinstance(found, np.ndarray):  # another thread may have decoded it meanwhile
             return found
-        image = decode(self._encoded(row) if found is None else found)
+        image = decode(found)
         if self.data.cache == "decoded":
             self._cache[row] = image
         return image
@@ -104,7 +105,8 @@ class Images:
             except (ValueError, OSError) as e:
                 row = self.skip(row, e)
 
-    def _encoded(self, row: int) -> memoryview:
+    def _encoded(self, row: int) -> memoryview | np.ndarray:
+        """What the cache holds of a row, else its bytes as they are stored."""
         group = int(np.searchsorted(self.set.manifest.starts, row, side="right") - 1)
         with self._locks[group]:  # two threads that want one row group read it once
             if self.data.cache != "none" and row in self._cache:
@@ -154,7 +156,7 @@ class Loader:
         self.run, self.grid, self.size = run, grid, size
         fraction = run.training.forget_fraction if "forget" in sets else 0
         self.retain, self.forget = order.split(run.micro_batch, fraction)
-        self.images = {name: Images(rows, run.data) for name, rows in sets.items()}
+        self.images = {name: codes[name].images if codes else Images(rows, run.data) for name, rows in sets.items()}
         self.codes = codes
         self.streams = {
             name: order.Stream(rows.rows, rows.groups, run.seed, number, run.data.shuffle_rows)

@@ -178,6 +178,15 @@ def _statistics(mean: tuple, std: tuple, device: torch.device) -> tuple[torch.Te
     return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
 
 
+def _differ(named: Any, found: Any) -> bool:
+    """Whether two values of an option contradict each other; a config that is found may say more than the one that is named."""
+    if isinstance(named, dict) and isinstance(found, dict):
+        return any(_differ(value, found[key]) for key, value in named.items() if key in found)
+    if isinstance(named, list | tuple) and isinstance(found, list | tuple):
+        return len(named) != len(found) or any(map(_differ, named, found))
+    return named != found
+
+
 # family -> where its Adapter is; imported when first used
 MODELS: dict[str, str] = {
     "mae": "unlearn.models.mae:MaskedAutoencoder",
@@ -209,11 +218,15 @@ def shape(family: str, variant: str) -> Adapter:
 
 
 def options(model: config.Model, found: dict[str, Any] | None = None) -> Options:
-    """The shape that a config asks for: the variant's values, or those `found` beside the weights, then `options`."""
-    cls = adapter(model.family)
+    """The shape that a config asks for: the variant's values and those `found` beside the weights, which must agree, then `options`."""
+    cls, found = adapter(model.family), found or {}
     if model.variant and model.variant not in cls.variants:
         raise ConfigError(f"model.variant: {model.family} has no variant {model.variant!r}; known: {', '.join(cls.variants)}")
-    values = dict(cls.variants[model.variant]) if model.variant else dict(found or {})
+    named = dict(cls.variants[model.variant]) if model.variant else {}
+    for key in named.keys() & found.keys() - model.options.keys():
+        if _differ(named[key], found[key]):
+            raise ConfigError(f"model.variant {model.variant} has another {key} than {model.weights} was made with: leave model.variant out")
+    values = named | found
     try:
         return cls.Options.model_validate(values | model.options)
     except ValidationError as e:

@@ -136,6 +136,8 @@ class Diffusion(base.Adapter):
                 self.front, self.decoder.back = latents.split(options.vae)
         except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as e:
             raise ConfigError(f"model.options: diffusers cannot build this network and scheduler: {str(e).splitlines()[0]}") from None
+        if options.sampling_steps > self.noising.count:
+            raise ConfigError(f"model.options.sampling_steps {options.sampling_steps} is more than the scheduler's {self.noising.count} timesteps")
         self.layout = _file(options.network["class"]).layout
         self.shared.requires_grad_(False)
         self._initialise()
@@ -255,6 +257,8 @@ class Diffusion(base.Adapter):
             raise WeightsError(f"{home}: {wrong}")
         if index.is_file():
             options["scheduler"] = folders.public(folders.config(folder / "scheduler" / "scheduler_config.json"))
+        elif "scheduler" not in chosen:
+            raise WeightsError(f"{folder} does not say how images are noised: give the pipeline's folder, or model.options.scheduler")
         if isinstance(config.get("sample_size"), int):
             options["image_size"] = config["sample_size"]
         return cls.from_public(folders.tensors(home)), options

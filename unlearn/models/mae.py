@@ -33,6 +33,8 @@ class MAEOptions(base.Options):
     decoder_heads: int = 16
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-6
+    # whether the decoder was trained to say each patch's pixels normalised by their own mean and deviation
+    norm_pix_loss: bool = False
 
     @model_validator(mode="after")
     def _fits(self):
@@ -195,8 +197,11 @@ class MaskedAutoencoder(base.Adapter):
     def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         """Mean squared error of the hidden patches, in normalised pixels."""
         filled = self.decoder(self.encode(inputs, view), view)
-        target = patches(inputs, self.options.patch_size)
-        return (take(filled, view.hidden) - take(target, view.hidden)).float().square().mean()
+        target = take(patches(inputs, self.options.patch_size), view.hidden)
+        if self.options.norm_pix_loss:
+            variance, mean = torch.var_mean(target.float(), dim=(2, 3, 4), keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return (take(filled, view.hidden) - target).float().square().mean()
 
     def flops(self, view: View) -> int:
         o, seen = self.options, view.visible.shape[1]

@@ -10,12 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unlearn.errors import WeightsError
-from unlearn.models import weights
+from unlearn.models import folders, weights
 from unlearn.views import View
 
-# Weights file of a diffusers model folder.
-DIFFUSERS = "diffusion_pytorch_model.safetensors"
 # Where each part of a public tokenizer is in our model; the codebook is there twice, for the front is taken away.
 PLACES = {
     "encoder.": ["front.encoder."],
@@ -225,7 +222,5 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         found = weights.tensors(path / weights.WEIGHTS, str(path))
         return {name: tensor for name, tensor in found.items() if name.startswith(NAMES)}
     if path.is_dir():
-        if not (path / DIFFUSERS).is_file():
-            raise WeightsError(f"{path} holds no tokenizer: no {weights.CARD} and no {DIFFUSERS}")
-        path = path / DIFFUSERS
+        return from_public(folders.tensors(path))
     return from_public(weights.tensors(path, str(path)))

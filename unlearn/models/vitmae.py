@@ -51,6 +51,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
     try:
         options = {ours: settings[theirs] for ours, theirs in _OPTIONS.items()}
+        options["norm_pix_loss"] = bool(settings.get("norm_pix_loss"))
         options["mlp_ratio"] = settings["intermediate_size"] / settings["hidden_size"]
         ratio = settings["decoder_intermediate_size"] / settings["decoder_hidden_size"]
     except KeyError as e:
@@ -89,7 +90,7 @@ def write(model, folder: Path) -> None:
     settings |= {
         "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3,
         "intermediate_size": int(o.width * o.mlp_ratio), "decoder_intermediate_size": int(o.decoder_width * o.mlp_ratio),
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "mask_ratio": 0.75, "norm_pix_loss": False,
+        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "mask_ratio": 0.75, "norm_pix_loss": o.norm_pix_loss,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     images = {"image_processor_type": "ViTImageProcessor", "size": {"height": o.image_size, "width": o.image_size},

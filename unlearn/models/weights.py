@@ -81,18 +81,24 @@ def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str)
 
 def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, card) of a folder of ours or of one file; the card is empty where there is none."""
-    storage, card = Storage(uri), {}
+    storage, about = Storage(uri), {}
     if not storage.is_file():
         if not storage.is_file(CARD):
             raise WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
-        try:
-            card = json.loads(storage.read(CARD))
-            dict(card["options"], family=card["family"])
-        except (ValueError, KeyError, TypeError):
-            raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
+        about = card(storage)
         uri = f"{uri.rstrip('/')}/{WEIGHTS}"
     with local_copy(uri) as path:
-        return tensors(path, uri), card
+        return tensors(path, uri), about
+
+
+def card(storage: Storage) -> dict[str, Any]:
+    """What a folder of ours says of itself: {"family", "options", ...}. Raises WeightsError."""
+    try:
+        found = json.loads(storage.read(CARD))
+        dict(found["options"], family=found["family"])
+    except (ValueError, KeyError, TypeError):
+        raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
+    return found
 
 
 def tensors(path: Path, uri: str) -> dict[str, torch.Tensor]:

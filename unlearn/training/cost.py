@@ -30,11 +30,12 @@ SAMPLES = 5
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs: step, of one optimizer step of all workers; images: of a step; once: of what comes before training (codes);
-    evaluation: all of it, None where there is none or its images are not there; steps: None where epochs refer to data that
-    is not there."""
+    """FLOPs: step, of one optimizer step of all workers; front, of a step in the frozen front end, in float32 as all that follows;
+    images: of a step; once: of what comes before training (codes); evaluation: all of it, None where there is none or its
+    images are not there; steps: None where epochs refer to data that is not there."""
 
     step: float
+    front: float
     images: int
     once: float
     evaluation: float | None
@@ -84,25 +85,40 @@ def work(run: config.RunConfig, sizes: dict[str, int] | None = None, steps: int 
     coded = run.data.codes is not None and front is not None
     images = run.training.batch_size
     return Work(
-        step=images * (each + (0 if coded else into)), images=images,
+        step=images * each, front=0 if coded else images * into, images=images,
         once=into * run.data.code_views * sum((sizes or {}).values()) if coded else 0, evaluation=evaluation, steps=steps,
     )  # fmt: skip
 
 
-def cost(run: config.RunConfig, work: Work, peak: float, share: float) -> Cost:
-    """peak: FLOP/s of one worker's device; share: of it that is reached (MFU, which does not count what checkpointing repeats)."""
-    rate, units = peak * share * run.cluster.workers, methods.method_class(run.method.name).units
-    step = work.step / rate * ((units + 1) / units if run.training.activation_checkpointing and units else 1)
+def cost(run: config.RunConfig, work: Work, peak: float, plain: float, share: float) -> Cost:
+    """peak: FLOP/s of one worker's device, plain: in float32; share: of it that is reached (MFU, which does not count what
+    checkpointing repeats)."""
+    rate, slow = (each * share * run.cluster.workers for each in (peak, plain))
+    units = methods.method_class(run.method.name).units
+    again = (units + 1) / units if run.training.activation_checkpointing and units else 1
+    step = work.step / rate * again + work.front / slow
     return Cost(
-        step=step, training=None if work.steps is None else work.steps * step, once=work.once / rate,
-        evaluation=None if work.evaluation is None else work.evaluation / rate, start=START[run.training.engine],
-        images=work.images / step, floor=work.images * rate / share / work.step,
+        step=step, training=None if work.steps is None else work.steps * step, once=work.once / slow,
+        evaluation=None if work.evaluation is None else work.evaluation / slow, start=START[run.training.engine],
+        images=work.images / step, floor=work.images / (share * (work.step / rate + work.front / slow)),
     )  # fmt: skip
 
 
-def gpu_peak(name: str, dtype: str) -> float:
-    """FLOP/s of one GPU; KeyError for one that is not in the tables."""
-    return next(peak for key, peak in (PEAK if dtype == "bf16" else PEAK_FP32).items() if key in name)
+def known(name: str) -> str | None:
+    """The GPU of the tables that this name means: the maker's, Ray's, or the key itself."""
+    name = {"H100": "H100 80GB HBM3"}.get(name.upper(), name)
+    exact = (key for key in MEMORY if key.lower() == name.lower())
+    return next(exact, None) or next((key for key in MEMORY if key in name), None)
+
+
+def gpu_peak(key: str, dtype: str) -> float:
+    """FLOP/s of a GPU of the tables."""
+    return next(peak for name, peak in (PEAK if dtype == "bf16" else PEAK_FP32).items() if name in key)
+
+
+def gpu_measured(dtype: str) -> float:
+    """FLOP/s of the GPU of this machine, where it is in no table: of a product of two matrices."""
+    return _product(8192, torch.device("cuda"), torch.bfloat16 if dtype == "bf16" else torch.float32, 0.5)
 
 
 def cpu_peak(threads: int, workers: int, seconds: float = 0.3) -> float:
@@ -110,15 +126,23 @@ def cpu_peak(threads: int, workers: int, seconds: float = 0.3) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
     try:
-        a, b, best = torch.rand(512, 512), torch.rand(512, 512), 0.0
-        began = time.perf_counter()
-        while time.perf_counter() - began < seconds:
-            start = time.perf_counter()
-            torch.mm(a, b)
-            best = max(best, 2 * 512**3 / (time.perf_counter() - start))
+        best = _product(512, torch.device("cpu"), torch.float32, seconds)
         return best * min(1, (os.cpu_count() or 1) / (threads * workers))
     finally:
         torch.set_num_threads(before)
+
+
+def _product(side: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """The best FLOP/s of multiplying two square matrices again and again."""
+    a, b, best = torch.rand(side, side, device=device, dtype=dtype), torch.rand(side, side, device=device, dtype=dtype), 0.0
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
 
 
 def _forward(model: base.Adapter, spec: config.View) -> float:

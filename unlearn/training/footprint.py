@@ -2,7 +2,6 @@
 which have shapes and no data, and every allocation is counted. A ViT-H takes seconds, and no memory to speak of."""
 
 import contextlib
-import json
 import sys
 import weakref
 from collections.abc import Iterator
@@ -108,7 +107,7 @@ def shape(model: config.Model) -> base.Options:
     if model.weights and not model.variant:
         storage = Storage(model.weights)
         if storage.is_file(weights.CARD):
-            found = json.loads(storage.read(weights.CARD)).get("options")
+            found = weights.card(storage)["options"]
         elif not storage.is_file():
             found = weights.start(base.adapter(model.family), model)[1]
     return base.options(model, found)

@@ -46,6 +46,8 @@ def worker(run: config.RunConfig, report: Report = lambda row: None) -> None:
     if front is not None:
         student.stock_noise(front, run.seed)
     kept = codes(run, found, student, front, device, report) if front is not None and run.data.codes else None
+    if kept:
+        front = None  # the codes stand for it, so it leaves the device
     loader = Loader(run, found, student.grid, student.options.image_size, kept)
     data = origin(run, found)
     if start:
@@ -53,7 +55,7 @@ def worker(run: config.RunConfig, report: Report = lambda row: None) -> None:
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
-        engine = _engine(run, method, student, None if kept else front, device)
+        engine = _engine(run, method, student, front, device)
         if method.sample_size():
             method.prepare(_sample(engine, loader, method.sample_size()))
         with _told(run, engine):
