@@ -15,7 +15,7 @@ from jobs.evaluate import evaluate, report
 from unlearn import config
 from unlearn.data import selection, shards
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, UnlearnError
+from unlearn.errors import ClusterError, ConfigError, UnlearnError
 from unlearn.evaluation import features, metrics, pictures
 from unlearn.models import weights
 
@@ -252,10 +252,16 @@ def cluster():
 
 
 def test_two_ray_workers_give_the_figures_of_one_process(done, cluster, tmp_path):
+    """Also where many more are asked for, and the run allows fewer: then as many as there is room for."""
     run, document, _ = done
-    two = run.evaluation.model_copy(update={"workers": 2})
-    other = evaluate(run.model_copy(update={"evaluation": two, "run_dir": copy_of_run(run, tmp_path)}))
-    assert other["rows"] == document["rows"]
+    many = run.model_copy(update={
+        "evaluation": run.evaluation.model_copy(update={"workers": 99}), "run_dir": copy_of_run(run, tmp_path),
+        "cluster": run.cluster.model_copy(update={"min_workers": 1}),
+        "training": run.training.model_copy(update={"micro_batch_size": run.micro_batch}),
+    })  # fmt: skip
+    assert evaluate(many)["rows"] == document["rows"]
+    with pytest.raises(ClusterError, match="99 x cpus_per_worker 1 = 99 CPUs are asked for"):
+        evaluate(many.model_copy(update={"cluster": run.cluster}))
 
 
 def copy_of_run(run, folder) -> str:
