@@ -56,7 +56,8 @@ else
     done
     settings+=(--head ${ip:+--node-ip-address "$ip"} --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard")
 fi
-environment=("$mark" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0)
+# A job's `python` is the one that Ray runs with.
+environment=("PATH=$(dirname "$python"):$PATH" "$mark" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0)
 # Ray takes 127.0.0.1 for this machine's outward address and listens to all the world, unless it is told not to be a cluster.
 if [ -z "$ip$join" ]; then environment+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0); fi
 # What jobs/cluster.py wants for the workers must be there before Ray is: malloc reads it once.
