@@ -67,9 +67,10 @@ def test_memory_of_a_worker_is_what_the_plan_says(measured, case):
     run, real = measured[case]
     need = needed(run)
     assert need.total + need.host == pytest.approx(real.peak, rel=0.15), need
-    # The parts that stay from step to step; the engines keep a few of the others too.
+    # The parts that stay from step to step; the engines keep a few of the others too. Twice the buckets, since the buffer of an
+    # exchange that gloo's thread is the last to let go of seems to stay.
     kept = need.host + sum(need.device[name] for name in ("parameters", "teacher", "optimizer", "front"))
-    assert 0.95 * kept < real.between < 1.05 * (kept + need.device["gradients"] + need.device["buckets"])
+    assert 0.95 * kept < real.between < 1.05 * (kept + need.device["gradients"] + 2 * need.device["buckets"])
 
 
 @pytest.mark.parametrize("shape", test_contract.SMALL)
