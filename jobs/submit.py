@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.backends.base import CONFIG, Backend, Job, Request, State
@@ -18,35 +18,32 @@ from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
 
-# driver -> (module, what it is given beside its configuration). Any other module of `jobs` may be named in full.
-DRIVERS = {"run": ("jobs.train", ("--resume",)), "pretrain": ("jobs.train", ("--resume",)), "evaluate": ("jobs.evaluate", ())}
+# driver, a command of `unlearn` -> what it is given beside its configuration
+DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": ()}
 # An environment variable holds 128 KiB, and on its way through a command line it is quoted.
 LARGEST = 64 << 10
 
 
 def request(
-    run: config.RunConfig, driver: str = "run", arguments: list[str] = (), env: list[str] = (), name: str | None = None,
+    run: config.RunConfig, driver: str = "run", arguments: Sequence[str] = (), env: Sequence[str] = (), name: str | None = None,
     elsewhere: bool = False,
 ) -> Request:  # fmt: skip
     """What is sent for this run. name: the readable part of the job's id, else the run's name; elsewhere: the job finds its Ray
     cluster there, whatever cluster.address says here. Raises ConfigError."""
     if elsewhere:
         run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"address": None})})
-    if driver == "pretrain" and not run.method.name.startswith("pretrain"):
-        run = run.model_copy(update={"method": run.method.model_copy(update={"name": "pretrain"})})
-    module, given = DRIVERS.get(driver, (driver, ()))
-    if not re.fullmatch(r"jobs(\.[a-z_][a-z0-9_]*)+", module):
-        raise ConfigError(f"--driver {driver}: give {', '.join(DRIVERS)}, or a module of `jobs`, as in jobs.train")
+    if driver not in DRIVERS:
+        raise ConfigError(f"--driver {driver}: give {', '.join(DRIVERS)}")
     for variable in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
             raise ConfigError(
                 f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable where the job runs"
             )
-    text, arguments = config.dump(run), (*given, *arguments)
-    told = json.dumps([run.model_dump(mode="json"), module, arguments], sort_keys=True)
+    text, given = config.dump(run), (*DRIVERS[driver], *arguments)
+    told = json.dumps([run.model_dump(mode="json"), driver, given], sort_keys=True)
     id = f"{_label(name or run.name)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     source = f"env:{CONFIG}" if len(text.encode()) <= LARGEST else run.run_dir
-    return Request(id, run.run_dir, module, arguments, source, tuple(sorted(set(env))), text)
+    return Request(id, run.run_dir, driver, given, source, tuple(sorted(set(env))), text)
 
 
 def _label(name: str) -> str:
@@ -146,7 +143,7 @@ def wait(
             told(job)
             last = job
         try:
-            found = metrics.read(job.run_dir)[-1:] or metrics.coding(job.run_dir)
+            found = metrics.read(job.run_dir)[-1:] or metrics.latents(job.run_dir)
             if found and found[0] != row and job.state not in ("queued", "starting"):
                 row = found[0]
                 progress(row)

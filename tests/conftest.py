@@ -25,8 +25,8 @@ import torch
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 from hypothesis import settings
-from kubernetes_server import api_server  # noqa: F401
 from PIL import Image
+from support.kubernetes_server import api_server  # noqa: F401
 
 from unlearn import config
 from unlearn.data import shards, storage
@@ -113,7 +113,7 @@ def tiny_run(tiny_shards, tiny_model, tmp_path):
 def told(capsys):
     """told(*arguments) -> (exit code, standard output, standard error with line ends folded)."""
 
-    from unlearn.cli import main
+    from unlearn.cli.app import main
 
     def call(*arguments) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as stopped:

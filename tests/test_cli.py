@@ -42,7 +42,7 @@ def refused(told, *arguments) -> str:
 
 def test_help_is_light():
     """No heavy import stands between the user and the help."""
-    code = "import sys; from unlearn.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'timm', 'pyarrow') if m in sys.modules])"
+    code = "import sys; from unlearn.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'timm', 'pyarrow') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "Usage" in out and out.rstrip().endswith("[]")
 
@@ -70,9 +70,9 @@ def test_version_models_methods_schema(told):
         ("model.weights=/nowhere.pth", "/nowhere.pth"),
         ("model.weights=null", "model.weights is missing"),
         ("model.options={width: 32}", "encoder.cls_token has shape (1, 1, 16)"),
-        ("model.family=gpt", "no family 'gpt'; known: mae"),
-        ("model.front=/nowhere", "this mae has no frozen front end"),
-        ("method.name=pretrain_front", "mae has no front end that is trained here"),
+        ("model.family=gpt", "no model family 'gpt'; known: mae"),
+        ("model.first_stage=/nowhere", "this mae has no frozen first stage"),
+        ("method.name=pretrain_first_stage", "mae has no first stage that is trained here"),
         ("method.name=hope", "no method 'hope'; known: encoder_l2"),
         ("method.noise_region=hole", "never sees the hole"),
         ("evaluation.data=/nowhere", "/nowhere: no manifest.json there"),
@@ -224,7 +224,7 @@ def test_shards_commands(told, tmp_path, tiny_shards):
 
 def test_ctrl_c_leaves_a_run_that_goes_on(written, tmp_path):
     path = written("training.steps=4000", "training.checkpoint_every=20", "method.name=pretrain")
-    command = [sys.executable, "-m", "unlearn.cli", "pretrain", path]
+    command = [sys.executable, "-m", "unlearn", "pretrain", path]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("run/checkpoints/*/COMMIT")) and time.monotonic() < deadline:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from support import runs
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,11 +17,12 @@ from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import base, weights
+from unlearn.registry import METHODS, MODELS
 
 # Small shapes of each family: name -> (shape, options). A family without one fails here.
 SMALL = {
     "mae": ("mae", TINY),
-    "vqgan": ("vqgan", {
+    "mage": ("mage", {
         "image_size": 32, "width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2,
         "codes": 16, "code_width": 4, "vocabulary": 18, "class_token": 16, "channels": (4, 4, 8, 8), "layers": 1, "norm_groups": 2,
     }),
@@ -65,7 +67,7 @@ def build(shape: str, seed: int = 1) -> base.Adapter:
 
 def method_for(model: base.Adapter, name: str) -> methods.Method:
     """The method, or a skip where it says that it is not for this family."""
-    method = methods.create(config.Method(name=name))
+    method = runs.method(name)
     try:
         method.check(type(model))
     except ConfigError as e:
@@ -76,7 +78,7 @@ def method_for(model: base.Adapter, name: str) -> methods.Method:
 def batch_for(model: base.Adapter, rows: int = RETAIN + FORGET, kind: str = "random", size: float = 0.6) -> Batch:
     side = model.options.image_size
     pixels = torch.randint(0, 256, (rows, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    view = views.draw([config.View(kind=kind, size=size)], model.grid, rows, np.random.default_rng(0))
+    view = views.draw([config.ViewSpec(kind=kind, size=size)], model.grid, rows, np.random.default_rng(0))
     return Batch(model.normalise(pixels), view, RETAIN, 5)
 
 
@@ -85,12 +87,12 @@ def embed(model: base.Adapter, batch: Batch, seed: int = 0) -> list[torch.Tensor
     return levels(model.encode(model.inputs(batch.images, batch.view), batch.view, seed))
 
 
-def coded(model: base.Adapter, batch: Batch) -> Batch:
-    """The batch as methods see it, and the model without its front."""
+def cached(model: base.Adapter, batch: Batch) -> Batch:
+    """The batch as methods see it, and the model without its first_stage."""
     with torch.no_grad():
         inputs = model.inputs(batch.images, batch.view)
-    if model.front is not None:
-        model.stock_noise(model.take_front(torch.device("cpu")), 0)
+    if model.first_stage is not None:
+        model.stock_noise(model.take_first_stage(torch.device("cpu")), 0)
     return dataclasses.replace(batch, images=inputs)
 
 
@@ -144,7 +146,7 @@ def test_normalise_and_denormalise_are_inverse(shape):
 @shapes
 def test_encoder_and_decoder_share_nothing_and_are_the_whole_model(shape):
     model = build(shape)
-    parts = [m for m in (model.encoder, model.decoder, model.shared, model.front) if m is not None]
+    parts = [m for m in (model.encoder, model.decoder, model.shared, model.first_stage) if m is not None]
     owned = [{id(t) for t in (*m.parameters(), *m.buffers())} for m in parts]
     assert all(owned[:2]) and len(set().union(*owned)) == sum(map(len, owned))
     assert {id(p) for p in model.parameters()} == set().union(*({id(p) for p in m.parameters()} for m in parts))
@@ -154,7 +156,7 @@ def test_encoder_and_decoder_share_nothing_and_are_the_whole_model(shape):
     model.drop_decoder()
     after = embed(model, batch)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert {n.split(".")[0] for n in model.state_dict()} <= {"encoder", "shared", "front"}
+    assert {n.split(".")[0] for n in model.state_dict()} <= {"encoder", "shared", "first_stage"}
 
 
 @shapes
@@ -193,7 +195,7 @@ def test_saved_and_loaded_it_is_the_same_model(shape, tmp_path):
 @pytest.mark.parametrize("kind, size", [("centre", 0.5), ("random", 0.75)])
 def test_flops_are_those_that_torch_counts(shape, kind, size):
     model = build(shape)
-    batch = coded(model, batch_for(model, kind=kind, size=size))
+    batch = cached(model, batch_for(model, kind=kind, size=size))
     # torch counts the products of attention only where they are plain ones.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model.encode(batch.images, batch.view)
@@ -201,20 +203,20 @@ def test_flops_are_those_that_torch_counts(shape, kind, size):
 
 
 @shapes
-@pytest.mark.parametrize("name", methods.METHODS)
+@pytest.mark.parametrize("name", METHODS)
 def test_a_method_trains_what_it_says_and_nothing_else(shape, name):
     student, teacher = build(shape, 1), build(shape, 2)
     method, batch = method_for(student, name), batch_for(student)
-    if not method.trains_front:
-        batch = coded(student, batch)
+    if not method.trains_first_stage:
+        batch = cached(student, batch)
         method.prepare(batch.images)
-    teacher.take_front(torch.device("cpu"))
+    teacher.take_first_stage(torch.device("cpu"))
     if not method.needs_decoder:
         student.drop_decoder()
         teacher.drop_decoder()
     before = {n: t.clone() for n, t in (*student.state_dict().items(), *((f"teacher {n}", t) for n, t in teacher.state_dict().items()))}
     trained = {id(p) for p in method.trainable(student)}
-    parts = method.loss(batch, student, teacher if method.needs_teacher else None)
+    parts = runs.losses(method, batch, student, teacher if method.needs_teacher else None)
     assert parts["loss"].shape == () and parts["loss"].requires_grad and len(parts) > 1
     assert all(not p.requires_grad and p.isfinite() and p.shape == () for n, p in parts.items() if n != "loss")
     parts["loss"].backward()
@@ -222,20 +224,20 @@ def test_a_method_trains_what_it_says_and_nothing_else(shape, name):
     assert moved and moved <= trained and all(p.grad is None for p in teacher.parameters())
     after = {**student.state_dict(), **{f"teacher {n}": t for n, t in teacher.state_dict().items()}}
     assert all(torch.equal(t, after[n]) for n, t in before.items())
-    again = method.loss(batch, student, teacher if method.needs_teacher else None)
+    again = runs.losses(method, batch, student, teacher if method.needs_teacher else None)
     assert torch.equal(parts["loss"], again["loss"])
 
 
 @shapes
 def test_the_papers_method_leaves_the_decoder_alone(shape):
-    method, student = methods.create(config.Method()), build(shape, 1)
-    method.loss(coded(student, batch_for(student)), student, build(shape, 2))["loss"].backward()
+    method, student = runs.method(), build(shape, 1)
+    runs.losses(method, cached(student, batch_for(student)), student, build(shape, 2))["loss"].backward()
     assert all(p.grad is not None for p in student.encoder.parameters())
     assert all(p.grad is None for part in (student.decoder, student.shared) if part is not None for p in part.parameters())
 
 
 def test_every_family_has_a_small_shape():
-    assert {family for family, _ in SMALL.values()} >= set(base.MODELS)
+    assert {family for family, _ in SMALL.values()} >= set(MODELS)
 
 
 TOY = """
@@ -271,20 +273,20 @@ TOY = """
 def test_a_new_family_is_one_file_and_one_line(tmp_path, monkeypatch):
     (tmp_path / "toy_family.py").write_text(textwrap.dedent(TOY))
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(base, "MODELS", dict(base.MODELS))
+    monkeypatch.setattr(MODELS, "entries", dict(MODELS.entries))
     monkeypatch.setitem(SMALL, "toy", ("toy", {"image_size": 16}))
-    base.register("toy", "toy_family:Toy")
+    MODELS.register("toy", "toy_family:Toy")
     assert weights.build(config.Model(family="toy", variant="small")).options.image_size == 16
     for name in ("encoder_l2", "pretrain"):
         test_a_method_trains_what_it_says_and_nothing_else("toy", name)
     test_saved_and_loaded_it_is_the_same_model("toy", tmp_path / "saved")
     test_flops_are_those_that_torch_counts("toy", "centre", 0.5)
     with pytest.raises(ConfigError, match="toy is registered already, at toy_family:Toy"):
-        base.register("toy", "elsewhere:Toy")
+        MODELS.register("toy", "elsewhere:Toy")
 
 
 def test_a_method_twice_and_a_method_unknown_are_errors():
     with pytest.raises(ConfigError, match="encoder_l2 is registered already"):
-        methods.register("encoder_l2", "elsewhere:Method")
+        METHODS.register("encoder_l2", "elsewhere:Method")
     with pytest.raises(ConfigError, match="no method 'magic'; known: encoder_l2"):
         methods.method_class("magic")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unlearn import config
-from unlearn.cli import main
+from unlearn.cli.app import main
 from unlearn.data import shards
 from unlearn.models import weights
 

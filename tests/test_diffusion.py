@@ -6,16 +6,17 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from support import runs
+from support.runs import export, worker
 from test_contract import SMALL
 
 from unlearn import config, views
 from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError, WeightsError
-from unlearn.methods import base as methods
-from unlearn.models import base, diffusion, folders, unet, weights
-from unlearn.models.diffusion_shapes import LINEAR
-from unlearn.training import loop
-from unlearn.training.export import export
+from unlearn.models import base, folders, weights
+from unlearn.models.diffusion import adapter as diffusion
+from unlearn.models.diffusion import unet
+from unlearn.models.diffusion.shapes import LINEAR
 
 OPTIONS = SMALL["diffusion_pixel"][1]
 NETWORK = {name: value for name, value in OPTIONS["network"].items() if name != "class"}
@@ -48,7 +49,7 @@ def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
 
 
 def view_of(rows: int, kind: str = "box", size: float = 0.5) -> views.View:
-    return views.draw([config.View(kind=kind, size=size)], GRID, rows, np.random.default_rng(0))
+    return views.draw([config.ViewSpec(kind=kind, size=size)], GRID, rows, np.random.default_rng(0))
 
 
 def whole(model: diffusion.Diffusion) -> diffusers.UNet2DModel:
@@ -154,7 +155,7 @@ def test_teacher_and_student_see_the_same_but_for_the_noise(region):
     student, teacher, view = build(1), build(1), view_of(6)
     images, retain = randn(6, 3, SIDE, SIDE).clamp(-1, 1), 3
     seen, taught = fed(student), fed(teacher)
-    methods.create(config.Method(noise_region=region)).loss(Batch(images, view, retain, 9), student, teacher)
+    runs.losses(runs.method(noise_region=region), Batch(images, view, retain, 9), student, teacher)
     (sample, emb), (target, target_emb) = seen[0], taught[0]
     assert torch.equal(emb, target_emb) and len({tuple(row) for row in emb.tolist()}) > 1
     assert torch.equal(sample[:retain], target[:retain])
@@ -217,7 +218,7 @@ def test_unlearning_moves_the_encoder_alone(tiny_run, tmp_path):
     start = str(tmp_path / "start")
     weights.write(build(), start, {})
     run = tiny_run(f"model.weights={start}", "model.family=diffusion", "method.alpha=1")
-    loop.worker(run)
+    worker(run)
     before, after = (weights.read(uri)[0] for uri in (start, export(run)))
     moved = {name for name, tensor in before.items() if tensor.numpy().tobytes() != after[name].numpy().tobytes()}
     assert before.keys() == after.keys() and {name.split(".")[0] for name in before} == {"encoder", "decoder", "shared"}

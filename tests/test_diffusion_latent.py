@@ -1,16 +1,18 @@
-"""The family diffusion on an autoencoder's latents: the same adapter with a front, for UNets and transformers."""
+"""The family diffusion on an autoencoder's latents: the same adapter with a first stage, for UNets and transformers."""
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from support import runs
 from test_contract import SMALL
 
 from unlearn import config, views
 from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError
-from unlearn.methods import base as methods
-from unlearn.models import diffusion, latents, unet_condition, weights
+from unlearn.models import weights
+from unlearn.models.diffusion import adapter as diffusion
+from unlearn.models.diffusion import autoencoder, unet_condition
 
 UNET, FLUX = SMALL["diffusion_latent"][1], SMALL["diffusion_flux"][1]
 SIDE, GRID = 32, 4
@@ -29,7 +31,7 @@ def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
 
 
 def view_of(rows: int) -> views.View:
-    return views.draw([config.View(kind="box", size=0.5)], GRID, rows, np.random.default_rng(0))
+    return views.draw([config.ViewSpec(kind="box", size=0.5)], GRID, rows, np.random.default_rng(0))
 
 
 def whole_unet(model: diffusion.Diffusion) -> diffusers.UNet2DConditionModel:
@@ -44,10 +46,10 @@ def test_the_loss_of_a_unet_is_the_formula_over_all_latents(monkeypatch):
     model, view = build(UNET, seed=2).double(), view_of(3)
     images = randn(3, 3, SIDE, SIDE, seed=1, dtype=torch.float64).clamp(-1, 1)
     hole = view.pixel_mask(SIDE).double()
-    model.front.float()
+    model.first_stage.float()
     inputs = model.inputs(images, view).double()
     clean, known = inputs.chunk(2, dim=1)
-    torch.testing.assert_close(known, model.front.latents(images * (1 - hole)).double())
+    torch.testing.assert_close(known, model.first_stage.latents(images * (1 - hole)).double())
     eps, t = randn(*clean.shape, seed=2, dtype=torch.float64), torch.tensor([0, 300, 1999])
     monkeypatch.setattr(diffusion, "_noise", lambda clean, seed: (None, eps))
     monkeypatch.setattr(model.noising, "times", lambda rows, generator: t)
@@ -70,7 +72,7 @@ def test_the_teachers_noise_is_in_the_hole_of_the_noised_latents(options, region
     taught = []
     real = teacher.encode
     teacher.encode = lambda *arguments: taught.append(arguments[0]) or real(*arguments)
-    methods.create(config.Method(noise_region=region)).loss(Batch(inputs, view, 2, 9), student, teacher)
+    runs.losses(runs.method(noise_region=region), Batch(inputs, view, 2, 9), student, teacher)
     assert torch.equal(taught[0][:2], inputs[:2])
     (clean, known), (noise, other) = inputs[2:].chunk(2, dim=1), taught[0][2:].chunk(2, dim=1)
     hole = view.pixel_mask(clean.shape[-1])[2:].expand_as(clean)
@@ -87,7 +89,7 @@ def test_sampling_starts_from_noise_and_ends_in_the_back(options):
     model.encoder.register_forward_pre_hook(lambda module, arguments: samples.append(arguments[0]))
     model.decoder.back.register_forward_hook(lambda module, arguments, out: decoded.append((arguments[0], out)))
     found = model.reconstruct(images, view)
-    channels, _ = latents.shape(model.options.vae)
+    channels, _ = autoencoder.shape(model.options.vae)
     start = diffusion._noise(samples[0][:1, :channels], 0)[1]
     assert len(samples) == model.options.sampling_steps and torch.equal(samples[0][:, :channels], start.expand(2, -1, -1, -1))
     assert torch.equal(found, torch.where(hole, decoded[0][1], images)) and len(decoded) == 1
@@ -111,7 +113,7 @@ def test_a_pipeline_folder_goes_out_and_in(tmp_path):
     assert back.options.vae["class"] == "AutoencoderKL" and back.options.tokens == model.options.tokens
     found = back.state_dict()
     assert found.keys() == model.state_dict().keys() and all(torch.equal(t, found[n]) for n, t in model.state_dict().items())
-    view = views.draw([config.View()], 8, 2, np.random.default_rng(0))
+    view = views.draw([config.ViewSpec()], 8, 2, np.random.default_rng(0))
     images = randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
         inputs = model.inputs(images, view)

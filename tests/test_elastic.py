@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
-from workers import together
+from support.runs import export
+from support.workers import together
 
 from jobs.train import _telling_of_losses, train
 from unlearn import config
 from unlearn.errors import ConfigError
 from unlearn.training import metrics
-from unlearn.training.export import export
 
 
 @pytest.mark.parametrize(("workers", "stages"), [(3, (2, 3)), (5, (0,))])

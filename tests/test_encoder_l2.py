@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from support import runs
 
 from unlearn import config, views
 from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError
-from unlearn.methods import base as methods
 from unlearn.methods.encoder_l2 import EncoderL2, distance
 from unlearn.models import base, weights
 
@@ -19,7 +19,7 @@ RETAIN, FORGET = 3, 2
 
 
 def make(**settings) -> EncoderL2:
-    return methods.create(config.Method(**settings))
+    return runs.method(**settings)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def pair():
 
 def batch_of(seed: int = 9, rows: int = RETAIN + FORGET, retain: int = RETAIN) -> Batch:
     images = torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.7 + 0.2
-    return Batch(images, views.draw([config.View(kind="random", size=0.5)], 4, rows, np.random.default_rng(0)), retain, seed)
+    return Batch(images, views.draw([config.ViewSpec(kind="random", size=0.5)], 4, rows, np.random.default_rng(0)), retain, seed)
 
 
 def expected_noise(batch: Batch, kind: str, pixels: torch.Tensor, model) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_the_loss_is_the_formula_with_two_separate_teachers(pair, kind, alpha):
     method, batch = make(noise=kind, alpha=alpha), batch_of()
     pixels = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
     method.prepare(student.normalise(pixels))
-    parts = method.loss(batch, student, teacher)
+    parts = runs.losses(method, batch, student, teacher)
     with torch.no_grad():
         of_retain, of_forget = batch.view.rows(0, RETAIN), batch.view.rows(RETAIN, RETAIN + FORGET)
         noise = expected_noise(batch, kind, pixels, teacher)
@@ -72,25 +72,25 @@ def test_the_gradient_is_that_of_the_loss(pair):
     student, teacher = pair
     method, batch = make(), batch_of()
     some = [student.encoder.cls_token, student.encoder.blocks[0].attn.qkv.bias, student.encoder.norm.weight]
-    assert torch.autograd.gradcheck(lambda *_: method.loss(batch, student, teacher)["loss"], some)
+    assert torch.autograd.gradcheck(lambda *_: runs.losses(method, batch, student, teacher)["loss"], some)
 
 
 def test_only_the_student_gets_a_gradient_and_the_target_never_sees_a_forget_image(pair):
     student, teacher = pair
     batch, method = batch_of(), make()
-    method.loss(batch, student, teacher)["loss"].backward()
+    runs.losses(method, batch, student, teacher)["loss"].backward()
     assert all(p.grad is not None for p in student.parameters()) and all(p.grad is None for p in teacher.parameters())
     inputs = []
     teacher.encode = lambda images, view, seed: inputs.append(images) or student.encode(images, view)
     other = batch.images.clone()
     other[RETAIN:] += 1
     for images in (batch.images, other):
-        method.loss(dataclasses.replace(batch, images=images), student, teacher)
+        runs.losses(method, dataclasses.replace(batch, images=images), student, teacher)
     assert torch.equal(*inputs) and torch.equal(inputs[0][:RETAIN], batch.images[:RETAIN])
 
 
 def test_a_copy_of_the_teacher_has_no_retain_loss(pair):
-    parts = make().loss(batch_of(), copy.deepcopy(pair[1]), pair[1])
+    parts = runs.losses(make(), batch_of(), copy.deepcopy(pair[1]), pair[1])
     assert float(parts["retain"]) == 0 and float(parts["forget"]) > 0.01
 
 

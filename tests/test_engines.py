@@ -4,12 +4,11 @@ import pytest
 import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
-from workers import together
+from support.runs import export, worker
+from support.workers import together
 
 from unlearn.models import weights
 from unlearn.training import metrics
-from unlearn.training.export import export
-from unlearn.training.loop import worker
 
 STAGES = [f"training.zero_stage={stage}" for stage in range(4)]
 OPTIONS = ["training.activation_checkpointing=true", "training.offload_optimizer=true"]

@@ -7,15 +7,14 @@ import pytest
 import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
+from support.runs import export, worker
+from support.workers import together
 from test_contract import SMALL
 from test_contract import build as small
-from workers import together
 
 from unlearn.models import weights
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
-from unlearn.training.export import export
-from unlearn.training.loop import worker
 
 STAGES = range(4)
 # lr: AdamW's first steps are lr x the gradient's sign, so gradients that are nearly zero would show as differences.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unlearn.models import flux
+from unlearn.models.diffusion import flux
 
 from diffusers import FluxFillPipeline, FluxTransformer2DModel  # isort: skip  after the cure of torchvision
 
@@ -64,7 +64,7 @@ def test_the_cut_is_where_the_config_says_and_tensors_follow_it():
     assert moved.keys() == again.state_dict().keys()
     assert set(again["encoder"].single_transformer_blocks) == {"0", "1"} and set(again["decoder"].single_transformer_blocks) == {"2"}
     assert flux.from_public(moved, 2).keys() == parts.state_dict().keys()
-    extra = {"front.conv_in.weight": torch.zeros(1), "decoder.back.conv_in.weight": torch.zeros(1)}
+    extra = {"first_stage.conv_in.weight": torch.zeros(1), "decoder.back.conv_in.weight": torch.zeros(1)}
     public, expected = flux.to_public(moved | extra), whole.state_dict()
     assert public.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in public.items())
     assert extra.keys() <= flux.from_public(extra).keys()

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from jobs import rayjob
+from jobs.backends import rayjob
 
 FOLDER = Path(__file__).parents[1] / "infra/kubernetes"
+RENDERED = Path(__file__).parents[1] / "jobs/backends/rendered"
 OVERLAYS = [*rayjob.OVERLAYS, "standing"]
 # What the API server's core serves, and kubernetes-validate knows; all else must be a custom resource.
 CORE = {"v1", "networking.k8s.io/v1", "policy/v1"}
@@ -22,7 +23,7 @@ CUSTOM = {"ray.io/v1", "kueue.x-k8s.io/v1beta2"}
 
 @functools.cache
 def documents(overlay: str) -> list[dict]:
-    return list(yaml.safe_load_all((FOLDER / f"rendered/{overlay}.yaml").read_text()))
+    return list(yaml.safe_load_all((RENDERED / f"{overlay}.yaml").read_text()))
 
 
 def of(overlay: str, kind: str) -> dict:
@@ -284,8 +285,8 @@ needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl 
 def test_rendered_files_are_up_to_date(tmp_path):
     subprocess.run(["bash", str(FOLDER / "render.sh"), str(tmp_path)], check=True)
     for path in tmp_path.iterdir():
-        assert path.read_text() == (FOLDER / "rendered" / path.name).read_text(), f"{path.name} is stale: bash infra/kubernetes/render.sh"
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in (FOLDER / "rendered").iterdir()} == {f"{o}.yaml" for o in OVERLAYS}
+        assert path.read_text() == (RENDERED / path.name).read_text(), f"{path.name} is stale: bash infra/kubernetes/render.sh"
+    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in RENDERED.iterdir()} == {f"{o}.yaml" for o in OVERLAYS}
 
 
 @needs_kubectl
@@ -300,7 +301,7 @@ def test_components_that_no_overlay_has(component, tmp_path, request):
     (mine / "kustomization.yaml").write_text(yaml.safe_dump(tree))
     made = tmp_path / "mine.yaml"
     made.write_text(subprocess.run(["kubectl", "kustomize", str(mine)], check=True, capture_output=True, text=True).stdout)
-    filled = rayjob.fill(rayjob.template(str(made)), name="run-7", entrypoint=["python", "-m", "jobs.train", "s3://bucket/run.yaml"])
+    filled = rayjob.fill(rayjob.template(str(made)), name="run-7", entrypoint=["python", "-m", "unlearn", "run", "s3://bucket/run.yaml"])
     rayjob.check(filled)  # no placeholder is left
     if component == "efa":
         asked = set(filled["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["requests"])

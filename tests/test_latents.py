@@ -1,4 +1,4 @@
-"""Autoencoders in front of latent diffusion, and the pipeline folders they come in."""
+"""Autoencoders before it of latent diffusion, and the pipeline folders they come in."""
 
 import io
 import json
@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from unlearn import config, views
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import base, flow, folders, latents, pipeline, weights
+from unlearn.models import base, folders, weights
+from unlearn.models.diffusion import autoencoder, flow, pipeline
+from unlearn.registry import MODELS
 
 import diffusers  # isort: skip  after the cure of torchvision
 import transformers  # isort: skip
@@ -37,27 +39,27 @@ kinds = pytest.mark.parametrize("kind", VAES)
 
 
 def halves(kind: str):
-    """(the whole autoencoder with random weights, front and back with the same ones)."""
+    """(the whole autoencoder with random weights, first stage and back with the same ones)."""
     torch.manual_seed(0)
-    whole = latents.whole(VAES[kind]).eval()
-    parts = torch.nn.ModuleDict(zip(("front", "back"), latents.split(VAES[kind]), strict=True)).eval()
-    ours = latents.from_public(whole.state_dict())
+    whole = autoencoder.whole(VAES[kind]).eval()
+    parts = torch.nn.ModuleDict(zip(("first_stage", "back"), autoencoder.split(VAES[kind]), strict=True)).eval()
+    ours = autoencoder.from_public(whole.state_dict())
     parts.load_state_dict({n.removeprefix("decoder."): t for n, t in ours.items()})
-    assert latents.to_public(ours).keys() == whole.state_dict().keys() and all(n.startswith(latents.NAMES) for n in ours)
-    return whole, parts["front"], parts["back"]
+    assert autoencoder.to_public(ours).keys() == whole.state_dict().keys() and all(n.startswith(autoencoder.NAMES) for n in ours)
+    return whole, parts["first_stage"], parts["back"]
 
 
 def view_of(rows: int, size: float = 0.5) -> views.View:
-    return views.draw([config.View(kind="box", size=size)], 4, rows, np.random.default_rng(0))
+    return views.draw([config.ViewSpec(kind="box", size=size)], 4, rows, np.random.default_rng(0))
 
 
 @kinds
 @torch.no_grad()
 def test_latents_are_those_that_the_pipeline_of_diffusers_computes(kind):
-    whole, front, back = halves(kind)
+    whole, first_stage, back = halves(kind)
     images, view = torch.rand(3, 3, 32, 32) * 2 - 1, view_of(3)
     torch.manual_seed(1)
-    found = front(images, view)
+    found = first_stage(images, view)
     grey = torch.where(view.pixel_mask(32), 0, images)
     if kind == "TAEF2":
         expected = [whole.encoder((x + 1) / 2) / 0.853 for x in (images, grey)]
@@ -71,31 +73,31 @@ def test_latents_are_those_that_the_pipeline_of_diffusers_computes(kind):
         restored = whole.decode(found[:, :4] / scale + shift).sample
     torch.testing.assert_close(found, torch.cat(expected, dim=1), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(back(expected[0]), restored, atol=1e-5, rtol=1e-5)
-    assert latents.shape(VAES[kind]) == (found.shape[1] // 2, 32 // found.shape[2])
-    assert not any(p.requires_grad for half in (front, back) for p in half.parameters())
+    assert autoencoder.shape(VAES[kind]) == (found.shape[1] // 2, 32 // found.shape[2])
+    assert not any(p.requires_grad for half in (first_stage, back) for p in half.parameters())
     # latents of the known part do not depend on what is hidden
     changed = torch.where(view.pixel_mask(32), torch.rand_like(images), images)
     known = slice(found.shape[1] // 2, None)
-    assert torch.equal(front(changed, view)[:, known], found[:, known]) and not torch.equal(front(changed, view), found)
+    assert torch.equal(first_stage(changed, view)[:, known], found[:, known]) and not torch.equal(first_stage(changed, view), found)
 
 
 @torch.no_grad()
 def test_images_under_several_views_are_encoded_once(monkeypatch):
-    _, front, _ = halves("TAEF2")
-    images, seen, latents_of = torch.rand(2, 3, 32, 32), [], front.latents
-    monkeypatch.setattr(front, "latents", lambda x: (seen.append(x), latents_of(x))[1])
-    found = [front(images, view_of(2, size)) for size in (0.25, 0.5, 0.75)]
-    assert len(seen) == 4 and all(torch.equal(f, front(images.clone(), view_of(2, s))) for f, s in zip(found, (0.25, 0.5, 0.75), strict=True))
-    front(images, view_of(2))
+    _, first_stage, _ = halves("TAEF2")
+    images, seen, latents_of = torch.rand(2, 3, 32, 32), [], first_stage.latents
+    monkeypatch.setattr(first_stage, "latents", lambda x: (seen.append(x), latents_of(x))[1])
+    found = [first_stage(images, view_of(2, size)) for size in (0.25, 0.5, 0.75)]
+    assert len(seen) == 4 and all(torch.equal(f, first_stage(images.clone(), view_of(2, s))) for f, s in zip(found, (0.25, 0.5, 0.75), strict=True))
+    first_stage(images, view_of(2))
     images.mul_(0.5)  # changed in place they are other images
-    expected = front(images.clone(), view_of(2))
-    assert torch.equal(front(images, view_of(2)), expected)
+    expected = first_stage(images.clone(), view_of(2))
+    assert torch.equal(first_stage(images, view_of(2)), expected)
     with torch.inference_mode():
-        assert torch.equal(front(images.clone(), view_of(2)), expected)
+        assert torch.equal(first_stage(images.clone(), view_of(2)), expected)
 
 
 def test_channels_with_statistics_of_their_own():
-    scaling = latents.Scaling({"scaling_factor": 0.5, "latents_mean": [1.0, -1.0], "latents_std": [2.0, 4.0]})
+    scaling = autoencoder.Scaling({"scaling_factor": 0.5, "latents_mean": [1.0, -1.0], "latents_std": [2.0, 4.0]})
     values = torch.tensor([3.0, 3.0]).view(1, 2, 1, 1)
     assert scaling(values).flatten().tolist() == [0.5, 0.5]  # (value - mean) x factor / std
     assert torch.equal(scaling.back(scaling(values)), values)
@@ -108,7 +110,7 @@ def test_the_back_takes_the_type_of_its_weights():
 
 def test_an_unknown_autoencoder_is_told():
     with pytest.raises(ValueError, match="vae.class 'VQModel' is not known; known: AutoencoderKL, AutoencoderTiny, TAEF2"):
-        latents.split({"class": "VQModel"})
+        autoencoder.split({"class": "VQModel"})
 
 
 @pytest.fixture(scope="module")
@@ -131,78 +133,78 @@ def photographs() -> torch.Tensor:
 @torch.no_grad()
 def test_taef2_restores_real_photographs(photographs):
     """29.0 dB on average; without the soft clamp 26.3, with pixels in [-1, 1] 19.9."""
-    front, back = latents.split({"class": "TAEF2"})
-    parts = torch.nn.ModuleDict({"front": front, "back": back})
-    found = latents.front_from(SHARED / "weights")
+    first_stage, back = autoencoder.split({"class": "TAEF2"})
+    parts = torch.nn.ModuleDict({"first_stage": first_stage, "back": back})
+    found = autoencoder.first_stage_from(SHARED / "weights")
     parts.load_state_dict({n.removeprefix("decoder."): t for n, t in found.items()})
-    codes = front(photographs, view_of(len(photographs)))[:, :32]
+    codes = first_stage(photographs, view_of(len(photographs)))[:, :32]
     assert codes.shape == (8, 32, 16, 16) and abs(codes.mean()) < 0.15 and abs(codes.std() - 1) < 0.1
     error = ((back(codes).clamp(-1, 1) - photographs) / 2).square().mean((1, 2, 3))
     assert (-10 * error.log10()).mean() > 28.5
 
 
 class Toy(base.Adapter):
-    """A front and a decoder that `model.front` fills."""
+    """A first stage and a decoder that `model.first_stage` fills."""
 
     family = "toy"
-    front_names = latents.NAMES
+    first_stage_names = autoencoder.NAMES
 
     def __init__(self, options):
         super().__init__(options)
         self.encoder, self.decoder = torch.nn.Conv2d(8, 2, 1), torch.nn.Conv2d(2, 4, 1)
-        self.front, self.decoder.back = latents.split(TAEF2)
+        self.first_stage, self.decoder.back = autoencoder.split(TAEF2)
 
-    front_from = staticmethod(latents.front_from)
+    first_stage_from = staticmethod(autoencoder.first_stage_from)
 
 
 @pytest.fixture
 def toy(monkeypatch, tmp_path):
     """A folder with TAEF2's two files, for the family toy."""
-    monkeypatch.setitem(base.MODELS, "toy", f"{__name__}:Toy")
+    monkeypatch.setitem(MODELS.entries, "toy", f"{__name__}:Toy")
     monkeypatch.setitem(sys.modules, __name__, SimpleNamespace(Toy=Toy))
     torch.manual_seed(3)
-    whole = latents.whole(TAEF2)
-    for half, name in latents.TAEF2_FILES.items():
+    whole = autoencoder.whole(TAEF2)
+    for half, name in autoencoder.TAEF2_FILES.items():
         save_file({n: t.half() for n, t in getattr(whole, half).state_dict().items()}, tmp_path / name)
     return tmp_path
 
 
-def test_the_front_in_a_folder_of_its_own_fills_both_halves(toy):
-    expected = latents.front_from(toy)
+def test_the_first_stage_in_a_folder_of_its_own_fills_both_halves(toy):
+    expected = autoencoder.first_stage_from(toy)
     start = weights.build(config.Model(family="toy"), 1)
-    built = weights.build(config.Model(family="toy", front=str(toy)), 1)
+    built = weights.build(config.Model(family="toy", first_stage=str(toy)), 1)
     own, before = built.state_dict(), start.state_dict()
     assert all(torch.equal(own[n], expected[n].float() if n in expected else before[n]) for n in own) and len(expected) < len(own)
     # over weights of a model that has another one
     weights.write(start, str(toy / "model"), {})
-    again = weights.build(config.Model(family="toy", weights=str(toy / "model"), front=str(toy)), 2).state_dict()
+    again = weights.build(config.Model(family="toy", weights=str(toy / "model"), first_stage=str(toy)), 2).state_dict()
     assert all(torch.equal(again[n], own[n]) for n in own)
     # of a model that lacks one
     save_file({n: t for n, t in before.items() if n not in expected}, toy / "rest.safetensors")
-    again = weights.build(config.Model(family="toy", weights=str(toy / "rest.safetensors"), front=str(toy)), 2).state_dict()
+    again = weights.build(config.Model(family="toy", weights=str(toy / "rest.safetensors"), first_stage=str(toy)), 2).state_dict()
     assert all(torch.equal(again[n], own[n]) for n in own)
-    with pytest.raises(WeightsError, match="lacks the frozen front end of toy: name its weights in model.front"):
+    with pytest.raises(WeightsError, match="lacks the frozen first stage of toy: name its weights in model.first_stage"):
         weights.build(config.Model(family="toy", weights=str(toy / "rest.safetensors")))
 
 
-def test_a_front_that_is_not_whole_is_told(toy, tmp_path):
-    path = toy / latents.TAEF2_FILES["decoder"]
+def test_a_first_stage_that_is_not_whole_is_told(toy, tmp_path):
+    path = toy / autoencoder.TAEF2_FILES["decoder"]
     kept = load_file(path)
     save_file({n: t for n, t in kept.items() if n != "19.bias"}, path)
     with pytest.raises(WeightsError, match="missing decoder.back.decoder.19.bias"):
-        weights.build(config.Model(family="toy", front=str(toy)))
+        weights.build(config.Model(family="toy", first_stage=str(toy)))
     path.unlink()
     with pytest.raises(WeightsError, match="lacks taef2_decoder.safetensors: both halves"):
-        latents.front_from(toy)
+        autoencoder.first_stage_from(toy)
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="holds no autoencoder: give a folder of diffusers"):
-        latents.front_from(tmp_path / "empty")
+        autoencoder.first_stage_from(tmp_path / "empty")
 
 
 def test_files_of_half_precision_in_parts_and_with_old_names_are_read(tmp_path):
     torch.manual_seed(0)
     whole = diffusers.AutoencoderKL(**{n: v for n, v in KL.items() if n != "class"})
-    expected = latents.from_public(whole.state_dict())
+    expected = autoencoder.from_public(whole.state_dict())
     whole.save_pretrained(tmp_path / "one")
     whole.save_pretrained(tmp_path / "parts", max_shard_size="10KB")
     whole.save_pretrained(tmp_path / "bin", safe_serialization=False)
@@ -214,12 +216,12 @@ def test_files_of_half_precision_in_parts_and_with_old_names_are_read(tmp_path):
     (tmp_path / "old" / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
     save_file(held, tmp_path / "old" / "diffusion_pytorch_model.safetensors")
     for name in ("one", "parts", "bin", "old"):
-        found = latents.front_from(tmp_path / name)
+        found = autoencoder.first_stage_from(tmp_path / name)
         assert found.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in found.items()), name
     whole.half().save_pretrained(tmp_path / "half", variant="fp16")
-    assert latents.front_from(tmp_path / "half")["front.encoder.conv_in.weight"].dtype == torch.float16
+    assert autoencoder.first_stage_from(tmp_path / "half")["first_stage.encoder.conv_in.weight"].dtype == torch.float16
     whole.save_pretrained(tmp_path / "half-parts", variant="fp16", max_shard_size="10KB")
-    assert latents.front_from(tmp_path / "half-parts").keys() == expected.keys()
+    assert autoencoder.first_stage_from(tmp_path / "half-parts").keys() == expected.keys()
     next((tmp_path / "parts").glob("*.safetensors")).unlink()
     with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model-.*: give a whole folder"):
         folders.tensors(tmp_path / "parts")
@@ -269,9 +271,9 @@ def t5():
 def made(kind: str):
     """A whole pipeline of diffusers with random weights."""
     torch.manual_seed(0)
-    autoencoder = latents.whole(FLUX_KL if kind == "flux" else KL)
+    vae = autoencoder.whole(FLUX_KL if kind == "flux" else KL)
     text_encoder, tokenizer = clip()
-    parts = {"vae": autoencoder, "text_encoder": text_encoder, "tokenizer": tokenizer}
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
     if kind == "flux":
         second, tokenizer_2 = t5()
         return diffusers.FluxFillPipeline(
@@ -310,7 +312,7 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     whole.save_pretrained(tmp_path / "theirs")
     tensors, options = pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})
     home, file = pipeline.NETWORKS[options["network"]["class"]]
-    expected = file.from_public(getattr(whole, home).state_dict()) | latents.from_public(whole.vae.state_dict())
+    expected = file.from_public(getattr(whole, home).state_dict()) | autoencoder.from_public(whole.vae.state_dict())
     text = prompted(kind, whole, "a cat")
     assert tensors.keys() == expected.keys() | text.keys()
     assert all(torch.equal(tensors[n], t) for n, t in expected.items())
@@ -425,7 +427,7 @@ def test_an_autoencoder_that_diffusers_does_not_know_cannot_be_written(tmp_path)
 
 @pytest.mark.parametrize("settings, shift", [({}, 1.0), ({"shift": 3.0}, 3.0), ({"use_dynamic_shifting": True}, np.exp(0.5))])
 def test_flow_matching_is_what_its_scheduler_undoes(settings, shift):
-    made, device = flow.Flow(settings, 256), torch.device("cpu")
+    made, device = flow.FlowMatching(settings, 256), torch.device("cpu")
     clean, eps = torch.randn(2, 5, 4, 8, 8, dtype=torch.float64)
     sampler = made.sampler("", 5, device)
     s = np.linspace(1, 0.2, 5)
@@ -446,4 +448,4 @@ def test_flow_matching_is_what_its_scheduler_undoes(settings, shift):
 @pytest.mark.parametrize("settings", [{"time_shift_type": "linear"}, {"stochastic_sampling": True}, {"invert_sigmas": True}])
 def test_other_flows_are_refused(settings):
     with pytest.raises(ValueError, match="only exponential time shifts"):
-        flow.Flow(settings, 256)
+        flow.FlowMatching(settings, 256)

@@ -5,15 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.runs import export, worker
 
 from unlearn import config
 from unlearn.data.loader import Loader
 from unlearn.methods import base as methods
 from unlearn.models import weights
+from unlearn.run import resolve
 from unlearn.training import loop, metrics
 from unlearn.training.checkpoint import Checkpoints
 from unlearn.training.engine import Objective, TorchEngine
-from unlearn.training.export import export
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
@@ -29,8 +30,8 @@ def test_an_epoch_is_a_pass_over_the_set_that_takes_longest(tiny_run):
     """36 retain rows, 12 forget rows; batches of 4 + 4, or of 2 + 6."""
     for fraction, expected in ((0.5, 2 * 36 / 4), (0.75, 2 * 36 / 2)):
         run = tiny_run("training.steps=null", "training.epochs=2", f"training.forget_fraction={fraction}")
-        assert loop.steps(run, loop.sets(run)) == expected
-    assert loop.steps(tiny_run("training.steps=7"), {}) == 7
+        assert resolve(run).steps == expected
+    assert resolve(tiny_run("training.steps=7")).steps == 7
 
 
 def test_the_rehearsal_leaves_no_trace(tiny_run):
@@ -41,7 +42,7 @@ def test_the_rehearsal_leaves_no_trace(tiny_run):
     engine = TorchEngine(
         Objective(student, method, weights.build(run.model)), method.trainable(student), run.training, torch.device("cpu")
     )
-    loop._rehearse(engine, Loader(run, loop.sets(run), student.grid, student.options.image_size), run)
+    loop._dry_run_step(engine, Loader(run, resolve(run).sets, student.grid, student.options.image_size), run)
     assert all(torch.equal(before[n], p) for n, p in student.named_parameters())
     for fragment in engine.fragments():
         assert not fragment.state("exp_avg").any() and not fragment.state("exp_avg_sq").any()
@@ -52,7 +53,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not(tiny_run, tmp_path):
     found = []
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         run = tiny_run(f"seed={seed}", f"run_dir={tmp_path}/{name}")
-        loop.worker(run)
+        worker(run)
         found.append(Path(export(run), "weights.safetensors").read_bytes())
     assert found[0] == found[1] != found[2]
 
@@ -66,16 +67,16 @@ def test_the_decoder_is_not_on_the_device(tiny_run, monkeypatch):
         real(self, objective, *arguments)
 
     monkeypatch.setattr(TorchEngine, "__init__", watch)
-    loop.worker(tiny_run())
+    worker(tiny_run())
     assert seen.pop() == (None, None)
-    loop.worker(tiny_run("method.name=pretrain", "run_dir=" + tiny_run().run_dir + "-2"))
+    worker(tiny_run("method.name=pretrain", "run_dir=" + tiny_run().run_dir + "-2"))
     assert seen.pop()[0] is not None
 
 
 def test_every_row_says_how_the_run_does(tiny_run):
     run = tiny_run("training.log_every=2", "training.steps=5")
     told = []
-    loop.worker(run, told.append)
+    worker(run, told.append)
     rows = metrics.read(run.run_dir)
     assert rows == told and [row["step"] for row in rows] == [2, 4, 5]
     for row in rows:
@@ -86,7 +87,7 @@ def test_every_row_says_how_the_run_does(tiny_run):
 
 def test_the_export_says_what_it_is_and_is_no_pickle(tiny_run):
     run = tiny_run()
-    loop.worker(run)
+    worker(run)
     folder = Path(export(run))
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "weights.safetensors"]
     _, card = weights.read(str(folder))

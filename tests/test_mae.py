@@ -114,7 +114,7 @@ def loaded(public, tmp_path_factory) -> MaskedAutoencoder:
 @pytest.mark.parametrize("kind, size", [("random", 0.75), ("centre", 0.5), ("outpaint", 0.5), ("brush", 0.3)])
 def test_tokens_and_pixels_of_a_public_checkpoint_are_those_of_the_reference(public, loaded, kind, size):
     images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    view = views.draw([config.View(kind=kind, size=size)], GRID, 2, np.random.default_rng(0))
+    view = views.draw([config.ViewSpec(kind=kind, size=size)], GRID, 2, np.random.default_rng(0))
     w = {name: tensor.double().numpy() for name, tensor in public.items()}
     with torch.no_grad():
         for dtype, close in ((torch.float64, 1e-9), (torch.float32, 1e-5)):
@@ -172,7 +172,7 @@ def test_a_shape_that_cannot_be_is_told(options, message):
 
 def test_activation_checkpointing_changes_no_gradient(loaded):
     images = torch.randn(2, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    view = views.draw([config.View()], GRID, 2, np.random.default_rng(0))
+    view = views.draw([config.ViewSpec()], GRID, 2, np.random.default_rng(0))
     gradients = []
     for active in (False, True):
         loaded.encoder.activation_checkpointing = active

@@ -82,7 +82,7 @@ def loaded(public, tmp_path):
 
 def batch(size: int, kind="centre", share=0.5, grid=4, rows=2, dtype=torch.float32):
     images = torch.randn(rows, 3, size, size, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-    return images, views.draw([config.View(kind=kind, size=share)], grid, rows, np.random.default_rng(0))
+    return images, views.draw([config.ViewSpec(kind=kind, size=share)], grid, rows, np.random.default_rng(0))
 
 
 @pytest.mark.parametrize("size", [32, 16, 8])
@@ -110,7 +110,7 @@ def test_the_public_model_gives_the_reference():
     file = str(SHARED / "migan_512_places2.safetensors")
     model = weights.build(config.Model(family="migan", variant="migan_128", weights=file))
     mask, images = expected["input"][:, :1], expected["input"][:, 1:]
-    centre = views.draw([config.View(size=0.5)], 16, 1, np.random.default_rng(0))
+    centre = views.draw([config.ViewSpec(size=0.5)], 16, 1, np.random.default_rng(0))
     assert torch.equal(mask < 0, centre.pixel_mask(128))
     with torch.no_grad():
         levels = model.encode(images, centre)

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import test_contract
 import torch
-from peaks import STEP, held, peaks, recorded
+from support.peaks import STEP, held, peaks, recorded
 from test_cli import refused, written  # noqa: F401  a fixture
 
-from jobs import plan as job
 from jobs.demo import demo_config
 from unlearn import config, views
 from unlearn.data import order
@@ -18,9 +17,9 @@ from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.methods import base as methods
 from unlearn.models import base
-from unlearn.training import cost, footprint, memory, plan
+from unlearn.planning import cost, footprint, memory, report, search
+from unlearn.planning.memory import Strategy
 from unlearn.training.engine import Objective, TorchEngine
-from unlearn.training.memory import Way
 
 # Parameters large enough that ZeRO-3 shares them out, and few activations.
 WIDE = "model={family: mae, options: {image_size: 32, patch_size: 8, width: 384, depth: 3, heads: 4, decoder_width: 8, decoder_heads: 2}}"
@@ -45,11 +44,11 @@ def run_for(folder: Path, *overrides: str) -> config.RunConfig:
     return demo_config(run_dir=str(folder), overrides=[*COMMON, *overrides])
 
 
-def needed(run: config.RunConfig) -> memory.Need:
-    way = memory.way(run)
-    precision = memory.precision(run, way)
-    found = footprint.measure(run, run.micro_batch, precision, way.checkpointing)
-    return memory.need(found, way, precision, run.cluster.workers, run.accumulation, cuda=False)
+def needed(run: config.RunConfig) -> memory.MemoryEstimate:
+    strategy = memory.strategy(run)
+    precision = memory.precision(run, strategy)
+    found = footprint.measure(run, run.micro_batch, precision, strategy.checkpointing)
+    return memory.estimate(found, strategy, precision, run.cluster.workers, run.accumulation, cuda=False)
 
 
 @pytest.fixture(scope="module")
@@ -69,35 +68,35 @@ def test_memory_of_a_worker_is_what_the_plan_says(measured, case):
     assert need.total + need.host == pytest.approx(real.peak, rel=0.15), need
     # The parts that stay from step to step; the engines keep a few of the others too. Twice the buckets, since the buffer of an
     # exchange that gloo's thread is the last to let go of seems to stay.
-    kept = need.host + sum(need.device[name] for name in ("parameters", "teacher", "optimizer", "front"))
+    kept = need.host + sum(need.device[name] for name in ("parameters", "teacher", "optimizer", "first_stage"))
     assert 0.95 * kept < real.between < 1.05 * (kept + need.device["gradients"] + 2 * need.device["buckets"])
 
 
 @pytest.mark.parametrize("shape", test_contract.SMALL)
 def test_every_family_can_be_planned(shape, tmp_path):
-    """On the plain engine, with noise for images: the fronts are not on the device."""
+    """On the plain engine, with noise for images: the first stages are not on the device."""
     family, options = test_contract.SMALL[shape]
     run = run_for(tmp_path, f"model={json.dumps({'family': family, 'options': options})}", "training.engine=torch",
-                  "cluster.workers=1", "training.batch_size=32", "training.micro_batch_size=32", "data.codes=codes")  # fmt: skip
+                  "cluster.workers=1", "training.batch_size=32", "training.micro_batch_size=32", "data.latent_cache=codes")  # fmt: skip
     student, teacher = (test_contract.build(shape, seed) for seed in (1, 2))
     batch = test_contract.batch_for(student, 32, kind="centre", size=0.5)
-    if student.front is None:  # pixels, as the loader hands them out
+    if student.first_stage is None:  # pixels, as the loader hands them out
         batch = Batch((student.denormalise(batch.images) * 255).round().byte(), batch.view, 16, 0)
     else:
-        batch = test_contract.coded(student, Batch(batch.images, batch.view, 16, 0))
+        batch = test_contract.cached(student, Batch(batch.images, batch.view, 16, 0))
     found = footprint.measure(run, 32, "fp32", False)
     assert found.trained.count == sum(p.numel() for p in student.encoder.parameters())
     method = methods.create(run.method)
     for model in (student, teacher):
         model.drop_decoder()
-    teacher.front = None
+    teacher.first_stage = None
     with recorded() as profile:
         engine = TorchEngine(Objective(student, method, teacher.requires_grad_(False)), method.trainable(student), run.training, torch.device("cpu"))
         for _ in range(3):
             with torch.profiler.record_function(STEP):
                 engine.step([batch], 0.0)
     # The parameters were there before.
-    need = memory.need(found, Way(None), "fp32", 1, 1, cuda=False)
+    need = memory.estimate(found, Strategy(None), "fp32", 1, 1, cuda=False)
     grown = need.total - need.device["parameters"] - need.device["teacher"]
     assert grown == pytest.approx(held(profile).peak, rel=0.15), need
 
@@ -113,10 +112,10 @@ def test_nothing_is_computed_and_nothing_fake_is_left_behind(tmp_path):
 
 
 def test_two_sizes_of_micro_batch_tell_of_all(tmp_path):
-    made = plan.Plan(run_for(tmp_path, "training.micro_batch_size=4", *TWO), 8 << 30, cuda=False)
+    made = search.Search(run_for(tmp_path, "training.micro_batch_size=4", *TWO), 8 << 30, cuda=False)
     for rows in (2, 32):
-        exact = memory.need(footprint.measure(made.run, rows, "fp32", False), Way(2), "fp32", 2, 32 // rows, cuda=False)
-        assert made.need(Way(2), rows).total == pytest.approx(exact.total, rel=0.01)
+        exact = memory.estimate(footprint.measure(made.run, rows, "fp32", False), Strategy(2), "fp32", 2, 32 // rows, cuda=False)
+        assert made.estimate(Strategy(2), rows).total == pytest.approx(exact.total, rel=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +138,16 @@ def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib, 
     monkeypatch.setattr(footprint, "measure", measured_once)
     overrides = ["model={family: mae, variant: vit_large_patch16}", "training.batch_size=128", "training.micro_batch_size=64", "training.dtype=bf16", *TWO]
     run = run_for(tmp_path, *overrides)
-    made = plan.Plan(run, int(gib * 2**30), cuda=True)
+    made = search.Search(run, int(gib * 2**30), cuda=True)
     rows, advice = made.table(), made.advice()
-    assert [row.way for row in rows][:1] == [Way(2)] and {row.way for row in rows} >= {Way(stage) for stage in range(4)}
+    assert [row.strategy for row in rows][:1] == [Strategy(2)] and {row.strategy for row in rows} >= {Strategy(stage) for stage in range(4)}
     if advice is None:
         assert gib == 0.5 and not any(row.fits for row in rows)
         return
     if rows[0].fits:
-        assert advice == (Way(2), 64)
-    set_to = [f"{key}={str(value).lower()}" for key, value in plan.settings(*advice).items()]
-    taken = plan.Plan(run_for(tmp_path, *overrides, *set_to), int(gib * 2**30), cuda=True).table()[0]
+        assert advice == (Strategy(2), 64)
+    set_to = [f"{key}={str(value).lower()}" for key, value in search.settings(*advice).items()]
+    taken = search.Search(run_for(tmp_path, *overrides, *set_to), int(gib * 2**30), cuda=True).table()[0]
     assert taken.fits and taken.largest == advice[1] and 64 % advice[1] == 0
 
 
@@ -159,7 +158,7 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     kinds = [[0.5], [0.25, 0.375, 0.5, 0.625, 0.75]]
     means = []
     for kind, sizes in zip(("centre", "random"), kinds, strict=True):
-        found = [views.draw([config.View(kind=kind, size=size)], model.grid, 1, order.generator(0)) for size in sizes]
+        found = [views.draw([config.ViewSpec(kind=kind, size=size)], model.grid, 1, order.generator(0)) for size in sizes]
         means.append(sum(model.flops(view) for view in found) / len(found))
     work = cost.work(run, {"retain": 10, "forget": 10}, steps=7, measured=20)
     assert work.step == pytest.approx(64 * 4 * sum(means) / 2) and work.steps == 7 and work.evaluation > 0
@@ -171,36 +170,36 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     assert 1e8 < cost.cpu_peak(1, 1, 0.05) < 1e13
 
 
-def test_a_front_counts_each_step_or_once(tmp_path):
-    model = "model={family: vqgan, variant: mage_nano_32}"
+def test_a_first_stage_counts_each_step_or_once(tmp_path):
+    model = "model={family: mage, variant: mage_nano_32}"
     each = cost.work(run_for(tmp_path, model), {"retain": 3, "forget": 2}, 1)
-    once = cost.work(run_for(tmp_path, model, "data.codes=codes", "data.code_views=4"), {"retain": 3, "forget": 2}, 1)
-    assert each.once == once.front == 0 and each.step == once.step
-    assert each.front / 64 == pytest.approx(once.once / (5 * 4)) and once.once > 0
+    once = cost.work(run_for(tmp_path, model, "data.latent_cache=codes", "data.latent_views=4"), {"retain": 3, "forget": 2}, 1)
+    assert each.once == once.first_stage == 0 and each.step == once.step
+    assert each.first_stage / 64 == pytest.approx(once.once / (5 * 4)) and once.once > 0
     # Fronts compute in float32, whatever the rest does.
     run = run_for(tmp_path, model)
     fast, slow = (cost.cost(run, each, 1e12, plain, 0.5) for plain in (1e12, 1e11))
-    assert (slow.step - fast.step) * run.cluster.workers == pytest.approx(each.front * 0.9 / 0.05e12) and slow.floor < fast.floor
+    assert (slow.step - fast.step) * run.cluster.workers == pytest.approx(each.first_stage * 0.9 / 0.05e12) and slow.floor < fast.floor
     assert cost.cost(run, once, 1e12, 1e11, 0.5).once == pytest.approx(once.once / (0.05e12 * run.cluster.workers))
 
 
 def test_sizes_and_kinds_of_gpus():
-    assert [job.parse_size(s) for s in ("80GiB", "1.5 g", "512MB", "1000")] == [80 << 30, 3 << 29, 512 << 20, 1000]
+    assert [report.parse_size(s) for s in ("80GiB", "1.5 g", "512MB", "1000")] == [80 << 30, 3 << 29, 512 << 20, 1000]
     with pytest.raises(ConfigError, match="write it as 80GiB"):
-        job.parse_size("large")
+        report.parse_size("large")
     run = demo_config(overrides=["cluster.gpus_per_worker=1", "training.dtype=bf16"])
-    found = job.device(run, gpu="h200")
+    found = report.device(run, gpu="h200")
     assert (found.memory, found.peak, found.share) == (141 << 30, 989e12, 0.35)
-    assert job.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
+    assert report.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
     for name, key in (("H100", "H100 80GB HBM3"), ("A100", "A100"), ("a100-80g", "A100-80G"), ("NVIDIA L40S", "L40S"), ("L4", None)):
         assert cost.known(name) == key  # as users, Ray and the driver name them
     with pytest.raises(ConfigError, match="known: H100"):
-        job.device(run, gpu="abacus")
+        report.device(run, gpu="abacus")
 
 
 def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F811
-    vqgan = written("model={family: vqgan, variant: mage_nano_32}", "method.noise=dataset")
-    assert "the inputs of vqgan are tokens" in refused(told, "plan", vqgan)
+    vqgan = written("model={family: mage, variant: mage_nano_32}", "method.noise=dataset")
+    assert "the inputs of mage are tokens" in refused(told, "plan", vqgan)
 
 
 def test_weights_that_are_not_there_have_no_shape(tmp_path):

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from support import runs
 
 from unlearn import config, views
 from unlearn.data.loader import Batch
-from unlearn.methods import base as methods
 from unlearn.models import weights
 
 
@@ -20,11 +20,11 @@ def model():
 
 def batch_of(retain: int = 4) -> Batch:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return Batch(images, views.draw([config.View(kind="random", size=0.6)], 4, 4, np.random.default_rng(0)), retain, 1)
+    return Batch(images, views.draw([config.ViewSpec(kind="random", size=0.6)], 4, 4, np.random.default_rng(0)), retain, 1)
 
 
 def loss(model, batch) -> torch.Tensor:
-    return methods.create(config.Method(name="pretrain")).loss(batch, model, None)["loss"]
+    return runs.losses(runs.method("pretrain"), batch, model, None)["loss"]
 
 
 def test_the_loss_is_the_squared_error_of_the_hidden_patches_alone(model):
@@ -54,7 +54,7 @@ def test_a_forget_image_in_the_batch_is_not_learned(model):
 
 
 def test_everything_is_trained(model):
-    method = methods.create(config.Method(name="pretrain"))
+    method = runs.method("pretrain")
     assert {id(p) for p in method.trainable(model)} == {id(p) for p in model.parameters()}
     model.zero_grad()
     loss(model, batch_of()).backward()

@@ -12,10 +12,10 @@ import pytest
 import ray
 import yaml
 from conftest import tiny_config
-from workers import together
+from support.runs import train
+from support.workers import together
 
 from jobs.cluster import connected
-from jobs.train import train
 from unlearn import config
 from unlearn.errors import ClusterError, TrainingError
 from unlearn.training import metrics
@@ -83,7 +83,7 @@ def test_a_killed_worker_changes_nothing(uninterrupted, tmp_path):
 
 
 def start_driver(path: Path, *options: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "unlearn.cli", "pretrain", str(path), *options]
+    command = [sys.executable, "-m", "unlearn", "pretrain", str(path), *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
 
 

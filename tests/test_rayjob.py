@@ -9,13 +9,13 @@ import shlex
 import pytest
 import yaml
 
-from jobs import rayjob, rayjob_rules
-from jobs.rayjob import Secret, check, fill, pods
+from jobs.backends import rayjob, rayjob_rules
+from jobs.backends.rayjob import Secret, check, fill, pods
 from unlearn.errors import ConfigError
 
 template = functools.cache(rayjob.template)  # reading YAML is slow
 
-COMMAND = ["python", "-m", "jobs.train", "s3://bucket/run.yaml", "--resume"]
+COMMAND = ["python", "-m", "unlearn", "run", "s3://bucket/run.yaml", "--resume"]
 IMAGE = "registry.example.com/unlearn:0.1.0"
 
 
@@ -207,7 +207,7 @@ BROKEN = [
     ({f"{WORKERS}/groupName": "Head"}, "called head"),
     ({f"{WORKERS}/groupName": "submitter"}, "called submitter"),
     ({f"{SPEC}/entrypoint": " "}, "give the command"),
-    ({f"{SPEC}/entrypoint": "python -m jobs.train CONFIG"}, "give the command"),
+    ({f"{SPEC}/entrypoint": "python -m unlearn run CONFIG"}, "give the command"),
     ({f"{WORKERS}/{CONTAINER}/image": "ghcr.io/example/unlearn:VERSION"}, "ray-worker: the image"),
     (variable("AWS_SECRET_ACCESS_KEY"), "plain text"),
     (variable("hf_token", group=WORKERS), "plain text"),

@@ -9,10 +9,12 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from support import runs
 
 from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.evaluation import report
+from unlearn.evaluation.verdict import verdict
 from unlearn.models import weights
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -38,39 +40,39 @@ def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
     return {
         "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "views": VIEWS,
         "generators": ["original", "unlearned"] + ([] if oracle is None else ["oracle"]),
-        "sets": {"forget": about, "retain": about}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
+        "sets": {"forget": about, "retain": about}, "weights": {}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
         "training_seconds": 90.0,
     }  # fmt: skip
 
 
 def test_the_verdict_follows_the_figures():
-    headline, sentences = report.verdict(make_document())
+    headline, sentences = verdict(make_document())
     assert headline.startswith("The forget set is reconstructed worse than before, the retain set as well")
     assert "of 0.500, before 0.800" in sentences[0] and "forget" in sentences[0]
     assert "of 0.800, before 0.800" in sentences[1] and "retain" in sentences[1]
-    assert report.verdict(make_document(forget=(0.8, 0.81)))[0] == "No forgetting can be seen."
-    assert "lost 3.0 times" in report.verdict(make_document(retain=(0.8, 0.7)))[0]
-    assert report.verdict(make_document(retain=(0.8, 0.4)))[0].startswith("Not selective")
+    assert verdict(make_document(forget=(0.8, 0.81)))[0] == "No forgetting can be seen."
+    assert "lost 3.0 times" in verdict(make_document(retain=(0.8, 0.7)))[0]
+    assert verdict(make_document(retain=(0.8, 0.4)))[0].startswith("Not selective")
 
 
 def test_a_change_within_chance_is_no_change():
     # The standard error of the difference is 0.1 * sqrt(2 / 100) = 0.014.
-    assert report.verdict(make_document(forget=(0.8, 0.775)))[0] == "No forgetting can be seen."
-    assert report.verdict(make_document(forget=(0.8, 0.765)))[0] != "No forgetting can be seen."
+    assert verdict(make_document(forget=(0.8, 0.775)))[0] == "No forgetting can be seen."
+    assert verdict(make_document(forget=(0.8, 0.765)))[0] != "No forgetting can be seen."
 
 
 def test_the_oracle_is_the_measure():
-    assert "75% of the way" in report.verdict(make_document(oracle=0.4))[1][-1]
-    assert "gone further" in report.verdict(make_document(oracle=0.6))[1][-1]
-    assert "no measure of forgetting" in report.verdict(make_document(oracle=0.9))[1][-1]
+    assert "75% of the way" in verdict(make_document(oracle=0.4))[1][-1]
+    assert "gone further" in verdict(make_document(oracle=0.6))[1][-1]
+    assert "no measure of forgetting" in verdict(make_document(oracle=0.9))[1][-1]
 
 
 def test_without_an_unlearned_model_or_an_original_nothing_is_concluded():
     document = make_document()
     before = copy.deepcopy(document) | {"generators": ["original"]}
-    assert report.verdict(before)[0] == "Nothing has been unlearned yet."
+    assert verdict(before)[0] == "Nothing has been unlearned yet."
     alone = document | {"rows": [r for r in document["rows"] if r["generator"] == "unlearned"], "generators": ["unlearned"]}
-    assert report.verdict(alone)[0] == "There is nothing to compare."
+    assert verdict(alone)[0] == "There is nothing to compare."
 
 
 def test_ticks_are_round_and_reach_the_top():
@@ -129,9 +131,15 @@ def run(tmp_path_factory) -> config.RunConfig:
     })  # fmt: skip
 
 
+def write(run: config.RunConfig, document: dict, show_forget: bool = False) -> str:
+    """The report of a run that measured this."""
+    Storage(run.run_dir).write("metrics.json", json.dumps(document).encode())
+    return runs.report(run, show_forget)
+
+
 @pytest.fixture(scope="module")
 def html(run) -> str:
-    uri = report.write(run, make_document(oracle=0.4))
+    uri = write(run, make_document(oracle=0.4))
     assert uri == Storage(run.run_dir).where("report.html")
     return Storage(run.run_dir).read("report.html").decode()
 
@@ -163,7 +171,7 @@ def test_forgotten_images_are_shown_on_demand_alone(run, html):
     pictured = [image["alt"] for image in Page(html).all("img")]
     assert len(pictured) == 3 * 4 and all(alt.startswith("retain image of class Coat") for alt in pictured)
     assert "The forget set is not shown" in html
-    report.write(run, make_document(), show_forget=True)
+    write(run, make_document(), show_forget=True)
     shown = Storage(run.run_dir).read("report.html").decode()
     pictured = [image["alt"] for image in Page(shown).all("img")]
     assert len(pictured) == 2 * 3 * 4 and sum(alt.startswith("forget image of class Bag") for alt in pictured) == 12
@@ -191,5 +199,5 @@ def test_a_browser_draws_it_without_a_complaint(run, html, tmp_path):
 
 
 def test_pictures_are_the_same_for_the_same_seed(run, html):
-    report.write(run, make_document(oracle=0.4))
+    write(run, make_document(oracle=0.4))
     assert Storage(run.run_dir).read("report.html").decode() == html

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
-from workers import together
+from support.runs import export, worker
+from support.workers import together
 
 from unlearn.data import shards
 from unlearn.errors import CheckpointError
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
-from unlearn.training.export import export
-from unlearn.training.loop import worker
 
 STEPS = 5
 SHARDED = ["training.engine=deepspeed", "training.micro_batch_size=2", f"training.steps={STEPS}", "training.checkpoint_every=2"]

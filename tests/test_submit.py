@@ -12,13 +12,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ray_nodes import until
+from support.ray_nodes import until
+from support.runs import train
 
 from jobs import submit
 from jobs.backends.base import Request, State, next_attempt
 from jobs.backends.local import Local
 from jobs.backends.ray_jobs import RayJobs
-from jobs.train import train
 from unlearn import config
 from unlearn.errors import ClusterError, ConfigError
 from unlearn.training.checkpoint import Checkpoints
@@ -40,9 +40,10 @@ def test_the_same_request_is_the_same_job(tiny_run):
     there = submit.request(tiny_run("cluster.address=10.0.0.1:6379"), elsewhere=True)
     assert there == first  # where it goes it finds another cluster
     assert Request.load(first.dump(), first.config) == first
-    assert first.command == ["-m", "jobs.train", "env:UNLEARN_CONFIG", "--resume"]
-    assert submit.request(run, "pretrain").command == first.command and "name: pretrain" in submit.request(run, "pretrain").config
-    assert submit.request(run, "jobs.sweep", ["--trials", "3"]).command == ["-m", "jobs.sweep", "env:UNLEARN_CONFIG", "--trials", "3"]
+    assert first.command == ["-m", "unlearn", "run", "env:UNLEARN_CONFIG", "--resume"]
+    assert submit.request(run, "pretrain").command == ["-m", "unlearn", "pretrain", "env:UNLEARN_CONFIG", "--resume"]
+    former = json.dumps({**{k: v for k, v in json.loads(first.dump()).items() if k != "driver"}, "module": "jobs.train"})
+    assert Request.load(former, first.config) == first  # sent when drivers were named as modules
 
 
 @pytest.mark.parametrize("name", ["run", "Forget_A.Hundred", "7-of-9", "x" * 80, "a.-.-" * 20])
@@ -56,14 +57,14 @@ def test_values_of_secrets_do_not_travel(tiny_run):
     with pytest.raises(ConfigError, match="--env TOKEN: give the name alone") as refusal:
         submit.request(tiny_run(), env=["TOKEN=hunter2"])
     assert "hunter2" not in str(refusal.value)
-    with pytest.raises(ConfigError, match="--driver os.system: give run, pretrain, evaluate, or a module of `jobs`"):
+    with pytest.raises(ConfigError, match="--driver os.system: give run, pretrain, evaluate"):
         submit.request(tiny_run(), "os.system")
 
 
 def test_a_configuration_too_large_for_a_variable_travels_in_the_run_folder(tiny_run, tmp_path, monkeypatch):
     ids = [f"image-{i:06d}" for i in range(9000)]
     sent = submit.request(tiny_run(f"data.forget={{ids: {ids}}}"))
-    assert sent.command[2] == sent.run_dir and sent.variables == {}
+    assert sent.command[3] == sent.run_dir and sent.variables == {}
     monkeypatch.setattr(Local, "_spawn", lambda *_: {"pid": 1, "started": "never", "host": "x"})
     job, _ = submit.submit(Local(tmp_path / "jobs"), sent)
     assert config.load(Path(job.run_dir, "config.yaml")).data.forget.ids == ids
@@ -122,7 +123,7 @@ def test_a_job_outlives_its_shell_is_stopped_and_goes_on(told, here, tiny_run, t
     whole = run.model_copy(update={"run_dir": str(tmp_path / "whole")})
     path = tmp_path / "run.yaml"
     path.write_text(config.dump(run))
-    command = [sys.executable, "-m", "unlearn.cli", "submit", str(path), "--driver", "pretrain"]
+    command = [sys.executable, "-m", "unlearn", "submit", str(path), "--driver", "pretrain"]
     shell = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     id = shell.stdout.strip()
     assert "submitted: running" in shell.stderr and here.get(id).state == State.RUNNING

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import tiny_config
-from kubernetes_server import CONTEXT, api_server  # noqa: F401  a fixture
+from support.kubernetes_server import CONTEXT, api_server  # noqa: F401  a fixture
 
 from jobs import submit
 from jobs.backends import kubernetes as backend
 from jobs.backends.base import State
-from unlearn.cli import main
+from unlearn.cli.app import main
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 SPACE = "team"
@@ -63,24 +63,24 @@ class Operator(threading.Thread):
             yield {"rayClusterStatus": end["rayClusterStatus"]}
 
 
-class Front(http.server.ThreadingHTTPServer):
+class FirstStage(http.server.ThreadingHTTPServer):
     """Before the API server: answers for core kinds, which it does not have, from `core`, and passes the rest on."""
 
     def __init__(self, server):
         self.core: dict[str, tuple[int, bytes]] = {}
-        front = self
+        first_stage = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
                 path = self.path.partition("?")[0]
-                if (self.command, path) in front.core or path in front.core:
-                    code, body = front.core.get((self.command, path)) or front.core[path]
+                if (self.command, path) in first_stage.core or path in first_stage.core:
+                    code, body = first_stage.core.get((self.command, path)) or first_stage.core[path]
                     return self.answer(code, body)
                 length = int(self.headers.get("Content-Length") or 0)
                 sent = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "accept-encoding")}
                 request = urllib.request.Request(server.url + self.path, self.rfile.read(length) if length else None, sent, method=self.command)
                 try:
-                    with urllib.request.urlopen(request, context=front.trust) as answer:
+                    with urllib.request.urlopen(request, context=first_stage.trust) as answer:
                         self.answer(answer.status, answer.read())
                 except urllib.error.HTTPError as e:
                     self.answer(e.code, e.read())
@@ -105,18 +105,18 @@ class Front(http.server.ThreadingHTTPServer):
 
 
 @pytest.fixture
-def front(api_server):  # noqa: F811
-    front = Front(api_server)
-    yield front
-    front.shutdown()
-    front.server_close()
+def first_stage(api_server):  # noqa: F811
+    first_stage = FirstStage(api_server)
+    yield first_stage
+    first_stage.shutdown()
+    first_stage.server_close()
 
 
 @pytest.fixture
-def cluster(api_server, front, tmp_path, monkeypatch):  # noqa: F811
-    """KUBECONFIG names the front; an operator is at work, and every job is gone afterwards."""
+def cluster(api_server, first_stage, tmp_path, monkeypatch):  # noqa: F811
+    """KUBECONFIG names that server; an operator is at work, and every job is gone afterwards."""
     settings = yaml.safe_load(Path(api_server.kubeconfig).read_text())
-    settings["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{front.server_port}"}
+    settings["clusters"][0]["cluster"] = {"server": f"http://127.0.0.1:{first_stage.server_port}"}
     settings["contexts"][0]["context"]["namespace"] = SPACE
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(settings))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -162,7 +162,7 @@ def test_what_is_sent(sent, api_server):  # noqa: F811
     assert document["metadata"]["namespace"] == "unlearn" and labels["kueue.x-k8s.io/queue-name"] == "gpus"
     assert labels["kueue.x-k8s.io/priority-class"] == "unlearn-request"
     spec = document["spec"]
-    assert spec["entrypoint"] == "python -m jobs.train env:UNLEARN_CONFIG --resume"
+    assert spec["entrypoint"] == "python -m unlearn run env:UNLEARN_CONFIG --resume"
     for group in (spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]):
         found = {v["name"]: v for v in group["template"]["spec"]["containers"][0]["env"]}
         assert found["WANDB"]["valueFrom"]["secretKeyRef"] == {"name": "tracking", "key": "key"}
@@ -314,7 +314,7 @@ def pods(*found: dict) -> tuple[int, bytes]:
     return 200, json.dumps({"kind": "PodList", "apiVersion": "v1", "items": items}).encode()
 
 
-def test_pods_that_do_not_start(cluster, sent, front):
+def test_pods_that_do_not_start(cluster, sent, first_stage):
     request, here = sent(), place()
     quota = 'pods "x" is forbidden: exceeded quota: counts, requested: pods=1, used: pods=300, limited: pods=300'
     conditions = [{"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": quota, "lastTransitionTime": "2026-01-01T00:00:00Z"}]
@@ -326,7 +326,7 @@ def test_pods_that_do_not_start(cluster, sent, front):
     other = sent("seed=1", f"run_dir={request.run_dir}2")
     cluster.ends[other.id] = {"stays": "Initializing"}
     held = {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{IMAGE}"'}
-    front.core[f"/api/v1/namespaces/{SPACE}/pods"] = pods(
+    first_stage.core[f"/api/v1/namespaces/{SPACE}/pods"] = pods(
         {"metadata": {"name": "head"}, "status": {"phase": "Pending", "containerStatuses": [
             {"name": "ray-head", "image": IMAGE, "imageID": "", "ready": False, "restartCount": 0, "state": {"waiting": held}}]}}
     )  # fmt: skip
@@ -335,50 +335,50 @@ def test_pods_that_do_not_start(cluster, sent, front):
     assert job.message == f'pod head: ImagePullBackOff: Back-off pulling image "{IMAGE}"'
 
 
-def test_logs(cluster, sent, front):
+def test_logs(cluster, sent, first_stage):
     request, here = sent(), place()
     cluster.ends[request.id] = SUCCESS
     here.start(request)
     until(lambda: here.get(request.id).state == State.SUCCEEDED)
     path = f"/api/v1/namespaces/{SPACE}/pods"
-    front.core[path] = pods()
+    first_stage.core[path] = pods()
     with pytest.raises(ClusterError, match="its pod is gone, or not there yet .the job is succeeded.; wait for it with --follow. Older logs are where"):
         list(here.logs(request.id, False))
-    front.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Succeeded"}})
-    front.core[f"{path}/submitter/log"] = 200, b"training 4/4\nmodel: s3://b/run/model\n"
+    first_stage.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Succeeded"}})
+    first_stage.core[f"{path}/submitter/log"] = 200, b"training 4/4\nmodel: s3://b/run/model\n"
     assert "".join(here.logs(request.id, True)).startswith("training 4/4\n")
     status = {"kind": "Status", "code": 403, "message": 'pods "submitter" is forbidden: User "me" cannot get resource "pods/log"'}
-    front.core[f"{path}/submitter/log"] = 403, json.dumps(status).encode()
+    first_stage.core[f"{path}/submitter/log"] = 403, json.dumps(status).encode()
     with pytest.raises(ClusterError, match="forbids it .*pods/log.*ask for the right in namespace team"):
         list(here.logs(request.id, False))
-    front.core[f"{path}/submitter/log"] = 404, json.dumps({"message": 'pods "submitter" not found', "details": {"name": "submitter", "kind": "pods"}}).encode()
+    first_stage.core[f"{path}/submitter/log"] = 404, json.dumps({"message": 'pods "submitter" not found', "details": {"name": "submitter", "kind": "pods"}}).encode()
     with pytest.raises(ClusterError, match="it is not there any more"):
         list(here.logs(request.id, False))
-    front.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Pending"}})
+    first_stage.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Pending"}})
     with pytest.raises(ClusterError, match="its pod has not started"):
         list(here.logs(request.id, False))
 
 
-def test_a_log_is_waited_for_and_goes_on_after_a_retry(cluster, sent, front):
+def test_a_log_is_waited_for_and_goes_on_after_a_retry(cluster, sent, first_stage):
     request, here = sent(), place()
     here.start(request)
     path, pieces = f"/api/v1/namespaces/{SPACE}/pods", []
-    front.core[path] = pods()
+    first_stage.core[path] = pods()
     reader = threading.Thread(target=lambda: pieces.extend(here.logs(request.id, True)), daemon=True)
     reader.start()
     for attempt, text in enumerate((b"error: the first\n", b"step 4\n")):
-        front.core[f"{path}/submitter-{attempt}/log"] = 200, text
+        first_stage.core[f"{path}/submitter-{attempt}/log"] = 200, text
         found = [{"metadata": {"name": f"submitter-{n}", "creationTimestamp": f"2026-01-01T00:00:0{n}Z"}, "status": {"phase": "Running"}}
                  for n in range(attempt + 1)]  # fmt: skip
-        front.core[path] = pods(*found)
+        first_stage.core[path] = pods(*found)
         until(lambda attempt=attempt: len(pieces) == attempt + 1)
     cluster.ends[request.id] = SUCCESS
     reader.join(timeout=15)
     assert not reader.is_alive() and "".join(pieces) == "error: the first\nstep 4\n"
 
 
-def test_refusals_of_the_server(cluster, sent, front, monkeypatch, tmp_path):
-    """One message each; those of the real server where it can be made to say them, else its words by way of the front."""
+def test_refusals_of_the_server(cluster, sent, first_stage, monkeypatch, tmp_path):
+    """One message each; those of the real server where it can be made to say them, else its words by way of the first_stage."""
     request, here = sent(), place()
     own = tmp_path / "own.yaml"
     template = backend.rayjob.template("cpu-demo")
@@ -396,10 +396,10 @@ def test_refusals_of_the_server(cluster, sent, front, monkeypatch, tmp_path):
         (403, {"message": 'rayjobs.ray.io "x" is forbidden: exceeded quota: counts, requested: count/rayjobs.ray.io=1'}, "quota is used up"),
         (403, {"message": 'rayjobs.ray.io is forbidden: User "me" cannot create'}, "forbids it .*ask for the right"),
     ):
-        front.core[path] = code, json.dumps({"kind": "Status", "code": code} | body).encode()
+        first_stage.core[path] = code, json.dumps({"kind": "Status", "code": code} | body).encode()
         with pytest.raises(ClusterError, match=message):
             here.start(request)
-    del front.core[path]
+    del first_stage.core[path]
     monkeypatch.setattr(backend, "RAYJOBS", ("nothing.io", "v1"))
     with pytest.raises(ClusterError, match="this cluster knows no RayJob .*install KubeRay"):
         here.jobs()

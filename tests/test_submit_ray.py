@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_config
-from ray_nodes import TOKEN, Cluster, until
-from workers import together
+from support.ray_nodes import TOKEN, Cluster, until
+from support.workers import together
 
 from jobs import submit
 from jobs.backends.base import State

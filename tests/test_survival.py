@@ -13,16 +13,16 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import tiny_config
-from ray_nodes import TOKEN, Cluster, until
 from safetensors.torch import load_file
-from workers import together
+from support.ray_nodes import TOKEN, Cluster, until
+from support.runs import export
+from support.workers import together
 
 from jobs import submit
 from jobs.backends.base import State
 from jobs.backends.ray_jobs import RayJobs
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
-from unlearn.training.export import export
 
 KINDS = ("worker", "node", "driver", "head")
 # With max_failures -1 Ray Train never gives up; a driver that is killed is started again by whoever waits.
@@ -42,7 +42,7 @@ def strike(cluster: Cluster, kind: str, chance: random.Random) -> None:
         cluster.start_head()
         cluster.start_second()
     else:
-        wanted = "RayTrainWorker" if kind == "worker" else "jobs.train"
+        wanted = "RayTrainWorker" if kind == "worker" else "unlearn"
 
         def victims() -> list[psutil.Process]:
             found = cluster.processes("head") + cluster.processes("second")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unlearn.models import unet_condition
+from unlearn.models.diffusion import unet_condition
 
 from diffusers import UNet2DConditionModel  # isort: skip  after the cure of torchvision
 
@@ -93,7 +93,7 @@ def test_prompt_and_sizes_reach_the_prediction(kind):
 @kinds
 def test_names_go_to_diffusers_and_back(kind):
     whole, parts, _ = whole_and_parts(kind)
-    tensors = parts.state_dict() | {"front.encoder.conv_in.weight": torch.zeros(1), "decoder.back.decoder.conv_in.weight": torch.zeros(1)}
+    tensors = parts.state_dict() | {"first_stage.encoder.conv_in.weight": torch.zeros(1), "decoder.back.decoder.conv_in.weight": torch.zeros(1)}
     public, expected = unet_condition.to_public(tensors), whole.state_dict()
     assert public.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in public.items())
     ours = unet_condition.from_public(tensors)

@@ -11,7 +11,7 @@ SIZES = st.floats(0.01, 0.99)
 
 
 def draw(kind, size, grid, count, seed):
-    return views.draw([config.View(kind=kind, size=size)], grid, count, np.random.default_rng(seed))
+    return views.draw([config.ViewSpec(kind=kind, size=size)], grid, count, np.random.default_rng(seed))
 
 
 @given(st.sampled_from(KINDS), SIZES, SIZES, st.integers(2, 16), st.integers(1, 9), st.integers(0, 99))
@@ -56,7 +56,7 @@ def test_shapes_are_what_they_are_called(grid, size, seed):
 
 def test_random_views_of_a_batch_differ_and_every_spec_is_drawn():
     assert len({tuple(v.tolist()) for v in draw("random", 0.5, 8, 16, 0).hidden}) == 16
-    specs = [config.View(size=0.25), config.View(size=0.5), config.View(kind="random", size=(0.3, 0.9))]
+    specs = [config.ViewSpec(size=0.25), config.ViewSpec(size=0.5), config.ViewSpec(kind="random", size=(0.3, 0.9))]
     rng = np.random.default_rng(0)
     counts = {views.draw(specs, 16, 1, rng).hidden.shape[1] for _ in range(50)}
     assert {16, 64} < counts and len(counts) > 10
@@ -75,19 +75,19 @@ def test_rows_and_to_keep_the_views_of_the_rows():
 def test_the_views_of_a_seed_never_change(kind, hidden, after):
     """The values themselves, and how far the generator has moved: a run begun with an older version goes on alike."""
     rng = np.random.default_rng(3)
-    assert views.draw([config.View(kind=kind, size=(0.2, 0.4))], 4, 1, rng).hidden[0].tolist() == hidden
+    assert views.draw([config.ViewSpec(kind=kind, size=(0.2, 0.4))], 4, 1, rng).hidden[0].tolist() == hidden
     assert int(rng.integers(1000)) == after
 
 
 def test_a_repeated_view_has_rows_of_its_own():
     """Rows that share memory cannot be pinned for a GPU."""
-    view = views.draw([config.View(size=0.5)], 4, 1, np.random.default_rng(0))
+    view = views.draw([config.ViewSpec(size=0.5)], 4, 1, np.random.default_rng(0))
     many = views.repeated(view, 3)
     assert many.visible.is_contiguous() and many.hidden.is_contiguous() and many.visible.stride(0) > 0
     assert all(torch.equal(many.rows(n, n + 1).hidden, view.hidden) for n in range(3))
 
 
 def test_the_fullest_view_hides_least():
-    specs = [config.View(kind="random", size=(0.3, 0.9)), config.View(size=0.75), config.View(kind="box", size=(0.5, 0.6))]
+    specs = [config.ViewSpec(kind="random", size=(0.3, 0.9)), config.ViewSpec(size=0.75), config.ViewSpec(kind="box", size=(0.5, 0.6))]
     view = views.fullest(specs, 8, 3, np.random.default_rng(0))
     assert view.visible.shape == (3, 8 * 8 - 16)  # the box of half the side

@@ -42,7 +42,7 @@ def build(folder):
 
 def inputs():
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    return images, views.draw([config.View(kind="random", size=0.5)], 4, 2, np.random.default_rng(0))
+    return images, views.draw([config.ViewSpec(kind="random", size=0.5)], 4, 2, np.random.default_rng(0))
 
 
 def noise_for(view):

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from support import runs
 
 from unlearn import config, views
 from unlearn.errors import ConfigError, WeightsError
-from unlearn.methods import base as methods
 from unlearn.models import base, tokenizer, weights
-from unlearn.models.vqgan import MaskedGenerativeEncoder
+from unlearn.models.mage import MaskedGenerativeEncoder
 
 SIDE, GRID, CODES, WIDTH, INNER, LATENT = 16, 4, 12, 16, 24, 6
 VOCABULARY, CLASS = CODES + 9, CODES + 3
@@ -27,11 +27,11 @@ DIFFUSERS = SMALL | {"tokenizer": "diffusers", "latent_channels": 5}
 
 
 def build(options: dict = SMALL, **model) -> MaskedGenerativeEncoder:
-    return weights.build(config.Model(family="vqgan", options=options, **model), 1)
+    return weights.build(config.Model(family="mage", options=options, **model), 1)
 
 
 def draw(kind: str = "random", size: float = 0.5, rows: int = 2) -> views.View:
-    return views.draw([config.View(kind=kind, size=size)], GRID, rows, np.random.default_rng(0))
+    return views.draw([config.ViewSpec(kind=kind, size=size)], GRID, rows, np.random.default_rng(0))
 
 
 def pictures(rows: int = 2, seed: int = 1) -> torch.Tensor:
@@ -250,7 +250,7 @@ def test_tokens_and_pixels_of_the_public_tokenizer_are_those_of_the_reference(co
     images, view, w = pictures(), draw("centre"), double(coder)
     model = loaded.double()
     with torch.no_grad():
-        tokens = model.front(images, view)
+        tokens = model.first_stage(images, view)
         codes = model.decoder.codebook(tokens[:, 1]).transpose(1, 2).unflatten(2, (GRID, GRID))
         found = model.decoder.paint(codes).numpy() * STD + MEAN
     loaded.float()
@@ -267,21 +267,21 @@ def test_tokens_and_pixels_of_the_public_tokenizer_are_those_of_the_reference(co
 def test_the_tokenizer_may_lie_in_a_file_of_its_own(public, coder, loaded, tmp_path):
     torch.save({"model": public}, tmp_path / "mage.pth")
     torch.save({"state_dict": coder | {"loss.discriminator.weight": torch.ones(2)}}, tmp_path / "tokenizer.ckpt")
-    whole = build(weights=str(tmp_path / "mage.pth"), front=str(tmp_path / "tokenizer.ckpt"))
+    whole = build(weights=str(tmp_path / "mage.pth"), first_stage=str(tmp_path / "tokenizer.ckpt"))
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in whole.state_dict().items())
-    alone = build(front=str(tmp_path / "tokenizer.ckpt")).state_dict()
-    assert torch.equal(alone["front.codebook.weight"], coder["quantize.embedding.weight"])
+    alone = build(first_stage=str(tmp_path / "tokenizer.ckpt")).state_dict()
+    assert torch.equal(alone["first_stage.codebook.weight"], coder["quantize.embedding.weight"])
     assert torch.equal(alone["decoder.pixels.conv_out.weight"], coder["decoder.conv_out.weight"])
-    with pytest.raises(WeightsError, match="name its weights in model.front"):
+    with pytest.raises(WeightsError, match="name its weights in model.first_stage"):
         build(weights=str(tmp_path / "mage.pth"))
     torch.save({n: t for n, t in coder.items() if "mid" not in n}, tmp_path / "less.ckpt")
-    with pytest.raises(WeightsError, match="missing front.encoder.mid.block_1"):
-        build(front=str(tmp_path / "less.ckpt"))
+    with pytest.raises(WeightsError, match="missing first_stage.encoder.mid.block_1"):
+        build(first_stage=str(tmp_path / "less.ckpt"))
 
 
-def test_the_front_of_a_folder_of_ours_serves_another_model(loaded, tmp_path):
+def test_the_first_stage_of_a_folder_of_ours_serves_another_model(loaded, tmp_path):
     weights.write(loaded, str(tmp_path / "ours"), {})
-    other = build(SMALL | {"depth": 1}, front=str(tmp_path / "ours"))
+    other = build(SMALL | {"depth": 1}, first_stage=str(tmp_path / "ours"))
     for name, tensor in other.state_dict().items():
         if name.startswith(tokenizer.NAMES):
             assert torch.equal(tensor, loaded.state_dict()[name])
@@ -301,25 +301,25 @@ def test_a_diffusers_folder_gives_the_codes_and_images_of_diffusers(tmp_path):
     with torch.no_grad():
         theirs.quantize.embedding.weight.copy_(theirs.encode(signed).latents[0].flatten(1).T[:CODES] + 0.01)
     theirs.save_pretrained(tmp_path / "vq")
-    model = build(DIFFUSERS, front=str(tmp_path / "vq"))
+    model = build(DIFFUSERS, first_stage=str(tmp_path / "vq"))
     with torch.no_grad():
         latents = theirs.encode(signed).latents
         _, _, (_, _, expected) = theirs.quantize(latents)
-        tokens = model.front.tokens(images)
+        tokens = model.first_stage.tokens(images)
         assert torch.equal(tokens.flatten(), expected) and len(tokens.unique()) > 4
         codes = model.decoder.codebook(tokens).transpose(1, 2).unflatten(2, (GRID, GRID))
         pixels = (theirs.decode(latents).sample + 1) / 2
         torch.testing.assert_close(model.decoder.paint(codes) * torch.from_numpy(STD).float() + torch.from_numpy(MEAN).float(), pixels)
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model.safetensors"):
-        build(DIFFUSERS, front=str(tmp_path / "empty"))
+        build(DIFFUSERS, first_stage=str(tmp_path / "empty"))
 
 
 def test_hidden_pixels_reach_the_first_tokens_never_and_the_others_always(loaded):
     images, view = pictures().float(), draw("centre")
     changed = torch.where(view.pixel_mask(SIDE), -images, images)
     with torch.no_grad():
-        a, b = loaded.front(images, view), loaded.front(changed, view)
+        a, b = loaded.first_stage(images, view), loaded.first_stage(changed, view)
     assert torch.equal(a[:, 0], b[:, 0]) and not torch.equal(a[:, 1], b[:, 1])
 
 
@@ -354,40 +354,40 @@ def test_noise_comes_from_a_stock_of_tokens_of_noise(loaded):
     inputs = torch.zeros(50, 2, GRID * GRID, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="stock"):
         build().noise_like(inputs, torch.Generator())
-    loaded.stock_noise(loaded.front, 4)
+    loaded.stock_noise(loaded.first_stage, 4)
     drawn = [loaded.noise_like(inputs, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert drawn[0].shape == inputs.shape and drawn[0].dtype == torch.int64
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2]) and len(drawn[0].unique(dim=0)) > 30
     with torch.no_grad():
-        first = loaded.front.tokens(torch.randn(16, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(4)))
+        first = loaded.first_stage.tokens(torch.randn(16, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(4)))
     assert torch.equal(loaded._stock[:16, 0], first) and "_stock" not in loaded.state_dict()
     loaded._stock = None
 
 
 @pytest.mark.parametrize("options", [SMALL, DIFFUSERS], ids=["mage", "diffusers"])
-def test_training_the_front_uses_its_codes_and_keeps_both_codebooks_equal(options):
+def test_training_the_first_stage_uses_its_codes_and_keeps_both_codebooks_equal(options):
     model = build(options)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(8, 3, GRID, GRID, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
-    parameters, before = model.front_parameters(), {n: t.clone() for n, t in model.state_dict().items()}
+    parameters, before = model.first_stage_parameters(), {n: t.clone() for n, t in model.state_dict().items()}
     optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
     for _ in range(60):
-        losses.append(model.front_loss(images[torch.randint(8, (4,), generator=generator)]))
+        losses.append(model.first_stage_loss(images[torch.randint(8, (4,), generator=generator)]))
         losses[-1].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
     after = model.state_dict()
     assert float(losses[-1]) < 0.6 * float(losses[0])
-    assert torch.equal(after["front.codebook.weight"], after["decoder.codebook.weight"])
+    assert torch.equal(after["first_stage.codebook.weight"], after["decoder.codebook.weight"])
     moved = {n for n, t in before.items() if not torch.equal(t, after[n])}
     assert moved == {n for n in after if n.startswith(tokenizer.NAMES)}
-    assert len(model.front.tokens(images).unique()) > 2 * CODES // 3
+    assert len(model.first_stage.tokens(images).unique()) > 2 * CODES // 3
 
 
 def test_the_tokenizer_is_never_trained_with_the_rest():
     model = build()
-    trained = {id(p) for p in methods.create(config.Method(name="pretrain")).trainable(model)}
+    trained = {id(p) for p in runs.method("pretrain").trainable(model)}
     names = {n for n, p in model.named_parameters() if id(p) in trained}
     assert names == {n for n in model.state_dict() if not n.startswith(tokenizer.NAMES)} and "decoder.head.weight" in names
 
@@ -401,14 +401,14 @@ def test_moving_the_encoders_words_leaves_the_logits_words_alone(loaded):
 def test_the_named_sizes_are_those_of_the_paper(variant, encoder):
     """Encoder: 12 or 24 blocks, norm, and the embedding of 2025 words and 257 places with its norm; 54.5 M tokenizer."""
     with torch.device("meta"):
-        model = MaskedGenerativeEncoder(base.options(config.Model(family="vqgan", variant=variant)))
+        model = MaskedGenerativeEncoder(base.options(config.Model(family="mage", variant=variant)))
     assert sum(t.numel() for t in model.encoder.state_dict().values()) == encoder
     assert model.grid == 16 and model.decoder.head.weight.shape == (2025, model.options.width)
 
 
 @pytest.mark.parametrize("variant", ["mage_nano_32", "mage_micro_64"])
 def test_the_tiny_shapes_can_be_built(variant):
-    model = weights.build(config.Model(family="vqgan", variant=variant))
+    model = weights.build(config.Model(family="mage", variant=variant))
     assert model.grid == 8 and json.dumps(model.options.model_dump(mode="json"))
 
 

@@ -132,5 +132,5 @@ def test_a_variant_must_not_contradict_what_the_weights_say_of_themselves(tmp_pa
 def test_a_variant_and_a_family_that_do_not_exist_are_told():
     with pytest.raises(ConfigError, match="mae has no variant 'vit_giant'; known: vit_base_patch16"):
         weights.build(config.Model(variant="vit_giant"))
-    with pytest.raises(ConfigError, match="no family 'gan'; known: mae"):
+    with pytest.raises(ConfigError, match="no model family 'gan'; known: mae"):
         weights.build(config.Model(family="gan"))

@@ -4,16 +4,20 @@ YAML in (`load`), a frozen tree of small classes out. Every field states its mea
 """
 
 import difflib
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from unlearn.aliases import renamed
 from unlearn.errors import ConfigError
+from unlearn.registry import METHODS
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -38,7 +42,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class View(Part):
+class ViewSpec(Part):
     """A corruption T: which patches of the model's grid are hidden."""
 
     kind: Literal["centre", "outpaint", "random", "box", "brush"] = "centre"
@@ -64,12 +68,12 @@ class View(Part):
 class Rows(Part):
     """Which rows of the shards form a set. All given conditions must hold; none given selects every row."""
 
-    classes: list[int | str] | None = Field(None, description="labels, or names from the manifest")
-    exclude_classes: list[int | str] | None = Field(None, description="rows of these classes are left out")
-    ids: list[str] | None = Field(None, description="row ids (column `id`, else `shard:row`)")
-    subjects: list[str] | None = Field(None, description="values of the column `subject`")
-    per_class: Positive | None = Field(None, description="at most this many rows of each class, drawn with the seed")
-    limit: Positive | None = Field(None, description="at most this many rows in all, drawn with the seed")
+    classes: list[int | str] | None = Field(default=None, description="labels, or names from the manifest")
+    exclude_classes: list[int | str] | None = Field(default=None, description="rows of these classes are left out")
+    ids: list[str] | None = Field(default=None, description="row ids (column `id`, else `shard:row`)")
+    subjects: list[str] | None = Field(default=None, description="values of the column `subject`")
+    per_class: Positive | None = Field(default=None, description="at most this many rows of each class, drawn with the seed")
+    limit: Positive | None = Field(default=None, description="at most this many rows in all, drawn with the seed")
 
 
 class Data(Part):
@@ -78,110 +82,102 @@ class Data(Part):
     train: Location = Field(description="folder of shards with a manifest: a path, s3://bucket/prefix or embedded:NAME")
     forget: Rows | None = None
     retain: Rows | None = None
-    proxy: Rows | None = Field(None, description="images that take the retain role where the retain data is gone")
-    proxy_data: Location | None = Field(None, description="shards of the proxy set, when not those of `train`")
-    cache: Literal["none", "encoded", "decoded"] = Field("encoded", description="what a worker keeps in memory")
-    codes: Location | None = Field(
-        None, description="folder that keeps what the frozen front end (tokenizer, VAE) makes of each image; none = made every step"
+    proxy: Rows | None = Field(default=None, description="images that take the retain role where the retain data is gone")
+    proxy_data: Location | None = Field(default=None, description="shards of the proxy set, when not those of `train`")
+    cache: Literal["none", "encoded", "decoded"] = Field(default="encoded", description="what a worker keeps in memory")
+    latent_cache: Location | None = Field(
+        default=None, description="folder that keeps what the frozen first stage (tokenizer, VAE) makes of each image; none = made every step"
     )
-    code_views: Positive = Field(8, description="with codes: views drawn once and used in turn, each with codes of its own")
-    augment: Literal["none", "crop_flip"] = Field("none", description="crop_flip: random resized crop (0.2-1) and flip")
-    shuffle_rows: Positive = Field(1 << 20, description="rows shuffled together; smaller reads fewer row groups at once")
+    latent_views: Positive = Field(default=8, description="with latent_cache: views drawn once and used in turn, each with latents of its own")
+    augment: Literal["none", "crop_flip"] = Field(default="none", description="crop_flip: random resized crop (0.2-1) and flip")
+    shuffle_rows: Positive = Field(default=1 << 20, description="rows shuffled together; smaller reads fewer row groups at once")
     decode_threads: Positive = 2
-    read_ahead: Positive = Field(3, description="micro-batches kept ready")
-    max_bad_images: int = Field(0, ge=0, description="images of one set that a worker may skip because they do not decode")
+    read_ahead: Positive = Field(default=3, description="micro-batches kept ready")
+    max_bad_images: int = Field(default=0, ge=0, description="images of one set that a worker may skip because they do not decode")
 
 
 class Model(Part):
     """The generator h0 = D after E0."""
 
     family: str = "mae"
-    weights: Location | None = Field(None, description="what it starts from: path, s3:// or embedded:NAME; none = random")
-    front: Location | None = Field(None, description="weights of the frozen front end (tokenizer, VAE), where they lie apart")
-    variant: str | None = Field(None, description="a named shape of the family, see `unlearn models`")
+    weights: Location | None = Field(default=None, description="what it starts from: path, s3:// or embedded:NAME; none = random")
+    first_stage: Location | None = Field(default=None, description="weights of the frozen first stage (tokenizer, VAE), where they lie apart")
+    variant: str | None = Field(default=None, description="a named shape of the family, see `unlearn models`")
     options: dict[str, Any] = Field(default_factory=dict, description="single values that differ from the variant's")
 
 
 class Method(Part):
-    """How it forgets."""
+    """How it forgets: the base of the options that each method declares for itself, see `unlearn methods`."""
 
     name: str = "encoder_l2"
-    alpha: float = Field(0.25, ge=0, allow_inf_nan=False, description="weight of the forget term")
-    noise: Literal["standard", "batch", "dataset"] = Field("standard", description="covariance of the target noise")
-    noise_region: Literal["image", "hole"] | None = Field(
-        None, description="where the teacher's input is noise; none: everywhere, for diffusion models in the hole"
-    )
-    distance: Literal["mse", "relative"] = Field(
-        "mse", description="relative: each level's error is divided by the mean square of its target"
-    )
 
 
 class Training(Part):
     """The optimisation."""
 
-    engine: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: one plain process, no Ray")
-    steps: Positive | None = Field(None, description="optimizer steps; or give epochs")
-    epochs: float | None = Field(None, gt=0, description="passes over the larger of the two sets")
-    batch_size: Positive = Field(64, description="rows of a global batch, forget and retain together")
+    engine: Literal["deepspeed", "torch"] = Field(default="deepspeed", description="torch: one plain process, no Ray")
+    steps: Positive | None = Field(default=None, description="optimizer steps; or give epochs")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the larger of the two sets")
+    batch_size: Positive = Field(default=64, description="rows of a global batch, forget and retain together")
     micro_batch_size: Positive | None = Field(
-        None, description="rows a worker computes at once; default batch_size / workers. Keep it when workers change."
+        default=None, description="rows a worker computes at once; default batch_size / workers. Keep it when workers change."
     )
-    forget_fraction: float = Field(0.5, ge=0, lt=1, description="share of forget rows in every micro-batch")
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    warmup_steps: int = Field(0, ge=0)
+    forget_fraction: float = Field(default=0.5, ge=0, lt=1, description="share of forget rows in every micro-batch")
+    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    weight_decay: float = Field(0.05, ge=0)
+    weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.95)
-    clip: float = Field(3.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    clip: float = Field(default=3.0, ge=0, description="largest gradient norm; 0 = no clipping")
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 2
-    offload_optimizer: bool = Field(False, description="optimizer state in host memory (ZeRO 1-3)")
+    offload_optimizer: bool = Field(default=False, description="optimizer state in host memory (ZeRO 1-3)")
     activation_checkpointing: bool = False
-    checkpoint_every: Positive = Field(100, description="steps between checkpoints")
+    checkpoint_every: Positive = Field(default=100, description="steps between checkpoints")
     keep_checkpoints: Positive = 2
     log_every: Positive = 10
-    threads: Positive = Field(1, description="CPU threads of a worker's arithmetic; another number rounds otherwise")
+    threads: Positive = Field(default=1, description="CPU threads of a worker's arithmetic; another number rounds otherwise")
 
 
 class Cluster(Part):
     """What the run asks Ray for."""
 
-    address: str | None = Field(None, description="a Ray cluster's address; none = start one on this machine")
+    address: str | None = Field(default=None, description="a Ray cluster's address; none = start one on this machine")
     workers: Positive = 1
     min_workers: Positive | None = Field(
-        None, description="go on with so few where nodes are lost, and with more when they are back; none = wait for all"
+        default=None, description="go on with so few where nodes are lost, and with more when they are back; none = wait for all"
     )
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    max_failures: int = Field(3, ge=-1, description="worker failures to recover from; -1 = without end")
+    cpus_per_worker: float = Field(default=1, gt=0)
+    gpus_per_worker: float = Field(default=0, ge=0)
+    max_failures: int = Field(default=3, ge=-1, description="worker failures to recover from; -1 = without end")
 
 
 class Evaluation(Part):
     """What is measured after training."""
 
-    data: Location | None = Field(None, description="held-out shards; none = data.train, on the training images")
-    views: list[View] = Field(
-        default_factory=lambda: [View(size=0.5), View(size=0.25), View(kind="random", size=0.5)], min_length=1
+    data: Location | None = Field(default=None, description="held-out shards; none = data.train, on the training images")
+    views: list[ViewSpec] = Field(
+        default_factory=lambda: [ViewSpec(size=0.5), ViewSpec(size=0.25), ViewSpec(kind="random", size=0.5)], min_length=1
     )
-    features: str = Field("efficientnet_lite0", description="network that looks at images: efficientnet_lite0 | inception | clip")
-    features_weights: Location | None = Field(None, description="local weights of that network, where it does not bring its own")
-    oracle: Location | None = Field(None, description="weights of a model trained without the forget set, as the reference")
-    limit: Positive | None = Field(None, description="images of each set at most")
+    features: str = Field(default="efficientnet_lite0", description="network that looks at images: efficientnet_lite0 | inception | clip")
+    features_weights: Location | None = Field(default=None, description="local weights of that network, where it does not bring its own")
+    oracle: Location | None = Field(default=None, description="weights of a model trained without the forget set, as the reference")
+    limit: Positive | None = Field(default=None, description="images of each set at most")
     batch_size: Positive = 100
-    workers: Positive | None = Field(None, description="default: cluster.workers")
-    pictures: Positive = Field(8, description="rows of each picture grid")
+    workers: Positive | None = Field(default=None, description="default: cluster.workers")
+    pictures: Positive = Field(default=8, description="rows of each picture grid")
 
 
 class RunConfig(Part):
     """One experiment."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
     run_dir: Location = Field(description="everything the run writes: a path or s3://bucket/prefix")
     model: Model = Field(default_factory=Model)
     data: Data
-    train_views: list[View] = Field(
-        default_factory=lambda: [View(kind="random", size=(0.25, 0.75)), View(size=0.5), View(kind="box", size=(0.25, 0.6))],
+    train_views: list[ViewSpec] = Field(
+        default_factory=lambda: [ViewSpec(kind="random", size=(0.25, 0.75)), ViewSpec(size=0.5), ViewSpec(kind="box", size=(0.25, 0.6))],
         description="one of them is drawn for every micro-batch",
         min_length=1,
     )
@@ -192,31 +188,13 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _whole(self):
-        t, c = self.training, self.cluster
-        if (t.steps is None) == (t.epochs is None):
-            raise ValueError("training: give exactly one of steps and epochs")
-        if t.engine == "torch" and c.workers != 1:
-            raise ValueError(f"training.engine torch is one process: set cluster.workers to 1 (now {c.workers})")
-        if t.engine == "deepspeed" and c.workers > 1 and c.gpus_per_worker not in (0, 1):
-            raise ValueError(f"cluster.gpus_per_worker {c.gpus_per_worker:g}: a worker drives one GPU; give 0 or 1, and more workers")
-        if c.min_workers and c.min_workers > c.workers:
-            raise ValueError(f"cluster.min_workers {c.min_workers} is more than cluster.workers {c.workers}")
-        if c.min_workers and t.micro_batch_size is None:
-            raise ValueError("cluster.min_workers: give training.micro_batch_size too, which must not change with the number of workers")
-        if t.micro_batch_size is None and t.batch_size % c.workers:
-            raise ValueError(f"training.batch_size {t.batch_size} does not divide among {c.workers} workers")
-        if t.batch_size % (self.micro_batch * c.workers):
-            raise ValueError(
-                f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = "
-                f"{self.micro_batch} x {c.workers}"
-            )
-        if self.micro_batch < 2 and self.data.forget is not None and t.forget_fraction:
-            raise ValueError("training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more")
-        if self.data.retain is not None and self.data.proxy is not None:
-            raise ValueError("data: give retain or proxy, not both: the proxy set takes the retain role")
-        if self.data.proxy_data and self.data.proxy is None:
-            raise ValueError("data.proxy_data is given without data.proxy: say which rows of it to use")
+        if wrong := list(_contradictions(self)):
+            raise ValueError("\n".join(wrong))
         return self
+
+    def __reduce__(self):
+        # The class of a configuration depends on its method, so it is made again where it is unpickled.
+        return parse, (self.model_dump(mode="json"),)
 
     @property
     def micro_batch(self) -> int:
@@ -232,28 +210,80 @@ class RunConfig(Part):
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation
         found = {
-            "run_dir": self.run_dir, "model.weights": m.weights, "model.front": m.front, "data.train": d.train, "data.proxy_data": d.proxy_data,
-            "data.codes": d.codes, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights, "evaluation.oracle": e.oracle,
+            "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage, "data.train": d.train, "data.proxy_data": d.proxy_data,
+            "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights, "evaluation.oracle": e.oracle,
         }  # fmt: skip
         return {key: uri for key, uri in found.items() if uri}
 
     def hash(self) -> str:
-        """sha256 of what decides the weights. Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run
-        may go on elsewhere with another number of workers; data and first weights are told by hashes of their own instead."""
-        tree = self.model_dump(mode="json", exclude={"cluster", "run_dir", "evaluation", "name"})
-        tree["model"].pop("weights")
-        tree["model"].pop("front")
-        tree["data"]["codes"] = self.data.codes is not None
-        for key in ("train", "proxy_data", "cache", "decode_threads", "read_ahead", "max_bad_images"):
-            tree["data"].pop(key)
-        for key in ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
-                    "activation_checkpointing"):  # fmt: skip
-            tree["training"].pop(key)
-        tree["training"]["micro_batch_size"] = self.micro_batch
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+        """sha256 of what decides the weights, as far as it differs from the defaults: a new key with a default changes no hash.
+
+        Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
+        workers; data and first weights are told by hashes of their own instead.
+        """
+        tree = _differences(self)
+        for part, keys in NOT_HASHED.items():
+            for key in keys:
+                (tree if part is None else tree.get(part, {})).pop(key, None)
+        tree.setdefault("training", {})["micro_batch_size"] = self.micro_batch
+        tree.setdefault("data", {})["latent_cache"] = self.data.latent_cache is not None
+        told = json.dumps({"schema": SCHEMA, **tree}, sort_keys=True)
+        return hashlib.sha256(told.encode()).hexdigest()
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
+# Raised when the meaning or the default of a key changes; not for a new key with a default.
+SCHEMA = 2
+# Part -> keys that decide nothing of the weights.
+NOT_HASHED: dict[str | None, tuple[str, ...]] = {
+    None: ("cluster", "run_dir", "evaluation", "name"),
+    "model": ("weights", "first_stage"),
+    "data": ("train", "proxy_data", "cache", "decode_threads", "read_ahead", "max_bad_images", "latent_cache"),
+    "training": ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
+                 "activation_checkpointing"),
+}  # fmt: skip
+
+
+def _differences(part: Part) -> dict[str, Any]:
+    """What differs from the defaults, as plain values; parts that differ in nothing are left out."""
+    plain, found = part.model_dump(mode="json"), {}
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name)
+        if isinstance(value, Part) and (field.is_required() or isinstance(field.get_default(call_default_factory=True), Part)):
+            if inner := _differences(value):
+                found[name] = inner
+        elif field.is_required() or value != field.get_default(call_default_factory=True):
+            found[name] = plain[name]
+    return found
+
+
+def _contradictions(run: RunConfig) -> Iterator[str]:
+    """Every pair of values that cannot both be meant, one sentence each."""
+    t, c, d = run.training, run.cluster, run.data
+    if (t.steps is None) == (t.epochs is None):
+        yield "training: give exactly one of steps and epochs"
+    if t.engine == "torch" and c.workers != 1:
+        yield f"training.engine torch is one process: set cluster.workers to 1 (now {c.workers})"
+    if t.engine == "deepspeed" and c.workers > 1 and c.gpus_per_worker not in (0, 1):
+        yield f"cluster.gpus_per_worker {c.gpus_per_worker:g}: a worker drives one GPU; give 0 or 1, and more workers"
+    if c.min_workers and c.min_workers > c.workers:
+        yield f"cluster.min_workers {c.min_workers} is more than cluster.workers {c.workers}"
+    if c.min_workers and t.micro_batch_size is None:
+        yield "cluster.min_workers: give training.micro_batch_size too, which must not change with the number of workers"
+    if t.micro_batch_size is None and t.batch_size % c.workers:
+        yield f"training.batch_size {t.batch_size} does not divide among {c.workers} workers"
+    elif t.batch_size % (run.micro_batch * c.workers):
+        yield (
+            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = {run.micro_batch} x {c.workers}"
+        )
+    if run.micro_batch < 2 and d.forget is not None and t.forget_fraction:
+        yield "training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more"
+    if d.retain is not None and d.proxy is not None:
+        yield "data: give retain or proxy, not both: the proxy set takes the retain role"
+    if d.proxy_data and d.proxy is None:
+        yield "data.proxy_data is given without data.proxy: say which rows of it to use"
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a YAML file and apply `a.b=value` overrides (values are YAML too). Raises ConfigError."""
     try:
         return read(Path(path).read_text(), str(path), overrides)
@@ -263,7 +293,7 @@ def load(path: str | Path, overrides: list[str] = ()) -> RunConfig:
         raise ConfigError(f"config {path} is not text") from None
 
 
-def read(text: str, source: str, overrides: list[str] = ()) -> RunConfig:
+def read(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The same from the text of a file; `source` names it in messages."""
     try:
         tree = yaml.safe_load(text) or {}
@@ -274,7 +304,7 @@ def read(text: str, source: str, overrides: list[str] = ()) -> RunConfig:
     return parse(override(tree, overrides), source)
 
 
-def override(tree: dict, overrides: list[str]) -> dict:
+def override(tree: dict, overrides: Sequence[str]) -> dict:
     """`tree` with each `a.b=value` set, parts made where they are missing."""
     for item in overrides:
         key, equals, text = item.partition("=")
@@ -293,12 +323,23 @@ def override(tree: dict, overrides: list[str]) -> dict:
 
 
 def parse(tree: dict, source: str = "config") -> RunConfig:
-    """Validate a tree of plain values. Raises ConfigError with every mistake, one a line."""
+    """Validate a tree of plain values, the options of its method among them. Raises ConfigError with every mistake, one a line."""
+    tree = renamed(tree, source)
+    method = tree.get("method")
+    name = method.get("name", "encoder_l2") if isinstance(method, dict) else "encoder_l2"
+    kind = _kind(str(name))
     try:
-        return RunConfig.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as e:
-        lines = [_explain(error) for error in e.errors()]
+        lines = [line for error in e.errors() for line in _explain(error, kind)]
         raise ConfigError(f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
+
+
+@functools.cache
+def _kind(method: str) -> type[RunConfig]:
+    """RunConfig with the options of a method. Raises ConfigError for an unknown one."""
+    options = METHODS.load(method).Options
+    return create_model("RunConfig", __base__=RunConfig, __module__=__name__, method=(options, Field(default_factory=options)))
 
 
 def ignored(run: RunConfig) -> list[str]:
@@ -316,7 +357,6 @@ def ignored(run: RunConfig) -> list[str]:
     elif t.offload_optimizer and t.zero_stage == 0:
         note(t, "training", ("offload_optimizer",), "there is nothing to offload without ZeRO; set zero_stage 1, 2 or 3")
     if run.method.name.startswith("pretrain"):
-        note(run.method, "method", ("alpha", "noise", "noise_region", "distance"), "pretrain forgets nothing")
         note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
     if t.steps and t.warmup_steps >= t.steps:
         found.append(f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value")
@@ -325,22 +365,23 @@ def ignored(run: RunConfig) -> list[str]:
     return found
 
 
-def _explain(error: dict) -> str:
+def _explain(error: Any, kind: type[RunConfig]) -> list[str]:
+    """One line for each mistake that an error of pydantic tells."""
     path = [str(p) for p in error["loc"] if not str(p).startswith(("tuple[", "constrained-"))]
     where = ".".join(path)
     if error["type"] == "extra_forbidden":
-        known = _fields(path[:-1])
+        known = _fields(path[:-1], kind)
         close = difflib.get_close_matches(path[-1], known, n=1)
-        return f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}")
+        return [f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}")]
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (given: {given!r})" if isinstance(given, int | float | str | bool) and error["type"] != "missing" else ""
-    return f"{where}: {message}{shown}" if where else message
+    return [f"{where}: {line}{shown}" if where else line for line in message.split("\n")]
 
 
-def _fields(path: list[str]) -> list[str]:
+def _fields(path: list[str], kind: type[RunConfig]) -> list[str]:
     """Names that the part at `path` knows."""
-    part: Any = RunConfig
+    part: Any = kind
     for name in path:
         if name.isdigit():
             continue
@@ -353,3 +394,14 @@ def _fields(path: list[str]) -> list[str]:
 def dump(config: RunConfig) -> str:
     """The whole configuration as YAML, defaults included."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of configurations, with the options of every method."""
+    schema = RunConfig.model_json_schema()
+    methods = {name: METHODS.load(name).Options.model_json_schema() for name in METHODS}
+    for name, options in methods.items():
+        options["properties"]["name"] = {"const": name, "default": name}
+    schema["properties"]["method"] = {"oneOf": list(methods.values())}
+    schema["$defs"].pop("Method", None)
+    return schema

@@ -41,7 +41,7 @@ class View:
         return mask.repeat_interleave(patch, 2).repeat_interleave(patch, 3)
 
 
-def draw(specs: list[config.View], grid: int, count: int, rng: np.random.Generator) -> View:
+def draw(specs: list[config.ViewSpec], grid: int, count: int, rng: np.random.Generator) -> View:
     """Draw one of the specs, and `count` views of it. The same generator state gives the same views."""
     spec = specs[int(rng.integers(len(specs)))]
     low, high = spec.size if isinstance(spec.size, tuple) else (spec.size, spec.size)
@@ -58,7 +58,7 @@ def repeated(view: View, count: int) -> View:
     return View(view.visible.repeat(count, 1), view.hidden.repeat(count, 1), view.grid)
 
 
-def fullest(specs: list[config.View], grid: int, count: int, rng: np.random.Generator) -> View:
+def fullest(specs: list[config.ViewSpec], grid: int, count: int, rng: np.random.Generator) -> View:
     """Of all views that the specs allow the one that hides least: it takes the most memory and time."""
     sizes = [(spec, size) for spec in specs for size in (spec.size if isinstance(spec.size, tuple) else (spec.size,))]
     drawn = [draw([spec.model_copy(update={"size": size})], grid, count, rng) for spec, size in sizes]

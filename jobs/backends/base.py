@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Protocol
 
 # The environment variables in which the configuration, and the names that must be set there, reach a job.
+FORMER_DRIVERS = {"jobs.train": "run", "jobs.evaluate": "evaluate"}
 CONFIG, REQUIRED = "UNLEARN_CONFIG", "UNLEARN_REQUIRED_ENV"
 
 
@@ -40,13 +41,13 @@ class Job:
 class Request:
     """What is sent, the same to every backend; no value of a secret is in it.
 
-    id: the same for the same request; module, arguments: `python -m MODULE SOURCE ARGUMENTS`; config: YAML of the whole
+    id: the same for the same request; driver, arguments: `python -m unlearn DRIVER SOURCE ARGUMENTS`; config: YAML of the whole
     RunConfig; source: where the job finds it; env: names of variables that must be set where the job runs.
     """
 
     id: str
     run_dir: str
-    module: str
+    driver: str
     arguments: tuple[str, ...] = ()
     source: str = f"env:{CONFIG}"
     env: tuple[str, ...] = ()
@@ -55,7 +56,7 @@ class Request:
     @property
     def command(self) -> list[str]:
         """Arguments of Python."""
-        return ["-m", self.module, self.source, *self.arguments]
+        return ["-m", "unlearn", self.driver, self.source, *self.arguments]
 
     @property
     def variables(self) -> dict[str, str]:
@@ -70,6 +71,8 @@ class Request:
     @classmethod
     def load(cls, text: str, config: str) -> "Request":
         tree = json.loads(text)
+        if former := tree.pop("module", None):  # how a driver was named before
+            tree["driver"] = FORMER_DRIVERS[former]
         return cls(**tree | {"arguments": tuple(tree["arguments"]), "env": tuple(tree["env"]), "config": config})
 
 

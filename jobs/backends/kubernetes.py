@@ -13,10 +13,10 @@ from datetime import datetime
 
 import yaml
 
-from jobs import rayjob
+from jobs.backends import rayjob
 from jobs.backends.base import Job, Request, State, next_attempt
 from jobs.backends.kubernetes_words import STATES, reason, refusal, waiting
-from jobs.rayjob_rules import QUEUE
+from jobs.backends.rayjob_rules import QUEUE
 from unlearn import config
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 

@@ -36,7 +36,7 @@ def refusal(error, namespace: str, where: str) -> str:
     if error.status == 403:
         return f"{where} forbids it ({message}): ask for the right in namespace {namespace}"
     if error.status == 404 and details.get("kind") == "namespaces":
-        return f"there is no namespace {namespace}: make it (kubectl apply -f infra/kubernetes/rendered/...), or name another with --namespace"
+        return f"there is no namespace {namespace}: make it (kubectl apply -f jobs/backends/rendered/...), or name another with --namespace"
     if error.status == 404 and not details.get("name"):
         return "this cluster knows no RayJob (ray.io/v1): install KubeRay and its CRDs"
     if error.status == 404:

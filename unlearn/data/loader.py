@@ -24,7 +24,7 @@ from unlearn.errors import DataError
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. images: (B, 3, S, S) uint8, or (B, ...) codes, from the loader; on the device what the encoder takes.
+    """One micro-batch. images: (B, 3, S, S) uint8, or (B, ...) latents, from the loader; on the device what the encoder takes.
     Rows [:retain] are the retain set's, the others the forget set's. seed: of everything random in this micro-batch.
     weight: of its loss in the step; 0 where it only keeps its worker in step with the others."""
 
@@ -149,15 +149,15 @@ class Images:
 
 
 class Loader:
-    """Micro-batches by number. grid, size: of the model; sets: {"retain": ..., "forget": ...}; codes: of each set, where
+    """Micro-batches by number. grid, size: of the model; sets: {"retain": ..., "forget": ...}; latents: of each set, where
     the batches are to hold them in place of pixels."""
 
-    def __init__(self, run: config.RunConfig, sets: dict[str, RowSet], grid: int, size: int, codes: dict | None = None):
+    def __init__(self, run: config.RunConfig, sets: dict[str, RowSet], grid: int, size: int, latents: dict | None = None):
         self.run, self.grid, self.size = run, grid, size
         fraction = run.training.forget_fraction if "forget" in sets else 0
         self.retain, self.forget = order.split(run.micro_batch, fraction)
-        self.images = {name: codes[name].images if codes else Images(rows, run.data) for name, rows in sets.items()}
-        self.codes = codes
+        self.images = {name: latents[name].images if latents else Images(rows, run.data) for name, rows in sets.items()}
+        self.latents = latents
         self.streams = {
             name: order.Stream(rows.rows, rows.groups, run.seed, number, run.data.shuffle_rows)
             for number, (name, rows) in enumerate(sorted(sets.items()))
@@ -171,8 +171,8 @@ class Loader:
     def batch(self, number: int) -> Batch:
         """Micro-batch `number`, computed in the calling thread."""
         rng = order.generator(self.run.seed, 1 << 20, number)
-        if self.codes:
-            return self._coded(number, rng)
+        if self.latents:
+            return self._cached(number, rng)
         view = views.draw(self.run.train_views, self.grid, self.retain + self.forget, rng)
         pixels = np.empty((self.retain + self.forget, self.size, self.size, 3), np.uint8)
         place = 0
@@ -184,13 +184,13 @@ class Loader:
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return Batch(images, view, self.retain, int(rng.integers(1 << 62)))
 
-    def _coded(self, number: int, rng: np.random.Generator) -> Batch:
-        which = int(rng.integers(self.run.data.code_views))
+    def _cached(self, number: int, rng: np.random.Generator) -> Batch:
+        which = int(rng.integers(self.run.data.latent_views))
         rows = [(name, row) for name, count in (("retain", self.retain), ("forget", self.forget)) if count
                 for row in self.streams[name].take(number * count, count).tolist()]  # fmt: skip
-        codes = torch.stack([self.codes[name](row, which) for name, row in rows])
-        view = views.repeated(next(iter(self.codes.values())).views[which], len(rows))
-        return Batch(codes, view, self.retain, int(rng.integers(1 << 62)))
+        latents = torch.stack([self.latents[name](row, which) for name, row in rows])
+        view = views.repeated(next(iter(self.latents.values())).views[which], len(rows))
+        return Batch(latents, view, self.retain, int(rng.integers(1 << 62)))
 
     def _image(self, name: str, row: int, rng: np.random.Generator) -> np.ndarray:
         image = self.images[name].sound(row)

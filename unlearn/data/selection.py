@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 
 from unlearn import config
 from unlearn.data import order, shards
-from unlearn.errors import ConfigError, DataError
+from unlearn.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,3 @@ def describe(found: dict[str, RowSet]) -> dict[str, dict]:
         name: {"images": len(s), "classes": [int(c) for c in np.unique(s.labels)], "manifest": s.manifest.hash}
         for name, s in found.items()
     }
-
-
-def check_sizes(found: dict[str, RowSet], needs_forget: bool) -> None:
-    """Raises DataError where the method needs a forget set and the config names none."""
-    if needs_forget and "forget" not in found:
-        raise DataError("data.forget is missing: say which images are to be forgotten")

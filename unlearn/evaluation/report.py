@@ -1,12 +1,18 @@
 """report.html: one file with the verdict, the tables, the curves and the pictures of a run. It loads nothing from anywhere."""
 
+import base64
+import io
 import math
 from pathlib import Path
 
-from unlearn import config
+import torch
+from PIL import Image
+
 from unlearn.data import selection
 from unlearn.data.storage import Storage
-from unlearn.models import base as models
+from unlearn.evaluation.verdict import verdict
+from unlearn.run import Run
+from unlearn.training import metrics
 
 NAME = "report.html"
 POINTS = 300  # of a curve; more cannot be seen
@@ -22,21 +28,16 @@ WANTED = {
 }
 
 
-def write(run: config.RunConfig, document: dict, show_forget: bool = False) -> str:
+def write(run: Run, document: dict, grids: list[dict]) -> str:
     """Write the report of a metrics.json into the run folder; returns its URI.
 
-    Pictures are made anew from the data and the weights: those of the retain set always, those of the forget set only
-    with `show_forget`. Ids are never shown.
+    grids: the picture grids to show, as unlearn.evaluation.measure makes them. Ids are never shown.
     """
     import jinja2
 
-    from unlearn.evaluation.pictures import Comparison
-    from unlearn.training import metrics
-
-    compared = Comparison(run)
-    shown = [name for name in compared.sets if name == "retain" or show_forget]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     headline, sentences = verdict(document)
+    shown = [grid["set"] for grid in grids]
     html = environment.from_string(Path(__file__).with_name(NAME).read_text()).render(
         document=document,
         headline=headline,
@@ -44,13 +45,29 @@ def write(run: config.RunConfig, document: dict, show_forget: bool = False) -> s
         tracks=_tracks(document),
         facts=_facts(run, document),
         tables=[_table(document, name) for name in document["sets"]],
-        curves=_curves(metrics.read(run.run_dir)),
-        grids=[{"set": name, "rows": compared.grid_rows(name, run.evaluation.pictures)} for name in shown],
-        withheld=[name for name in compared.sets if name not in shown],
+        curves=_curves(metrics.read(run.folder)),
+        grids=[{"set": grid["set"], "rows": _picture_rows(grid)} for grid in grids],
+        withheld=[name for name in document["sets"] if name not in shown],
     )
-    storage = Storage(run.run_dir)
+    storage = Storage(run.folder)
     storage.write(NAME, html.encode())
     return storage.where(NAME)
+
+
+def _picture_rows(grid: dict) -> list[dict]:
+    """[{"label": class, "cells": [(column, data URI), ...]}], a row an image."""
+    return [
+        {"label": label, "cells": [(title, data_uri(images[row])) for title, images in grid["columns"]]}
+        for row, label in enumerate(grid["labels"])
+    ]
+
+
+def data_uri(image: torch.Tensor) -> str:
+    """A uint8 image (3, S, S) as a data URI: PNG where it is small, JPEG where that would be heavy."""
+    kind = "png" if image.shape[-1] <= 128 else "jpeg"
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, kind, quality=92)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def table(document: dict):
@@ -71,58 +88,6 @@ def table(document: dict):
         found.add_section()
     found.caption, found.caption_justify = "\n".join(document["notes"]), "left"
     return found
-
-
-def verdict(document: dict) -> tuple[str, list[str]]:
-    """(headline, sentences) in plain words, from the figures under the first view.
-
-    A change of the mean cosine counts where it is larger than twice its standard error, taken as for independent samples.
-    """
-    rows = {(row["generator"], row["set"]): row for row in document["rows"] if row["view"] == document["views"][0]}
-    if "unlearned" not in document["generators"]:
-        return "Nothing has been unlearned yet.", ["The figures are those of the model as it is."]
-    if ("original", "forget") not in rows:
-        told = "The run has no original model or no forget set: the figures stand for themselves."
-        return "There is nothing to compare.", [told]
-    forget, retain = _change(rows, "forget"), _change(rows, "retain")
-    if not forget["fell"]:
-        headline = "No forgetting can be seen."
-    elif not retain["fell"]:
-        headline = "The forget set is reconstructed worse than before, the retain set as well as before."
-    elif forget["by"] > retain["by"]:
-        headline = f"Forgotten at a price: the forget set lost {forget['by'] / retain['by']:.1f} times what the retain set lost."
-    else:
-        headline = "Not selective: the retain set lost at least as much as the forget set."
-    sentences = [_told("forget", forget), _told("retain", retain)]
-    if ("oracle", "forget") in rows:
-        sentences.append(_against_oracle(rows))
-    return headline, sentences
-
-
-def _change(rows: dict, name: str) -> dict:
-    before, after = rows["original", name], rows["unlearned", name]
-    noise = math.hypot(before["cosine_std"] / before["images"] ** 0.5, after["cosine_std"] / after["images"] ** 0.5)
-    by = before["cosine"] - after["cosine"]
-    return {"before": before, "after": after, "by": by, "fell": by > 2 * noise}
-
-
-def _told(name: str, change: dict) -> str:
-    before, after = change["before"], change["after"]
-    return (
-        f"On the {name} set the hole is filled in with a similarity to the original image (cosine) of {after['cosine']:.3f}, "
-        f"before {before['cosine']:.3f}, and a PSNR of {after['psnr']:.1f} dB, before {before['psnr']:.1f} dB."
-    )
-
-
-def _against_oracle(rows: dict) -> str:
-    before, after, oracle = (rows[g, "forget"]["cosine"] for g in ("original", "unlearned", "oracle"))
-    told = f"The oracle, a model trained without the forget set, has a cosine of {oracle:.3f} on it"
-    if oracle >= before:
-        return f"{told}: no lower than the original's, so it is no measure of forgetting here."
-    share = (before - after) / (before - oracle)
-    if share > 1:
-        return f"{told}: the unlearned model has gone further. Worse than the oracle is no better: it can give the set away."
-    return f"{told}: the unlearned model has come {max(share, 0):.0%} of the way to it."
 
 
 def _tracks(document: dict) -> list[dict]:
@@ -169,29 +134,33 @@ def _cell(row: dict, original: dict | None, key: str, digits: int) -> dict:
     return {"value": f"{value:.{digits}f}", "change": f"{value - original[key]:+.{digits}f}".replace("-", "−")}
 
 
-def _facts(run: config.RunConfig, document: dict) -> list[tuple[str, str]]:
+def _facts(run: Run, document: dict) -> list[tuple[str, str]]:
     """What was run, as (name, value); counts and hashes, never an id."""
-    from unlearn.training import metrics
-
-    training, method, trained = run.training, run.method, metrics.read(run.run_dir)
+    settings, trained = run.settings, metrics.read(run.folder)
+    training = settings.training
     steps = f"{trained[-1]['step']:,} of {trained[-1]['steps']:,}" if trained else "none"
     engine = training.engine + (f", ZeRO stage {training.zero_stage}" if training.engine == "deepspeed" else "")
-    region = method.noise_region or models.adapter(run.model.family).noise_region
+    options = settings.method.model_dump(mode="json", exclude={"name"})
     facts = [
-        ("Method", f"{method.name}, alpha {method.alpha:g}, noise {method.noise} ({region}), distance {method.distance}"),
-        ("Model", f"{run.model.family}, {run.model.variant or 'shape of its weights'}"),
+        ("Method", ", ".join([settings.method.name, *(f"{key} {_plain(value)}" for key, value in options.items())])),
+        ("Model", f"{settings.model.family}, {settings.model.variant or 'shape of its weights'}"),
         ("Training", f"{steps} steps of {training.batch_size} images, learning rate {training.lr:g}, {training.dtype}"),
         ("Training time", _time(document["training_seconds"])),
-        ("Ran on", f"{run.cluster.workers} worker(s), {engine}"),
-        ("Seed", str(run.seed)),
+        ("Ran on", f"{settings.cluster.workers} worker(s), {engine}"),
+        ("Seed", str(settings.seed)),
         ("Software", document["software"]),
         ("Configuration", f"sha256 {document['config_hash']}"),
     ]
-    for name, found in selection.describe(selection.sets(run.data, run.seed)).items():
-        facts.append((f"Trained on: {name}", f"{_count(found)}; data sha256 {found['manifest']}"))
-    for name, found in document["sets"].items():
-        facts.append((f"Measured on: {name}", f"{_count(found)} ({found['split']}); data sha256 {found['manifest']}"))
+    facts += [(f"Weights: {name}", f"sha256 {digest}") for name, digest in document["weights"].items()]
+    for name, described in selection.describe(run.sets).items():
+        facts.append((f"Trained on: {name}", f"{_count(described)}; data sha256 {described['manifest']}"))
+    for name, described in document["sets"].items():
+        facts.append((f"Measured on: {name}", f"{_count(described)} ({described['split']}); data sha256 {described['manifest']}"))
     return facts
+
+
+def _plain(value: object) -> str:
+    return "by default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _count(found: dict) -> str:

@@ -1,48 +1,46 @@
-"""What a method is, and the registry of methods."""
+"""The contract that every method meets: the terms of its loss over one micro-batch, what it trains, its options."""
 
-import importlib
-from typing import ClassVar, Protocol
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
 from unlearn import config
 from unlearn.data.loader import Batch
-from unlearn.errors import ConfigError
 from unlearn.models.base import Adapter
+from unlearn.registry import METHODS
 
-
-class Generator(Protocol):
-    """What a method may ask of the student and of the teacher."""
-
-    def encode(self, inputs, view, seed): ...
-    def training_loss(self, inputs, view, seed): ...
-    def front_loss(self, images): ...
-    def noise_like(self, inputs, generator): ...
-    def fill_hole(self, inputs, noise, view): ...
+# Terms of a loss by name, scalars with gradient; gradients of each term by name, a tensor a parameter.
+Terms = dict[str, torch.Tensor]
+Gradients = dict[str, list[torch.Tensor]]
 
 
 class Method:
-    """A loss over one micro-batch, and what it trains.
+    """Subclasses state what they need, and the terms of their loss.
 
+    Options: the keys of `method` in a configuration besides `name`, typed and explained.
     needs_forget: the run must name a forget set; without it a method sees retain rows only.
     needs_teacher: whether the frozen original is loaded.
     needs_decoder: whether the student's decoder is on the device.
-    trains_front: whether it is the front that is trained, on images; else the batch holds what the front made of them.
+    trains_first_stage: whether it is the first stage that is trained, on images; else the batch holds what it made of them.
+    gradients_apart: whether the gradient of each term is wanted on its own, see `combine`.
     """
 
     name: ClassVar[str]
+    Options: ClassVar[type[config.Method]] = config.Method
     needs_forget: ClassVar[bool] = True
     needs_teacher: ClassVar[bool] = True
     needs_decoder: ClassVar[bool] = False
-    trains_front: ClassVar[bool] = False
+    trains_first_stage: ClassVar[bool] = False
+    gradients_apart: ClassVar[bool] = False
     # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s
     units: ClassVar[int] = 4
 
-    def __init__(self, settings: config.Method):
-        self.settings = settings
+    def __init__(self, options: config.Method):
+        self.options = options
 
     def check(self, model: type[Adapter]) -> None:
-        """Raise ConfigError where the method or its settings make no sense for this family."""
+        """Raise ConfigError where the method or its options make no sense for this family."""
 
     def sample_size(self) -> int:
         """How many training images `prepare` wants to see."""
@@ -55,33 +53,40 @@ class Method:
         """The parameters that move."""
         return list(model.encoder.parameters())
 
-    def loss(self, batch: Batch, student: Generator, teacher: Generator | None) -> dict[str, torch.Tensor]:
-        """{"loss": scalar with gradient, and its named parts, detached}. Nothing here may wait for the device."""
+    def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
+        """The terms of the loss of one micro-batch. Nothing here may wait for the device."""
         raise NotImplementedError
 
+    def weights(self) -> dict[str, float]:
+        """The weight of each term in the loss; 1 where none is named."""
+        return {}
 
-METHODS: dict[str, str] = {
-    "encoder_l2": "unlearn.methods.encoder_l2:EncoderL2",
-    "pretrain": "unlearn.methods.pretrain:Pretrain",
-    "pretrain_front": "unlearn.methods.pretrain:PretrainFront",
-}
+    def loss(self, terms: Terms) -> torch.Tensor:
+        """The weighted sum of the terms."""
+        weights = self.weights()
+        first, *others = (terms[name] * weights.get(name, 1.0) for name in terms)
+        return sum(others, start=first)
 
+    def combine(self, gradients: Gradients, dot: Callable[[list, list], torch.Tensor]) -> list[torch.Tensor]:
+        """For `gradients_apart`: the gradient that is stepped with, of those of each term over the whole global batch.
 
-def register(name: str, location: str) -> None:
-    """Add a method at `package.module:Class`. A name twice is an error."""
-    if name in METHODS:
-        raise ConfigError(f"method {name} is registered already, at {METHODS[name]}")
-    METHODS[name] = location
+        dot: the inner product of two gradients over all parameters, a scalar on the device.
+        """
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What the method must remember between steps; it is kept in every checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up what `state_dict` gave."""
 
 
 def method_class(name: str) -> type[Method]:
     """The class of a method. Raises ConfigError for an unknown one."""
-    if name not in METHODS:
-        raise ConfigError(f"method.name: no method {name!r}; known: {', '.join(METHODS)}")
-    module, _, cls = METHODS[name].partition(":")
-    return getattr(importlib.import_module(module), cls)
+    return METHODS.load(name)
 
 
-def create(settings: config.Method) -> Method:
-    """The method of a config."""
-    return method_class(settings.name)(settings)
+def create(options: config.Method) -> Method:
+    """The method of a configuration."""
+    return method_class(options.name)(options)

@@ -4,7 +4,7 @@ import torch
 
 from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError
-from unlearn.methods.base import Generator, Method
+from unlearn.methods.base import Method, Terms
 from unlearn.models.base import Adapter
 
 
@@ -20,29 +20,27 @@ class Pretrain(Method):
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         return [p for p in model.parameters() if p.requires_grad]
 
-    def loss(self, batch: Batch, student: Generator, teacher: Generator | None) -> dict[str, torch.Tensor]:
+    def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
         # A run that names a forget set has its rows in the batch too: they are not learned.
-        loss = student.training_loss(batch.images[: batch.retain], batch.view.rows(0, batch.retain), batch.seed)
-        return {"loss": loss, "retain": loss.detach()}
+        return {"retain": student.training_loss(batch.images[: batch.retain], batch.view.rows(0, batch.retain), batch.seed)}
 
 
-class PretrainFront(Method):
-    """Train the frozen front end (the tokenizer) of a family that has one, before the generator itself."""
+class PretrainFirstStage(Method):
+    """Train the frozen first stage (the tokenizer) of a family that has one, before the generator itself."""
 
-    name = "pretrain_front"
+    name = "pretrain_first_stage"
     needs_forget = False
     needs_teacher = False
     needs_decoder = True
-    trains_front = True
-    units = 0  # nobody has counted the front's FLOPs
+    trains_first_stage = True
+    units = 0  # nobody has counted the first stage's FLOPs
 
     def check(self, model: type[Adapter]) -> None:
-        if model.front_loss is Adapter.front_loss:
-            raise ConfigError(f"method.name pretrain_front: family {model.family} has no front end that is trained here")
+        if model.first_stage_loss is Adapter.first_stage_loss:
+            raise ConfigError(f"method.name pretrain_first_stage: family {model.family} has no first stage that is trained here")
 
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
-        return model.front_parameters()
+        return model.first_stage_parameters()
 
-    def loss(self, batch: Batch, student: Generator, teacher: Generator | None) -> dict[str, torch.Tensor]:
-        loss = student.front_loss(batch.images[: batch.retain])
-        return {"loss": loss, "retain": loss.detach()}
+    def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
+        return {"retain": student.first_stage_loss(batch.images[: batch.retain])}

@@ -1,10 +1,7 @@
-"""The contract that every family of generators meets, and the registry of families.
-
-A family is one file with one Adapter, and one line in MODELS.
+"""The contract that every family of generators meets. A family is one file with one Adapter, and one line in MODELS.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unlearn import config
 from unlearn.errors import ConfigError, WeightsError
+from unlearn.registry import MODELS
 from unlearn.views import View
 
 # What the encoder hands to the decoder: one tensor, or one a level.
@@ -40,10 +38,10 @@ class Adapter(nn.Module):
     """h = D after E. Subclasses set `encoder` and `decoder`, two modules that share no parameter, and where they need them
 
     shared: what encoder and decoder both use (the embedding of time): never trained, or the decoder would move with it.
-    front: turns images into what the encoder takes, called as front(images, view): a tokenizer, a VAE; never trained.
+    first stage: turns images into what the encoder takes, called as first_stage(images, view): a tokenizer, a VAE; never trained.
 
     Images are (B, 3, S, S); "normalised" means (pixel / 255 - mean) / std. "Inputs" are what the encoder takes: one tensor
-    with a row an image, normalised images where there is no front. Whatever is random in a forward comes from `seed`: the
+    with a row an image, normalised images where there is no first_stage. Whatever is random in a forward comes from `seed`: the
     same seed gives teacher and student the same. A parameter may only be used inside the forward of the module that owns
     it: under ZeRO-3 it is empty elsewhere.
     """
@@ -57,8 +55,8 @@ class Adapter(nn.Module):
     continuous: ClassVar[bool] = True
     # Where the teacher's input is noise unless the config says so: "image" or "hole".
     noise_region: ClassVar[str] = "image"
-    # Beginnings of the names of the tensors that `model.front` fills, all of them.
-    front_names: ClassVar[tuple[str, ...]] = ("front.",)
+    # Beginnings of the names of the tensors that `model.first_stage` fills, all of them.
+    first_stage_names: ClassVar[tuple[str, ...]] = ("first_stage.",)
 
     encoder: nn.Module
     decoder: nn.Module | None
@@ -67,7 +65,7 @@ class Adapter(nn.Module):
         super().__init__()
         self.options = options
         self.shared: nn.Module | None = None
-        self.front: nn.Module | None = None
+        self.first_stage: nn.Module | None = None
 
     @property
     def grid(self) -> int:
@@ -76,7 +74,7 @@ class Adapter(nn.Module):
 
     def inputs(self, images: torch.Tensor, view: View) -> torch.Tensor:
         """What the encoder takes of normalised images under a view."""
-        return images if self.front is None else self.front(images, view)
+        return images if self.first_stage is None else self.first_stage(images, view)
 
     def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> Embedding:
         """Embedding of inputs under a view; the subclass states the shapes."""
@@ -90,16 +88,16 @@ class Adapter(nn.Module):
         """The loss the family is pretrained with, a scalar."""
         raise NotImplementedError
 
-    def front_loss(self, images: torch.Tensor) -> torch.Tensor:
-        """The loss that the front is trained with, a scalar, for families whose front can be trained here."""
+    def first_stage_loss(self, images: torch.Tensor) -> torch.Tensor:
+        """The loss that the first stage is trained with, a scalar, for families whose first stage can be trained here."""
         raise NotImplementedError
 
     def flops(self, view: View) -> int:
         """FLOPs (2 a multiply-add) of one encoder forward of one image under this view."""
         raise NotImplementedError
 
-    def front_parameters(self) -> list[nn.Parameter]:
-        """What `front_loss` trains, all of it set to require a gradient."""
+    def first_stage_parameters(self) -> list[nn.Parameter]:
+        """What `first_stage_loss` trains, all of it set to require a gradient."""
         raise NotImplementedError
 
     @classmethod
@@ -122,12 +120,12 @@ class Adapter(nn.Module):
         return tensors
 
     @classmethod
-    def front_from(cls, path: Path) -> dict[str, torch.Tensor]:
-        """Tensors of the front, and of what undoes it in the decoder, from a public file or folder: a local path.
+    def first_stage_from(cls, path: Path) -> dict[str, torch.Tensor]:
+        """Tensors of the first stage, and of what undoes it in the decoder, from a public file or folder: a local path.
 
         They are named as in the model's `state_dict()`. Raises WeightsError.
         """
-        raise WeightsError(f"model.front: family {cls.family} has no frozen front end")
+        raise WeightsError(f"model.first_stage: family {cls.family} has no frozen first stage")
 
     def to_folder(self, folder: Path) -> None:
         """Write the model as the libraries it comes from read it. Raises WeightsError where there is no such form."""
@@ -155,13 +153,13 @@ class Adapter(nn.Module):
         """Forget the decoder, for methods that never call it: it then takes no memory on the device."""
         self.decoder = None
 
-    def take_front(self, device: torch.device) -> nn.Module | None:
-        """Hand out the front, on its device, and forget it: it is no part of what is trained, sharded or saved."""
-        front, self.front = self.front, None
-        return front if front is None else front.to(device).requires_grad_(False).eval()
+    def take_first_stage(self, device: torch.device) -> nn.Module | None:
+        """Hand out the first stage, on its device, and forget it: it is no part of what is trained, sharded or saved."""
+        first_stage, self.first_stage = self.first_stage, None
+        return first_stage if first_stage is None else first_stage.to(device).requires_grad_(False).eval()
 
-    def stock_noise(self, front: nn.Module, seed: int) -> None:
-        """Called with the front before training: a family whose noise has to go through it makes a stock here."""
+    def stock_noise(self, first_stage: nn.Module, seed: int) -> None:
+        """Called with the first stage before training: a family whose noise has to go through it makes a stock here."""
 
 
 def counted(forward: Callable[[], object]) -> int:
@@ -187,28 +185,9 @@ def _differ(named: Any, found: Any) -> bool:
     return named != found
 
 
-# family -> where its Adapter is; imported when first used
-MODELS: dict[str, str] = {
-    "mae": "unlearn.models.mae:MaskedAutoencoder",
-    "diffusion": "unlearn.models.diffusion:Diffusion",
-    "migan": "unlearn.models.migan:MIGAN",
-    "vqgan": "unlearn.models.vqgan:MaskedGenerativeEncoder",
-}
-
-
-def register(family: str, location: str) -> None:
-    """Add a family at `package.module:Class`. A name twice is an error."""
-    if family in MODELS:
-        raise ConfigError(f"model family {family} is registered already, at {MODELS[family]}")
-    MODELS[family] = location
-
-
 def adapter(family: str) -> type[Adapter]:
     """The Adapter class of a family. Raises ConfigError for an unknown one."""
-    if family not in MODELS:
-        raise ConfigError(f"model.family: no family {family!r}; known: {', '.join(MODELS)}")
-    module, _, name = MODELS[family].partition(":")
-    return getattr(importlib.import_module(module), name)
+    return MODELS.load(family)
 
 
 def shape(family: str, variant: str) -> Adapter:

@@ -13,11 +13,11 @@ from torch import nn
 from unlearn.models import folders, weights
 from unlearn.views import View
 
-# Where each part of a public tokenizer is in our model; the codebook is there twice, for the front is taken away.
+# Where each part of a public tokenizer is in our model; the codebook is there twice, for the first stage is taken away.
 PLACES = {
-    "encoder.": ["front.encoder."],
-    "quant_conv.": ["front.quant_conv."],
-    "quantize.embedding.": ["front.codebook.", "decoder.codebook."],
+    "encoder.": ["first_stage.encoder."],
+    "quant_conv.": ["first_stage.quant_conv."],
+    "quantize.embedding.": ["first_stage.codebook.", "decoder.codebook."],
     "post_quant_conv.": ["decoder.post_quant_conv."],
     "decoder.": ["decoder.pixels."],
 }
@@ -105,7 +105,7 @@ class MageDecoder(nn.Module):
 
 
 def encoder(o) -> nn.Module:
-    """Pixels to latents. o: the options of unlearn.models.vqgan."""
+    """Pixels to latents. o: the options of unlearn.models.mage."""
     if o.tokenizer == "mage":
         return MageEncoder(o.channels, o.layers, o.norm_groups, o.code_width)
     from diffusers.models.autoencoders.vae import Encoder
@@ -182,18 +182,18 @@ def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return torch.cdist(vectors.to(dtype), codes.to(dtype))
 
 
-def loss(front: Tokenizer, back, images: torch.Tensor) -> torch.Tensor:
+def loss(first_stage: Tokenizer, back, images: torch.Tensor) -> torch.Tensor:
     """What a tokenizer is trained with (arXiv 1711.00937): the squared error of normalised images, that of codes to latents
     and a quarter of that of latents to codes. back: has a codebook of its own, and `paint`, codes (B, C, G, G) to images.
     """
-    latents = front.latents(images)
+    latents = first_stage.latents(images)
     vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
     # Both copies of the codebook get the same gradient, to the bit, and stay equal.
-    codes = (front.codebook(front.every) + back.codebook(front.every)) / 2
+    codes = (first_stage.codebook(first_stage.every) + back.codebook(first_stage.every)) / 2
     with torch.no_grad():
         apart = distances(vectors, codes)
         nearest, closest = apart.argmin(1), apart.argmin(0)
-        unused = torch.ones_like(front.every).scatter(0, nearest, 0)
+        unused = torch.ones_like(first_stage.every).scatter(0, nearest, 0)
     chosen = codes[nearest]
     straight = vectors + (chosen - vectors).detach()
     painted = back.paint(straight.unflatten(0, (len(images), *latents.shape[2:])).permute(0, 3, 1, 2))

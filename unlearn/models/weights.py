@@ -33,17 +33,17 @@ def build(model: config.Model, seed: int = 0) -> base.Adapter:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = cls(options)
-    if model.front:
-        if built.front is None:
-            raise WeightsError(f"model.front: this {model.family} has no frozen front end")
-        with local_folder(model.front) as path:
-            front = cls.front_from(path)
-        rest = {n: t for n, t in built.state_dict().items() if not n.startswith(cls.front_names)}
-        fill(built, rest | front, model.front)
-        tensors = tensors | front if model.weights else {}
+    if model.first_stage:
+        if built.first_stage is None:
+            raise WeightsError(f"model.first_stage: this {model.family} has no frozen first stage")
+        with local_folder(model.first_stage) as path:
+            first_stage = cls.first_stage_from(path)
+        rest = {n: t for n, t in built.state_dict().items() if not n.startswith(cls.first_stage_names)}
+        fill(built, rest | first_stage, model.first_stage)
+        tensors = tensors | first_stage if model.weights else {}
     if model.weights:
-        if built.front is not None and not any(n.startswith("front.") for n in tensors):
-            raise WeightsError(f"{model.weights} lacks the frozen front end of {model.family}: name its weights in model.front")
+        if built.first_stage is not None and not any(n.startswith("first_stage.") for n in tensors):
+            raise WeightsError(f"{model.weights} lacks the frozen first stage of {model.family}: name its weights in model.first_stage")
         fill(built, tensors, model.weights)
     return built.eval()
 

@@ -19,8 +19,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from unlearn.aliases import first_hash
 from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import CheckpointError
+from unlearn.run import Run
 from unlearn.training.fragments import OPTIMIZER_STATE, Fragment
 
 COMMIT = "COMMIT"
@@ -36,15 +38,17 @@ class TrainerState:
     data: dict[str, str]  # set -> manifest hash, and "weights" -> sha256 of what training started from
     workers: int
 
-    def check(self, config: str, data: dict[str, str], where: str) -> None:
+    def check(self, run: Run, where: str) -> None:
         """Raise CheckpointError where the run to be continued is another one."""
-        if self.config != config:
+        now = run.settings.hash()
+        if self.config not in (now, first_hash(run.settings)):
             raise CheckpointError(
-                f"{where} was written with another config (hash {self.config[:12]}, now {config[:12]}): "
+                f"{where} was written with another config (hash {self.config[:12]}, now {now[:12]}): "
                 "resume with the config of the run, or start a new run_dir"
             )
-        if self.data != data:
-            changed = ", ".join(k for k in data if data[k] != self.data.get(k))
+        data = {"first_stage" if name == "front" else name: value for name, value in self.data.items()}
+        if data != run.origin:
+            changed = ", ".join(name for name in data | run.origin if data.get(name) != run.origin.get(name))
             raise CheckpointError(f"{where}: the data has changed since ({changed}); start a new run_dir")
 
 

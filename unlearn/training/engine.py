@@ -26,33 +26,34 @@ BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket where nothing is s
 class Objective(nn.Module):
     """The student and its loss as one module, so that ZeRO sees every use of a parameter inside a forward.
 
-    Teacher and front are kept out of the module: their parameters are nobody's here.
+    Teacher and first stage are kept out of the module: their parameters are nobody's here.
     """
 
-    def __init__(self, student: Adapter, method: Method, teacher: Adapter | None, front: nn.Module | None = None):
+    def __init__(self, student: Adapter, method: Method, teacher: Adapter | None, first_stage: nn.Module | None = None):
         super().__init__()
         self.student, self.method = student, method
-        self._kept_out = (teacher, front)
+        self._kept_out = (teacher, first_stage)
 
     @property
     def teacher(self) -> Adapter | None:
         return self._kept_out[0]
 
     @property
-    def front(self) -> nn.Module | None:
+    def first_stage(self) -> nn.Module | None:
         return self._kept_out[1]
 
     def forward(self, batch: Batch) -> Parts:
-        parts = self.method.loss(batch, self.student, self.teacher)
+        terms = self.method.terms(batch, self.student, self.teacher)
+        parts = {"loss": self.method.loss(terms)} | {name: term.detach() for name, term in terms.items()}
         return parts if batch.weight == 1 else {name: value * batch.weight for name, value in parts.items()}
 
     @torch.no_grad()
     def on(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-        """A batch of the loader on the device, its pixels turned into inputs; what a loader of codes hands out is inputs."""
+        """A batch of the loader on the device, its pixels turned into inputs; what a loader of latents hands out is inputs."""
         images, view = batch.images.to(device, non_blocking=True), batch.view.to(device)
         if images.dtype == torch.uint8:
             images = self.student.normalise(images)
-            images = images if self.front is None else self.front(images, view)
+            images = images if self.first_stage is None else self.first_stage(images, view)
         return replace(batch, images=images.to(dtype) if images.is_floating_point() else images.long(), view=view)
 
 

@@ -15,8 +15,8 @@ from unlearn.data.storage import Storage
 from unlearn.errors import StorageError
 
 METRICS = "metrics.jsonl"
-# What a run says before its first row: {"coding": row groups whose codes are made, "of": row groups in all}.
-CODING = "coding.json"
+# What a run says before its first row: {"latents": row groups whose latents are made, "of": row groups in all}.
+LATENTS = "latents.json"
 # dense bf16 peaks of one device, FLOP/s, from the makers' data sheets
 PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
@@ -63,10 +63,10 @@ def read(run_dir: str) -> list[dict]:
     return [json.loads(line) for line in storage.read(METRICS).splitlines()] if storage.is_file(METRICS) else []
 
 
-def coding(run_dir: str) -> list[dict]:
-    """How far the codes are, or nothing."""
+def latents(run_dir: str) -> list[dict]:
+    """How far the latents are, or nothing."""
     storage = Storage(run_dir)
-    return [json.loads(storage.read(CODING))] if storage.is_file(CODING) else []
+    return [json.loads(storage.read(LATENTS))] if storage.is_file(LATENTS) else []
 
 
 def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: float = 1) -> None:
@@ -75,7 +75,7 @@ def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: 
     while not done:
         done = bool(wait([work], timeout=every).done)
         with contextlib.suppress(StorageError):  # a picture of progress is not worth a run
-            found = read(run_dir)[-1:] or coding(run_dir)
+            found = read(run_dir)[-1:] or latents(run_dir)
             if found and found[0] != last:
                 last = found[0]
                 progress(last)

@@ -7,25 +7,25 @@ from unlearn.models import weights
 from unlearn.models.base import Adapter
 
 
-def load(run: config.RunConfig, device: torch.device, decoder: bool) -> Adapter:
+def load(settings: config.RunConfig, device: torch.device, decoder: bool) -> Adapter:
     """The teacher on its device, in the run's dtype, in eval mode."""
-    teacher = weights.build(run.model, run.seed).requires_grad_(False)
+    teacher = weights.build(settings.model, settings.seed).requires_grad_(False)
     if not decoder:
         teacher.drop_decoder()
-    teacher.take_front(torch.device("cpu"))  # the student's serves both
-    bf16 = run.training.dtype == "bf16" and run.training.engine == "deepspeed" and run.training.zero_stage > 0
+    teacher.take_first_stage(torch.device("cpu"))  # the student's serves both
+    bf16 = settings.training.dtype == "bf16" and settings.training.engine == "deepspeed" and settings.training.zero_stage > 0
     teacher = teacher.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
-    return _sharded(teacher, run) if run.training.engine == "deepspeed" and run.training.zero_stage == 3 else teacher
+    return _sharded(teacher, settings) if settings.training.engine == "deepspeed" and settings.training.zero_stage == 3 else teacher
 
 
-def _sharded(teacher: Adapter, run: config.RunConfig) -> Adapter:
+def _sharded(teacher: Adapter, settings: config.RunConfig) -> Adapter:
     """Each rank keeps its share; parameters are gathered for the forward of the module that owns them."""
     from unlearn.training.engine import deepspeed_config, import_deepspeed
 
-    settings = deepspeed_config(run.training, 1, 1, 0) | {"zero_optimization": {"stage": 3}}
+    zero = deepspeed_config(settings.training, 1, 1, 0) | {"zero_optimization": {"stage": 3}}
     # Part by part: DeepSpeed learns what to fetch ahead from calls of the very module it was given.
     for name in ("encoder", "decoder", "shared"):
         if (part := getattr(teacher, name)) is not None:
-            engine, *_ = import_deepspeed().initialize(model=part, config=settings, dist_init_required=False)
+            engine, *_ = import_deepspeed().initialize(model=part, config=zero, dist_init_required=False)
             setattr(teacher, name, engine.module)
     return teacher.eval()

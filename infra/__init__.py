@@ -1,1 +1,0 @@
-"""Images, manifests, set-up scripts. Nothing imports it; jobs/rayjob.py reads kubernetes/rendered."""

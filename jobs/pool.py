@@ -1,0 +1,100 @@
+"""Map pieces of work over workers: Ray actors on a cluster, or this process where one worker is enough.
+
+A task is a class that is built once in each worker, with the arguments it is given there, and called with piece after piece.
+"""
+
+import contextlib
+import os
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from unlearn import config
+from unlearn.errors import ClusterError, UnlearnError
+
+AHEAD = 4  # pieces that each worker has waiting, so that it works on while the driver computes
+RETRIES = 3  # of a worker that dies
+
+# Maps pieces to results, in the order of the pieces.
+Map = Callable[[Iterable[Any]], Iterator[Any]]
+
+
+@contextlib.contextmanager
+def pool(task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool) -> Iterator[Map]:
+    """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own.
+
+    here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on with fewer workers (cluster.min_workers) is given fewer.
+    The arguments are sent to the cluster once. Raises UnlearnError as the task does, and ClusterError where a worker dies too
+    often or the cluster has too little.
+    """
+    if workers == 1 and (here or not on_cluster(cluster)):
+        import torch
+
+        threads = torch.get_num_threads()
+        try:
+            call = task(*arguments)
+            yield lambda pieces: map(call, pieces)
+        finally:
+            torch.set_num_threads(threads)
+        return
+
+    from jobs.cluster import connected, room
+
+    with connected(cluster, min(workers, cluster.min_workers or workers)):
+        import ray
+
+        kind = ray.remote(
+            num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_restarts=RETRIES, max_task_retries=RETRIES
+        )(_Actor)
+        shared = ray.put(arguments)
+        actors = [kind.remote(task, shared) for _ in range(min(workers, room(cluster)))]
+        try:
+            yield lambda pieces: _in_order(actors, pieces)
+        finally:
+            for actor in actors:
+                ray.kill(actor)
+
+
+def on_cluster(cluster: config.Cluster) -> bool:
+    """Whether a Ray cluster is named, or this process is connected to one."""
+    ray = sys.modules.get("ray")
+    return bool(cluster.address or os.environ.get("RAY_ADDRESS") or (ray and ray.is_initialized()))
+
+
+class _Actor:
+    """A task in a process of its own. A mistake of the user comes back as a value, to be told once and not retried."""
+
+    def __init__(self, task: Callable, arguments: tuple):
+        self.task, self.arguments, self.call = task, arguments, None
+
+    def run(self, piece: Any) -> tuple[bool, Any]:
+        try:
+            self.call = self.call or self.task(*self.arguments)
+            return True, self.call(piece)
+        except UnlearnError as e:
+            return False, str(e)
+
+
+def _in_order(actors: list, pieces: Iterable[Any]) -> Iterator[Any]:
+    ahead: deque = deque()
+    for number, piece in enumerate(pieces):
+        ahead.append(actors[number % len(actors)].run.remote(piece))
+        if len(ahead) == AHEAD * len(actors):
+            yield _result(ahead.popleft())
+    while ahead:
+        yield _result(ahead.popleft())
+
+
+def _result(future) -> Any:
+    import ray
+    from ray.exceptions import RayActorError
+
+    try:
+        good, result = ray.get(future)
+    except RayActorError as e:
+        told = str(e).splitlines()[0][:160]
+        raise ClusterError(f"a worker died more than {RETRIES} times: {told}; it may need more memory") from None
+    if not good:
+        raise UnlearnError(result)
+    return result

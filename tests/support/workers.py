@@ -1,0 +1,66 @@
+"""Run the workers of several runs in real processes over gloo, without Ray: quick enough to do it often."""
+
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+from pathlib import Path
+
+import torch.multiprocessing
+
+from unlearn import config
+from unlearn.run import Run, resolve
+
+
+def together(runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report") -> None:
+    """Train the runs one after another in `workers` processes. Raises what a worker raises.
+
+    kill_at: the last worker kills itself with SIGKILL when it has computed this step; kill_in: as it reports the step, or
+    while the step is saved, "written" between its file and COMMIT, "committed" right after COMMIT.
+    """
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # Forked from a process that has imported what is slow to import.
+    multiprocessing.set_forkserver_preload(["deepspeed", "unlearn.training.loop", "tensorboardX"])
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.start_processes(
+            _process, (workers, str(Path(folder) / "meet"), [resolve(run) for run in runs], kill_at, kill_in), workers, start_method="forkserver"
+        )
+
+
+def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, kill_in) -> None:
+    import torch.distributed as dist
+
+    from unlearn.training.checkpoint import Checkpoints
+    from unlearn.training.loop import worker
+
+    def die_at(step: int, where: str) -> None:
+        if (step, where, rank) == (kill_at, kill_in, workers - 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def report(row: dict) -> None:
+        die_at(row["step"], "report")
+
+    save = Checkpoints.save
+
+    def watched(self, fragments, state, rank, gather):
+        places = iter(("written", "committed"))
+
+        def gather_or_die(value):
+            place = next(places)
+            if place == "committed":  # rank 0 has committed when the last gather lets the others through
+                found = gather(value)
+            die_at(state.step, place)
+            return found if place == "committed" else gather(value)
+
+        save(self, fragments, state, rank, gather_or_die)
+
+    Checkpoints.save = watched
+
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    for run in runs:
+        worker(run, report)
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,5 @@
+"""`python -m unlearn`: how a job is started."""
+
+from unlearn.cli.app import main
+
+main()

@@ -1,0 +1,46 @@
+"""`unlearn`: its commands put together, and how it ends."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from unlearn import __version__
+from unlearn.cli import catalogue, configs, jobs, plan, runs, shards
+from unlearn.errors import UnlearnError
+
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    help="Make an image-to-image generator forget chosen images, and prove it. Try `unlearn demo`.",
+)  # fmt: skip
+for command in (
+    runs.run, runs.pretrain, runs.evaluate, runs.report, runs.demo, jobs.submit, plan.plan, catalogue.convert, catalogue.models,
+    catalogue.methods,
+):  # fmt: skip
+    app.command()(command)
+app.add_typer(shards.app, name="shards")
+app.add_typer(configs.app, name="config")
+app.add_typer(jobs.app, name="jobs")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; exits with 0, with 2 on a user's mistake, with 130 on Ctrl-C."""
+    try:
+        app(argv)
+    except UnlearnError as e:
+        from rich.markup import escape
+
+        from unlearn.cli.console import err
+
+        err.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True)
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False):
+    from unlearn.cli.console import show_log
+
+    show_log()
+    if version:
+        typer.echo(f"unlearn {__version__}")
+        raise typer.Exit

@@ -1,0 +1,71 @@
+"""What the terminal shows while a job works: a bar where someone watches, plain lines in a log."""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, markup=False)  # class names and paths may hold brackets
+
+# Called with (done, total, what to say beside the bar).
+Advance = Callable[[int, int, str], None]
+
+
+@contextlib.contextmanager
+def progress(what: str, every: float = 10) -> Iterator[Advance]:
+    """A bar on a terminal; elsewhere one line at most every `every` seconds, and one at the end."""
+    if not err.is_terminal:
+        last = [time.monotonic()]
+
+        def line(done: int, total: int, note: str) -> None:
+            if done >= total or time.monotonic() - last[0] >= every:
+                last[0] = time.monotonic()
+                err.print(f"{what} {done}/{total}  {note}", soft_wrap=True)
+
+        yield line
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    with Progress(*columns, console=err) as bar:
+        task = bar.add_task(what, total=None, note="starting")
+        yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
+
+
+def training(row: dict) -> tuple[int, int, str]:
+    """(done, total, note) of one row that a run reports."""
+    if "latents" in row:
+        return row["latents"], row["of"], "row groups through the frozen first stage"
+    return row["step"], row["steps"], training_note(row)
+
+
+def training_note(row: dict) -> str:
+    """What one logged row says beside the bar."""
+    parts = [f"{name} {row[name]:.4g}" for name in ("retain", "forget") if name in row]
+    parts.append(f"{row['images_per_s']:.0f} images/s")
+    parts += [f"{row['bad_images']} bad images"] if row.get("bad_images") else []
+    return "  ".join(parts)
+
+
+def warn(text: str) -> None:
+    err.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+
+
+class _Shown(logging.Handler):
+    """Shows the project's own log as what it is: sentences for the user."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich.markup import escape
+
+        colour = "yellow" if record.levelno >= logging.WARNING else "dim"
+        err.print(f"[{colour}]{record.levelname.lower()}:[/] {escape(record.getMessage())}", soft_wrap=True)
+
+
+def show_log() -> None:
+    """Show warnings of the library on the terminal."""
+    for name in ("unlearn", "jobs"):
+        logging.getLogger(name).handlers = [_Shown()]
+        logging.getLogger(name).propagate = False

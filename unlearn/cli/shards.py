@@ -1,0 +1,65 @@
+"""The commands on shards: `unlearn shards build`, `index`, `verify`, `inspect`."""
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Pack, index, check and describe Parquet shards of images.")
+
+
+@app.command()
+def build(
+    src: Annotated[str, typer.Argument(help="a folder, or a tar, of CLASS/FILE images")],
+    dest: Annotated[str, typer.Argument(help="an empty folder, or s3://bucket/prefix")],
+    split: Annotated[str | None, typer.Option(help="take only images below a folder of this name, as in train/CLASS/FILE")] = None,
+    shard_mib: Annotated[int, typer.Option(help="size of one shard")] = 256,
+    rows_per_group: Annotated[int, typer.Option(help="images of one row group, the unit of reading")] = 256,
+):
+    """Pack images into shards; the encoded images are kept as they are.
+
+    Example: `unlearn shards build imagenet.tar s3://bucket/imagenet --split train`
+    """
+    from unlearn.cli.console import progress
+    from unlearn.data import packing
+
+    with progress("packing") as advance:
+        packing.build(src, dest, split, rows_per_group, shard_mib << 20, lambda rows, total: advance(rows, total, "images"))
+    inspect(dest)
+
+
+@app.command()
+def index(uri: Annotated[str, typer.Argument(help="folder of .parquet files with `image` and `label`")]):
+    """Write the manifest of shards that exist already; nothing is converted."""
+    from unlearn.data import shards
+
+    shards.index(uri)
+    inspect(uri)
+
+
+@app.command()
+def verify(
+    uri: Annotated[str, typer.Argument(help="folder of shards")],
+    threads: Annotated[int, typer.Option(help="decoding threads")] = 4,
+):
+    """Check every checksum and decode every image; names what is damaged and exits with 2."""
+    from unlearn.cli.console import out, progress
+    from unlearn.data import checking
+
+    with progress("verifying") as advance:
+        rows = checking.verify(uri, threads, lambda done, total: advance(done, total, "images"))
+    out.print(f"{uri}: {rows} images, every checksum and every image is good", soft_wrap=True)
+
+
+@app.command()
+def inspect(uri: Annotated[str, typer.Argument(help="folder of shards")]):
+    """Tell what shards hold: images, bytes, classes, columns."""
+    from rich.table import Table
+
+    from unlearn.cli.console import out
+    from unlearn.data import checking
+
+    about = checking.inspect(uri)
+    table = Table("", "", box=None, show_header=False)
+    for key, value in about.items():
+        table.add_row(key, str(value))
+    out.print(table)

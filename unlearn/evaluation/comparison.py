@@ -1,0 +1,111 @@
+"""What is compared: the images, what of them is hidden, and what each generator makes of them."""
+
+
+import numpy as np
+import torch
+
+from unlearn import config, views
+from unlearn.data import order
+from unlearn.data.loader import Images, fit
+from unlearn.data.storage import Storage
+from unlearn.errors import ConfigError, UnlearnError
+from unlearn.models import base, weights
+from unlearn.run import Run
+
+GREY = 128
+
+
+def generators(settings: config.RunConfig) -> dict[str, config.Model]:
+    """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle."""
+    found = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
+    folder = Storage(settings.run_dir)
+    if folder.is_file(f"model/{weights.CARD}"):
+        found["unlearned"] = folder.where("model")
+    models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in found.items() if uri}
+    if not models:
+        raise UnlearnError(f"nothing to evaluate: no model.weights in the config and no trained model in {settings.run_dir}")
+    return models
+
+
+class Comparison:
+    """The images of an evaluation, their views, and what each generator makes of them. One generator is in memory at a time."""
+
+    def __init__(self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu"):
+        self.settings, self.sets, self.models, self.device = run.settings, run.measured, models, torch.device(device)
+        self.images = {name: Images(rows, run.settings.data) for name, rows in self.sets.items()}
+        self._views: dict[tuple[str, int], views.View] = {}
+        self._loaded: tuple[str, base.Adapter] | None = None
+        first = next(iter(models))
+        self.grid, self.size = self._shape(self.generator(first))
+
+    def generator(self, name: str) -> base.Adapter:
+        """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is another."""
+        if self._loaded is None or self._loaded[0] != name:
+            former, self._loaded = self._loaded, None
+            built = weights.build(self.models[name], self.settings.seed).requires_grad_(False).to(self.device)
+            if former is not None and self._shape(built) != (self.grid, self.size):
+                told = [f"{n} {size} px in {grid} x {grid} patches"
+                        for n, (grid, size) in ((former[0], (self.grid, self.size)), (name, self._shape(built)))]  # fmt: skip
+                raise ConfigError(
+                    f"the generators do not see the same images and views: {', '.join(told)}; compare models of one shape"
+                )
+            self._loaded = name, built
+        return self._loaded[1]
+
+    @staticmethod
+    def _shape(model: base.Adapter) -> tuple[int, int]:
+        return model.grid, model.options.image_size
+
+    def pixels(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
+        """(positions kept, uint8 (B, 3, S, S)) of a set's images; damaged ones are left out, and counted as in training."""
+        images, kept, found = self.images[name], [], []
+        for position in positions.tolist():
+            row = int(images.set.rows[position])
+            try:
+                image = images[row]
+            except (ValueError, OSError) as e:
+                images.skip(row, e)
+                continue
+            kept.append(position)
+            found.append(torch.from_numpy(fit(image, self.size).transpose(2, 0, 1).copy()))
+        empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
+        return np.array(kept, np.int64), torch.stack(found).to(self.device) if found else empty.to(self.device)
+
+    def view(self, name: str, number: int, positions: np.ndarray) -> views.View:
+        """View `number` of evaluation.views of the images at these positions.
+
+        Drawn for the whole set at once (a size given as a range is drawn once), so that it depends on the seed, the set
+        and the number alone: not on batches and not on workers.
+        """
+        if (name, number) not in self._views:
+            rng = order.generator(self.settings.seed, 1 << 22, number, sorted(self.sets).index(name))
+            self._views[name, number] = views.draw([self.settings.evaluation.views[number]], self.grid, len(self.sets[name]), rng)
+        whole, at = self._views[name, number], torch.from_numpy(positions)
+        return views.View(whole.visible[at], whole.hidden[at], self.grid).to(self.device)
+
+    @torch.inference_mode()
+    def reconstruct(self, generator: str, pixels: torch.Tensor, view: views.View) -> torch.Tensor:
+        """float32 (B, 3, S, S) in [0, 1]: the hidden patches filled in, the visible ones as they were."""
+        model = self.generator(generator)
+        return model.denormalise(model.reconstruct(model.normalise(pixels), view))
+
+    def picture_rows(self, name: str) -> np.ndarray:
+        """Positions of evaluation.pictures images spread evenly over a set."""
+        count = self.settings.evaluation.pictures
+        return np.unique(np.linspace(0, len(self.sets[name]) - 1, count).round().astype(np.int64))
+
+    def column(self, name: str, generator: str | None) -> torch.Tensor:
+        """One column of a set's picture grid under the first view, uint8 (rows, 3, S, S) on the CPU: what a generator makes of the
+        images; for None twice as many rows, the images themselves and then what the generators see of them."""
+        kept, pixels = self.pixels(name, self.picture_rows(name))
+        view = self.view(name, 0, kept)
+        if generator is None:
+            return torch.cat([pixels, pixels.masked_fill(view.pixel_mask(self.size), GREY)]).cpu()
+        return (self.reconstruct(generator, pixels, view) * 255).round().to(torch.uint8).cpu()
+
+    def labels(self, name: str) -> list[str]:
+        """The class of each row of the picture grid."""
+        kept, _ = self.pixels(name, self.picture_rows(name))
+        rows = self.sets[name]
+        names, numbers = rows.manifest.classes, rows.labels[kept].tolist()
+        return [names[label] if label < len(names) else f"class {label}" for label in numbers]

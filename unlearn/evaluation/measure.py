@@ -1,0 +1,218 @@
+"""Measure what the generators of a run make of the forget and the retain set, piece by piece, and put the figures together.
+
+metrics.json holds
+
+    software, name, config_hash      what was run
+    features                         name of the feature network; figures of different networks cannot be compared
+    views, generators                names, in the order of the tables; the first view is the main one
+    weights                          {generator: sha256 of the weights that were measured}
+    sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
+    rows                             [{generator, set, view, images, fid, is, is_std, cosine, cosine_std, psnr}]: fid against
+                                     the set's own originals; is and is_std over ten splits; cosine of each reconstruction's
+                                     features to its original's, mean and standard deviation; psnr in dB, inside the hole
+                                     alone; null where a figure cannot be given
+    notes                            sentences a reader of the figures must know
+    seconds                          worker time by stage, and the whole by the clock
+    training_seconds                 time in training steps, from metrics.jsonl; null without it
+
+No image, no id and no embedding of the sets is in it.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from unlearn import __version__, config
+from unlearn.data import selection
+from unlearn.errors import UnlearnError
+from unlearn.evaluation import features
+from unlearn.evaluation.comparison import Comparison
+from unlearn.evaluation.metrics import STABLE, hole_errors, scores
+from unlearn.models import weights
+from unlearn.run import Run
+
+# Called with (images done, images in all); an image counts once for itself, and once a generator and view.
+Progress = Callable[[int, int], None]
+# Maps pieces to results, in the order of the pieces.
+Map = Callable[[Iterable[Any]], Iterator[Any]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of measuring: positions start .. stop of a set; generator None: the originals themselves."""
+
+    set: str
+    generator: str | None
+    view: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a set's picture grid; generator None: the images themselves, and what the generators see of them."""
+
+    set: str
+    generator: str | None
+
+
+class Measurer:
+    """What a worker does with one piece after another: it holds the images, the feature network, and one generator at a time."""
+
+    def __init__(self, run: Run, models: dict[str, config.Model], looks: bool = True):
+        """looks: whether figures are wanted, and so the feature network; else pictures alone."""
+        settings = run.settings
+        torch.set_num_threads(settings.training.threads)
+        device = "cuda" if settings.cluster.gpus_per_worker else "cpu"
+        self.compared = Comparison(run, models, device)
+        evaluation = settings.evaluation
+        self.network = features.build(evaluation.features, evaluation.features_weights).to(device) if looks else None
+
+    def __call__(self, piece: Piece | Column) -> dict:
+        return self.picture(piece) if isinstance(piece, Column) else self.measure(piece)
+
+    def measure(self, piece: Piece) -> dict:
+        """{"features": (B, D), "classes": (B, C) or None, "errors": (B,) squared error in the hole, or None, "seconds"}."""
+        assert self.network is not None, "made for pictures alone"
+        began, errors = time.perf_counter(), None
+        kept, pixels = self.compared.pixels(piece.set, np.arange(piece.start, piece.stop))
+        images = pixels.float() / 255
+        if not len(images):
+            return {"features": images.new_empty(0, 0), "classes": None, "errors": None, "seconds": 0.0}
+        if piece.generator:
+            view = self.compared.view(piece.set, piece.view, kept)
+            made = self.compared.reconstruct(piece.generator, pixels, view)
+            errors = hole_errors(made, images, view.pixel_mask(self.compared.size)).cpu()
+            images = made
+        vectors, classes = self.network(images)
+        classes = classes if classes is None else classes.cpu()
+        return {"features": vectors.cpu(), "classes": classes, "errors": errors, "seconds": time.perf_counter() - began}
+
+    def picture(self, column: Column) -> dict:
+        """{"labels": the class of each row, "images": uint8 (rows, 3, S, S); for the images themselves "seen" besides}."""
+        images = self.compared.column(column.set, column.generator)
+        if column.generator is not None:
+            return {"images": images}
+        whole, seen = images.chunk(2)
+        return {"labels": self.compared.labels(column.set), "images": whole, "seen": seen}
+
+
+def evaluate(
+    run: Run, models: dict[str, config.Model], mapped: Map, pictured: list[str], progress: Progress = lambda done, total: None
+) -> tuple[dict, list[dict]]:  # fmt: skip
+    """(what metrics.json holds but for the whole time, the picture grids of the sets `pictured`), every generator loaded once a worker.
+
+    mapped: calls a Measurer of this run and these models on pieces. The figures do not depend on the number of workers.
+    """
+    rows, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress)
+    settings = run.settings
+    document = {
+        "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
+        "features": settings.evaluation.features, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
+        "weights": {name: weights.fingerprint(model.weights) for name, model in models.items()},
+        "sets": {
+            name: described | {
+                "split": "held-out" if settings.evaluation.data and described["manifest"] != run.trained_on else "training",
+                "bad_images": len(run.measured[name]) - kept[name],
+            }
+            for name, described in selection.describe(run.measured).items()
+        },
+        "rows": rows,
+    }  # fmt: skip
+    document["notes"] = _notes(settings, document)
+    document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+    return document, grids(pictures, list(models), pictured)
+
+
+def columns(generators: list[str], pictured: list[str]) -> list[Column]:
+    """The columns of the picture grids of these sets, those of one generator after the other."""
+    return [Column(name, generator) for generator in (None, *generators) for name in pictured]
+
+
+def grids(pictures: dict[Column, dict], generators: list[str], pictured: list[str]) -> list[dict]:
+    """[{"set", "labels", "columns": [(title, uint8 (rows, 3, S, S)), ...]}] of what a Measurer made of `columns`."""
+    found = []
+    for name in pictured:
+        first = pictures[Column(name, None)]
+        titled = [("the image", first["images"]), ("what the model sees", first["seen"])]
+        titled += [(f"{generator} model", pictures[Column(name, generator)]["images"]) for generator in generators]
+        found.append({"set": name, "labels": first["labels"], "columns": titled})
+    return found
+
+
+def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], progress: Progress):
+    """(rows of metrics.json, images measured by set, seconds by stage, pictures by column)."""
+    settings, sizes = run.settings, {name: len(rows) for name, rows in run.measured.items()}
+    step, views = settings.evaluation.batch_size, range(len(settings.evaluation.views))
+    # Generator by generator, so that a worker loads each once; what is compared with stays in memory: the originals' features.
+    cells = [(name, None, 0) for name in sizes] + [(name, g, view) for g in generators for name in sizes for view in views]
+    pieces: list[Piece | Column] = []
+    for name, generator, view in cells:
+        pieces += [Piece(name, generator, view, i, min(i + step, sizes[name])) for i in range(0, sizes[name], step)]
+    pieces += columns([], pictured)
+    for generator in generators:  # behind the last piece that this generator measures
+        last = max(i for i, piece in enumerate(pieces) if piece.generator == generator)
+        pieces[last + 1 : last + 1] = [Column(name, generator) for name in pictured]
+    total, done = sum(p.stop - p.start for p in pieces if isinstance(p, Piece)), 0
+    found, kept, real = {}, {}, {}
+    pictures: dict[Column, dict] = {}
+    seconds = {"originals": 0.0} | dict.fromkeys([*generators, "figures"], 0.0)
+    parts: list[dict] = []
+    for piece, result in zip(pieces, mapped(pieces), strict=True):
+        if isinstance(piece, Column):
+            pictures[piece] = result
+            continue
+        parts.append(result)
+        done += piece.stop - piece.start
+        progress(done, total)
+        if piece.stop < sizes[piece.set]:
+            continue
+        seconds[piece.generator or "originals"] += sum(part["seconds"] for part in parts)
+        began, name = time.perf_counter(), piece.set
+        made, classes, errors = _joined(parts)
+        if piece.generator is None:
+            if made is None:
+                raise UnlearnError(f"no image of the {name} set decodes: nothing to measure")
+            real[name], kept[name] = made, len(made)
+        else:
+            row = {"generator": piece.generator, "set": name, "view": settings.evaluation.views[piece.view].name}
+            found[name, piece.view, piece.generator] = row | scores(real[name], made, classes, errors, settings.seed)
+        parts = []
+        seconds["figures"] += time.perf_counter() - began
+    rows = [found[name, view, generator] for name in sizes for view in views for generator in generators]
+    return rows, kept, seconds, pictures
+
+
+def _joined(parts: list[dict]) -> tuple:
+    """Features, class scores and errors of all batches, in order, or None; a batch of damaged images alone adds nothing."""
+    columns = ([p[key] for p in parts if len(p["features"])] for key in ("features", "classes", "errors"))
+    return tuple(torch.cat(column) if column and column[0] is not None else None for column in columns)
+
+
+def _notes(settings: config.RunConfig, document: dict) -> list[str]:
+    notes = []
+    measured = {name: found["images"] - found["bad_images"] for name, found in document["sets"].items()}
+    if min(measured.values()) < STABLE:
+        told = ", ".join(f"{count:,} images of the {name} set" for name, count in measured.items())
+        notes.append(
+            f"FID rests on {told}. Fewer than {STABLE:,} are too few for a covariance: the value is biased upwards and only "
+            "indicates. Compare it within this table, not with other work."
+        )
+    for name, found in document["sets"].items():
+        if found["split"] == "training":
+            why = "held-out shards have no such rows" if settings.evaluation.data else "evaluation.data names no held-out ones"
+            notes.append(f"The {name} set is measured on training images: {why}.")
+        if found["bad_images"]:
+            notes.append(f"{found['bad_images']} damaged image(s) of the {name} set were left out.")
+    if any(row["is"] is None for row in document["rows"]):
+        notes.append(f"{document['features']} has no class scores: no Inception Score.")
+    elif document["features"] != "inception":
+        notes.append(
+            f"FID and IS are computed with {document['features']}, not with the Inception network of the literature: compare "
+            "them within this report alone."
+        )
+    return notes

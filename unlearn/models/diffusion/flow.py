@@ -1,0 +1,65 @@
+"""Flow matching (arXiv 2210.02747, as Flux has it): how images are noised, and the sampler that goes back.
+
+x_s = (1 - s) x + s eps, and the network says the velocity eps - x. Its timestep is t = 1000 s. Same face as `noising.DiscreteNoising`.
+"""
+
+import functools
+import json
+import math
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
+
+import diffusers  # isort: skip
+
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+class FlowMatching:
+    """config: of a FlowMatchEulerDiscreteScheduler. tokens: of an image, by which Flux shifts its timesteps towards noise."""
+
+    prediction = "flow"
+
+    def __init__(self, config: dict[str, Any], tokens: int):
+        self.config = config
+        c = _checked(json.dumps(config, sort_keys=True))
+        self.count = c.num_train_timesteps
+        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
+        self.mu = slope * (tokens - c.base_image_seq_len) + c.base_shift if c.use_dynamic_shifting else None
+        if c.time_shift_type != "exponential" or c.invert_sigmas or c.stochastic_sampling:
+            raise ValueError(f"{SCHEDULER}: only exponential time shifts, no inverted sigmas and no stochastic sampling are known")
+        # s goes to shift s / (1 + (shift - 1) s), in training and in sampling
+        self.shift = c.shift if self.mu is None else math.exp(self.mu)
+
+    def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps (rows,), float32 in 0 .. T: uniform, then shifted as the sampler's."""
+        s = torch.rand(rows, generator=generator, device=generator.device)
+        return self.shift * s / (1 + (self.shift - 1) * s) * self.count
+
+    def noised(self, clean: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_s, in the dtype of `clean`; computed in float32 or better."""
+        s = (t / self.count).view(-1, *(1,) * (clean.dim() - 1)).to(torch.promote_types(clean.dtype, torch.float32))
+        return ((1 - s) * clean + s * eps).to(clean.dtype)
+
+    def target(self, clean: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The velocity."""
+        return eps - clean
+
+    def sampler(self, kind: str, steps: int, device: torch.device):
+        """Euler's method over `steps` timesteps, from noise down; `kind` is for other models."""
+        made = self._made()
+        made.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=self.mu, device=device)
+        return made
+
+    def _made(self):
+        return getattr(diffusers, SCHEDULER).from_config(self.config)
+
+
+@functools.cache
+def _checked(config: str):
+    """The config of a scheduler, as JSON, with diffusers' defaults. Raises ValueError and TypeError as diffusers does."""
+    with unset_fake_temporarily():  # the scheduler looks at its numbers, which fake tensors of the plan do not have
+        return getattr(diffusers, SCHEDULER).from_config(json.loads(config)).config

@@ -1,0 +1,73 @@
+"""How diffusion models noise what they learn to restore, and the sampler that goes back; the formulas are diffusers' schedulers'."""
+
+import functools
+import json
+from typing import Any
+
+import torch
+
+import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
+
+import diffusers  # isort: skip
+
+# Samplers that know no randomness of their own.
+SAMPLERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")
+
+
+class DiscreteNoising:
+    """y_t = sqrt(a_t) y + sqrt(1 - a_t) eps, with a_t the scheduler's alphas_cumprod, t = 0 .. T - 1.
+
+    config: of a diffusers scheduler, as its scheduler_config.json holds it. bounded: whether y is within -1 .. 1, as pixels
+    are, so that a sampler may clip it. Raises ValueError where diffusers cannot use the config.
+    """
+
+    def __init__(self, config: dict[str, Any], bounded: bool = True):
+        self.config, self.bounded = config, bounded
+        self.count, self.prediction, _ = _table(json.dumps(config, sort_keys=True))
+        if self.prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ValueError(f"scheduler.prediction_type {self.prediction!r}: epsilon, v_prediction and sample are known")
+
+    def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """Uniform timesteps (rows,)."""
+        return torch.randint(self.count, (rows,), generator=generator, device=generator.device)
+
+    def noised(self, clean: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """y_t, in the dtype of `clean`; computed in float32 or better."""
+        signal, noise = self._scales(t, clean)
+        return (signal * clean + noise * eps).to(clean.dtype)
+
+    def target(self, clean: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What the network has to say of y_t: eps, the velocity, or the clean image."""
+        if self.prediction == "epsilon":
+            return eps
+        if self.prediction == "sample":
+            return clean
+        signal, noise = self._scales(t, clean)
+        return signal * eps - noise * clean
+
+    def sampler(self, kind: str, steps: int, device: torch.device):
+        """A diffusers scheduler over `steps` timesteps from the last one, where all is noise, down."""
+        # "leading" spacing would start below the last timestep, where the model expects something of the image.
+        free = {} if self.bounded else {"clip_sample": False, "thresholding": False}
+        made = getattr(diffusers, kind).from_config({**self.config, "timestep_spacing": "trailing", **free})
+        made.set_timesteps(steps, device=device)
+        return made
+
+    def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kept = _on(json.dumps(self.config, sort_keys=True), t.device)[t].view(-1, *(1,) * (like.dim() - 1))
+        kept = kept.to(torch.promote_types(like.dtype, torch.float32))
+        return kept.sqrt(), (1 - kept).sqrt()
+
+
+@functools.cache
+def _table(config: str) -> tuple[int, str, torch.Tensor]:
+    """(timesteps, prediction type, alphas_cumprod) of a scheduler's config, as JSON."""
+    with torch.device("cpu"):  # kept for good, also where the first to ask has no data, on the meta device
+        made = diffusers.DDPMScheduler.from_config(json.loads(config))
+    return made.config.num_train_timesteps, made.config.prediction_type, made.alphas_cumprod
+
+
+@functools.cache
+def _on(config: str, device: torch.device) -> torch.Tensor:
+    """alphas_cumprod on a device; copied there once."""
+    return _table(config)[2].to(device)

@@ -1,0 +1,293 @@
+"""MAGE (arXiv 2211.09117): a VQ-GAN tokenizer, a ViT that encodes the visible tokens, and one that guesses the hidden ones.
+
+Shapes: B images, V visible of L = G x G tokens, W encoder width, D decoder width, N codes.
+"""
+
+import functools
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import unlearn.torchvision_cpu  # noqa: F401  timm imports torchvision
+from unlearn.models import base, tokenizer
+from unlearn.models.mae import take
+from unlearn.views import View
+
+from timm.models.vision_transformer import Block  # isort: skip
+
+SMOOTHING = 0.1  # of labels, as MAGE was trained
+STOCK = 256  # noise images whose tokens are drawn from
+# Where each part of a public MAGE checkpoint is in our model, and what its model holds but never uses.
+PLACES = {
+    "token_emb.word_embeddings.": ["encoder.word_embeddings.", "decoder.head."],
+    "token_emb.position_embeddings.": ["encoder.position_embeddings."],
+    "token_emb.LayerNorm.": ["encoder.embed_norm."],
+    "blocks.": ["encoder.blocks."],
+    "norm.": ["encoder.norm."],
+    "decoder_embed.": ["decoder.embed."],
+    "decoder_pos_embed_learned": ["decoder.pos_embed"],
+    "decoder_blocks.": ["decoder.blocks."],
+    "decoder_norm.": ["decoder.norm."],
+    "mlm_layer.fc.": ["decoder.fc."],
+    "mlm_layer.ln.": ["decoder.ln."],
+    "mlm_layer.bias": ["decoder.head.bias"],
+}
+UNUSED = ("cls_token", "pos_embed", "mask_token", "patch_embed.", "decoder_pos_embed", "decoder_pred.", "token_emb.position_ids")
+
+
+class MAGEOptions(base.Options):
+    """Defaults are those of MAGE's ViT-B.
+
+    vocabulary: codes, then what else has an embedding; class_token: the one in the class's place; the last is unused here.
+    channels: of the tokenizer, one a level; each level but the last halves the side. latent_channels, mid_attention: of a
+    `diffusers` tokenizer alone. temperature: of the noise on the choice of tokens; 0 takes the likeliest.
+    """
+
+    image_size: int = 256
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    decoder_width: int = 768
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    mlp_ratio: float = 4.0
+    codes: int = 1024
+    code_width: int = 256
+    vocabulary: int = 1024 + 1000 + 1
+    class_token: int = 1100
+    tokenizer: Literal["mage", "diffusers"] = "mage"
+    channels: tuple[int, ...] = (128, 128, 256, 256, 512)
+    layers: int = 2
+    norm_groups: int = 32
+    latent_channels: int = 256
+    mid_attention: bool = True
+    decoding_steps: int = 8
+    temperature: float = 0.0
+
+    @property
+    def grid(self) -> int:
+        return self.image_size >> (len(self.channels) - 1)
+
+    @model_validator(mode="after")
+    def _fits(self):
+        if not self.channels or any(width < 1 or width % self.norm_groups for width in self.channels):
+            raise ValueError(f"channels {self.channels} must be multiples of norm_groups {self.norm_groups}")
+        patch = 1 << (len(self.channels) - 1)
+        if self.image_size % patch:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {patch}, the side of one of the tokenizer's codes")
+        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
+            if width % heads:
+                raise ValueError(f"width {width} must be a multiple of its {heads} heads")
+        if not self.codes <= self.class_token < self.vocabulary:
+            raise ValueError(f"class_token {self.class_token} must lie after the {self.codes} codes, in the vocabulary of {self.vocabulary}")
+        if self.decoding_steps < 1 or self.temperature < 0:
+            raise ValueError("decoding_steps must be 1 or more, temperature 0 or more")
+        return self
+
+
+def _blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
+    norm = functools.partial(nn.LayerNorm, eps=1e-6)
+    return nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+
+
+class Encoder(nn.Module):
+    """(tokens of every place (B, L), visible (B, V)) to (B, 1 + V, W); the class token comes first."""
+
+    def __init__(self, o: MAGEOptions):
+        super().__init__()
+        self.class_token = o.class_token
+        self.activation_checkpointing = False
+        self.word_embeddings = nn.Embedding(o.vocabulary, o.width)
+        self.position_embeddings = nn.Embedding(1 + o.grid**2, o.width)
+        self.embed_norm = nn.LayerNorm(o.width, eps=1e-6)
+        self.blocks = _blocks(o.width, o.depth, o.heads, o.mlp_ratio)
+        self.norm = nn.LayerNorm(o.width, eps=1e-6)
+
+    def forward(self, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        # The class token is put before the others, at position 0.
+        words = F.pad(take(tokens, visible), (1, 0), value=self.class_token)
+        x = self.embed_norm(self.word_embeddings(words) + self.position_embeddings(F.pad(visible + 1, (1, 0))))
+        for block in self.blocks:
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        return self.norm(x)
+
+
+class Decoder(nn.Module):
+    """(embedding (B, 1 + V, W), visible (B, V)) to the logits of every place's token, (B, L, vocabulary).
+
+    MAGE's logits are products with the encoder's token embedding; here that is a copy, `head`, so that training the encoder
+    does not move it. The tokenizer's way back to pixels is here too, and never trained with the rest.
+    """
+
+    def __init__(self, o: MAGEOptions):
+        super().__init__()
+        self.grid = o.grid
+        self.embed = nn.Linear(o.width, o.decoder_width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + o.grid**2, o.decoder_width))
+        self.blocks = _blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o.mlp_ratio)
+        self.norm = nn.LayerNorm(o.decoder_width, eps=1e-6)
+        self.fc = nn.Linear(o.decoder_width, o.width)
+        self.ln = nn.LayerNorm(o.width)
+        self.head = nn.Linear(o.width, o.vocabulary)
+        self.codebook = nn.Embedding(o.codes, o.code_width)
+        self.post_quant_conv = tokenizer.projection(o, o.code_width, o.latent_channels)
+        self.pixels = tokenizer.decoder(o)
+        self.range = tokenizer.Range(o)
+
+    def forward(self, embedding: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        x = self.embed(embedding)
+        # The class token stands wherever nothing is known.
+        whole = x[:, :1].expand(-1, self.grid**2, -1)
+        whole = whole.scatter(1, visible[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
+        x = torch.cat([x[:, :1], whole], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.ln(F.gelu(self.fc(self.norm(x)[:, 1:]))))
+
+    def paint(self, codes: torch.Tensor) -> torch.Tensor:
+        """Codes (B, C, G, G) to normalised images."""
+        return self.range.back(self.pixels(self.post_quant_conv(codes)))
+
+
+class MaskedGenerativeEncoder(base.Adapter):
+    """Inputs are tokens, int64 (B, 2, L): see Tokenizer. The embedding compared is all output tokens, (B, 1 + V, W)."""
+
+    family = "mage"
+    Options = MAGEOptions
+    encoder_sees_hole = False
+    continuous = False
+    first_stage_names = tokenizer.NAMES
+    variants = {
+        "mage_vit_base": {},
+        "mage_vit_large": {"width": 1024, "depth": 24, "heads": 16, "decoder_width": 1024},
+        "mage_nano_32": {
+            "image_size": 32, "width": 96, "depth": 4, "heads": 4, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4,
+            "codes": 256, "code_width": 16, "vocabulary": 257, "class_token": 256,
+            "channels": (8, 16, 32), "layers": 1, "norm_groups": 4,
+        },
+        "mage_micro_64": {
+            "image_size": 64, "width": 192, "depth": 6, "heads": 4, "decoder_width": 128, "decoder_depth": 3, "decoder_heads": 4,
+            "codes": 512, "code_width": 32, "vocabulary": 513, "class_token": 512,
+            "channels": (16, 32, 64, 64), "layers": 1, "norm_groups": 8,
+        },
+    }  # fmt: skip
+
+    def __init__(self, options: MAGEOptions):
+        super().__init__(options)
+        self.first_stage = tokenizer.Tokenizer(options)
+        self.encoder = Encoder(options)
+        self.decoder = Decoder(options)
+        self._stock: torch.Tensor | None = None
+        self._initialise()
+
+    def _initialise(self):
+        for part in (self.encoder, self.decoder):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+        for weight in (self.encoder.word_embeddings.weight, self.encoder.position_embeddings.weight, self.decoder.pos_embed, self.decoder.head.weight):
+            nn.init.normal_(weight, std=0.02)
+        for part in (self.first_stage, self.decoder.codebook, self.decoder.post_quant_conv, self.decoder.pixels):
+            part.requires_grad_(False)
+        # Codes far from all latents would take long to be of use.
+        nn.init.normal_(self.first_stage.codebook.weight, std=0.1)
+        self.decoder.codebook.weight.copy_(self.first_stage.codebook.weight)
+
+    @property
+    def grid(self) -> int:
+        return self.options.grid
+
+    def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        return self.encoder(inputs[:, 0], view.visible)
+
+    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """Cross entropy of the hidden tokens of the whole image, given the visible ones of the image with its hole."""
+        logits = take(self.decoder(self.encode(inputs, view), view.visible), view.hidden)
+        target = take(inputs[:, 1], view.hidden)
+        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), label_smoothing=SMOOTHING)
+
+    def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
+        tokens = self.complete(self.inputs(images, view)[:, 0], view)
+        codes = self.decoder.codebook(tokens).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        filled = self.decoder.paint(codes)
+        return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
+
+    def complete(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
+        """Tokens (B, L) with the hidden ones guessed, in `decoding_steps` rounds (MaskGIT, arXiv 2202.04200): each keeps
+        those it is surest of, few at first, and the next one sees them."""
+        o, known, hidden = self.options, view.visible, view.hidden.shape[1]
+        generator = torch.Generator().manual_seed(0)
+        seen = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, known, True)
+        for step in range(min(o.decoding_steps, hidden)):
+            done = (step + 1) / min(o.decoding_steps, hidden)
+            logits = self.decoder(self.encoder(tokens, known), known)[..., : o.codes].float()
+            # One draw for all rows: an image is completed alike in any batch.
+            noise = _gumbel((self.grid**2, o.codes), generator).to(logits.device)
+            chosen = (logits + o.temperature * noise).argmax(2)
+            sure = logits.log_softmax(2).gather(2, chosen[..., None])[..., 0]
+            sure = sure + o.temperature * (1 - done) * _gumbel((self.grid**2,), generator).to(sure.device)
+            tokens = torch.where(seen, tokens, chosen)
+            left = min(math.floor(hidden * math.cos(math.pi / 2 * done)), hidden - step - 1) if done < 1 else 0
+            known = sure.masked_fill(seen, torch.inf).argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1] - left]
+            seen = torch.zeros_like(seen).scatter(1, known, True)
+        return tokens
+
+    def noise_like(self, inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Tokens of images of standard Gaussian noise, drawn from the stock."""
+        if self._stock is None:
+            raise RuntimeError("no tokens of noise are in stock: call stock_noise with the first stage first")
+        which = torch.randint(len(self._stock), (len(inputs),), generator=generator, device=self._stock.device)
+        return self._stock[which].expand(-1, 2, -1)
+
+    @torch.no_grad()
+    def stock_noise(self, first_stage: nn.Module, seed: int) -> None:
+        """Tokens of STOCK images of noise, (STOCK, 1, L); the same for the same seed on any device."""
+        generator, side = torch.Generator().manual_seed(seed), self.options.image_size
+        device = first_stage.codebook.weight.device
+        batches = (torch.randn(16, 3, side, side, generator=generator).to(device) for _ in range(STOCK // 16))
+        self._stock = torch.cat([first_stage.tokens(images) for images in batches])[:, None]
+
+    def first_stage_parameters(self) -> list[nn.Parameter]:
+        parts = (self.first_stage, self.decoder.codebook, self.decoder.post_quant_conv, self.decoder.pixels)
+        return [p for part in parts for p in part.requires_grad_(True).parameters()]
+
+    def first_stage_loss(self, images: torch.Tensor) -> torch.Tensor:
+        return tokenizer.loss(self.first_stage, self.decoder, images)
+
+    def flops(self, view: View) -> int:
+        o, tokens = self.options, view.visible.shape[1] + 1
+        block = 2 * tokens * o.width * o.width * (4 + 2 * o.mlp_ratio) + 4 * tokens * tokens * o.width
+        return o.depth * int(block)
+
+    @classmethod
+    def first_stage_from(cls, path: Path) -> dict[str, torch.Tensor]:
+        return tokenizer.read(path)
+
+    @classmethod
+    def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The layout of LTH14/mage; the tokenizer is in it under `vqgan.`, or comes from model.first_stage."""
+        if any(name.startswith("encoder.") for name in tensors):
+            return tensors
+        vqgan = {name.removeprefix("vqgan."): tensor for name, tensor in tensors.items() if name.startswith("vqgan.")}
+        renamed = tokenizer.from_public(vqgan)
+        for name, tensor in tensors.items():
+            prefix = next((p for p in PLACES if name.startswith(p)), None)
+            for place in PLACES.get(prefix, ()):
+                renamed[place + name.removeprefix(prefix)] = tensor.flatten() if name == "mlm_layer.bias" else tensor
+            if prefix is None and not name.startswith(("vqgan.", *UNUSED)):
+                renamed[name] = tensor  # told as unexpected where the model is filled
+        return renamed
+
+
+def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return -torch.empty(shape).exponential_(generator=generator).clamp_min(1e-20).log()

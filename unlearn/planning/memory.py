@@ -1,0 +1,136 @@
+"""How much memory a run takes on each worker, for every strategy to share the work.
+
+What is counted is what the engines keep: torch's own (float32 weights, whole), and DeepSpeed 0.19's ZeRO stages with the
+settings of `engine.deepspeed_config` and its own defaults for the rest. N: elements of the trained parameters, W: workers.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from unlearn import config
+from unlearn.planning import footprint
+from unlearn.planning.footprint import Footprint
+from unlearn.training.engine import BUCKET
+
+# Elements that ZeRO-3 gathers ahead at once, and those it keeps gathered at most (DeepSpeed's defaults).
+PREFETCH, LIVE = 50_000_000, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One strategy to run. stage None: plain torch."""
+
+    stage: int | None
+    offload: bool = False
+    checkpointing: bool = False
+
+    def __str__(self) -> str:
+        parts = ["plain torch" if self.stage is None else f"ZeRO {self.stage}"]
+        parts += ["offload"] if self.offload else []
+        return " + ".join(parts + (["checkpointing"] if self.checkpointing else []))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the moment when one worker holds most. device: by what they are for; host: the offloaded part."""
+
+    device: dict[str, int]
+    host: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.device.values())
+
+
+def strategy(run: config.RunConfig) -> Strategy:
+    """The strategy that a config asks for."""
+    t = run.training
+    if t.engine == "torch":
+        return Strategy(None, checkpointing=t.activation_checkpointing)
+    return Strategy(t.zero_stage, t.offload_optimizer and t.zero_stage > 0, t.activation_checkpointing)
+
+
+def precision(run: config.RunConfig, strategy: Strategy) -> str:
+    """How the arithmetic is done: see `footprint.measure`."""
+    if run.training.dtype == "fp32":
+        return "fp32"
+    return "bf16" if strategy.stage else "autocast"
+
+
+def estimate(found: Footprint, strategy: Strategy, precision: str, workers: int, accumulation: int, cuda: bool) -> MemoryEstimate:
+    """What one of `workers` holds at its worst moment; found: of this precision, with or without checkpointing as the strategy says."""
+    n, share = found.trained.count, math.ceil(found.trained.count / workers)
+    size = 2 if precision == "bf16" else 4
+    parts = {"parameters": size * (n + found.frozen.count) + found.buffers, "teacher": size * found.teacher.count}
+    parts["optimizer"] = 12 * share if strategy.stage else 8 * n
+    if strategy.stage == 3:
+        parts["parameters"] = size * sum(_sharded(g, workers) for g in (found.trained, found.frozen)) + found.buffers
+        parts["teacher"] = size * _sharded(found.teacher, workers)
+    host = 0
+    if strategy.offload:
+        host = (20 if strategy.stage == 3 else 16 + size + (4 if accumulation > 1 else 0)) * share
+        parts["optimizer"] = 0
+    moments = _moments(found, strategy, size, workers, accumulation, cuda)
+    worst = max(moments, key=lambda moment: sum(moment.values()))
+    return MemoryEstimate({**parts, **worst, "first_stage": found.first_stage}, host)
+
+
+def _sharded(group: footprint.Group, workers: int) -> int:
+    """Elements that a rank keeps of parameters that ZeRO-3 has cut: its share, and the small ones whole besides."""
+    return math.ceil(group.count / workers) + group.small
+
+
+def _moments(found: Footprint, strategy: Strategy, size: int, workers: int, accumulation: int, cuda: bool) -> list[dict[str, int]]:
+    """What comes and goes, at the moments that may be the worst: within forward and backward, and in the update."""
+    n, share = found.trained.count, math.ceil(found.trained.count / workers)
+    activations, grads = found.curve[:, 0], found.curve[:, 1]
+    backward = grads > 0
+    bucket = np.zeros_like(grads)
+    # torch's AdamW makes two temporary tensors as large as what it updates, unless it is fused.
+    temporary = 0 if cuda and not strategy.offload else 8 * (share if strategy.stage else found.trained.largest)
+    if not strategy.stage:
+        kept = grads if accumulation == 1 else np.full_like(grads, size * n)
+        copy = 4 * min(n, BUCKET) if strategy.stage == 0 and workers > 1 else 0
+        update = {"gradients": 4 * n, "activations": 0, "buckets": max(copy, temporary)}
+    elif strategy.stage == 1 and size == 2 and not strategy.offload:
+        # DeepSpeed's BF16_Optimizer: float32 gradients of everything, always there, besides those of the micro-batches.
+        kept = 4 * n + (grads if accumulation == 1 else np.full_like(grads, 2 * n))
+        update = {"gradients": 6 * n, "activations": 0, "buckets": temporary}
+    elif strategy.stage == 1:
+        kept = grads * (4 // size) if accumulation == 1 else np.full_like(grads, 4 * n)
+        bucket = np.where(backward, 4 * min(n, BUCKET), 0)
+        update = {"gradients": 4 * n + 8 * share, "activations": 0, "buckets": temporary}
+    else:
+        kept = np.full_like(grads, 4 * share if strategy.stage == 3 or accumulation > 1 else 0)
+        bucket = np.where(backward | (strategy.stage == 3), size * min(n, BUCKET), 0)
+        # Of float32 gradients the optimizer is given a copy.
+        copies = 1 if strategy.stage == 2 and size == 2 else 2
+        update = {"gradients": copies * 4 * share, "activations": 0, "buckets": temporary + (size * min(n, BUCKET) if strategy.stage == 3 else 0)}
+        if strategy.stage == 3 and workers > 1:
+            bucket = bucket + size * _gathered(found, cuda)
+    if strategy.offload:
+        bucket = bucket + 2 * size * found.trained.largest
+        kept, update["gradients"] = np.zeros_like(grads) if strategy.stage > 1 else kept, 0
+    at = int(np.argmax(activations + kept + bucket))
+    within = {"gradients": int(kept[at]), "activations": int(activations[at]), "buckets": int(bucket[at])}
+    return [within, update]
+
+
+def _gathered(found: Footprint, cuda: bool) -> np.ndarray:
+    """Elements of sharded parameters that ZeRO-3 holds whole at each moment, with the buffers they are gathered in.
+
+    Gathered parameters are copied out of the buffer, which stays until the last of them is used. What is needed again within
+    LIVE elements is kept, so the student's parameters stay from the forward to the backward, and the teacher's do not.
+    """
+    teacher, student = found.teacher.count - found.teacher.small, found.trained.count + found.frozen.count
+    student -= found.trained.small + found.frozen.small
+    used_t, used_s = (np.minimum(found.curve[:, 2 + i], count) for i, count in enumerate((teacher, student)))
+    # The student's first parameters are asked for before the teacher's forward.
+    ahead_t, ahead_s = min(teacher, PREFETCH), min(student, PREFETCH)
+    copied_t = np.where(used_t > 0, np.minimum(teacher - used_t, LIVE), 0)
+    held = np.where(used_t < teacher, ahead_t + copied_t, 0) + np.where(used_s < student, ahead_s, 0)
+    if not cuda:  # gloo receives into a buffer of its own
+        held = held + np.where((used_t == 0) & (used_s == 0), ahead_t + ahead_s, 0)
+    return held + np.where(used_s > 0, min(student, LIVE), 0)

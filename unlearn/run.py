@@ -1,0 +1,100 @@
+"""A run as one value: its configuration, the rows of its sets, what it starts from, and how long it is.
+
+The driver resolves it once and hands it to workers and actors, so no station asks the storage again for the same facts.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from unlearn import config
+from unlearn.config import RunConfig
+from unlearn.data import held_out, order, selection
+from unlearn.data.selection import RowSet
+from unlearn.data.storage import Storage
+from unlearn.errors import ConfigError
+from unlearn.methods import base as methods
+from unlearn.models import weights
+
+
+@dataclass(frozen=True)
+class Run:
+    """settings: the configuration. sets: the rows that training sees, "retain" and, where the method forgets, "forget".
+    measured: the rows that the evaluation sees, where there will be one.
+    origin: sha256 of the manifest of each set, and of the weights it starts from. steps: optimizer steps of the whole run.
+    """
+
+    settings: RunConfig
+    sets: dict[str, RowSet]
+    measured: dict[str, RowSet]
+    origin: dict[str, str]
+    steps: int
+
+    @property
+    def folder(self) -> str:
+        return self.settings.run_dir
+
+    @property
+    def trained_on(self) -> str:
+        """Hash of the manifest of data.train."""
+        return self.sets.get("forget", self.sets["retain"]).manifest.hash
+
+    def with_workers(self, workers: int) -> "Run":
+        """The same run on another number of workers, where nodes were lost and cluster.min_workers allows it."""
+        cluster = self.settings.cluster.model_copy(update={"workers": workers})
+        return replace(self, settings=self.settings.model_copy(update={"cluster": cluster}))
+
+
+def resolve(settings: RunConfig, measured: bool | None = None) -> Run:
+    """Look up everything that a run takes from its storage. Raises UnlearnError: no such data, class or weights; an overlap.
+
+    measured: whether the rows of an evaluation are looked up too; by default where the method has an original to compare with.
+    """
+    method = methods.method_class(settings.method.name)
+    chosen = selection.sets(settings.data, settings.seed)
+    wanted = method.needs_teacher if measured is None else measured
+    rows = held_out.sets(settings, chosen) if wanted else {}
+    if not method.needs_forget:
+        chosen.pop("forget", None)
+    return Run(settings, chosen, rows, _origin(settings, chosen), steps(settings, chosen))
+
+
+def _origin(settings: RunConfig, chosen: dict[str, RowSet]) -> dict[str, str]:
+    data = {name: rows.manifest.hash for name, rows in chosen.items()}
+    files = {"weights": settings.model.weights, "first_stage": settings.model.first_stage}
+    return data | {name: weights.fingerprint(uri) for name, uri in files.items() if uri}
+
+
+def steps(settings: RunConfig, chosen: dict[str, RowSet]) -> int:
+    """Optimizer steps of a run; an epoch is a pass over the set that takes longest."""
+    training = settings.training
+    if training.steps:
+        return training.steps
+    retain, forget = order.split(settings.micro_batch, training.forget_fraction if "forget" in chosen else 0)
+    per_step = training.batch_size // settings.micro_batch
+    passes = [len(chosen["retain"]) / (retain * per_step)]
+    passes += [len(chosen["forget"]) / (forget * per_step)] if forget else []
+    return max(1, math.ceil(training.epochs * max(passes)))
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that `source` names: a YAML file, the folder of a run, or env:VARIABLE, where `unlearn submit` puts it.
+
+    overrides: "a.b=value". Raises ConfigError, StorageError.
+    """
+    if source.startswith("env:"):
+        if (variable := source.removeprefix("env:")) not in os.environ:
+            raise ConfigError(f"{source}: this variable is not set; a configuration is expected in it")
+        return config.read(os.environ[variable], source, overrides)
+    if Path(source).suffix in (".yaml", ".yml") and "://" not in source:
+        return config.load(source, overrides)
+    storage = Storage(source)
+    if not storage.is_file("config.yaml"):
+        raise ConfigError(f"{source}: neither a YAML file nor the folder of a run (no config.yaml in it)")
+    # The folder that was named is meant, also where it is a copy of the one that its config names.
+    here = f"run_dir={yaml.safe_dump(source, default_style=chr(34)).strip()}"
+    return config.read(storage.read("config.yaml").decode(), f"{source}/config.yaml", [here, *overrides])

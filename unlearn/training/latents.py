@@ -1,0 +1,141 @@
+"""What a frozen first stage (tokenizer, VAE) makes of images, computed once and kept: then training needs neither of them.
+
+A first stage's output depends on the view too, so a run with `data.latent_cache` draws `data.latent_views` views once, from its
+`train_views` and no seed, and keeps the latents of every row under each. One file holds the chosen rows of one row group; its
+name says what is in it, so files are never changed, and runs share them.
+"""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from unlearn import config, views
+from unlearn.data import order
+from unlearn.data.loader import Images, fit
+from unlearn.data.selection import RowSet
+from unlearn.data.storage import Storage
+from unlearn.errors import DataError
+from unlearn.models.base import Adapter
+from unlearn.run import Run
+from unlearn.training import metrics
+
+BATCH = 16  # images that go through the first stage at once
+
+
+class LatentCache:
+    """LatentCache of one RowSet in the folder `settings.data.latent_cache`. first_stage: the model's, `model` has its shape and normalisation."""
+
+    def __init__(self, settings: config.RunConfig, rows: RowSet, model: Adapter, first_stage: torch.nn.Module):
+        self.settings, self.set = settings, rows
+        self.model, self.first_stage, self.size = model, first_stage, model.options.image_size
+        specs = [spec.model_dump(mode="json") for spec in settings.train_views]
+        told = {
+            "data": rows.manifest.hash, "first_stage": _fingerprint(first_stage), "grid": model.grid,
+            "images": model.options.model_dump(mode="json", include={"image_size", "mean", "std"}),
+            "views": specs, "count": settings.data.latent_views,
+        }  # fmt: skip
+        self.storage = Storage(f"{settings.data.latent_cache}/{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}")
+        self.views = [views.draw(settings.train_views, model.grid, 1, order.generator(1 << 24, n)) for n in range(settings.data.latent_views)]
+        self._files = {int(group): self._file(int(group)) for group in np.unique(rows.groups)}
+        self.images = Images(rows, settings.data)  # counts the damaged ones
+        self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _rows(self, group: int) -> np.ndarray:
+        return self.set.rows[np.searchsorted(self.set.groups, group) : np.searchsorted(self.set.groups, group, side="right")]
+
+    def _file(self, group: int) -> str:
+        return f"{group:06d}-{hashlib.sha256(self._rows(group).tobytes()).hexdigest()[:16]}.safetensors"
+
+    def fill(self, device: torch.device, rank: int, workers: int, progress: Callable[[int, int], None]) -> None:
+        """Make what is missing of this worker's share. Raises DataError as the loader does on damaged images."""
+        there = set(self.storage.files())
+        # Shared before looking: a worker that looks later finds other files there.
+        missing = [group for group, name in list(self._files.items())[rank::workers] if name not in there]
+        images = Images(self.set, self.settings.data)
+        for done, group in enumerate(missing):
+            rows = self._rows(group)
+            held = {"latents": self._make(images, rows, device)}
+            held["bad"] = torch.tensor([row for row in rows.tolist() if row in images.bad], dtype=torch.int64)
+            self.storage.write(self._files[group], save(held))
+            progress(done + 1, len(missing))
+
+    def _make(self, images: Images, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+        """(rows, views, ...): int16 where the latents are small whole numbers, else float16."""
+        parts = []
+        with ThreadPoolExecutor(self.settings.data.decode_threads) as pool:
+            for start in range(0, len(rows), BATCH):
+                pixels = list(pool.map(lambda row: fit(images.sound(row), self.size), rows[start : start + BATCH].tolist()))
+                found = self.model.normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device))
+                with torch.no_grad():
+                    made = [self.first_stage(found, views.repeated(view, len(pixels)).to(device)).cpu() for view in self.views]
+                parts.append(torch.stack(made, dim=1))
+        latents = torch.cat(parts)
+        if latents.is_floating_point():
+            return latents.half()
+        return latents.to(torch.int16 if int(latents.max()) < 1 << 15 else torch.int32)
+
+    def __call__(self, row: int, view: int) -> torch.Tensor:
+        """The latent of a row under one of `views`. Raises DataError where it was not made."""
+        group = int(np.searchsorted(self.set.manifest.starts, row, side="right") - 1)
+        place = int(np.searchsorted(self._rows(group), row))
+        return self._group(group)[place, view]
+
+    def _group(self, group: int) -> torch.Tensor:
+        with self._lock:
+            if group not in self._kept:
+                name = self._files[group]
+                try:
+                    held = load(self.storage.read(name))
+                    self._kept[group], bad = held["latents"], held["bad"].tolist()
+                except (SafetensorError, KeyError):
+                    raise DataError(f"{self.storage.where(name)} is damaged: delete it, and it is made anew") from None
+                for row in bad:  # another image stands in for it
+                    self.images.skip(row, ValueError("found when their latents were made"))
+                while self.settings.data.cache == "none" and len(self._kept) > 4:
+                    self._kept.popitem(last=False)
+            return self._kept[group]
+
+    def release_first_stage(self) -> None:
+        """Let go of the first stage and the model once everything is made."""
+        self.model = self.first_stage = None
+
+
+def _fingerprint(first_stage: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(first_stage.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def filled(run: Run, student: Adapter, first_stage: torch.nn.Module, device: torch.device, report: Callable[[dict], None]) -> dict[str, LatentCache]:
+    """The latent cache of every set, with what was missing made; the workers share the work.
+
+    report: called with {"latents": row groups done, "of": all of this worker's}.
+    """
+    together = dist.is_available() and dist.is_initialized()
+    rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+    caches = {name: LatentCache(run.settings, rows, student, first_stage) for name, rows in run.sets.items()}
+
+    def told(done: int, of: int) -> None:
+        row = {"latents": done, "of": of}
+        Storage(run.folder).write(metrics.LATENTS, json.dumps(row).encode())
+        if not together:  # Ray's report waits for all workers, who do not have as much to make
+            report(row)
+
+    for cache in caches.values():
+        cache.fill(device, rank, workers, told if rank == 0 else lambda done, of: None)
+    if together:
+        dist.barrier()
+    for cache in caches.values():
+        cache.release_first_stage()
+    return caches
