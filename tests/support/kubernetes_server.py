@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[1] / "../shared/data")).resolve().parent
+SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[2] / "../shared/data")).resolve().parent
 BINARY = SHARED / "tools/crdserver/crdserver.xz"
 KINDS = ["rayjobs", "rayclusters", "clusterqueues", "localqueues", "resourceflavors", "workloadpriorityclasses", "workloads"]
 DEFINITIONS = sorted(path for kind in KINDS for path in SHARED.glob(f"crds/ku*/*_{kind}.yaml"))

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 import psutil
-from conftest import _free_ports
+
+from support.programs import free_ports
 
 TOKEN = "a-token-of-the-tests-0123456789"
 
@@ -28,7 +29,7 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder = folder
         (folder / "home").mkdir()
-        self.ports = _free_ports(3)
+        self.ports = free_ports(3)
         self.address = f"http://127.0.0.1:{self.ports[1]}"
         self.start_head()
         self.start_second()

@@ -6,6 +6,7 @@ import torch
 
 from jobs import evaluate as evaluation
 from jobs import train as training
+from unlearn import config
 from unlearn.config import RunConfig
 from unlearn.data.loader import Batch
 from unlearn.methods import base as methods
@@ -50,3 +51,14 @@ def losses(method: Method, batch: Batch, student: Adapter, teacher: Adapter | No
 def method(name: str = "encoder_l2", **options) -> Method:
     """A method with these options."""
     return methods.create(methods.method_class(name).Options(name=name, **options))
+
+
+def tiny_config(run_dir, data: str, model: str, *overrides: str) -> config.RunConfig:
+    """Forget class ant of the small data set with the small model, four steps on plain torch; overrides: "a.b=value"."""
+    tree = {
+        "run_dir": str(run_dir), "seed": 3, "model": {"weights": model},
+        "data": {"train": data, "forget": {"classes": ["ant"]}},
+        "training": {"engine": "torch", "steps": 4, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 2, "log_every": 1},
+        "evaluation": {"limit": 8, "batch_size": 8},
+    }  # fmt: skip
+    return config.parse(config.override(tree, list(overrides)))

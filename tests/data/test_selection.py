@@ -1,0 +1,129 @@
+"""Which rows are forgotten, retained, proxies."""
+
+import shutil
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.images import tiny_table
+
+from unlearn import config
+from unlearn.data import selection, shards
+from unlearn.errors import ConfigError, DataError
+
+
+def select(where: str, seed: int = 0, **conditions) -> list[int]:
+    return selection.select(shards.load(where), config.Rows(**conditions), seed, "forget").rows.tolist()
+
+
+def sets(where: str, seed: int = 0, **roles) -> dict[str, list[int]]:
+    found = selection.sets(config.Data(train=where, **roles), seed)
+    return {name: rows.rows.tolist() for name, rows in found.items()}
+
+
+@pytest.fixture(scope="module")
+def no_ids(tmp_path_factory) -> str:
+    """The small data set without ids and subjects, its second shard shorter, so that row numbers are not a product."""
+    folder = tmp_path_factory.mktemp("no-ids")
+    for number, (first, count) in enumerate(((0, 16), (16, 11), (32, 16))):
+        table = tiny_table(first, count).select(["image", "label"])
+        pq.write_table(table, folder / f"part-{number}.parquet", row_group_size=8)
+    shards.index(str(folder))
+    return str(folder)
+
+
+def test_by_class_name_and_number(tiny_shards):
+    assert select(tiny_shards, classes=["bee"]) == select(tiny_shards, classes=[1]) == list(range(12, 24))
+    assert select(tiny_shards, classes=["dog", 0]) == [*range(12), *range(36, 48)]
+    assert select(tiny_shards, exclude_classes=["ant", 2]) == [*range(12, 24), *range(36, 48)]
+    assert select(tiny_shards, classes=[0, 1], exclude_classes=["bee"]) == list(range(12))
+    assert select(tiny_shards) == list(range(48))
+
+
+def test_by_id_subject_and_all_conditions_together(tiny_shards):
+    assert select(tiny_shards, ids=["img-047", "img-003"]) == [3, 47]
+    assert select(tiny_shards, subjects=["person-3"]) == list(range(3, 48, 5))
+    assert select(tiny_shards, subjects=["person-3"], classes=["ant"]) == [3, 8]
+    assert select(tiny_shards, classes=["ant"], ids=["img-001"]) == [1]
+
+
+def test_rows_without_ids_are_named_by_shard_and_row(no_ids):
+    assert select(no_ids, ids=["part-1.parquet:10", "part-2.parquet:0", "part-0.parquet:15"]) == [15, 26, 27]
+    manifest = shards.load(no_ids)
+    assert [selection.name_row(manifest, r) for r in (0, 16, 26, 27)] == [
+        "part-0.parquet:0", "part-1.parquet:0", "part-1.parquet:10", "part-2.parquet:0",
+    ]  # fmt: skip
+
+
+@given(st.integers(1, 15), st.integers(1, 60), st.integers(0, 50))
+def test_per_class_and_limit_draw_with_the_seed(tiny_shards, per_class, limit, seed):
+    rows = np.array(select(tiny_shards, seed, per_class=per_class, limit=limit))
+    assert len(rows) == min(limit, 4 * min(per_class, 12)) and (np.diff(rows) > 0).all()
+    assert max(np.bincount(rows // 12)) <= per_class
+    assert rows.tolist() == select(tiny_shards, seed, per_class=per_class, limit=limit)
+
+
+def test_seeds_draw_other_rows_and_labels_go_with_them(tiny_shards):
+    draws = {tuple(select(tiny_shards, seed, per_class=3)) for seed in range(20)}
+    assert len(draws) == 20 and set().union(*draws) == set(range(48))
+    found = selection.select(shards.load(tiny_shards), config.Rows(per_class=3, limit=7), 1, "retain")
+    assert found.labels.tolist() == (found.rows // 12).tolist() and found.groups.tolist() == (found.rows // 8).tolist()
+
+
+def test_only_row_groups_that_can_hold_the_class_are_read(tiny_shards, tmp_path):
+    copy = shutil.copytree(tiny_shards, tmp_path / "copy")
+    (copy / "shard-2.parquet").write_bytes(b"gone")
+    assert select(str(copy), classes=["ant", "bee"]) == list(range(24))
+    with pytest.raises(DataError, match="shard-2.parquet"):
+        select(str(copy), classes=["dog"])
+
+
+def test_retain_is_the_rest_and_a_proxy_stands_in_its_role(tiny_shards, no_ids):
+    forget = {"classes": ["ant"], "limit": 5}
+    rest = sets(tiny_shards, forget=forget)
+    assert sorted(rest["forget"] + rest["retain"]) == list(range(48)) and len(rest["forget"]) == 5
+    assert sets(tiny_shards) == {"retain": list(range(48))}
+    assert sets(tiny_shards, forget=forget, proxy={"classes": ["cat"]})["retain"] == list(range(24, 36))
+    other = selection.sets(config.Data(train=tiny_shards, forget=forget, proxy={}, proxy_data=no_ids), 0)
+    assert len(other["retain"]) == 43 and other["retain"].manifest.uri == no_ids
+
+
+@pytest.mark.parametrize(
+    "roles, message",
+    [
+        ({"forget": {"classes": [0, 1]}, "retain": {"classes": ["bee"]}}, "overlap in 12 image.* for example img-012, img-013"),
+        ({"forget": {"subjects": ["person-1"]}, "proxy": {"classes": ["ant"]}}, "overlap in 3 image.* img-001, img-006, img-011"),
+        ({"forget": {}}, "selects every image: nothing is left to retain"),
+        ({"forget": {"classes": []}}, "the forget set is empty"),
+        ({"forget": {"classes": ["ant"], "subjects": ["person-0"], "exclude_classes": [0]}}, "forget"),
+        ({"forget": {"classes": ["cow"]}}, "data.forget.classes: no class 'cow'.*it has ant, bee, cat, dog"),
+        ({"retain": {"exclude_classes": [9]}}, "data.retain.exclude_classes: no class 9.*from 0 to 3"),
+        ({"forget": {"ids": ["img-001", "img-1"]}}, "data.forget.ids: 1 of 2 not found, for example 'img-1'"),
+        ({"forget": {"subjects": ["nobody"]}}, "data.forget.subjects: 1 of 1 not found, for example 'nobody'"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_told(tiny_shards, roles, message):
+    with pytest.raises(ConfigError, match=message):
+        sets(tiny_shards, **roles)
+
+
+def test_what_the_shards_do_not_have_is_told(no_ids):
+    with pytest.raises(ConfigError, match="no column `subject`"):
+        select(no_ids, subjects=["person-1"])
+    with pytest.raises(ConfigError, match="labels without names: use numbers"):
+        select(no_ids, classes=["ant"])
+
+
+def test_overlap_is_found_between_copies_of_the_same_shards(tiny_shards, tmp_path):
+    copy = shutil.copytree(tiny_shards, tmp_path / "copy")
+    with pytest.raises(ConfigError, match="overlap in 12"):
+        sets(tiny_shards, forget={"classes": ["ant"]}, proxy={}, proxy_data=str(copy))
+
+
+def test_describe_names_no_image(tiny_shards):
+    found = selection.sets(config.Data(train=tiny_shards, forget={"classes": [2], "limit": 3}), 0)
+    about = selection.describe(found)
+    assert about["forget"] == {"images": 3, "classes": [2], "manifest": shards.load(tiny_shards).hash}
+    assert about["retain"]["images"] == 45 and "img" not in str(about)

@@ -1,0 +1,171 @@
+"""Shards and their manifest, on a folder and on S3: every damage is told with the file's name."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.images import CLASSES, encode, tiny_table
+
+from unlearn.data import shards
+from unlearn.data.storage import Storage
+from unlearn.errors import DataError, StorageError
+
+PNG = encode(np.full((9, 7, 3), 50, np.uint8))
+
+
+@pytest.fixture
+def copied(place, tiny_shards) -> Storage:
+    """The small data set at a place of the test's own."""
+    storage = Storage(place)
+    for name in Storage(tiny_shards).files():
+        storage.write(name, Storage(tiny_shards).read(name))
+    return storage
+
+
+def put(storage: Storage, table: pa.Table, name: str = "a.parquet", **options) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, **options)
+    storage.write(name, sink.getvalue().to_pybytes())
+
+
+def labelled(labels, images=None, **columns) -> pa.Table:
+    return pa.table({"image": images or [{"bytes": PNG, "path": "p"}] * len(labels), "label": labels, **columns})
+
+
+def test_index_tells_every_row_group_of_every_shard(copied, tiny_shards):
+    manifest = shards.index(copied.uri)
+    assert [s.path for s in manifest.shards] == [f"shard-{i}.parquet" for i in range(3)]
+    assert manifest.columns == ["image", "label", "id", "subject"] and manifest.rows == 48
+    assert manifest.starts.tolist() == list(range(0, 49, 8)) and len(manifest.groups) == 6
+    for shard in manifest.shards:
+        data = copied.read(shard.path)
+        assert shard.bytes == len(data) and shard.sha256 == hashlib.sha256(data).hexdigest()
+        for group in shard.row_groups:
+            assert group.sha256 == hashlib.sha256(data[group.offset : group.offset + group.bytes]).hexdigest()
+    assert [g.labels for s in manifest.shards for g in s.row_groups] == [(0, 0), (0, 1), (1, 1), (2, 2), (2, 3), (3, 3)]
+    assert manifest == shards.load(copied.uri)
+    named = dataclasses.replace(manifest, classes=CLASSES)
+    shards.save(named)
+    assert shards.load(copied.uri).hash == named.hash == shards.load(tiny_shards).hash != manifest.hash
+
+
+def test_tables_and_images_are_those_of_the_rows(copied):
+    manifest, whole = shards.load(copied.uri), pa.concat_tables([tiny_table(16 * i, 16) for i in range(3)])
+    table = manifest.table(["id", "label"], [5, 1])
+    assert table["row"].to_pylist() == [*range(40, 48), *range(8, 16)]
+    assert table["id"].to_pylist() == [f"img-{r:03d}" for r in table["row"].to_pylist()]
+    assert manifest.table(["label"], []).num_rows == 0 and manifest.table(["label"]).num_rows == 48
+    assert manifest.group_of(np.array([0, 7, 8, 47])).tolist() == [0, 0, 1, 5]
+    found = list(shards.images(manifest.read(3, ["image"])))
+    assert [bytes(v) for v in found] == [v["bytes"] for v in whole["image"].to_pylist()[24:32]]
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})], ids=str)
+def test_image_layouts_and_null_images(tmp_path, kind):
+    struct = pa.types.is_struct(kind)
+    values = [{"bytes": PNG, "path": None} if struct else PNG, None, {"bytes": None, "path": "x"} if struct else None]
+    put(Storage(tmp_path), labelled([0, 1, 2], pa.array(values, kind)))
+    manifest = shards.index(str(tmp_path))
+    assert [bytes(v) for v in shards.images(manifest.read(0, ["image"]))] == [PNG, b"", b""]
+    assert manifest.columns == ["image", "label"] and manifest.classes == []
+
+
+def test_class_names_of_hugging_face_are_found(tmp_path):
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    put(Storage(tmp_path), labelled([0, 1]).replace_schema_metadata(about))
+    assert shards.index(str(tmp_path)).classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("about", ["[1]", "{", '{"info": {"features": {"label": [1]}}}', '{"info": {"features": {"label": {}}}}'])
+def test_other_metadata_gives_no_names(tmp_path, about):
+    put(Storage(tmp_path), labelled([0, 1]).replace_schema_metadata({"huggingface": about}))
+    assert shards.index(str(tmp_path)).classes == []
+
+
+def test_only_columns_that_every_shard_has_are_promised(tmp_path):
+    put(Storage(tmp_path), labelled([0], id=["x"], subject=["s"]), "a.parquet")
+    put(Storage(tmp_path), labelled([0], subject=["s"]), "b.parquet")
+    put(Storage(tmp_path), labelled([0], id=["y"], subject=["s"]), "c.parquet")
+    assert shards.index(str(tmp_path)).columns == ["image", "label", "subject"]
+
+
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        (pa.table({"label": [1]}), "needs a column `image`"),
+        (labelled([1], images=["text"]), "needs a column `image`"),
+        (pa.table({"image": [PNG]}), "needs an integer column `label`"),
+        (labelled(["cat"]), "needs an integer column `label`"),
+        (labelled(pa.array([1, None], pa.int64())), r"1 row\(s\) of row group 0 have no label"),
+    ],
+)
+def test_a_shard_without_what_is_needed_is_told(tmp_path, table, message):
+    put(Storage(tmp_path), table)
+    with pytest.raises(DataError, match=f"a.parquet: {message}"):
+        shards.index(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"not parquet" * 100, lambda d: b"", lambda d: d[:-4]])
+def test_a_damaged_shard_is_told_by_name(copied, damage):
+    manifest = shards.load(copied.uri)
+    copied.write("shard-1.parquet", damage(copied.read("shard-1.parquet")))
+    for call in (lambda: shards.index(copied.uri), lambda: manifest.read(2, ["image"])):
+        with pytest.raises((DataError, StorageError), match="shard-1.parquet") as e:
+            call()
+        assert e.type is DataError
+    assert manifest.read(0, ["label"]).num_rows == 8
+
+
+def test_damaged_pages_behind_a_whole_footer_are_told(copied):
+    manifest = shards.load(copied.uri)
+    data, group = bytearray(copied.read("shard-1.parquet")), manifest.shards[1].row_groups[1]
+    data[group.offset : group.offset + group.bytes] = b"\xff" * group.bytes
+    copied.write("shard-1.parquet", bytes(data))
+    with pytest.raises(DataError, match="shard-1.parquet, row group 1: unreadable"):
+        manifest.read(3, ["image"])
+    with pytest.raises(DataError, match="shard-1.parquet"):
+        shards.index(copied.uri)
+
+
+def test_a_shard_that_is_not_the_manifests_is_told(copied):
+    manifest = shards.load(copied.uri)
+    put(copied, tiny_table(0, 16), "shard-2.parquet", row_group_size=4)
+    with pytest.raises(DataError, match="shard-2.parquet: not the file of the manifest"):
+        manifest.read(4, ["label"])
+    copied.delete("shard-2.parquet")
+    with pytest.raises(StorageError, match="shard-2.parquet: there is no such"):
+        manifest.read(4, ["label"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda t: t[: len(t) // 2], lambda t: "[]", lambda t: "{}", lambda t: t.replace('"rows": 8', '"rows": 9', 1),
+     lambda t: t.replace("shard-1.parquet", "shard-0.parquet"), lambda t: t.replace('"offset"', '"ofset"'), lambda t: "\udcff"],
+)  # fmt: skip
+def test_a_damaged_manifest_is_told(copied, damage):
+    copied.write(shards.MANIFEST, damage(copied.read(shards.MANIFEST).decode()).encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match="manifest.json is damaged"):
+        shards.load(copied.uri)
+
+
+def test_a_folder_without_manifest_or_shards_is_told(place):
+    Storage(place).write("readme", b"1")
+    with pytest.raises(DataError, match="no manifest.json there.*unlearn shards index"):
+        shards.load(place)
+    with pytest.raises(DataError, match="no .parquet file there"):
+        shards.index(place)
+
+
+def test_the_embedded_shards_are_what_their_manifest_says():
+    for name, rows in (("fashion-train", 5000), ("fashion-test", 1000)):
+        manifest = shards.load(f"embedded:{name}")
+        assert manifest.rows == rows and len(manifest.classes) == 10
+        assert sorted(np.unique(manifest.table(["label"])["label"].to_numpy()).tolist()) == list(range(10))
+        for shard in manifest.shards:
+            assert hashlib.sha256(Path(manifest.uri, shard.path).read_bytes()).hexdigest() == shard.sha256

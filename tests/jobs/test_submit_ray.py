@@ -1,0 +1,158 @@
+"""Jobs on a real Ray cluster of two nodes on loopback, through its Jobs API."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from support.ray_nodes import TOKEN, Cluster, until
+from support.runs import tiny_config
+from support.workers import together
+
+from jobs import submit
+from jobs.backends.base import State
+from jobs.backends.ray_jobs import RayJobs
+from unlearn.errors import ClusterError
+from unlearn.training import metrics
+from unlearn.training.checkpoint import Checkpoints
+
+# Long enough to be stopped in, with a checkpoint to go back to; a worker on each node.
+LONG = [
+    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=300", "training.checkpoint_every=20",
+    "training.log_every=20", "training.schedule=constant", "method.name=pretrain",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ray_cluster():
+    pytest.importorskip("aiohttp_cors", reason="pip install 'unlearn[cluster]'")
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # Ray's sockets want a short path
+        cluster = Cluster(Path(folder))
+        try:
+            yield cluster
+        finally:
+            cluster.close()
+
+
+@pytest.fixture
+def there(ray_cluster: Cluster, monkeypatch) -> RayJobs:
+    """The cluster, to whoever has the token."""
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    return RayJobs(ray_cluster.address)
+
+
+def test_ray_tokens_and_jobs_that_are_not_there(there, told, monkeypatch, tmp_path):
+    assert there.jobs() == [] and there._client is not None
+    assert f"no job x at {there.where}" in told("jobs", "status", "x", "--to", there.where)[2]
+    monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")  # Ray's client would prefer it; --to is what is meant
+    assert told("jobs", "list", "--to", there.where)[0] == 0
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert told("jobs", "list", "--to", there.where)[0] == 0
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
+    assert "RAY_AUTH_TOKEN_PATH: there is no file" in told("jobs", "list", "--to", there.where)[2]
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "wants a token, and none was found: set RAY_AUTH_TOKEN" in told("jobs", "list", "--to", there.where)[2]
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "hunter2-hunter2-hunter2")
+    code, out, err = told("jobs", "list", "--to", there.where)
+    assert code == 2 and "refuses the token: check RAY_AUTH_TOKEN" in err and "hunter2" not in out + err
+
+
+HELLO = """
+import json, os, sys
+from pathlib import Path
+def main():
+    import yaml
+    print("seed", yaml.safe_load(os.environ["UNLEARN_CONFIG"])["seed"], "arguments", sys.argv[1:])
+    print("files", sorted(p.name for p in Path.cwd().rglob("*") if p.is_file() and "__pycache__" not in str(p)))
+    if "--fail" in sys.argv:
+        sys.exit("error: as was wished")
+main()
+"""
+
+
+def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path):
+    """Any driver; of a working directory the packages travel, and nothing else."""
+    root = tmp_path / "checkout"
+    for name, text in {"jobs/__init__.py": "", "jobs/hello.py": HELLO, ".env": "KEY=hunter2", "runs/old.txt": "x", "jobs/.env": "x",
+                       "unlearn/data.txt": "x", "notes.txt": "x"}.items():  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    place = submit.backend(there.where, working_dir=str(root))
+    sent = submit.request(tiny_run(), "jobs.hello", ["--loud"], name="Hello")
+    job, new = submit.submit(place, sent)
+    assert new and job.id.startswith("hello-")
+    text = "".join(place.logs(job.id, follow=True))
+    assert "seed 3 arguments ['env:UNLEARN_CONFIG', '--loud']" in text
+    assert "files ['__init__.py', 'data.txt', 'hello.py']" in text
+    until(lambda: not place.get(job.id).live)
+    assert submit.submit(place, sent) == (place.get(job.id), False) and place.get(job.id).state == State.SUCCEEDED
+    assert [j.id for j in there.jobs()] == [job.id]
+    submit.remove(there, job.id)
+    assert there.jobs() == []
+
+    failing = submit.request(tiny_run(), "jobs.hello", ["--fail"])
+    submit.submit(place, failing)
+    ended = submit.wait(place, failing.id, every=0.2)
+    assert (ended.state, ended.message) == (State.FAILED, "exit code 1: error: as was wished")
+    # Resumed with the code it was sent with, by one who does not name it again.
+    submit.resume(there, failing.id)
+    ended = submit.wait(there, failing.id, every=0.2)
+    assert (ended.state, ended.message) == (State.FAILED, "exit code 1: error: as was wished")
+    root.rename(tmp_path / "elsewhere")
+    with pytest.raises(ClusterError, match="was sent with the code in .*/checkout, which is not on this machine"):
+        submit.resume(there, failing.id)
+    submit.remove(there, failing.id)
+
+
+def test_ray_job_is_stopped_and_goes_on(there, told, tiny_shards, tiny_model, tmp_path):
+    """The second attempt ends with the weights of a run that nobody stopped; both nodes have a worker."""
+    run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG)
+    whole = run.model_copy(update={"run_dir": str(tmp_path / "whole")})
+    checkpoints = Checkpoints(run.run_dir, 2)
+    job, _ = submit.submit(there, submit.request(run))
+    until(checkpoints.steps)
+    assert told("jobs", "stop", job.id, "--to", there.where)[1] == f"{job.id}: stopped\n"
+    stopped = checkpoints.steps()[-1]
+    assert stopped < run.training.steps, "the run was over too soon"
+    assert "unlearn pretrain" in "".join(there.logs(job.id, follow=False))  # it ended by itself, with its hint how to go on
+    rows = []
+    assert submit.resume(there, job.id).live
+    ended = submit.wait(there, job.id, rows.append, every=0.2)
+    assert ended.state == State.SUCCEEDED, "".join(there.logs(job.id, follow=False))
+    assert rows[0]["step"] > stopped - 20 and {row["workers"] for row in rows} == {2}
+    together([whole], 2)
+    folder = f"checkpoints/step-{run.training.steps:08d}"
+    for file in sorted(Path(whole.run_dir, folder).glob("*.safetensors")):
+        assert file.read_bytes() == Path(run.run_dir, folder, file.name).read_bytes()
+    assert [d.submission_id for d in there._details()] == [f"{job.id}-r2", job.id]
+    assert [j.id for j in there.jobs()] == [job.id]
+
+
+@pytest.mark.slow
+def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is_back(there, ray_cluster, tiny_shards, tiny_model, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG, "training.steps=4000", "cluster.min_workers=1")
+    job, _ = submit.submit(there, submit.request(run))
+    until(lambda: Checkpoints(run.run_dir, 2).steps())
+    ray_cluster.kill("second")
+    killed = Checkpoints(run.run_dir, 2).steps()[-1]
+    until(lambda: metrics.read(run.run_dir)[-1]["workers"] == 1)
+    ray_cluster.start_second()
+    until(lambda: metrics.read(run.run_dir)[-1]["workers"] == 2 or not there.get(job.id).live, 600)
+    ended = submit.wait(there, job.id)
+    log = "".join(there.logs(job.id, follow=False))
+    assert ended.state == State.SUCCEEDED, log
+    rows = metrics.read(run.run_dir)
+    first = next(row["step"] for row in rows if row["workers"] == 1)
+    assert killed < first <= killed + 60 and "with 1 of 2 workers" in log and rows[-1]["workers"] == 2
+    whole = run.model_copy(update={"run_dir": str(tmp_path / "whole")})
+    together([whole], 2)
+    found, expected = (load_file(f"{r.run_dir}/model/weights.safetensors") for r in (run, whole))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)

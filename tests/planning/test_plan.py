@@ -1,0 +1,235 @@
+"""What a run will need is what it then takes: memory measured byte for byte, FLOPs, the advice, `unlearn plan` and `--dry-run`."""
+
+import json
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from support.command import refused
+from support.models import SMALL, batch_for, build, cached
+from support.peaks import STEP, held, peaks, recorded
+
+from jobs.demo import demo_config
+from unlearn import config, views
+from unlearn.data import order
+from unlearn.data.loader import Batch
+from unlearn.errors import ConfigError, WeightsError
+from unlearn.methods import base as methods
+from unlearn.models import base
+from unlearn.planning import cost, footprint, memory, report, search
+from unlearn.planning.memory import Strategy
+from unlearn.training.engine import Objective, TorchEngine
+
+# Parameters large enough that ZeRO-3 shares them out, and few activations.
+WIDE = "model={family: mae, options: {image_size: 32, patch_size: 8, width: 384, depth: 3, heads: 4, decoder_width: 8, decoder_heads: 2}}"
+# One view, so that every step is the worst one; two micro-batches a worker and step.
+COMMON = [
+    "train_views=[{kind: centre, size: 0.5}]", "training.steps=2", "training.log_every=100", "training.checkpoint_every=100",
+    "training.batch_size=64", "training.micro_batch_size=16",
+]  # fmt: skip
+TWO = ["cluster.workers=2", "training.engine=deepspeed"]
+PLAIN = [
+    ["training.dtype=fp32"], ["training.dtype=bf16"], ["training.activation_checkpointing=true"], ["method.name=pretrain"],
+    ["training.micro_batch_size=64", WIDE],
+]  # fmt: skip
+SHARED = [
+    *[[f"training.zero_stage={stage}", f"training.dtype={dtype}"] for dtype in ("fp32", "bf16") for stage in range(4)],
+    *[["training.offload_optimizer=true", f"training.zero_stage={stage}"] for stage in (2, 3)],
+    ["training.zero_stage=3", WIDE], ["training.zero_stage=1", "training.micro_batch_size=32", WIDE],
+]  # fmt: skip
+
+
+def run_for(folder: Path, *overrides: str) -> config.RunConfig:
+    return demo_config(run_dir=str(folder), overrides=[*COMMON, *overrides])
+
+
+def needed(run: config.RunConfig) -> memory.MemoryEstimate:
+    strategy = memory.strategy(run)
+    precision = memory.precision(run, strategy)
+    found = footprint.measure(run, run.micro_batch, precision, strategy.checkpointing)
+    return memory.estimate(found, strategy, precision, run.cluster.workers, run.accumulation, cuda=False)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """{case: (its run, what its workers really held)}."""
+    folder, found = tmp_path_factory.mktemp("plan"), {}
+    for workers, cases in ((["cluster.workers=1", "training.engine=torch"], PLAIN), (TWO, SHARED)):
+        runs = [run_for(folder / f"{workers[0]}-{number}", *workers, *case) for number, case in enumerate(cases)]
+        found |= {" ".join(case): pair for case, pair in zip(cases, zip(runs, peaks(runs), strict=True), strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("case", [" ".join(case) for case in PLAIN + SHARED])
+def test_memory_of_a_worker_is_what_the_plan_says(measured, case):
+    run, real = measured[case]
+    need = needed(run)
+    assert need.total + need.host == pytest.approx(real.peak, rel=0.15), need
+    # The parts that stay from step to step; the engines keep a few of the others too. Twice the buckets, since the buffer of an
+    # exchange that gloo's thread is the last to let go of seems to stay.
+    kept = need.host + sum(need.device[name] for name in ("parameters", "teacher", "optimizer", "first_stage"))
+    assert 0.95 * kept < real.between < 1.05 * (kept + need.device["gradients"] + 2 * need.device["buckets"])
+
+
+@pytest.mark.parametrize("shape", SMALL)
+def test_every_family_can_be_planned(shape, tmp_path):
+    """On the plain engine, with noise for images: the first stages are not on the device."""
+    family, options = SMALL[shape]
+    run = run_for(tmp_path, f"model={json.dumps({'family': family, 'options': options})}", "training.engine=torch",
+                  "cluster.workers=1", "training.batch_size=32", "training.micro_batch_size=32", "data.latent_cache=codes")  # fmt: skip
+    student, teacher = (build(shape, seed) for seed in (1, 2))
+    batch = batch_for(student, 32, kind="centre", size=0.5)
+    if student.first_stage is None:  # pixels, as the loader hands them out
+        batch = Batch((student.denormalise(batch.images) * 255).round().byte(), batch.view, 16, 0)
+    else:
+        batch = cached(student, Batch(batch.images, batch.view, 16, 0))
+    found = footprint.measure(run, 32, "fp32", False)
+    assert found.trained.count == sum(p.numel() for p in student.encoder.parameters())
+    method = methods.create(run.method)
+    for model in (student, teacher):
+        model.drop_decoder()
+    teacher.first_stage = None
+    with recorded() as profile:
+        engine = TorchEngine(Objective(student, method, teacher.requires_grad_(False)), method.trainable(student), run.training, torch.device("cpu"))
+        for _ in range(3):
+            with torch.profiler.record_function(STEP):
+                engine.step([batch], 0.0)
+    # The parameters were there before.
+    need = memory.estimate(found, Strategy(None), "fp32", 1, 1, cuda=False)
+    grown = need.total - need.device["parameters"] - need.device["teacher"]
+    assert grown == pytest.approx(held(profile).peak, rel=0.15), need
+
+
+def test_nothing_is_computed_and_nothing_fake_is_left_behind(tmp_path):
+    """A ViT-H of 2.5 GB, its teacher and its activations take next to no memory."""
+    run = run_for(tmp_path, "model={family: mae, variant: vit_huge_patch14}", "training.engine=torch", "cluster.workers=1")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = footprint.measure(run, 16, "fp32", False)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
+    assert found.trained.count == 630_435_840 and 4 * found.trained.count == pytest.approx(found.curve[-1, 1])
+    assert all(type(t) is torch.Tensor for t in base._statistics((0.5,) * 3, (0.5,) * 3, torch.device("cpu")))
+
+
+def test_two_sizes_of_micro_batch_tell_of_all(tmp_path):
+    made = search.Search(run_for(tmp_path, "training.micro_batch_size=4", *TWO), 8 << 30, cuda=False)
+    for rows in (2, 32):
+        exact = memory.estimate(footprint.measure(made.run, rows, "fp32", False), Strategy(2), "fp32", 2, 32 // rows, cuda=False)
+        assert made.estimate(Strategy(2), rows).total == pytest.approx(exact.total, rel=0.01)
+
+
+@pytest.fixture(scope="module")
+def measured_once():
+    """footprint.measure, which takes a second for a ViT-L, remembers."""
+    known, measure = {}, footprint.measure
+
+    def remembering(run, *rest):
+        key = (run.hash(), *rest)
+        if key not in known:
+            known[key] = measure(run, *rest)
+        return known[key]
+
+    return remembering
+
+
+@pytest.mark.parametrize("gib", [0.5, 3, 6, 12, 40, 80])
+def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib, measured_once, monkeypatch):
+    """ViT-L, 64 rows a GPU."""
+    monkeypatch.setattr(footprint, "measure", measured_once)
+    overrides = ["model={family: mae, variant: vit_large_patch16}", "training.batch_size=128", "training.micro_batch_size=64", "training.dtype=bf16", *TWO]
+    run = run_for(tmp_path, *overrides)
+    made = search.Search(run, int(gib * 2**30), cuda=True)
+    rows, advice = made.table(), made.advice()
+    assert [row.strategy for row in rows][:1] == [Strategy(2)] and {row.strategy for row in rows} >= {Strategy(stage) for stage in range(4)}
+    if advice is None:
+        assert gib == 0.5 and not any(row.fits for row in rows)
+        return
+    if rows[0].fits:
+        assert advice == (Strategy(2), 64)
+    set_to = [f"{key}={str(value).lower()}" for key, value in search.settings(*advice).items()]
+    taken = search.Search(run_for(tmp_path, *overrides, *set_to), int(gib * 2**30), cuda=True).table()[0]
+    assert taken.fits and taken.largest == advice[1] and 64 % advice[1] == 0
+
+
+def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
+    """Two views of equal chance; a routed teacher's forward beside the student's three units."""
+    run = run_for(tmp_path, "train_views=[{kind: centre, size: 0.5}, {kind: random, size: [0.25, 0.75]}]")
+    model = base.adapter("mae")(footprint.shape(run.model))
+    kinds = [[0.5], [0.25, 0.375, 0.5, 0.625, 0.75]]
+    means = []
+    for kind, sizes in zip(("centre", "random"), kinds, strict=True):
+        found = [views.draw([config.ViewSpec(kind=kind, size=size)], model.grid, 1, order.generator(0)) for size in sizes]
+        means.append(sum(model.flops(view) for view in found) / len(found))
+    work = cost.work(run, {"retain": 10, "forget": 10}, steps=7, measured=20)
+    assert work.step == pytest.approx(64 * 4 * sum(means) / 2) and work.steps == 7 and work.evaluation > 0
+    found = cost.cost(run, work, peak=1e12, plain=1e11, share=0.25)
+    assert found.step == pytest.approx(work.step / (0.25e12 * run.cluster.workers)) and found.training == pytest.approx(7 * found.step)
+    assert found.images == pytest.approx(0.25 * found.floor) == pytest.approx(64 / found.step)
+    again = cost.cost(run_for(tmp_path, "training.activation_checkpointing=true"), work, 1e12, 1e11, 0.25)
+    assert again.step == pytest.approx(found.step * 5 / 4)
+    assert 1e8 < cost.cpu_peak(1, 1, 0.05) < 1e13
+
+
+def test_a_first_stage_counts_each_step_or_once(tmp_path):
+    model = "model={family: mage, variant: mage_nano_32}"
+    each = cost.work(run_for(tmp_path, model), {"retain": 3, "forget": 2}, 1)
+    once = cost.work(run_for(tmp_path, model, "data.latent_cache=codes", "data.latent_views=4"), {"retain": 3, "forget": 2}, 1)
+    assert each.once == once.first_stage == 0 and each.step == once.step
+    assert each.first_stage / 64 == pytest.approx(once.once / (5 * 4)) and once.once > 0
+    # Fronts compute in float32, whatever the rest does.
+    run = run_for(tmp_path, model)
+    fast, slow = (cost.cost(run, each, 1e12, plain, 0.5) for plain in (1e12, 1e11))
+    assert (slow.step - fast.step) * run.cluster.workers == pytest.approx(each.first_stage * 0.9 / 0.05e12) and slow.floor < fast.floor
+    assert cost.cost(run, once, 1e12, 1e11, 0.5).once == pytest.approx(once.once / (0.05e12 * run.cluster.workers))
+
+
+def test_sizes_and_kinds_of_gpus():
+    assert [report.parse_size(s) for s in ("80GiB", "1.5 g", "512MB", "1000")] == [80 << 30, 3 << 29, 512 << 20, 1000]
+    with pytest.raises(ConfigError, match="write it as 80GiB"):
+        report.parse_size("large")
+    run = demo_config(overrides=["cluster.gpus_per_worker=1", "training.dtype=bf16"])
+    found = report.device(run, gpu="h200")
+    assert (found.memory, found.peak, found.share) == (141 << 30, 989e12, 0.35)
+    assert report.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
+    for name, key in (("H100", "H100 80GB HBM3"), ("A100", "A100"), ("a100-80g", "A100-80G"), ("NVIDIA L40S", "L40S"), ("L4", None)):
+        assert cost.known(name) == key  # as users, Ray and the driver name them
+    with pytest.raises(ConfigError, match="known: H100"):
+        report.device(run, gpu="abacus")
+
+
+def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F811
+    vqgan = written("model={family: mage, variant: mage_nano_32}", "method.noise=dataset")
+    assert "the inputs of mage are tokens" in refused(told, "plan", vqgan)
+
+
+def test_weights_that_are_not_there_have_no_shape(tmp_path):
+    (tmp_path / "model.json").write_text("{")
+    with pytest.raises(WeightsError, match="model.json is damaged"):
+        footprint.shape(config.Model(weights=str(tmp_path)))
+    with pytest.raises(WeightsError, match="no weights at"):
+        footprint.shape(config.Model(weights="/nowhere"))
+    assert footprint.shape(config.Model(weights="/nowhere", variant="vit_large_patch16")).width == 1024
+
+
+def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # noqa: F811  the fixture
+    path = written("training.engine=deepspeed", "cluster.workers=2")
+    code, out, _ = told("plan", path)
+    assert code == 0 and "ZeRO 3" in out and "FLOPs of a step" in out and "advice: as it is" in out
+    code, out, _ = told("run", path, "--dry-run")
+    assert code == 0 and "forget: 12 images" in out and "nothing was written" in out
+    assert not (tmp_path / "run").exists()
+    code, out, _ = told("plan", written("data.train=/nowhere", "training.steps=null", "training.epochs=2"))
+    assert code == 0 and "unknown: the data is not here" in out
+
+
+def test_dry_run_refuses_what_would_not_run(told, written):  # noqa: F811
+    err = refused(told, "run", written("training.batch_size=256"), "--dry-run", "--memory", "9MiB")
+    assert "a worker needs" in err and "--set training.micro_batch_size=" in err
+    assert "nothing that can be set here" in refused(told, "run", written(), "--dry-run", "--memory", "10KiB")
+    assert "500 CPUs are asked for" in refused(
+        told, "run", written("training.engine=deepspeed", "cluster.cpus_per_worker=500"), "--dry-run"
+    )
+    assert "no Ray cluster answers" in refused(
+        told, "run", written("training.engine=deepspeed", "cluster.address=127.0.0.1:1"), "--dry-run"
+    )
+    assert "no class 'unicorn'" in refused(told, "run", written("data.forget.classes=[unicorn]"), "--dry-run")
