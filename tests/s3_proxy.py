@@ -14,12 +14,13 @@ class Proxy:
     """url: where it listens. requests: (method, path with its query) of every request so far, in order of arrival.
 
     faults: method -> what becomes of the answers to its next requests, in turn: "lost" (the server acts, the connection
-    then breaks), "conflict" (the server is not asked, the answer is 409), None (nothing).
+    then breaks), "conflict" (the server is not asked, the answer is 409), "stall" (it waits for `go`), None (nothing).
     """
 
     def __init__(self, server: str):
         self.requests: list[tuple[str, str]] = []
         self.faults: dict[str, list[str | None]] = {}
+        self.go = threading.Event()
         self._listening = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, urlsplit(server).netloc))
         self._listening.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._listening.server_port}"
@@ -38,6 +39,7 @@ class Proxy:
         try:
             yield self
         finally:
+            self.go.set()
             self._listening.shutdown()
             self._listening.server_close()
 
@@ -53,6 +55,8 @@ def _handler(proxy: Proxy, server: str) -> type[BaseHTTPRequestHandler]:
             if fault == "conflict":
                 self.answer(409, [], b"<Error><Code>ConditionalRequestConflict</Code><Message>again</Message></Error>")
                 return
+            if fault == "stall":
+                proxy.go.wait()
             # The signature covers the Host header that the client sent: it is passed on as it is.
             headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_BY_HOP}
             upstream = http.client.HTTPConnection(server, timeout=120)

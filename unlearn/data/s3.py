@@ -7,6 +7,7 @@ Endpoint, region and credentials come from the usual AWS variables and files (AW
 import functools
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,17 +85,22 @@ class Bucket:
         return arrow().open_input_file(f"{self.name}/{self.key(name)}")
 
     def listing(self, name: str) -> dict[str, Facts]:
-        """Every object below `name`."""
+        """Every object below `name`; not the empty ones with `/` at the end, with which some programs mark a folder."""
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        below = (o for o in self._below(name) if not o["Key"].endswith("/"))
+        return {o["Key"][cut:]: Facts(o["Size"], o["ETag"]) for o in below}
+
+    def _below(self, name: str) -> Iterator[dict]:
         prefix = self.key(name)
         pages = client().get_paginator("list_objects_v2").paginate(
             Bucket=self.name, Prefix=f"{prefix}/" if prefix else ""
         )
-        cut = len(self.prefix) + 1 if self.prefix else 0
-        return {o["Key"][cut:]: Facts(o["Size"], o["ETag"]) for page in pages for o in page.get("Contents", ())}
+        for page in pages:
+            yield from page.get("Contents", ())
 
     def delete(self, name: str) -> list[tuple[str, str]]:
         """Delete an object or all below `name`; (key, error code) of what S3 refuses, which is no exception there."""
-        keys = [self.key(n) for n in (self.listing(name) or [name])]
+        keys = [o["Key"] for o in self._below(name)] or [self.key(name)]
         refused = []
         for start in range(0, len(keys), 1000):
             objects = [{"Key": k} for k in keys[start : start + 1000]]
