@@ -233,6 +233,10 @@ def test_a_folder_is_fetched_whole_and_nothing_out_of_it(s3, tmp_path):
     with local_folder(f"{s3}/m/") as folder:
         found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         assert folder.name == "m" and found == {"config.json": b"m/config.json", "unet/w.bin": b"m/unet/w.bin"}
+    s3_objects.client().put_object(Bucket=BUCKET, Key=f"{storage.bucket.prefix}/m/", Body=b"")  # as consoles mark a folder
+    assert storage.files("m") == ["m/config.json", "m/unet/w.bin"]
+    with local_folder(f"{s3}/m") as folder:
+        assert (folder / "config.json").exists()
     with pytest.raises(StorageError, match="leads out of its folder"):
         download(storage, ["m/config.json", "m/../../evil"], tmp_path)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["config.json"]
