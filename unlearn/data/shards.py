@@ -10,13 +10,14 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unlearn.data.storage import Storage
+from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
 MANIFEST = "manifest.json"
@@ -44,6 +45,9 @@ class Shard:
     bytes: int
     sha256: str
     row_groups: list[RowGroup]
+
+
+Described = tuple[Shard, list[str], list[str]]  # a shard, the columns it has, the class names that its schema carries
 
 
 @dataclass(frozen=True)
@@ -139,15 +143,20 @@ def index(uri: str) -> Manifest:
     names = [n for n in storage.files() if n.endswith(".parquet")]
     if not names:
         raise DataError(f"{uri}: no .parquet file there")
-    shards, columns, classes = [], SCHEMA.names, []
+    described = []
     for name in names:
-        shard, has, found = _describe(storage, name)
-        shards.append(shard)
-        columns = [c for c in columns if c in has]
-        classes = classes or found
-    manifest = Manifest(storage.uri, columns, classes, shards)
+        with local_copy(storage.where(name)) as path:
+            described.append(describe(path, name, storage.where(name)))
+    manifest = collect(storage.uri, described)
     save(manifest)
     return manifest
+
+
+def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> Manifest:
+    """The manifest of shards that `describe` has described; classes: instead of the names that the shards carry."""
+    columns = [c for c in SCHEMA.names if all(c in has for _, has, _ in described)]
+    classes = next((names for _, _, names in described if names), []) if classes is None else classes
+    return Manifest(uri, columns, classes, [shard for shard, _, _ in described])
 
 
 def save(manifest: Manifest) -> None:
@@ -158,39 +167,45 @@ def save(manifest: Manifest) -> None:
 
 def parquet(storage: Storage, name: str) -> pq.ParquetFile:
     """Open a shard. Raises DataError where it is not Parquet."""
-    try:
-        return pq.ParquetFile(storage.open(name), pre_buffer=not storage.is_local())
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{storage.where(name)}: truncated, or not Parquet ({_short(e)}); restore the shard") from None
+    return _parquet(storage.open(name), storage.where(name), pre_buffer=not storage.is_local())
 
 
-def _describe(storage: Storage, name: str) -> tuple[Shard, list[str], list[str]]:
-    """(shard, columns, class names where the schema carries them)."""
-    with parquet(storage, name) as file:
-        schema = file.schema_arrow
+def describe(path: Path, name: str, where: str) -> Described:
+    """What the manifest is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError."""
+    with told(where), pa.memory_map(str(path)) as file, _parquet(file, where) as parquet, open(path, "rb") as whole:
+        schema = parquet.schema_arrow
         image = schema.field("image").type if "image" in schema.names else None
         if image is None or not (pa.types.is_binary(image) or pa.types.is_large_binary(image) or pa.types.is_struct(image)):
-            raise DataError(f"{storage.where(name)}: needs a column `image` (binary, or struct with `bytes`); found {schema.names}")
+            raise DataError(f"{where}: needs a column `image` (binary, or struct with `bytes`); found {schema.names}")
         if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
-            raise DataError(f"{storage.where(name)}: needs an integer column `label`; found {schema.names}")
-        data = storage.read(name)
-        groups = []
-        for g in range(file.num_row_groups):
-            meta = file.metadata.row_group(g)
-            chunks = [meta.column(c) for c in range(meta.num_columns)]
-            offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
-            size = sum(c.total_compressed_size for c in chunks)
-            try:
-                column = file.read_row_group(g, columns=["label"])["label"]
-            except (pa.ArrowException, OSError) as e:
-                raise DataError(f"{storage.where(name)}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
-            if column.null_count:
-                raise DataError(f"{storage.where(name)}: {column.null_count} row(s) of row group {g} have no label; give every row one")
-            labels = pc.min_max(column).as_py()
-            digest = hashlib.sha256(memoryview(data)[offset : offset + size]).hexdigest()
-            groups.append(RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest))
-    columns = [c for c in SCHEMA.names if c in schema.names]
-    return Shard(name, len(data), hashlib.sha256(data).hexdigest(), groups), columns, _class_names(schema)
+            raise DataError(f"{where}: needs an integer column `label`; found {schema.names}")
+        groups = [_describe_group(parquet, file, g, where) for g in range(parquet.num_row_groups)]
+        shard = Shard(name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), groups)
+    return shard, [c for c in SCHEMA.names if c in schema.names], _class_names(schema)
+
+
+def _parquet(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, pre_buffer=pre_buffer)
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{where}: truncated, or not Parquet ({_short(e)}); restore the shard") from None
+
+
+def _describe_group(parquet: pq.ParquetFile, file: pa.NativeFile, g: int, where: str) -> RowGroup:
+    meta = parquet.metadata.row_group(g)
+    chunks = [meta.column(c) for c in range(meta.num_columns)]
+    offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
+    size = sum(c.total_compressed_size for c in chunks)
+    try:
+        column = parquet.read_row_group(g, columns=["label"])["label"]
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+    if column.null_count:
+        raise DataError(f"{where}: {column.null_count} row(s) of row group {g} have no label; give every row one")
+    labels = pc.min_max(column).as_py()
+    file.seek(offset)
+    digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
+    return RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest)
 
 
 def _class_names(schema: pa.Schema) -> list[str]:
