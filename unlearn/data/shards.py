@@ -8,6 +8,7 @@ label range and checksum. Rows are numbered through all shards, in the manifest'
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
 MANIFEST = "manifest.json"
+READERS = 8  # files that are read at the same time for their labels and ids
 SCHEMA = pa.schema(
     {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "id": pa.string(), "subject": pa.string()}
 )
@@ -86,25 +88,51 @@ class Manifest:
     def read(self, group: int, columns: list[str]) -> pa.Table:
         """Columns of one row group. Raises DataError where the shard is not what the manifest says."""
         s, g = self.groups[group]
-        shard = self.shards[s]
-        with parquet(Storage(self.uri), shard.path) as file:
-            if file.num_row_groups != len(shard.row_groups) or file.metadata.row_group(g).num_rows != shard.row_groups[g].rows:
-                raise DataError(f"{self.uri}/{shard.path}: not the file of the manifest; run `unlearn shards verify {self.uri}`")
-            try:
-                return file.read_row_group(g, columns=columns)
-            except (pa.ArrowException, OSError) as e:
-                raise DataError(f"{self.uri}/{shard.path}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+        return self._read(s, [g], columns)
 
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
-        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images."""
-        tables = []
-        for group in range(len(self.groups)) if groups is None else groups:
-            table = self.read(group, columns)
-            numbers = np.arange(self.starts[group], self.starts[group + 1])
-            tables.append(table.append_column("row", pa.array(numbers)))
-        if not tables:
-            return pa.table({name: [] for name in [*columns, "row"]})
-        return pa.concat_tables(tables, promote_options="permissive")
+        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
+
+        Every file is opened once, several at a time. Raises DataError where a shard is not what the manifest says.
+        """
+        groups = range(len(self.groups)) if groups is None else list(groups)
+        wanted: dict[int, list[int]] = {}  # shard -> its row groups
+        for s, g in (self.groups[group] for group in groups):
+            wanted.setdefault(s, []).append(g)
+        if not wanted:
+            return pa.schema([*(SCHEMA.field(name) for name in columns), pa.field("row", pa.int64())]).empty_table()
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = dict(zip(wanted, pool.map(lambda s: self._read(s, wanted[s], columns), wanted), strict=True))
+        parts, taken = [], dict.fromkeys(wanted, 0)
+        for group in groups:  # in the order that is asked for, which may go to and fro between files
+            s, g = self.groups[group]
+            rows = self.shards[s].row_groups[g].rows
+            numbers = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
+            parts.append(tables[s].slice(taken[s], rows).append_column("row", numbers))
+            taken[s] += rows
+        return pa.concat_tables(parts, promote_options="permissive")
+
+    def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
+        """Columns of these row groups of one shard, in this order."""
+        shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
+        with parquet(Storage(self.uri), shard.path) as file:
+            known = shard.row_groups
+            if file.num_row_groups != len(known) or any(file.metadata.row_group(g).num_rows != known[g].rows for g in groups):
+                raise DataError(f"{where}: not the file of the manifest; run `unlearn shards verify {self.uri}`")
+            try:
+                return file.read_row_groups(groups, columns=columns)
+            except (pa.ArrowException, OSError) as e:
+                error = e
+            for g in groups:
+                try:
+                    file.read_row_group(g, columns=columns)
+                except (pa.ArrowException, OSError) as e:
+                    raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+        raise DataError(f"{where}: unreadable ({_short(error)}); try again") from None
+
+    def __getstate__(self) -> dict:
+        """What is pickled: not what is quickly computed again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("groups", "starts")}
 
 
 def images(table: pa.Table) -> Iterator[memoryview]:
