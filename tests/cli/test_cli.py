@@ -191,7 +191,7 @@ def test_everything_on_s3(told, written, tiny_shards, s3):
 
 def test_shards_commands(told, tmp_path, tiny_shards):
     import numpy as np
-    from conftest import encode
+    from support.images import encode
 
     for name in ("cat/a.png", "cat/b.png", "dog/c.png"):
         path = tmp_path / "images" / name

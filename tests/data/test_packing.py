@@ -1,15 +1,24 @@
 """Packing a folder or a tar of CLASS/FILE into shards, here and on S3."""
 
+import contextlib
+import io
+import os
+import resource
+import shutil
+import subprocess
 import tarfile
+import tracemalloc
+from collections.abc import Iterable
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from support.images import encode, tiny_table
 
 from unlearn import config
 from unlearn.data import packing, selection, shards
 from unlearn.data.storage import Storage
-from unlearn.errors import DataError
+from unlearn.errors import DataError, StorageError
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +35,13 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.fixture(scope="module", params=["folder", "tar", "tar.gz"])
+@pytest.fixture(scope="module", params=["folder", "tar", "tar.gz", "tar.bz2", "tar.xz"])
 def source(request, folder, tmp_path_factory):
     """The same images as a folder, a tar, and a compressed tar in the folders' own order."""
     if request.param == "folder":
         return folder
     path = tmp_path_factory.mktemp("tars") / f"images.{request.param}"
-    with tarfile.open(path, "w:gz" if request.param == "tar.gz" else "w") as tar:
+    with tarfile.open(path, f"w:{request.param[4:]}") as tar:
         for child in sorted(folder.iterdir(), reverse=True):
             tar.add(child, child.name)
     return path
@@ -101,3 +110,125 @@ def test_records_with_subjects_keep_them(tmp_path):
     assert manifest.columns == ["image", "label", "id", "subject"]
     assert manifest.table(["subject"])["subject"].to_pylist() == [f"s{i}" for i in range(5)]
 
+
+def tar_of(path, members: Iterable[tuple[str, bytes]], mode: str = "w"):
+    """A tar of these (name, content) in this order."""
+    with tarfile.open(path, mode) as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def contents(manifest: shards.Manifest) -> list[bytes]:
+    return [bytes(v) for g in range(len(manifest.groups)) for v in shards.images(manifest.read(g, ["image"]))]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_is_read_in_one_pass(tmp_path, monkeypatch, mode):
+    names = [f"{i % 7}/{i}.png" for i in range(500)]
+    path, passed = tar_of(tmp_path / "a.tar", ((n, n.encode()) for n in names), mode), []
+    step = tarfile.TarFile.next
+    monkeypatch.setattr(tarfile.TarFile, "next", lambda self: passed.append(step(self)) or passed[-1])
+    manifest = packing.build(str(path), str(tmp_path / "out"))
+    # Each opening looks at the first header, and the end is met once; a search by name would pass over all again.
+    assert len([m for m in passed if m]) <= len(names) + 4
+    order = sorted(names, key=lambda n: (n.split("/")[0], n))
+    assert manifest.table(["id"])["id"].to_pylist() == order and contents(manifest) == [n.encode() for n in order]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_memory_holds_a_row_group_and_not_a_shard(tmp_path, place, mode):
+    count, size, seen = 160, 100_000, []
+    path = tar_of(tmp_path / "a.tar", ((f"{i % 3}/{i}.png", os.urandom(size)) for i in range(count)), mode)
+
+    def measure(*_) -> None:
+        seen.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes())
+
+    packing.build(str(path), f"{place}/warm-up", rows_per_group=160)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        packing.build(str(path), f"{place}/measured", rows_per_group=8, progress=measure)
+    finally:
+        tracemalloc.stop()
+    assert max(seen) - before < count * size / 3, max(seen) - before
+
+
+def test_what_was_uploaded_is_not_downloaded(s3, proxied, folder):
+    manifest = packing.build(str(folder), s3, rows_per_group=4, shard_bytes=6000)
+    asked = [(method, path) for method, path in proxied.requests if ".parquet" in path]
+    assert len(asked) == len(manifest.shards) > 1 and {method for method, _ in asked} == {"PUT"}
+    assert manifest == shards.load(s3) and manifest.shards == shards.index(s3).shards
+
+
+def test_the_last_of_several_members_of_one_name_counts(tmp_path):
+    for mode in ("w", "w:gz"):
+        path = tar_of(tmp_path / "a.tar", [("c/0.png", b"old"), ("c/1.png", b"one"), ("c/0.png", b"newer")], mode)
+        manifest = packing.build(str(path), str(tmp_path / mode))
+        assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/0.png", "c/1.png"]
+        assert contents(manifest) == [b"newer", b"newer", b"one"]
+
+
+def test_a_member_stored_with_holes_is_read_whole(tmp_path):
+    if not shutil.which("tar"):
+        pytest.skip("tar is not installed")
+    (tmp_path / "c").mkdir()
+    with open(tmp_path / "c" / "0.png", "wb") as file:
+        file.write(b"start")
+        file.truncate(1 << 20)
+    subprocess.run(["tar", "--sparse", "-cf", "a.tar", "c"], cwd=tmp_path, check=True)
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        assert any(m.issparse() for m in tar)
+    for name in ("a.tar", "a.tar.gz"):
+        if name == "a.tar.gz":
+            subprocess.run(["gzip", tmp_path / "a.tar"], check=True)
+        manifest = packing.build(str(tmp_path / name), str(tmp_path / f"out-{name}"))
+        assert contents(manifest) == [b"start" + bytes((1 << 20) - 5)]
+
+
+def test_a_compressed_tar_with_a_wrong_checksum_is_told(tmp_path):
+    path = tar_of(tmp_path / "a.tar.gz", [(f"c/{i}.png", os.urandom(1000)) for i in range(50)], "w:gz")
+    data = bytearray(path.read_bytes())
+    data[-8] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a.tar.gz: not a tar file, or cut short .CRC"):
+        packing.build(str(path), str(tmp_path / "out"))
+
+
+def test_a_tar_that_shrinks_meanwhile_is_told(tmp_path):
+    path = tar_of(tmp_path / "a.tar", [(f"c/{i}.png", bytes(10_000)) for i in range(50)])
+    with pytest.raises(DataError, match="a.tar: .*c/.*.png is not there whole"):
+        packing.build(str(path), str(tmp_path / "out"), rows_per_group=10, progress=lambda *_: os.truncate(path, 200_000))
+
+
+@contextlib.contextmanager
+def small_disk(size: int):
+    """No file may grow larger."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_no_room_is_told_by_its_place_and_leaves_nothing(tmp_path):
+    members = [(f"c/{i}.png", os.urandom(10_000)) for i in range(50)]
+    plain, packed = tar_of(tmp_path / "a.tar", members), tar_of(tmp_path / "a.tar.gz", members, "w:gz")
+    with small_disk(100_000):
+        with pytest.raises(StorageError, match=f"{tmp_path}/out/shard-00000.parquet: .*File too large"):
+            packing.build(str(plain), str(tmp_path / "out"))
+        with pytest.raises(StorageError, match="^/[^ ]*: File too large"):
+            packing.build(str(packed), str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_an_image_that_cannot_be_read_is_told(tmp_path):
+    (tmp_path / "in" / "c").mkdir(parents=True)
+    images = [tmp_path / "in" / "c" / f"{i}.png" for i in range(3)]
+    for image in images:
+        image.write_bytes(b"1")
+    with pytest.raises(StorageError, match="in/c/2.png: there is no such file"):
+        packing.build(str(tmp_path / "in"), str(tmp_path / "out"), rows_per_group=1, progress=lambda *_: images[2].unlink(missing_ok=True))

@@ -1,5 +1,6 @@
 """Which rows are forgotten, retained, proxies."""
 
+import pickle
 import shutil
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from support.images import tiny_table
 
 from unlearn import config
-from unlearn.data import selection, shards
+from unlearn.data import checking, selection, shards
+from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, DataError
 
 
@@ -101,6 +103,8 @@ def test_retain_is_the_rest_and_a_proxy_stands_in_its_role(tiny_shards, no_ids):
         ({"forget": {"classes": ["cow"]}}, "data.forget.classes: no class 'cow'.*it has ant, bee, cat, dog"),
         ({"retain": {"exclude_classes": [9]}}, "data.retain.exclude_classes: no class 9.*from 0 to 3"),
         ({"forget": {"ids": ["img-001", "img-1"]}}, "data.forget.ids: 1 of 2 not found, for example 'img-1'"),
+        ({"forget": {"classes": [], "ids": ["img-001"]}}, "data.forget.ids: 1 of 1 not found, for example 'img-001'"),
+        ({"forget": {"classes": [], "subjects": ["person-1"]}}, "data.forget.subjects: 1 of 1 not found"),
         ({"forget": {"subjects": ["nobody"]}}, "data.forget.subjects: 1 of 1 not found, for example 'nobody'"),
     ],
 )
@@ -127,3 +131,64 @@ def test_describe_names_no_image(tiny_shards):
     about = selection.describe(found)
     assert about["forget"] == {"images": 3, "classes": [2], "manifest": shards.load(tiny_shards).hash}
     assert about["retain"]["images"] == 45 and "img" not in str(about)
+
+
+@pytest.mark.parametrize(
+    "roles, opened",
+    [
+        ({"forget": {"classes": ["ant"]}}, "012"),
+        ({"forget": {"ids": ["img-001"]}, "retain": {"subjects": ["person-2"]}}, "012"),
+        ({"forget": {"classes": ["ant"], "limit": 3}, "retain": {"classes": ["bee"]}}, "01"),
+        ({"forget": {"classes": ["dog"]}, "retain": {"exclude_classes": ["dog"], "per_class": 2}}, "012"),
+        ({"forget": {"classes": ["ant"]}, "proxy": {"classes": ["bee"]}, "proxy_data": "the same"}, "01"),
+    ],
+)
+def test_each_file_is_opened_once_at_most(s3, proxied, tiny_shards, roles, opened):
+    for name in Storage(tiny_shards).files():
+        Storage(s3).write(name, Storage(tiny_shards).read(name))
+    expected = sets(tiny_shards, **roles | ({"proxy_data": tiny_shards} if "proxy_data" in roles else {}))
+    proxied.requests.clear()
+    assert sets(s3, **roles | ({"proxy_data": s3} if "proxy_data" in roles else {})) == expected
+    # The size of a file is asked for whenever it is opened.
+    assert [proxied.count("HEAD", f"shard-{i}.parquet") for i in range(3)] == [int(str(i) in opened) for i in range(3)]
+    assert proxied.count("GET", "manifest.json") == 1
+
+
+def test_what_shards_hold_is_told_after_one_look_at_each(s3, proxied, tiny_shards):
+    for name in Storage(tiny_shards).files():
+        Storage(s3).write(name, Storage(tiny_shards).read(name))
+    proxied.requests.clear()
+    assert checking.inspect(s3) == checking.inspect(tiny_shards)
+    assert checking.inspect(s3)["classes"] == "4: ant (12), bee (12), cat (12), dog (12)"
+    assert [proxied.count("HEAD", f"shard-{i}.parquet") for i in range(3)] == [2, 2, 2]
+
+
+def test_verifying_downloads_each_shard_once(s3, proxied, tiny_shards):
+    for name in Storage(tiny_shards).files():
+        Storage(s3).write(name, Storage(tiny_shards).read(name))
+    proxied.requests.clear()
+    seen = []
+    assert checking.verify(s3, progress=lambda *rows: seen.append(rows)) == 48
+    assert seen == [(8 * i, 48) for i in range(1, 7)]
+    assert [proxied.count("GET", f"shard-{i}.parquet") for i in range(3)] == [1, 1, 1]
+
+
+def test_sets_are_the_same_in_another_process_and_small_on_the_way(tiny_shards):
+    found = selection.sets(config.Data(train=tiny_shards, forget={"subjects": ["person-1"]}), 0)
+    groups = {name: rows.groups.tolist() for name, rows in found.items()}
+    copy = pickle.loads(pickle.dumps(found))
+    assert copy["retain"].manifest is copy["forget"].manifest and copy["retain"].manifest == found["retain"].manifest
+    assert copy["retain"].manifest.__dict__["hash"] == shards.load(tiny_shards).hash  # not computed again
+    for name, rows in found.items():
+        assert copy[name].rows.tolist() == rows.rows.tolist() and copy[name].labels.tolist() == rows.labels.tolist()
+        assert copy[name].rows.dtype == copy[name].labels.dtype == np.int64 and copy[name].groups.tolist() == groups[name]
+    manifest = found["retain"].manifest
+    many = selection.RowSet(manifest, np.arange(5, 1_000_005), np.arange(1_000_000) % 200)
+    assert len(many.groups) and len(pickle.dumps(many)) < 2_010_000 + len(pickle.dumps(manifest))
+
+
+@given(st.lists(st.integers(0, 1 << 40), min_size=1, unique=True), st.integers(-(1 << 40), 1 << 40))
+def test_any_rows_and_labels_survive_pickling(tiny_shards, rows, label):
+    rows = np.array(sorted(rows))
+    copy = pickle.loads(pickle.dumps(selection.RowSet(shards.load(tiny_shards), rows, np.full(len(rows), label))))
+    assert copy.rows.tolist() == rows.tolist() and copy.labels.tolist() == [label] * len(rows)

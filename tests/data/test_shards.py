@@ -59,6 +59,9 @@ def test_tables_and_images_are_those_of_the_rows(copied):
     table = manifest.table(["id", "label"], [5, 1])
     assert table["row"].to_pylist() == [*range(40, 48), *range(8, 16)]
     assert table["id"].to_pylist() == [f"img-{r:03d}" for r in table["row"].to_pylist()]
+    to_and_fro = manifest.table(["id"], [4, 0, 5, 0])
+    assert to_and_fro["row"].to_pylist() == [*range(32, 40), *range(8), *range(40, 48), *range(8)]
+    assert to_and_fro["id"].to_pylist() == [f"img-{r:03d}" for r in to_and_fro["row"].to_pylist()]
     assert manifest.table(["label"], []).num_rows == 0 and manifest.table(["label"]).num_rows == 48
     assert manifest.group_of(np.array([0, 7, 8, 47])).tolist() == [0, 0, 1, 5]
     found = list(shards.images(manifest.read(3, ["image"])))
@@ -127,8 +130,9 @@ def test_damaged_pages_behind_a_whole_footer_are_told(copied):
     data, group = bytearray(copied.read("shard-1.parquet")), manifest.shards[1].row_groups[1]
     data[group.offset : group.offset + group.bytes] = b"\xff" * group.bytes
     copied.write("shard-1.parquet", bytes(data))
-    with pytest.raises(DataError, match="shard-1.parquet, row group 1: unreadable"):
-        manifest.read(3, ["image"])
+    for read in (lambda: manifest.read(3, ["image"]), lambda: manifest.table(["label"])):
+        with pytest.raises(DataError, match="shard-1.parquet, row group 1: unreadable"):
+            read()
     with pytest.raises(DataError, match="shard-1.parquet"):
         shards.index(copied.uri)
 

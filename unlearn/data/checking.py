@@ -1,13 +1,13 @@
 """Look at shards as they are stored: every checksum, every image, and what they hold."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from unlearn.data import selection, shards
 from unlearn.data.loader import decode
-from unlearn.data.storage import Storage
+from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import DataError
 
 
@@ -16,16 +16,17 @@ def verify(uri: str, threads: int = 4, progress: Callable[[int, int], None] = la
 
     Raises DataError that names every damaged shard, else the first damaged images and how many there are.
     """
-    manifest, storage = shards.load(uri), Storage(uri)
-    wrong = [text for shard in manifest.shards if (text := _damage(storage, shard))]
+    manifest, wrong = shards.load(uri), []
+    bad: list[int] = []
+    first = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for shard in manifest.shards:
+            for encoded in _images(Storage(uri), shard, wrong):
+                bad += [first + i for i, good in enumerate(pool.map(_decodes, encoded)) if not good]
+                first += len(encoded)
+                progress(first, manifest.rows)
     if wrong:
         raise DataError(f"{uri}: {len(wrong)} of {len(manifest.shards)} shards are damaged: {'; '.join(wrong[:5])}. Restore them")
-    bad: list[int] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for group, start in enumerate(manifest.starts[:-1].tolist()):
-            encoded = list(shards.images(manifest.read(group, ["image"])))
-            bad += [start + i for i, good in enumerate(pool.map(_decodes, encoded)) if not good]
-            progress(start + len(encoded), manifest.rows)
     if bad:
         names = ", ".join(selection.name_row(manifest, row) for row in bad[:5])
         raise DataError(f"{uri}: {len(bad)} of {manifest.rows} images do not decode: {names}. Mend or remove them")
@@ -35,7 +36,8 @@ def verify(uri: str, threads: int = 4, progress: Callable[[int, int], None] = la
 def inspect(uri: str) -> dict[str, object]:
     """What the shards at `uri` hold, in words."""
     manifest = shards.load(uri)
-    counts = Counter(manifest.table(["label"])["label"].to_pylist())
+    values = manifest.table(["label"])["label"].value_counts()
+    counts = dict(zip(values.field("values").to_pylist(), values.field("counts").to_pylist(), strict=True))
     name = dict(enumerate(manifest.classes))
     some = [f"{name.get(label, label)} ({count})" for label, count in sorted(counts.items())]
     size = sum(s.bytes for s in manifest.shards)
@@ -49,14 +51,26 @@ def inspect(uri: str) -> dict[str, object]:
     }
 
 
-def _damage(storage: Storage, shard: shards.Shard) -> str | None:
+def _images(storage: Storage, shard: shards.Shard, wrong: list[str]) -> Iterator[list[memoryview]]:
+    """The images of each row group of a shard that is what the manifest says; else `wrong` is told why it is not."""
     if not storage.is_file(shard.path):
-        return f"{shard.path} is missing"
-    data = storage.read(shard.path)
-    if len(data) != shard.bytes:
-        return f"{shard.path} has {len(data)} bytes, not {shard.bytes}"
-    if hashlib.sha256(data).hexdigest() != shard.sha256:
-        return f"{shard.path} has another checksum"
+        wrong.append(f"{shard.path} is missing")
+        return
+    with local_copy(storage.where(shard.path)) as path:
+        if damage := _damage(path, shard):
+            wrong.append(damage)
+            return
+        with shards.parquet(Storage(path.parent), path.name) as file:
+            for g in range(len(shard.row_groups)):
+                yield list(shards.images(file.read_row_group(g, columns=["image"])))
+
+
+def _damage(path: Path, shard: shards.Shard) -> str | None:
+    if (size := path.stat().st_size) != shard.bytes:
+        return f"{shard.path} has {size} bytes, not {shard.bytes}"
+    with open(path, "rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            return f"{shard.path} has another checksum"
     return None
 
 

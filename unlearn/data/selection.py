@@ -14,7 +14,7 @@ from unlearn.errors import ConfigError
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,)."""
+    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,), both int64."""
 
     manifest: shards.Manifest
     rows: np.ndarray
@@ -27,25 +27,104 @@ class RowSet:
     def groups(self) -> np.ndarray:
         return self.manifest.group_of(self.rows)
 
+    def __getstate__(self) -> dict:
+        """What is pickled: the steps from row to row and the labels, in the fewest bytes that hold them."""
+        steps = _narrow(np.diff(self.rows))
+        return {"manifest": self.manifest, "first": self.rows[:1], "steps": steps, "labels": _narrow(self.labels)}
+
+    def __setstate__(self, state: dict) -> None:
+        rows = np.cumsum(np.concatenate([state["first"], state["steps"]]), dtype=np.int64)
+        self.__dict__.update(manifest=state["manifest"], rows=rows, labels=state["labels"].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what must be read for it."""
+
+    manifest: shards.Manifest
+    conditions: config.Rows
+    what: str
+    labels: set[int] | None
+    unwanted: set[int]
+    columns: set[str]
+    groups: set[int]
+
 
 def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -> RowSet:
     """The rows that meet every condition. `what` names the set in messages.
 
     Raises ConfigError for a class, id or subject that the shards do not have, and for an empty set.
     """
-    wanted = None if rows.classes is None else {_label(manifest, c, f"data.{what}.classes") for c in rows.classes}
-    unwanted = {_label(manifest, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
-    columns = ["label"]
-    for column, given in (("id", rows.ids), ("subject", rows.subjects)):
-        if given is not None and (column in manifest.columns or column == "subject"):
-            if column not in manifest.columns:
-                raise ConfigError(f"data.{what}.{column}s: the shards at {manifest.uri} have no column `{column}`")
-            columns.append(column)
-    table = manifest.table(columns, _groups_with(manifest, wanted))
-    table = table.append_column("key", pa.array(identity(manifest, table))) if rows.ids is not None else table
-    table = _only(table, "label", wanted, None)
-    if unwanted:
-        table = table.filter(pc.invert(pc.is_in(table["label"], pa.array(sorted(unwanted)))))
+    return _select([_wanted(manifest, rows, what)], seed)[0]
+
+
+def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
+    """{"retain": ..., "forget": ...} as training takes them; a proxy set stands in the retain role.
+
+    A config without `retain` and `proxy` retains every row that is not forgotten. Each shard is opened once at most.
+    Raises ConfigError on an overlap.
+    """
+    manifest = shards.load(data.train)
+    wanted: dict[str, _Wanted] = {}
+    if data.forget is not None:
+        wanted["forget"] = _wanted(manifest, data.forget, "forget")
+    if data.proxy is not None:
+        other = shards.load(data.proxy_data) if data.proxy_data not in (None, data.train) else manifest
+        wanted["retain"] = _wanted(other, data.proxy, "proxy")
+    else:
+        wanted["retain"] = _wanted(manifest, data.retain or config.Rows(), "retain")
+    found = dict(zip(wanted, _select(list(wanted.values()), seed), strict=True))
+    if data.forget is not None and data.proxy is None and data.retain is None:
+        every = found["retain"]
+        keep = ~np.isin(every.rows, found["forget"].rows)
+        if not keep.any():
+            raise ConfigError("data.forget selects every image: nothing is left to retain; give data.retain or data.proxy")
+        found["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
+    _no_overlap(found)
+    return found
+
+
+def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
+    """Checks the conditions against the manifest; reads no shard. Raises ConfigError."""
+    spans = np.array([manifest.shards[s].row_groups[g].labels for s, g in manifest.groups]).reshape(-1, 2)
+    span = (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, -1)
+    labels = None if rows.classes is None else {_label(manifest, span, c, f"data.{what}.classes") for c in rows.classes}
+    unwanted = {_label(manifest, span, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
+    columns = {"label"}
+    if rows.ids is not None and "id" in manifest.columns:
+        columns.add("id")
+    if rows.subjects is not None:
+        if "subject" not in manifest.columns:
+            raise ConfigError(f"data.{what}.subjects: the shards at {manifest.uri} have no column `subject`")
+        columns.add("subject")
+    groups = np.arange(len(spans))
+    if labels is not None:  # only row groups whose label range can hold one of the labels
+        ordered = np.array(sorted(labels))
+        low, high = np.searchsorted(ordered, spans[:, 0]), np.searchsorted(ordered, spans[:, 1], side="right")
+        groups = groups[low < high]
+    return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()))
+
+
+def _select(wanted: list[_Wanted], seed: int) -> list[RowSet]:
+    """One RowSet for each; what several of them want of one manifest is read together."""
+    columns: dict[int, set[str]] = {}
+    groups: dict[int, set[int]] = {}
+    for one in wanted:
+        columns.setdefault(id(one.manifest), set()).update(one.columns)
+        groups.setdefault(id(one.manifest), set()).update(one.groups)
+    manifests = {id(one.manifest): one.manifest for one in wanted}
+    tables = {key: manifest.table(sorted(columns[key]), sorted(groups[key])) for key, manifest in manifests.items()}
+    return [_chosen(one, tables[id(one.manifest)], seed) for one in wanted]
+
+
+def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> RowSet:
+    """The rows of a table that meet the conditions; it may hold rows of other labels, and more columns."""
+    rows, what = wanted.conditions, wanted.what
+    if rows.ids is not None:
+        table = table.append_column("key", pa.array(identity(wanted.manifest, table), pa.string()))
+    table = _only(table, "label", wanted.labels, None)
+    if wanted.unwanted:
+        table = table.filter(pc.invert(pc.is_in(table["label"], pa.array(sorted(wanted.unwanted)))))
     table = _only(table, "key", rows.ids, f"data.{what}.ids")
     table = _only(table, "subject", rows.subjects, f"data.{what}.subjects")
     chosen, labels = table["row"].to_numpy(), table["label"].to_numpy()
@@ -57,32 +136,8 @@ def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -
         kept = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
         chosen, labels = chosen[kept], labels[kept]
     if not len(chosen):
-        raise ConfigError(f"data.{what} selects no image of {manifest.uri}: the {what} set is empty; widen its conditions")
-    return RowSet(manifest, chosen.astype(np.int64), labels.astype(np.int64))
-
-
-def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
-    """{"retain": ..., "forget": ...} as training takes them; a proxy set stands in the retain role.
-
-    A config without `retain` and `proxy` retains every row that is not forgotten. Raises ConfigError on an overlap.
-    """
-    manifest = shards.load(data.train)
-    found: dict[str, RowSet] = {}
-    if data.forget is not None:
-        found["forget"] = select(manifest, data.forget, seed, "forget")
-    if data.proxy is not None:
-        other = shards.load(data.proxy_data) if data.proxy_data else manifest
-        found["retain"] = select(other, data.proxy, seed, "proxy")
-    elif data.retain is not None or data.forget is None:
-        found["retain"] = select(manifest, data.retain or config.Rows(), seed, "retain")
-    else:
-        every = select(manifest, config.Rows(), seed, "retain")
-        keep = ~np.isin(every.rows, found["forget"].rows)
-        if not keep.any():
-            raise ConfigError("data.forget selects every image: nothing is left to retain; give data.retain or data.proxy")
-        found["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
-    _no_overlap(found)
-    return found
+        raise ConfigError(f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions")
+    return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64))
 
 
 def identity(manifest: shards.Manifest, table: pa.Table) -> list[str]:
@@ -115,26 +170,19 @@ def _no_overlap(found: dict[str, RowSet]) -> None:
         )
 
 
-def _label(manifest: shards.Manifest, value: int | str, where: str) -> int:
+def _label(manifest: shards.Manifest, span: tuple[int, int], value: int | str, where: str) -> int:
+    """The label of a class by its name or label. span: the smallest and the largest label there are."""
     if isinstance(value, str):
         if value not in manifest.classes:
             raise ConfigError(f"{where}: no class {value!r} in {manifest.uri}; it has {_some(manifest.classes)}")
         return manifest.classes.index(value)
-    low = min(g.labels[0] for s in manifest.shards for g in s.row_groups)
-    high = max(g.labels[1] for s in manifest.shards for g in s.row_groups)
-    if not low <= value <= high:
-        raise ConfigError(f"{where}: no class {value} in {manifest.uri}; labels run from {low} to {high}")
+    if not span[0] <= value <= span[1]:
+        raise ConfigError(f"{where}: no class {value} in {manifest.uri}; labels run from {span[0]} to {span[1]}")
     return value
 
 
 def _some(names: list[str]) -> str:
     return ("labels without names: use numbers" if not names else ", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
-
-
-def _groups_with(manifest: shards.Manifest, labels: set[int] | None) -> list[int]:
-    """Row groups whose label range can hold one of the labels."""
-    spans = [manifest.shards[s].row_groups[g].labels for s, g in manifest.groups]
-    return [i for i, (low, high) in enumerate(spans) if labels is None or any(low <= l <= high for l in labels)]
 
 
 def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
@@ -152,6 +200,13 @@ def _draw(index: np.ndarray, count: int, seed: int, name: int) -> np.ndarray:
     if len(index) <= count:
         return index
     return np.sort(order.generator(seed, 7, name & 0xFFFFFFFF).permutation(index)[:count])
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    """The same whole numbers in the smallest type that holds them."""
+    if not len(values):
+        return values
+    return values.astype(np.result_type(np.min_scalar_type(values.min()), np.min_scalar_type(values.max())))
 
 
 def describe(found: dict[str, RowSet]) -> dict[str, dict]:

@@ -8,18 +8,21 @@ label range and checksum. Rows are numbered through all shards, in the manifest'
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from unlearn.data.storage import Storage
+from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
 MANIFEST = "manifest.json"
+READERS = 8  # files that are read at the same time for their labels and ids
 SCHEMA = pa.schema(
     {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "id": pa.string(), "subject": pa.string()}
 )
@@ -44,6 +47,9 @@ class Shard:
     bytes: int
     sha256: str
     row_groups: list[RowGroup]
+
+
+Described = tuple[Shard, list[str], list[str]]  # a shard, the columns it has, the class names that its schema carries
 
 
 @dataclass(frozen=True)
@@ -82,25 +88,51 @@ class Manifest:
     def read(self, group: int, columns: list[str]) -> pa.Table:
         """Columns of one row group. Raises DataError where the shard is not what the manifest says."""
         s, g = self.groups[group]
-        shard = self.shards[s]
-        with parquet(Storage(self.uri), shard.path) as file:
-            if file.num_row_groups != len(shard.row_groups) or file.metadata.row_group(g).num_rows != shard.row_groups[g].rows:
-                raise DataError(f"{self.uri}/{shard.path}: not the file of the manifest; run `unlearn shards verify {self.uri}`")
-            try:
-                return file.read_row_group(g, columns=columns)
-            except (pa.ArrowException, OSError) as e:
-                raise DataError(f"{self.uri}/{shard.path}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+        return self._read(s, [g], columns)
 
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
-        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images."""
-        tables = []
-        for group in range(len(self.groups)) if groups is None else groups:
-            table = self.read(group, columns)
-            numbers = np.arange(self.starts[group], self.starts[group + 1])
-            tables.append(table.append_column("row", pa.array(numbers)))
-        if not tables:
-            return pa.table({name: [] for name in [*columns, "row"]})
-        return pa.concat_tables(tables, promote_options="permissive")
+        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
+
+        Every file is opened once, several at a time. Raises DataError where a shard is not what the manifest says.
+        """
+        groups = range(len(self.groups)) if groups is None else list(groups)
+        wanted: dict[int, list[int]] = {}  # shard -> its row groups
+        for s, g in (self.groups[group] for group in groups):
+            wanted.setdefault(s, []).append(g)
+        if not wanted:
+            return pa.schema([*(SCHEMA.field(name) for name in columns), pa.field("row", pa.int64())]).empty_table()
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = dict(zip(wanted, pool.map(lambda s: self._read(s, wanted[s], columns), wanted), strict=True))
+        parts, taken = [], dict.fromkeys(wanted, 0)
+        for group in groups:  # in the order that is asked for, which may go to and fro between files
+            s, g = self.groups[group]
+            rows = self.shards[s].row_groups[g].rows
+            numbers = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
+            parts.append(tables[s].slice(taken[s], rows).append_column("row", numbers))
+            taken[s] += rows
+        return pa.concat_tables(parts, promote_options="permissive")
+
+    def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
+        """Columns of these row groups of one shard, in this order."""
+        shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
+        with parquet(Storage(self.uri), shard.path) as file:
+            known = shard.row_groups
+            if file.num_row_groups != len(known) or any(file.metadata.row_group(g).num_rows != known[g].rows for g in groups):
+                raise DataError(f"{where}: not the file of the manifest; run `unlearn shards verify {self.uri}`")
+            try:
+                return file.read_row_groups(groups, columns=columns)
+            except (pa.ArrowException, OSError) as e:
+                error = e
+            for g in groups:
+                try:
+                    file.read_row_group(g, columns=columns)
+                except (pa.ArrowException, OSError) as e:
+                    raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+        raise DataError(f"{where}: unreadable ({_short(error)}); try again") from None
+
+    def __getstate__(self) -> dict:
+        """What is pickled: not what is quickly computed again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("groups", "starts")}
 
 
 def images(table: pa.Table) -> Iterator[memoryview]:
@@ -139,15 +171,20 @@ def index(uri: str) -> Manifest:
     names = [n for n in storage.files() if n.endswith(".parquet")]
     if not names:
         raise DataError(f"{uri}: no .parquet file there")
-    shards, columns, classes = [], SCHEMA.names, []
+    described = []
     for name in names:
-        shard, has, found = _describe(storage, name)
-        shards.append(shard)
-        columns = [c for c in columns if c in has]
-        classes = classes or found
-    manifest = Manifest(storage.uri, columns, classes, shards)
+        with local_copy(storage.where(name)) as path:
+            described.append(describe(path, name, storage.where(name)))
+    manifest = collect(storage.uri, described)
     save(manifest)
     return manifest
+
+
+def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> Manifest:
+    """The manifest of shards that `describe` has described; classes: instead of the names that the shards carry."""
+    columns = [c for c in SCHEMA.names if all(c in has for _, has, _ in described)]
+    classes = next((names for _, _, names in described if names), []) if classes is None else classes
+    return Manifest(uri, columns, classes, [shard for shard, _, _ in described])
 
 
 def save(manifest: Manifest) -> None:
@@ -158,39 +195,45 @@ def save(manifest: Manifest) -> None:
 
 def parquet(storage: Storage, name: str) -> pq.ParquetFile:
     """Open a shard. Raises DataError where it is not Parquet."""
-    try:
-        return pq.ParquetFile(storage.open(name), pre_buffer=not storage.is_local())
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{storage.where(name)}: truncated, or not Parquet ({_short(e)}); restore the shard") from None
+    return _parquet(storage.open(name), storage.where(name), pre_buffer=not storage.is_local())
 
 
-def _describe(storage: Storage, name: str) -> tuple[Shard, list[str], list[str]]:
-    """(shard, columns, class names where the schema carries them)."""
-    with parquet(storage, name) as file:
-        schema = file.schema_arrow
+def describe(path: Path, name: str, where: str) -> Described:
+    """What the manifest is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError."""
+    with told(where), pa.memory_map(str(path)) as file, _parquet(file, where) as parquet, open(path, "rb") as whole:
+        schema = parquet.schema_arrow
         image = schema.field("image").type if "image" in schema.names else None
         if image is None or not (pa.types.is_binary(image) or pa.types.is_large_binary(image) or pa.types.is_struct(image)):
-            raise DataError(f"{storage.where(name)}: needs a column `image` (binary, or struct with `bytes`); found {schema.names}")
+            raise DataError(f"{where}: needs a column `image` (binary, or struct with `bytes`); found {schema.names}")
         if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
-            raise DataError(f"{storage.where(name)}: needs an integer column `label`; found {schema.names}")
-        data = storage.read(name)
-        groups = []
-        for g in range(file.num_row_groups):
-            meta = file.metadata.row_group(g)
-            chunks = [meta.column(c) for c in range(meta.num_columns)]
-            offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
-            size = sum(c.total_compressed_size for c in chunks)
-            try:
-                column = file.read_row_group(g, columns=["label"])["label"]
-            except (pa.ArrowException, OSError) as e:
-                raise DataError(f"{storage.where(name)}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
-            if column.null_count:
-                raise DataError(f"{storage.where(name)}: {column.null_count} row(s) of row group {g} have no label; give every row one")
-            labels = pc.min_max(column).as_py()
-            digest = hashlib.sha256(memoryview(data)[offset : offset + size]).hexdigest()
-            groups.append(RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest))
-    columns = [c for c in SCHEMA.names if c in schema.names]
-    return Shard(name, len(data), hashlib.sha256(data).hexdigest(), groups), columns, _class_names(schema)
+            raise DataError(f"{where}: needs an integer column `label`; found {schema.names}")
+        groups = [_describe_group(parquet, file, g, where) for g in range(parquet.num_row_groups)]
+        shard = Shard(name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), groups)
+    return shard, [c for c in SCHEMA.names if c in schema.names], _class_names(schema)
+
+
+def _parquet(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, pre_buffer=pre_buffer)
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{where}: truncated, or not Parquet ({_short(e)}); restore the shard") from None
+
+
+def _describe_group(parquet: pq.ParquetFile, file: pa.NativeFile, g: int, where: str) -> RowGroup:
+    meta = parquet.metadata.row_group(g)
+    chunks = [meta.column(c) for c in range(meta.num_columns)]
+    offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
+    size = sum(c.total_compressed_size for c in chunks)
+    try:
+        column = parquet.read_row_group(g, columns=["label"])["label"]
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
+    if column.null_count:
+        raise DataError(f"{where}: {column.null_count} row(s) of row group {g} have no label; give every row one")
+    labels = pc.min_max(column).as_py()
+    file.seek(offset)
+    digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
+    return RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest)
 
 
 def _class_names(schema: pa.Schema) -> list[str]:
