@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from unlearn import config, views
 from unlearn.errors import MissingExtra, WeightsError
 from unlearn.models import base, folders, weights
-from unlearn.models.diffusion import autoencoder, flow, pipeline
+from unlearn.models.diffusion import autoencoder, flow, networks, pipeline
 from unlearn.registry import MODELS
 
 import diffusers  # isort: skip  after the cure of torchvision
@@ -45,7 +45,7 @@ def halves(kind: str):
     parts = torch.nn.ModuleDict(zip(("first_stage", "back"), autoencoder.split(VAES[kind]), strict=True)).eval()
     ours = autoencoder.from_public(whole.state_dict())
     parts.load_state_dict({n.removeprefix("decoder."): t for n, t in ours.items()})
-    assert autoencoder.to_public(ours).keys() == whole.state_dict().keys() and all(n.startswith(autoencoder.NAMES) for n in ours)
+    assert autoencoder.to_public(ours).keys() == whole.state_dict().keys() and all(n.startswith(autoencoder.AUTOENCODER_TENSORS) for n in ours)
     return whole, parts["first_stage"], parts["back"]
 
 
@@ -73,7 +73,7 @@ def test_latents_are_those_that_the_pipeline_of_diffusers_computes(kind):
         restored = whole.decode(found[:, :4] / scale + shift).sample
     torch.testing.assert_close(found, torch.cat(expected, dim=1), atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(back(expected[0]), restored, atol=1e-5, rtol=1e-5)
-    assert autoencoder.shape(VAES[kind]) == (found.shape[1] // 2, 32 // found.shape[2])
+    assert autoencoder.noised_space(VAES[kind]) == (found.shape[1] // 2, 32 // found.shape[2])
     assert not any(p.requires_grad for half in (first_stage, back) for p in half.parameters())
     # latents of the known part do not depend on what is hidden
     changed = torch.where(view.pixel_mask(32), torch.rand_like(images), images)
@@ -100,7 +100,7 @@ def test_channels_with_statistics_of_their_own():
     scaling = autoencoder.Scaling({"scaling_factor": 0.5, "latents_mean": [1.0, -1.0], "latents_std": [2.0, 4.0]})
     values = torch.tensor([3.0, 3.0]).view(1, 2, 1, 1)
     assert scaling(values).flatten().tolist() == [0.5, 0.5]  # (value - mean) x factor / std
-    assert torch.equal(scaling.back(scaling(values)), values)
+    assert torch.equal(scaling.inverse(scaling(values)), values)
 
 
 def test_the_back_takes_the_type_of_its_weights():
@@ -147,7 +147,7 @@ class Toy(base.Adapter):
     """A first stage and a decoder that `model.first_stage` fills."""
 
     family = "toy"
-    first_stage_names = autoencoder.NAMES
+    first_stage_names = autoencoder.AUTOENCODER_TENSORS
 
     def __init__(self, options):
         super().__init__(options)
@@ -311,7 +311,8 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     whole = made(kind)
     whole.save_pretrained(tmp_path / "theirs")
     tensors, options = pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})
-    home, file = pipeline.NETWORKS[options["network"]["class"]]
+    network = options["network"]["class"]
+    home, file = networks.NETWORKS[network].folder, networks.module(network)
     expected = file.from_public(getattr(whole, home).state_dict()) | autoencoder.from_public(whole.vae.state_dict())
     text = prompted(kind, whole, "a cat")
     assert tensors.keys() == expected.keys() | text.keys()
@@ -339,7 +340,7 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     assert same["network"] == options["network"] | {"dropout": 0.0} or same["network"] == options["network"]
     with pytest.raises(WeightsError, match="has no text_encoder, which model.options.prompt needs"):
         pipeline.read(tmp_path / "ours", {"prompt": "a cat"})
-    (tmp_path / "ours" / pipeline.PROMPT).unlink()
+    (tmp_path / "ours" / pipeline.PROMPT_FILE).unlink()
     zeros = pipeline.read(tmp_path / "ours", {})[0]
     assert all(not zeros[n].any() for n in text)
 

@@ -89,7 +89,7 @@ def test_sampling_starts_from_noise_and_ends_in_the_back(options):
     model.encoder.register_forward_pre_hook(lambda module, arguments: samples.append(arguments[0]))
     model.decoder.back.register_forward_hook(lambda module, arguments, out: decoded.append((arguments[0], out)))
     found = model.reconstruct(images, view)
-    channels, _ = autoencoder.shape(model.options.vae)
+    channels, _ = autoencoder.noised_space(model.options.vae)
     start = diffusion._noise(samples[0][:1, :channels], 0)[1]
     assert len(samples) == model.options.sampling_steps and torch.equal(samples[0][:, :channels], start.expand(2, -1, -1, -1))
     assert torch.equal(found, torch.where(hole, decoded[0][1], images)) and len(decoded) == 1

@@ -283,9 +283,9 @@ def test_the_first_stage_of_a_folder_of_ours_serves_another_model(loaded, tmp_pa
     weights.write(loaded, str(tmp_path / "ours"), {})
     other = build(SMALL | {"depth": 1}, first_stage=str(tmp_path / "ours"))
     for name, tensor in other.state_dict().items():
-        if name.startswith(tokenizer.NAMES):
+        if name.startswith(tokenizer.TOKENIZER_TENSORS):
             assert torch.equal(tensor, loaded.state_dict()[name])
-    assert {n.split(".")[1] for n in loaded.state_dict() if n.startswith(tokenizer.NAMES)} == {"encoder", "codebook", "pixels"}
+    assert {n.split(".")[1] for n in loaded.state_dict() if n.startswith(tokenizer.TOKENIZER_TENSORS)} == {"encoder", "codebook", "pixels"}
 
 
 def test_a_diffusers_folder_gives_the_codes_and_images_of_diffusers(tmp_path):
@@ -360,8 +360,8 @@ def test_noise_comes_from_a_stock_of_tokens_of_noise(loaded):
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2]) and len(drawn[0].unique(dim=0)) > 30
     with torch.no_grad():
         first = loaded.first_stage.tokens(torch.randn(16, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(4)))
-    assert torch.equal(loaded._stock[:16, 0], first) and "_stock" not in loaded.state_dict()
-    loaded._stock = None
+    assert torch.equal(loaded._noise_tokens[:16, 0], first) and "_noise_tokens" not in loaded.state_dict()
+    loaded._noise_tokens = None
 
 
 @pytest.mark.parametrize("options", [SMALL, DIFFUSERS], ids=["mage", "diffusers"])
@@ -381,7 +381,7 @@ def test_training_the_first_stage_uses_its_codes_and_keeps_both_codebooks_equal(
     assert float(losses[-1]) < 0.6 * float(losses[0])
     assert torch.equal(after["first_stage.codebook.weight"], after["decoder.codebook.weight"])
     moved = {n for n, t in before.items() if not torch.equal(t, after[n])}
-    assert moved == {n for n in after if n.startswith(tokenizer.NAMES)}
+    assert moved == {n for n in after if n.startswith(tokenizer.TOKENIZER_TENSORS)}
     assert len(model.first_stage.tokens(images).unique()) > 2 * CODES // 3
 
 
@@ -389,7 +389,7 @@ def test_the_tokenizer_is_never_trained_with_the_rest():
     model = build()
     trained = {id(p) for p in runs.method("pretrain").trainable(model)}
     names = {n for n, p in model.named_parameters() if id(p) in trained}
-    assert names == {n for n in model.state_dict() if not n.startswith(tokenizer.NAMES)} and "decoder.head.weight" in names
+    assert names == {n for n in model.state_dict() if not n.startswith(tokenizer.TOKENIZER_TENSORS)} and "decoder.head.weight" in names
 
 
 def test_moving_the_encoders_words_leaves_the_logits_words_alone(loaded):

@@ -172,7 +172,7 @@ def test_bf16_weights_beside_buffers_of_float32(loaded):
 
 def test_it_is_written_back_in_the_public_layout(public, loaded, tmp_path):
     loaded(16).to_folder(tmp_path)
-    back = load_file(tmp_path / migan.FILE)
+    back = load_file(tmp_path / migan.PUBLIC_FILE)
     assert back.keys() == public.keys() and all(torch.equal(t, public[n]) for n, t in back.items())
 
 

@@ -1,25 +1,28 @@
-"""The commands that list what there is, and write a model for other libraries: `unlearn models`, `methods`, `convert`."""
+"""The commands that list families and methods, and convert a model for other libraries: `unlearn models`, `methods`, `convert`."""
 
 from typing import Annotated
 
 import typer
 
 
-def models():
+def models(as_json: Annotated[bool, typer.Option("--json", help="print a JSON list, for programs")] = False):
     """List the model families and their named shapes, with the parameters of their parts."""
+    import dataclasses
+    import json
+
+    from unlearn.models.catalogue import shapes
+
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(shape) for shape in shapes()]))
+        return
     from rich.table import Table
 
     from unlearn.cli.console import out
-    from unlearn.models import base
-    from unlearn.registry import MODELS
 
     table = Table("family", "variant", "image", "encoder", "decoder", "first stage", box=None)
-    for family in MODELS:
-        for variant in base.adapter(family).variants:
-            model = base.shape(family, variant)
-            parts = (model.encoder, model.decoder, model.first_stage)
-            counts = (sum(p.numel() for p in part.parameters()) / 1e6 if part is not None else 0 for part in parts)
-            table.add_row(family, variant, f"{model.options.image_size} px", *(f"{n:,.1f} M" if n else "-" for n in counts))
+    for shape in shapes():
+        counts = (shape.encoder, shape.decoder, shape.first_stage)
+        table.add_row(shape.family, shape.variant, f"{shape.image_size} px", *(f"{n / 1e6:,.1f} M" if n else "-" for n in counts))
     out.print(table)
 
 
@@ -47,7 +50,7 @@ def convert(
     family: Annotated[str | None, typer.Option(help="the family, where the weights do not say it")] = None,
     variant: Annotated[str | None, typer.Option(help="the named shape, where the weights do not say it")] = None,
 ):
-    """Write a model as other libraries read it: a folder of diffusers (diffusion, mage) or transformers (mae).
+    """Write a model as other libraries read it: a folder of diffusers (diffusion) or transformers (mae), a public file (migan).
 
     Example: `unlearn convert runs/half/model half-diffusers`
     """

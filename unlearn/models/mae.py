@@ -3,7 +3,6 @@
 Shapes: B images, V visible of L = G x G patches, P pixels a patch side, W encoder width, D decoder width.
 """
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -12,37 +11,28 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-import unlearn.torchvision_cpu  # noqa: F401  timm imports torchvision
-from unlearn.models import base, vitmae
+from unlearn.models import base, vit, vitmae
+from unlearn.models.vit import take
 from unlearn.views import View
 
-from timm.models.vision_transformer import Block  # isort: skip
 
-
-class MAEOptions(base.Options):
+class MAEOptions(vit.ViTOptions):
     """Defaults are those of ViT-B/16."""
 
-    patch_size: int = 16
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
     decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-6
-    # whether the decoder was trained to say each patch's pixels normalised by their own mean and deviation
+    patch_size: int = 16
+    norm_eps: float = vit.EPS
+    # whether the decoder was trained to predict each patch's pixels normalised by their own mean and deviation
     norm_pix_loss: bool = False
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _patches_fit(self):
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
-            if width % heads or width % 4:
-                raise ValueError(f"width {width} must be a multiple of 4 and of its {heads} heads")
+        for width in (self.width, self.decoder_width):
+            if width % 4:
+                raise ValueError(f"width {width} must be a multiple of 4: a quarter each for sine and cosine of row and column")
         return self
 
 
@@ -71,12 +61,6 @@ def unpatch(values: torch.Tensor, size: int) -> torch.Tensor:
     return values.view(b, g, g, c, size, size).permute(0, 3, 1, 4, 2, 5).reshape(b, c, g * size, g * size)
 
 
-def take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows `index` (B, N) of `values` (B, L, ...)."""
-    shape = index.shape + (1,) * (values.dim() - 2)
-    return values.gather(1, index.view(shape).expand(*index.shape, *values.shape[2:]))
-
-
 class PatchProjection(nn.Conv2d):
     """A convolution whose stride is its kernel, applied to patches already cut out: one matrix product."""
 
@@ -84,22 +68,18 @@ class PatchProjection(nn.Conv2d):
         return F.linear(values.flatten(2), self.weight.flatten(1), self.bias)
 
 
-def _blocks(width: int, depth: int, heads: int, o: MAEOptions) -> nn.ModuleList:
-    norm = functools.partial(nn.LayerNorm, eps=o.norm_eps)
-    return nn.ModuleList(Block(width, heads, o.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+class Encoder(base.CheckpointedModule):
+    """(images (B, 3, S, S), visible (B, V)) to tokens (B, 1 + V, W), the class token first."""
 
-
-class Encoder(nn.Module):
-    """(images, visible) to tokens (B, 1 + V, W)."""
+    pos_embed: torch.Tensor
 
     def __init__(self, o: MAEOptions):
         super().__init__()
         self.patch_size = o.patch_size
-        self.activation_checkpointing = False
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(3, o.width, o.patch_size, o.patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, o.width))
         self.register_buffer("pos_embed", sincos_positions(o.width, o.image_size // o.patch_size))
-        self.blocks = _blocks(o.width, o.depth, o.heads, o)
+        self.blocks = vit.blocks(o.width, o.depth, o.heads, o.mlp_ratio, o.norm_eps)
         self.norm = nn.LayerNorm(o.width, eps=o.norm_eps)
 
     def forward(self, images: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
@@ -109,15 +89,14 @@ class Encoder(nn.Module):
         first = (self.cls_token + positions[:, :1]).to(tokens.dtype).expand(len(images), -1, -1)
         tokens = torch.cat([first, tokens], dim=1)
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+            tokens = self.checkpointed(block, tokens)
         return self.norm(tokens)
 
 
 class Decoder(nn.Module):
-    """(tokens, view) to normalised pixels of every patch (B, L, 3, P, P)."""
+    """(tokens (B, 1 + V, W), view) to normalised pixels of every patch (B, L, 3, P, P)."""
+
+    pos_embed: torch.Tensor
 
     def __init__(self, o: MAEOptions):
         super().__init__()
@@ -125,26 +104,22 @@ class Decoder(nn.Module):
         self.embed = nn.Linear(o.width, o.decoder_width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, o.decoder_width))
         self.register_buffer("pos_embed", sincos_positions(o.decoder_width, o.image_size // o.patch_size))
-        self.blocks = _blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o)
+        self.blocks = vit.blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o.mlp_ratio, o.norm_eps)
         self.norm = nn.LayerNorm(o.decoder_width, eps=o.norm_eps)
         self.pred = nn.Linear(o.decoder_width, o.patch_size**2 * 3)
 
     def forward(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
         tokens = self.embed(tokens)
         masked = self.mask_token.to(tokens.dtype).expand(*view.hidden.shape, -1)
-        # Visible tokens first, then masked ones; `back` puts every patch at its own place.
-        back = torch.cat([view.visible, view.hidden], dim=1).argsort(dim=1)
-        whole = take(torch.cat([tokens[:, 1:], masked], dim=1), back)
+        # The visible tokens come first, then the masked ones; `places` sorts them by patch.
+        places = torch.cat([view.visible, view.hidden], dim=1).argsort(dim=1)
+        whole = take(torch.cat([tokens[:, 1:], masked], dim=1), places)
         tokens = torch.cat([tokens[:, :1], whole], dim=1) + self.pos_embed.to(whole.dtype)
         for block in self.blocks:
             tokens = block(tokens)
         pixels = self.pred(self.norm(tokens))[:, 1:]
-        # The pixel head's order is (row, column, channel).
+        # The last layer orders a patch's pixels by (row, column, channel).
         return pixels.unflatten(2, (self.patch_size, self.patch_size, 3)).permute(0, 1, 4, 2, 3)
-
-
-def _block_flops(width: int, tokens: int, mlp_ratio: float) -> int:
-    return int(2 * tokens * width * width * (4 + 2 * mlp_ratio) + 4 * tokens * tokens * width)
 
 
 class MaskedAutoencoder(base.Adapter):
@@ -167,6 +142,10 @@ class MaskedAutoencoder(base.Adapter):
         },
     }  # fmt: skip
 
+    options: MAEOptions
+    encoder: Encoder
+    decoder: Decoder
+
     def __init__(self, options: MAEOptions):
         super().__init__(options)
         self.encoder = Encoder(options)
@@ -174,12 +153,10 @@ class MaskedAutoencoder(base.Adapter):
         self._initialise()
 
     def _initialise(self):
-        for module in self.modules():
-            if isinstance(module, PatchProjection):
-                nn.init.xavier_uniform_(module.weight.view(module.weight.shape[0], -1))
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        for layer in self.encoder.modules():
+            if isinstance(layer, PatchProjection):
+                nn.init.xavier_uniform_(layer.weight.view(len(layer.weight), -1))  # as the matrix that it is
+        vit.initialise_linear(self)
         nn.init.normal_(self.encoder.cls_token, std=0.02)
         nn.init.normal_(self.decoder.mask_token, std=0.02)
 
@@ -204,13 +181,17 @@ class MaskedAutoencoder(base.Adapter):
         return (take(filled, view.hidden) - target).float().square().mean()
 
     def flops(self, view: View) -> int:
-        o, seen = self.options, view.visible.shape[1]
-        projection = 2 * seen * 3 * o.patch_size**2 * o.width
-        return projection + o.depth * _block_flops(o.width, seen + 1, o.mlp_ratio)
+        o, visible = self.options, view.visible.shape[1]
+        projection = 2 * visible * 3 * o.patch_size**2 * o.width
+        return projection + o.depth * vit.block_flops(o.width, visible + 1, o.mlp_ratio)
 
     @classmethod
     def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return vitmae.read(folder)
+
+    @classmethod
+    def options_from_folder(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        return vitmae.options(folder)
 
     def to_folder(self, folder: Path) -> None:
         vitmae.write(self, folder)

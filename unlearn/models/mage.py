@@ -3,7 +3,6 @@
 Shapes: B images, V visible of L = G x G tokens, W encoder width, D decoder width, N codes.
 """
 
-import functools
 import math
 from pathlib import Path
 from typing import Literal
@@ -12,19 +11,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import model_validator
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-import unlearn.torchvision_cpu  # noqa: F401  timm imports torchvision
-from unlearn.models import base, tokenizer
-from unlearn.models.mae import take
+from unlearn.models import base, tokenizer, vit
+from unlearn.models.vit import take
 from unlearn.views import View
 
-from timm.models.vision_transformer import Block  # isort: skip
-
 SMOOTHING = 0.1  # of labels, as MAGE was trained
-STOCK = 256  # noise images whose tokens are drawn from
-# Where each part of a public MAGE checkpoint is in our model, and what its model holds but never uses.
-PLACES = {
+NOISE_IMAGES = 256  # images of noise whose tokens the noise is drawn from
+# Beginnings of names in a public MAGE checkpoint -> the names in our model that replace them.
+MAGE_NAMES = {
     "token_emb.word_embeddings.": ["encoder.word_embeddings.", "decoder.head."],
     "token_emb.position_embeddings.": ["encoder.position_embeddings."],
     "token_emb.LayerNorm.": ["encoder.embed_norm."],
@@ -38,25 +33,21 @@ PLACES = {
     "mlm_layer.ln.": ["decoder.ln."],
     "mlm_layer.bias": ["decoder.head.bias"],
 }
-UNUSED = ("cls_token", "pos_embed", "mask_token", "patch_embed.", "decoder_pos_embed", "decoder_pred.", "token_emb.position_ids")
+# Beginnings of names in such a checkpoint that its own model never uses.
+UNUSED_NAMES = ("cls_token", "pos_embed", "mask_token", "patch_embed.", "decoder_pos_embed", "decoder_pred.", "token_emb.position_ids")
 
 
-class MAGEOptions(base.Options):
+class MAGEOptions(vit.ViTOptions):
     """Defaults are those of MAGE's ViT-B.
 
-    vocabulary: codes, then what else has an embedding; class_token: the one in the class's place; the last is unused here.
-    channels: of the tokenizer, one a level; each level but the last halves the side. latent_channels, mid_attention: of a
-    `diffusers` tokenizer alone. temperature: of the noise on the choice of tokens; 0 takes the likeliest.
+    codes, code_width: of the tokenizer's codebook. vocabulary: how many tokens have an embedding: the codes, then others.
+    class_token: the token at the place of the class; the last token is unused here.
+    tokenizer: its architecture, see unlearn.models.tokenizer. channels: of its levels; each level but the last halves the
+    side. layers: residual blocks a level. latent_channels, mid_attention: of a `diffusers` tokenizer only.
+    decoding_steps: of `reconstruct`. temperature: of the noise added when tokens are chosen; 0 chooses the likeliest.
     """
 
     image_size: int = 256
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    decoder_width: int = 768
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    mlp_ratio: float = 4.0
     codes: int = 1024
     code_width: int = 256
     vocabulary: int = 1024 + 1000 + 1
@@ -75,15 +66,12 @@ class MAGEOptions(base.Options):
         return self.image_size >> (len(self.channels) - 1)
 
     @model_validator(mode="after")
-    def _fits(self):
+    def _tokens_fit(self):
         if not self.channels or any(width < 1 or width % self.norm_groups for width in self.channels):
             raise ValueError(f"channels {self.channels} must be multiples of norm_groups {self.norm_groups}")
         patch = 1 << (len(self.channels) - 1)
         if self.image_size % patch:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {patch}, the side of one of the tokenizer's codes")
-        for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
-            if width % heads:
-                raise ValueError(f"width {width} must be a multiple of its {heads} heads")
         if not self.codes <= self.class_token < self.vocabulary:
             raise ValueError(f"class_token {self.class_token} must lie after the {self.codes} codes, in the vocabulary of {self.vocabulary}")
         if self.decoding_steps < 1 or self.temperature < 0:
@@ -91,41 +79,33 @@ class MAGEOptions(base.Options):
         return self
 
 
-def _blocks(width: int, depth: int, heads: int, mlp_ratio: float) -> nn.ModuleList:
-    norm = functools.partial(nn.LayerNorm, eps=1e-6)
-    return nn.ModuleList(Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
-
-
-class Encoder(nn.Module):
-    """(tokens of every place (B, L), visible (B, V)) to (B, 1 + V, W); the class token comes first."""
+class Encoder(base.CheckpointedModule):
+    """(tokens (B, L), visible (B, V)) to (B, 1 + V, W), the class token first; hidden tokens are not looked at."""
 
     def __init__(self, o: MAGEOptions):
         super().__init__()
         self.class_token = o.class_token
-        self.activation_checkpointing = False
         self.word_embeddings = nn.Embedding(o.vocabulary, o.width)
         self.position_embeddings = nn.Embedding(1 + o.grid**2, o.width)
-        self.embed_norm = nn.LayerNorm(o.width, eps=1e-6)
-        self.blocks = _blocks(o.width, o.depth, o.heads, o.mlp_ratio)
-        self.norm = nn.LayerNorm(o.width, eps=1e-6)
+        self.embed_norm = nn.LayerNorm(o.width, eps=vit.EPS)
+        self.blocks = vit.blocks(o.width, o.depth, o.heads, o.mlp_ratio)
+        self.norm = nn.LayerNorm(o.width, eps=vit.EPS)
 
     def forward(self, tokens: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        # The class token is put before the others, at position 0.
+        # The class token goes before the others, at position 0.
         words = F.pad(take(tokens, visible), (1, 0), value=self.class_token)
         x = self.embed_norm(self.word_embeddings(words) + self.position_embeddings(F.pad(visible + 1, (1, 0))))
         for block in self.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+            x = self.checkpointed(block, x)
         return self.norm(x)
 
 
 class Decoder(nn.Module):
-    """(embedding (B, 1 + V, W), visible (B, V)) to the logits of every place's token, (B, L, vocabulary).
+    """(embedding (B, 1 + V, W), visible (B, V)) to the logits of the token at every place, (B, L, vocabulary).
 
-    MAGE's logits are products with the encoder's token embedding; here that is a copy, `head`, so that training the encoder
-    does not move it. The tokenizer's way back to pixels is here too, and never trained with the rest.
+    MAGE's logits are products with the encoder's token embedding. Here `head` is a copy of that embedding, so that training
+    the encoder does not change the decoder. The tokenizer's own decoder, from codes to pixels, is here too and never trained
+    together with the rest.
     """
 
     def __init__(self, o: MAGEOptions):
@@ -133,8 +113,8 @@ class Decoder(nn.Module):
         self.grid = o.grid
         self.embed = nn.Linear(o.width, o.decoder_width)
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + o.grid**2, o.decoder_width))
-        self.blocks = _blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o.mlp_ratio)
-        self.norm = nn.LayerNorm(o.decoder_width, eps=1e-6)
+        self.blocks = vit.blocks(o.decoder_width, o.decoder_depth, o.decoder_heads, o.mlp_ratio)
+        self.norm = nn.LayerNorm(o.decoder_width, eps=vit.EPS)
         self.fc = nn.Linear(o.decoder_width, o.width)
         self.ln = nn.LayerNorm(o.width)
         self.head = nn.Linear(o.width, o.vocabulary)
@@ -145,7 +125,7 @@ class Decoder(nn.Module):
 
     def forward(self, embedding: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
         x = self.embed(embedding)
-        # The class token stands wherever nothing is known.
+        # The class token stands at the hidden places.
         whole = x[:, :1].expand(-1, self.grid**2, -1)
         whole = whole.scatter(1, visible[..., None].expand(-1, -1, x.shape[2]), x[:, 1:])
         x = torch.cat([x[:, :1], whole], dim=1) + self.pos_embed
@@ -154,8 +134,8 @@ class Decoder(nn.Module):
         return self.head(self.ln(F.gelu(self.fc(self.norm(x)[:, 1:]))))
 
     def paint(self, codes: torch.Tensor) -> torch.Tensor:
-        """Codes (B, C, G, G) to normalised images."""
-        return self.range.back(self.pixels(self.post_quant_conv(codes)))
+        """Codes (B, C, G, G) to normalised images (B, 3, S, S)."""
+        return self.range.inverse(self.pixels(self.post_quant_conv(codes)))
 
 
 class MaskedGenerativeEncoder(base.Adapter):
@@ -165,7 +145,7 @@ class MaskedGenerativeEncoder(base.Adapter):
     Options = MAGEOptions
     encoder_sees_hole = False
     continuous = False
-    first_stage_names = tokenizer.NAMES
+    first_stage_names = tokenizer.TOKENIZER_TENSORS
     variants = {
         "mage_vit_base": {},
         "mage_vit_large": {"width": 1024, "depth": 24, "heads": 16, "decoder_width": 1024},
@@ -181,27 +161,33 @@ class MaskedGenerativeEncoder(base.Adapter):
         },
     }  # fmt: skip
 
+    options: MAGEOptions
+    encoder: Encoder
+    decoder: Decoder
+    first_stage: tokenizer.Tokenizer
+
     def __init__(self, options: MAGEOptions):
         super().__init__(options)
         self.first_stage = tokenizer.Tokenizer(options)
         self.encoder = Encoder(options)
         self.decoder = Decoder(options)
-        self._stock: torch.Tensor | None = None
+        self._noise_tokens: torch.Tensor | None = None
         self._initialise()
 
     def _initialise(self):
-        for part in (self.encoder, self.decoder):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.xavier_uniform_(module.weight)
-                    nn.init.zeros_(module.bias)
-        for weight in (self.encoder.word_embeddings.weight, self.encoder.position_embeddings.weight, self.decoder.pos_embed, self.decoder.head.weight):
+        encoder, decoder = self.encoder, self.decoder
+        vit.initialise_linear(encoder)
+        vit.initialise_linear(decoder)
+        for weight in (encoder.word_embeddings.weight, encoder.position_embeddings.weight, decoder.pos_embed, decoder.head.weight):
             nn.init.normal_(weight, std=0.02)
-        for part in (self.first_stage, self.decoder.codebook, self.decoder.post_quant_conv, self.decoder.pixels):
+        for part in self._tokenizer_parts():
             part.requires_grad_(False)
-        # Codes far from all latents would take long to be of use.
+        # Codes that start far from all latents would not be used for a long time.
         nn.init.normal_(self.first_stage.codebook.weight, std=0.1)
         self.decoder.codebook.weight.copy_(self.first_stage.codebook.weight)
+
+    def _tokenizer_parts(self) -> tuple[nn.Module, ...]:
+        return self.first_stage, self.decoder.codebook, self.decoder.post_quant_conv, self.decoder.pixels
 
     @property
     def grid(self) -> int:
@@ -223,51 +209,53 @@ class MaskedGenerativeEncoder(base.Adapter):
         return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
 
     def complete(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
-        """Tokens (B, L) with the hidden ones guessed, in `decoding_steps` rounds (MaskGIT, arXiv 2202.04200): each keeps
-        those it is surest of, few at first, and the next one sees them."""
+        """Tokens (B, L) with the hidden ones predicted, in `decoding_steps` rounds (MaskGIT, arXiv 2202.04200).
+
+        Each round keeps the tokens it is most certain of, few at first, and the next round sees them.
+        """
         o, known, hidden = self.options, view.visible, view.hidden.shape[1]
         generator = torch.Generator().manual_seed(0)
         seen = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, known, True)
         for step in range(min(o.decoding_steps, hidden)):
             done = (step + 1) / min(o.decoding_steps, hidden)
             logits = self.decoder(self.encoder(tokens, known), known)[..., : o.codes].float()
-            # One draw for all rows: an image is completed alike in any batch.
+            # One draw for all rows, so that an image is completed alike in any batch.
             noise = _gumbel((self.grid**2, o.codes), generator).to(logits.device)
             chosen = (logits + o.temperature * noise).argmax(2)
-            sure = logits.log_softmax(2).gather(2, chosen[..., None])[..., 0]
-            sure = sure + o.temperature * (1 - done) * _gumbel((self.grid**2,), generator).to(sure.device)
+            certainty = logits.log_softmax(2).gather(2, chosen[..., None])[..., 0]
+            certainty = certainty + o.temperature * (1 - done) * _gumbel((self.grid**2,), generator).to(certainty.device)
             tokens = torch.where(seen, tokens, chosen)
             left = min(math.floor(hidden * math.cos(math.pi / 2 * done)), hidden - step - 1) if done < 1 else 0
-            known = sure.masked_fill(seen, torch.inf).argsort(dim=1, descending=True, stable=True)[:, : tokens.shape[1] - left]
+            ranked = certainty.masked_fill(seen, torch.inf).argsort(dim=1, descending=True, stable=True)
+            known = ranked[:, : tokens.shape[1] - left]
             seen = torch.zeros_like(seen).scatter(1, known, True)
         return tokens
 
     def noise_like(self, inputs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Tokens of images of standard Gaussian noise, drawn from the stock."""
-        if self._stock is None:
+        """Tokens of images of standard Gaussian noise, drawn from those that `stock_noise` has made."""
+        if self._noise_tokens is None:
             raise RuntimeError("no tokens of noise are in stock: call stock_noise with the first stage first")
-        which = torch.randint(len(self._stock), (len(inputs),), generator=generator, device=self._stock.device)
-        return self._stock[which].expand(-1, 2, -1)
+        rows = torch.randint(len(self._noise_tokens), (len(inputs),), generator=generator, device=self._noise_tokens.device)
+        return self._noise_tokens[rows].expand(-1, 2, -1)
 
     @torch.no_grad()
     def stock_noise(self, first_stage: nn.Module, seed: int) -> None:
-        """Tokens of STOCK images of noise, (STOCK, 1, L); the same for the same seed on any device."""
+        """Make the tokens of NOISE_IMAGES images of noise, (NOISE_IMAGES, 1, L); the same for the same seed on any device."""
+        assert isinstance(first_stage, tokenizer.Tokenizer)
         generator, side = torch.Generator().manual_seed(seed), self.options.image_size
         device = first_stage.codebook.weight.device
-        batches = (torch.randn(16, 3, side, side, generator=generator).to(device) for _ in range(STOCK // 16))
-        self._stock = torch.cat([first_stage.tokens(images) for images in batches])[:, None]
+        batches = (torch.randn(16, 3, side, side, generator=generator).to(device) for _ in range(NOISE_IMAGES // 16))
+        self._noise_tokens = torch.cat([first_stage.tokens(images) for images in batches])[:, None]
 
     def first_stage_parameters(self) -> list[nn.Parameter]:
-        parts = (self.first_stage, self.decoder.codebook, self.decoder.post_quant_conv, self.decoder.pixels)
-        return [p for part in parts for p in part.requires_grad_(True).parameters()]
+        return [p for part in self._tokenizer_parts() for p in part.requires_grad_(True).parameters()]
 
     def first_stage_loss(self, images: torch.Tensor) -> torch.Tensor:
         return tokenizer.loss(self.first_stage, self.decoder, images)
 
     def flops(self, view: View) -> int:
-        o, tokens = self.options, view.visible.shape[1] + 1
-        block = 2 * tokens * o.width * o.width * (4 + 2 * o.mlp_ratio) + 4 * tokens * tokens * o.width
-        return o.depth * int(block)
+        o = self.options
+        return o.depth * vit.block_flops(o.width, view.visible.shape[1] + 1, o.mlp_ratio)
 
     @classmethod
     def first_stage_from(cls, path: Path) -> dict[str, torch.Tensor]:
@@ -275,19 +263,20 @@ class MaskedGenerativeEncoder(base.Adapter):
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The layout of LTH14/mage; the tokenizer is in it under `vqgan.`, or comes from model.first_stage."""
+        """The layout of LTH14/mage. Its tokenizer is in the same file under `vqgan.`, or comes from model.first_stage."""
         if any(name.startswith("encoder.") for name in tensors):
             return tensors
-        vqgan = {name.removeprefix("vqgan."): tensor for name, tensor in tensors.items() if name.startswith("vqgan.")}
-        renamed = tokenizer.from_public(vqgan)
+        ours = tokenizer.from_public({n.removeprefix("vqgan."): t for n, t in tensors.items() if n.startswith("vqgan.")})
         for name, tensor in tensors.items():
-            prefix = next((p for p in PLACES if name.startswith(p)), None)
-            for place in PLACES.get(prefix, ()):
-                renamed[place + name.removeprefix(prefix)] = tensor.flatten() if name == "mlm_layer.bias" else tensor
-            if prefix is None and not name.startswith(("vqgan.", *UNUSED)):
-                renamed[name] = tensor  # told as unexpected where the model is filled
-        return renamed
+            prefix = next((p for p in MAGE_NAMES if name.startswith(p)), None)
+            if prefix is not None:
+                tensor = tensor.flatten() if name == "mlm_layer.bias" else tensor
+                ours |= {replacement + name.removeprefix(prefix): tensor for replacement in MAGE_NAMES[prefix]}
+            elif not name.startswith(("vqgan.", *UNUSED_NAMES)):
+                ours[name] = tensor  # unknown: kept, so that filling the model reports it as unexpected
+        return ours
 
 
 def _gumbel(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Samples of the standard Gumbel distribution."""
     return -torch.empty(shape).exponential_(generator=generator).clamp_min(1e-20).log()

@@ -1,7 +1,8 @@
 """MI-GAN (ICCV 2023): a small convolutional inpainting generator, an encoder with skips and a synthesis network.
 
-Blocks are named by the resolution they work at in an image of `resolution` pixels; a smaller image runs through the same
-blocks, and everything is as much smaller. Shapes: B images of S x S pixels; block b{R} works at R * S / resolution pixels.
+A block is named by the resolution that it works at when the image has `resolution` pixels a side. A smaller image runs through
+the same blocks, each at a proportionally smaller resolution.
+Shapes: B images of S x S pixels; block b{R} works at R * S / resolution pixels a side.
 """
 
 import functools
@@ -13,19 +14,18 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from unlearn.models import base
 from unlearn.views import View
 
-# The file that `to_folder` writes, in the public layout.
-FILE = "migan.safetensors"
+# The file that `to_folder` writes, with the public names.
+PUBLIC_FILE = "migan.safetensors"
 
 
-class MIGANOptions(base.Options):
+class MIGANOptions(base.ModelOptions):
     """Defaults are those of the model trained on Places2 at 512 pixels.
 
-    resolution: pixels of the images it was made for; image_size: pixels of the images it is used on, resolution / 1, 2 or 4.
+    resolution: pixels a side of the images it was made for; image_size: of the images it is used on, resolution / 1, 2 or 4.
     channel_base, channel_max: a block b{R} is min(channel_base / R, channel_max) channels wide.
     """
 
@@ -51,7 +51,7 @@ class MIGANOptions(base.Options):
 
     @property
     def resolutions(self) -> list[int]:
-        """Those of the blocks: resolution, resolution / 2, ..., 4."""
+        """The resolutions of the blocks: resolution, resolution / 2, ..., 4."""
         return [self.resolution >> i for i in range(self.resolution.bit_length() - 2)]
 
     def width(self, resolution: int) -> int:
@@ -59,14 +59,14 @@ class MIGANOptions(base.Options):
 
 
 def activate(x: torch.Tensor) -> torch.Tensor:
-    """Leaky ReLU times sqrt 2, clamped to +-256. In place after the first step: nothing needs what lies between."""
+    """Leaky ReLU times sqrt 2, clamped to +-256. In place after the first step: the backward pass needs no value in between."""
     return F.hardtanh_(F.leaky_relu(x, 0.2).mul_(math.sqrt(2)), -256, 256)
 
 
 @functools.cache
 def _fir(channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The low-pass filter (1, 3, 3, 1) in both directions, of sum 1, for a depthwise convolution: (channels, 1, 4, 4)."""
-    # What is made in inference mode could never be used for training again.
+    # A tensor made in inference mode could not be used for training later.
     with torch.inference_mode(False):
         line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device) / 8
         return torch.outer(line, line).to(dtype).expand(channels, 1, 4, 4).contiguous()
@@ -88,6 +88,9 @@ class SeparableConv(nn.Module):
     noise: the side of the constant noise map; 0 = none. A smaller image takes the map's first rows and columns.
     """
 
+    noise_const: torch.Tensor
+    noise_strength: torch.Tensor
+
     def __init__(self, channels: int, out: int, down: bool = False, up: bool = False, noise: int = 0):
         super().__init__()
         self.down, self.up = down, up
@@ -95,7 +98,7 @@ class SeparableConv(nn.Module):
         self.conv2 = nn.Conv2d(channels, out, 1, bias=False)
         if noise:
             self.register_buffer("noise_const", torch.randn(noise, noise))
-            # Public weights say 1; a model trained here from nothing, without an adversary, has no use for noise.
+            # In public weights it is 1; a model trained here from nothing, without a discriminator, needs no noise.
             self.register_buffer("noise_strength", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,12 +127,11 @@ class EncoderBlock(nn.Module):
         return skip, self.conv2(skip)
 
 
-class Encoder(nn.Module):
-    """(B, 4, S, S) = (mask - 0.5, known pixels) to [bottleneck, skip of b{resolution}, ..., skip of b4]."""
+class Encoder(base.CheckpointedModule):
+    """(B, 4, S, S) = (0.5 - hole, visible pixels) to [bottleneck, skip of b{resolution}, ..., skip of b4]."""
 
     def __init__(self, o: MIGANOptions):
         super().__init__()
-        self.activation_checkpointing = False
         self.names = [f"b{r}" for r in o.resolutions]
         for r, name in zip(o.resolutions, self.names, strict=True):
             self.add_module(name, EncoderBlock(o, r))
@@ -138,11 +140,7 @@ class Encoder(nn.Module):
         # Depthwise convolutions are several times faster with channels last.
         x, skips = x.contiguous(memory_format=torch.channels_last), []
         for name in self.names:
-            block = getattr(self, name)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                skip, x = checkpoint(block, x, use_reentrant=False)
-            else:
-                skip, x = block(x)
+            skip, x = self.checkpointed(getattr(self, name), x)
             skips.append(skip)
         return [x, *skips]
 
@@ -160,12 +158,12 @@ class SynthesisBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, skip: torch.Tensor, rgb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.conv2(self.conv1(x) + skip)
-        seen = self.torgb(x)
-        return x, seen if rgb is None else upsample(rgb) + seen
+        own = self.torgb(x)
+        return x, own if rgb is None else upsample(rgb) + own
 
 
 class Synthesis(nn.Module):
-    """[bottleneck, skips] to normalised images (B, 3, S, S), known pixels included."""
+    """[bottleneck, skips] to normalised images (B, 3, S, S), the visible pixels included."""
 
     def __init__(self, o: MIGANOptions):
         super().__init__()
@@ -178,14 +176,8 @@ class Synthesis(nn.Module):
         rgb = None
         for name, skip in zip(self.names, reversed(skips), strict=True):
             x, rgb = getattr(self, name)(x, skip, rgb)
+        assert rgb is not None, "there is always a block"
         return rgb
-
-
-@functools.cache
-def _encoder_flops(o: MIGANOptions) -> int:
-    with torch.device("meta"):
-        encoder, x = Encoder(o), torch.empty(1, 4, o.image_size, o.image_size)
-    return base.counted(lambda: encoder(x))
 
 
 class MIGAN(base.Adapter):
@@ -201,14 +193,19 @@ class MIGAN(base.Adapter):
         "migan_nano_32": {"image_size": 32, "resolution": 32, "channel_base": 1024, "channel_max": 96, "grid": 8},
     }
 
+    options: MIGANOptions
+    encoder: Encoder
+    decoder: Synthesis
+
     def __init__(self, options: MIGANOptions):
         super().__init__(options)
         self.encoder = Encoder(options)
         self.decoder = Synthesis(options)
+        self._flops: int | None = None
         self._initialise()
 
     def _initialise(self):
-        """Keep the variance: the activation brings its own gain."""
+        """Weights that keep the variance: the activation has a gain of its own."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -220,9 +217,9 @@ class MIGAN(base.Adapter):
         return self.options.grid
 
     def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> list[torch.Tensor]:
-        hidden = view.pixel_mask(inputs.shape[-1])
-        known = torch.where(hidden, 0, inputs)
-        return self.encoder(torch.cat([0.5 - hidden.to(known.dtype), known], dim=1))
+        hole = view.pixel_mask(inputs.shape[-1])
+        visible = torch.where(hole, 0, inputs)
+        return self.encoder(torch.cat([0.5 - hole.to(visible.dtype), visible], dim=1))
 
     def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
         filled = self.decoder(self.encode(images, view))
@@ -235,22 +232,28 @@ class MIGAN(base.Adapter):
         nothing fills holes with blur.
         """
         error = (self.decoder(self.encode(inputs, view)) - inputs).float().abs()
-        hidden = view.pixel_mask(inputs.shape[-1])
-        return torch.where(hidden, error, 0).sum() / (3 * hidden.sum())
+        hole = view.pixel_mask(inputs.shape[-1])
+        return torch.where(hole, error, 0).sum() / (3 * hole.sum())
 
     def flops(self, view: View) -> int:
-        return _encoder_flops(self.options)
+        if self._flops is None:
+            size = self.options.image_size
+            with torch.device("meta"):
+                encoder, x = Encoder(self.options), torch.empty(1, 4, size, size)
+            self._flops = base.count_flops(lambda: encoder(x))
+        return self._flops
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The layout of Picsart-AI-Research/MI-GAN without its FIR filters: `synthesis.*` is the decoder."""
+        """The names of Picsart-AI-Research/MI-GAN without its FIR filters: `synthesis.*` is the decoder."""
         return {_swap(name, "synthesis.", "decoder."): tensor for name, tensor in tensors.items()}
 
     def to_folder(self, folder: Path) -> None:
-        """Write FILE in the public layout."""
-        held = {_swap(name, "decoder.", "synthesis."): t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(held, folder / FILE)
+        """Write PUBLIC_FILE, with the public names."""
+        public = {_swap(name, "decoder.", "synthesis."): t.detach().contiguous() for name, t in self.state_dict().items()}
+        save_file(public, folder / PUBLIC_FILE)
 
 
 def _swap(name: str, prefix: str, other: str) -> str:
+    """`name` with the prefix `other` where it has `prefix`."""
     return other + name.removeprefix(prefix) if name.startswith(prefix) else name

@@ -5,6 +5,7 @@ Two architectures: `mage`, the convolutions of MaskGIT as the public MAGE tokeni
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,24 +14,25 @@ from torch import nn
 from unlearn.models import folders, weights
 from unlearn.views import View
 
-# Where each part of a public tokenizer is in our model; the codebook is there twice, for the first stage is taken away.
-PLACES = {
+# Beginnings of names in a public tokenizer -> the names in our model that replace them. The codebook is in our model twice, since
+# the first stage is taken away before training.
+TOKENIZER_NAMES = {
     "encoder.": ["first_stage.encoder."],
     "quant_conv.": ["first_stage.quant_conv."],
     "quantize.embedding.": ["first_stage.codebook.", "decoder.codebook."],
     "post_quant_conv.": ["decoder.post_quant_conv."],
     "decoder.": ["decoder.pixels."],
 }
-# What a checkpoint of a tokenizer's training holds beside it: the discriminator and the perceptual network.
-OTHERS = ("loss.",)
-# Our tensors that a tokenizer fills.
-NAMES = tuple(sorted({place for places in PLACES.values() for place in places}))
+# Beginnings of names that belong to a tokenizer's training only: the discriminator and the perceptual network.
+TRAINING_NAMES = ("loss.",)
+# The names of all our tensors that a tokenizer fills begin with one of these.
+TOKENIZER_TENSORS = tuple(sorted({ours for names in TOKENIZER_NAMES.values() for ours in names}))
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions and what is added to them.
+    """Two convolutions and a shortcut around them.
 
-    Where the width changes the sum is with a projection of the convolutions' own result, as in the public weights.
+    Where the width changes, the shortcut is a projection of the convolutions' own result, as in the public weights.
     """
 
     def __init__(self, inside: int, outside: int, groups: int):
@@ -48,9 +50,22 @@ class ResidualBlock(nn.Module):
         return h + (x if self.same else self.nin_shortcut(h))
 
 
-def _level(inside: int, outside: int, count: int, groups: int) -> nn.ModuleDict:
-    blocks = (ResidualBlock(inside if n == 0 else outside, outside, groups) for n in range(count))
-    return nn.ModuleDict({"block": nn.ModuleList(blocks)})
+class Level(nn.Module):
+    """The residual blocks of one resolution; after them, where `upsample` is set, twice the side and a convolution."""
+
+    def __init__(self, inside: int, outside: int, count: int, groups: int):
+        super().__init__()
+        self.block = nn.ModuleList(ResidualBlock(inside if n == 0 else outside, outside, groups) for n in range(count))
+        self.upsample: nn.ModuleDict | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.block:
+            x = block(x)
+        return x if self.upsample is None else self.upsample["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _levels(inside: tuple[int, ...], outside: tuple[int, ...], count: int, groups: int) -> nn.ModuleList:
+    return nn.ModuleList(Level(i, o, count, groups) for i, o in zip(inside, outside, strict=True))
 
 
 def _middle(width: int, groups: int) -> nn.ModuleDict:
@@ -63,8 +78,7 @@ class MageEncoder(nn.Module):
     def __init__(self, channels: tuple[int, ...], layers: int, groups: int, latent: int):
         super().__init__()
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
-        inside = (channels[0], *channels[:-1])
-        self.down = nn.ModuleList(_level(i, o, layers, groups) for i, o in zip(inside, channels, strict=True))
+        self.down = _levels((channels[0], *channels[:-1]), channels, layers, groups)
         self.mid = _middle(channels[-1], groups)
         self.norm_out = nn.GroupNorm(groups, channels[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[-1], latent, 1)
@@ -72,9 +86,7 @@ class MageEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for number, level in enumerate(self.down):
-            x = F.avg_pool2d(x, 2) if number else x
-            for block in level["block"]:
-                x = block(x)
+            x = level(F.avg_pool2d(x, 2) if number else x)
         x = self.mid["block_2"](self.mid["block_1"](x))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -86,10 +98,9 @@ class MageDecoder(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(latent, channels[-1], 3, padding=1)
         self.mid = _middle(channels[-1], groups)
-        inside = (*channels[1:], channels[-1])
-        self.up = nn.ModuleList(_level(i, o, layers, groups) for i, o in zip(inside, channels, strict=True))
+        self.up = _levels((*channels[1:], channels[-1]), channels, layers, groups)
         for level, width in zip(self.up[1:], channels[1:], strict=True):
-            level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+            level.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
         self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
@@ -97,15 +108,12 @@ class MageDecoder(nn.Module):
         x = self.conv_in(x)
         x = self.mid["block_2"](self.mid["block_1"](x))
         for level in reversed(self.up):
-            for block in level["block"]:
-                x = block(x)
-            if "upsample" in level:
-                x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 def encoder(o) -> nn.Module:
-    """Pixels to latents. o: the options of unlearn.models.mage."""
+    """The network from pixels to latents. o: MAGEOptions, of unlearn.models.mage."""
     if o.tokenizer == "mage":
         return MageEncoder(o.channels, o.layers, o.norm_groups, o.code_width)
     from diffusers.models.autoencoders.vae import Encoder
@@ -114,7 +122,7 @@ def encoder(o) -> nn.Module:
 
 
 def decoder(o) -> nn.Module:
-    """Latents to pixels."""
+    """The network from latents to pixels. o: MAGEOptions."""
     if o.tokenizer == "mage":
         return MageDecoder(o.channels, o.layers, o.norm_groups, o.code_width)
     from diffusers.models.autoencoders.vae import Decoder
@@ -122,7 +130,7 @@ def decoder(o) -> nn.Module:
     return Decoder(o.latent_channels, 3, ("UpDecoderBlock2D",) * len(o.channels), **_diffusers(o))
 
 
-def _diffusers(o) -> dict:
+def _diffusers(o) -> dict[str, Any]:
     return {
         "block_out_channels": o.channels, "layers_per_block": o.layers, "norm_num_groups": o.norm_groups,
         "mid_block_add_attention": o.mid_attention,
@@ -130,12 +138,15 @@ def _diffusers(o) -> dict:
 
 
 def projection(o, inside: int, outside: int) -> nn.Module:
-    """Between latents and codes: MAGE's tokenizer has nothing there."""
+    """The layer between latents and codes; MAGE's tokenizer has none."""
     return nn.Identity() if o.tokenizer == "mage" else nn.Conv2d(inside, outside, 1)
 
 
 class Range(nn.Module):
-    """Normalised images to the tokenizer's own range and back: [0, 1] for `mage`, [-1, 1] for `diffusers`."""
+    """Normalised images to the range that the tokenizer takes, [0, 1] for `mage` and [-1, 1] for `diffusers`; and the inverse."""
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, o):
         super().__init__()
@@ -146,13 +157,18 @@ class Range(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return (self.low + (1 - self.low) * (images * self.std + self.mean).clamp(0, 1)).to(images.dtype)
 
-    def back(self, found: torch.Tensor) -> torch.Tensor:
-        return (((found - self.low) / (1 - self.low) - self.mean) / self.std).to(found.dtype)
+    def inverse(self, images: torch.Tensor) -> torch.Tensor:
+        return (((images - self.low) / (1 - self.low) - self.mean) / self.std).to(images.dtype)
 
 
 class Tokenizer(nn.Module):
-    """(normalised images, view) to int64 (B, 2, L): the codes of the image with its hole filled with the mean colour, so
-    that nothing hidden is in them, and those of the whole image, which training has to guess."""
+    """(normalised images, view) to tokens, int64 (B, 2, L).
+
+    First those of the image with its hole filled with the mean colour, which know nothing of what is hidden; then those of
+    the whole image, which training has to predict.
+    """
+
+    every: torch.Tensor
 
     def __init__(self, o):
         super().__init__()
@@ -167,13 +183,13 @@ class Tokenizer(nn.Module):
         return self.quant_conv(self.encoder(self.range(images)))
 
     def tokens(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, L) int64: the nearest codes."""
+        """Numbers of the nearest codes, (B, L) int64."""
         latents = self.latents(images).flatten(2).transpose(1, 2)
         return distances(latents, self.codebook(self.every)).argmin(2)
 
     def forward(self, images: torch.Tensor, view: View) -> torch.Tensor:
-        seen = images.masked_fill(view.pixel_mask(images.shape[-1]), 0)
-        return torch.stack([self.tokens(seen), self.tokens(images)], dim=1)
+        visible = images.masked_fill(view.pixel_mask(images.shape[-1]), 0)
+        return torch.stack([self.tokens(visible), self.tokens(images)], dim=1)
 
 
 def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -182,45 +198,48 @@ def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return torch.cdist(vectors.to(dtype), codes.to(dtype))
 
 
-def loss(first_stage: Tokenizer, back, images: torch.Tensor) -> torch.Tensor:
-    """What a tokenizer is trained with (arXiv 1711.00937): the squared error of normalised images, that of codes to latents
-    and a quarter of that of latents to codes. back: has a codebook of its own, and `paint`, codes (B, C, G, G) to images.
+def loss(first_stage: Tokenizer, decoder, images: torch.Tensor) -> torch.Tensor:
+    """The loss that a tokenizer is trained with (arXiv 1711.00937), a scalar.
+
+    It is the squared error of the normalised images, plus that of codes to latents, plus a quarter of that of latents to codes.
+    decoder: has a copy of the codebook, and `paint`, from codes (B, C, G, G) to images.
     """
     latents = first_stage.latents(images)
     vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
-    # Both copies of the codebook get the same gradient, to the bit, and stay equal.
-    codes = (first_stage.codebook(first_stage.every) + back.codebook(first_stage.every)) / 2
+    # Both copies of the codebook get the same gradient, to the bit, and so stay equal.
+    codes = (first_stage.codebook(first_stage.every) + decoder.codebook(first_stage.every)) / 2
     with torch.no_grad():
-        apart = distances(vectors, codes)
-        nearest, closest = apart.argmin(1), apart.argmin(0)
-        unused = torch.ones_like(first_stage.every).scatter(0, nearest, 0)
-    chosen = codes[nearest]
+        between = distances(vectors, codes)
+        nearest_code, nearest_vector = between.argmin(1), between.argmin(0)
+        unused = torch.ones_like(first_stage.every).scatter(0, nearest_code, 0)
+    chosen = codes[nearest_code]
+    # The gradient passes by the choice: it reaches the latents as if they had been decoded themselves.
     straight = vectors + (chosen - vectors).detach()
-    painted = back.paint(straight.unflatten(0, (len(images), *latents.shape[2:])).permute(0, 3, 1, 2))
-    follow = (chosen - vectors.detach()).square().mean()
-    commit = (vectors - chosen.detach()).square().mean()
-    # A code that no latent takes is drawn to the latent nearest to it, so none is lost.
-    revive = ((codes - vectors[closest].detach()).square() * unused[:, None]).mean()
-    return (painted - images).square().mean() + follow + 0.25 * commit + revive
+    painted = decoder.paint(straight.unflatten(0, (len(images), *latents.shape[2:])).permute(0, 3, 1, 2))
+    codes_to_latents = (chosen - vectors.detach()).square().mean()
+    latents_to_codes = (vectors - chosen.detach()).square().mean()
+    # A code that no latent chooses is pulled to the latent nearest to it, so that none stays unused.
+    revival = ((codes - vectors[nearest_vector].detach()).square() * unused[:, None]).mean()
+    return (painted - images).square().mean() + codes_to_latents + 0.25 * latents_to_codes + revival
 
 
 def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors of a tokenizer in our names: taming-transformers, MAGE and diffusers write them alike."""
-    renamed = {}
+    """Tensors of a tokenizer in our names; taming-transformers, MAGE and diffusers name them alike."""
+    ours = {}
     for name, tensor in tensors.items():
-        prefix = next((p for p in PLACES if name.startswith(p)), None)
+        prefix = next((p for p in TOKENIZER_NAMES if name.startswith(p)), None)
         if prefix is not None:
-            renamed |= {place + name.removeprefix(prefix): tensor for place in PLACES[prefix]}
-        elif not name.startswith(OTHERS):
-            renamed[name] = tensor  # told as unexpected where the model is filled
-    return renamed
+            ours |= {replacement + name.removeprefix(prefix): tensor for replacement in TOKENIZER_NAMES[prefix]}
+        elif not name.startswith(TRAINING_NAMES):
+            ours[name] = tensor  # unknown: kept, so that filling the model reports it as unexpected
+    return ours
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a tokenizer in our names: a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
+    """Tensors of a tokenizer in our names, from a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
     if path.is_dir() and (path / weights.CARD).is_file():
-        found = weights.tensors(path / weights.WEIGHTS, str(path))
-        return {name: tensor for name, tensor in found.items() if name.startswith(NAMES)}
+        tensors = weights.tensors(path / weights.WEIGHTS, str(path))
+        return {name: tensor for name, tensor in tensors.items() if name.startswith(TOKENIZER_TENSORS)}
     if path.is_dir():
         return from_public(folders.tensors(path))
     return from_public(weights.tensors(path, str(path)))

@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from unlearn.errors import WeightsError
+from unlearn.models import weights
 
-# Their name of a block's part (released files, then transformers 5 in memory) -> ours; q, k and v are one tensor here.
+# Their name of a part of a block -> ours: first those in released files, then those of transformers 5 in memory. Here q, k and
+# v are one tensor.
 _BLOCK = {
     "attention.output.dense": "attn.proj", "attention.o_proj": "attn.proj",
     "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
@@ -37,31 +39,35 @@ _OPTIONS = {
 }  # fmt: skip
 
 
-def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors in our names, options). Raises WeightsError."""
-    from unlearn.models import weights
-
+def options(folder: Path) -> dict[str, Any]:
+    """The options of a MaskedAutoencoder that the folder's JSON files describe. Raises WeightsError."""
     settings = _json(folder / "config.json")
     if settings.get("model_type") != "vit_mae":
         raise WeightsError(f"{folder}: config.json is of a {settings.get('model_type')!r}, not of a ViTMAE")
     if settings.get("qkv_bias") is False or settings.get("num_channels", 3) != 3 or settings.get("hidden_act", "gelu") != "gelu":
         raise WeightsError(f"{folder}: a ViTMAE without qkv_bias, with other than 3 channels or without GELU is not supported")
-    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
-    if path is None:
-        raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
     try:
-        options = {ours: settings[theirs] for ours, theirs in _OPTIONS.items()}
-        options["norm_pix_loss"] = bool(settings.get("norm_pix_loss"))
-        options["mlp_ratio"] = settings["intermediate_size"] / settings["hidden_size"]
-        ratio = settings["decoder_intermediate_size"] / settings["decoder_hidden_size"]
+        values = {ours: settings[theirs] for ours, theirs in _OPTIONS.items()}
+        values["norm_pix_loss"] = bool(settings.get("norm_pix_loss"))
+        values["mlp_ratio"] = settings["intermediate_size"] / settings["hidden_size"]
+        decoder_ratio = settings["decoder_intermediate_size"] / settings["decoder_hidden_size"]
     except KeyError as e:
         raise WeightsError(f"{folder}/config.json has no {e}: save the model again with transformers") from None
-    if ratio != options["mlp_ratio"]:
+    if decoder_ratio != values["mlp_ratio"]:
         raise WeightsError(f"{folder}: encoder and decoder have different MLP ratios, which is not supported")
     if (folder / "preprocessor_config.json").is_file():
         images = _json(folder / "preprocessor_config.json")
-        options |= {ours: images[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in images}
-    return _renamed(weights.tensors(path, str(path))), options
+        values |= {ours: images[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in images}
+    return values
+
+
+def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors in our names, options). Raises WeightsError."""
+    values = options(folder)
+    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
+    if path is None:
+        raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
+    return _renamed(weights.tensors(path, str(path))), values
 
 
 def write(model, folder: Path) -> None:
@@ -70,22 +76,22 @@ def write(model, folder: Path) -> None:
     o, names = model.options, {}
     for theirs, ours in _REST.items():
         names |= {ours: theirs, f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
-    held = {}
+    tensors = {}
     for name, tensor in model.state_dict().items():
         part, _, rest = name.partition(".")
         if not rest.startswith("blocks."):
-            held[names[name]] = tensor.contiguous()
+            tensors[names[name]] = tensor.contiguous()
             continue
         number, inner = rest.removeprefix("blocks.").split(".", 1)
         prefix = f"vit.encoder.layer.{number}" if part == "encoder" else f"decoder.decoder_layers.{number}"
         inner, _, kind = inner.rpartition(".")
         if inner == "attn.qkv":
             for which, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                held[f"{prefix}.attention.attention.{which}.{kind}"] = piece.contiguous()
+                tensors[f"{prefix}.attention.attention.{which}.{kind}"] = piece.contiguous()
         else:
             theirs = next(t for t, ours in _BLOCK.items() if ours == inner)
-            held[f"{prefix}.{theirs}.{kind}"] = tensor.contiguous()
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
+            tensors[f"{prefix}.{theirs}.{kind}"] = tensor.contiguous()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     settings = {theirs: getattr(o, ours) for ours, theirs in _OPTIONS.items()}
     settings |= {
         "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3,
@@ -99,22 +105,23 @@ def write(model, folder: Path) -> None:
 
 
 def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
+    """Their names to ours, with q, k and v joined; unknown names are kept, so that filling the model reports them."""
+    renamed: dict[str, torch.Tensor] = {}
     pieces: dict[str, list] = {}
     for name, tensor in tensors.items():
         layer = _LAYER.fullmatch(name)
         if layer is None:
             stem, _, kind = name.rpartition(".")
             ours = _REST.get(name) or (f"{_REST[stem]}.{kind}" if stem in _REST else name)
-            found[ours] = tensor
+            renamed[ours] = tensor
             continue
         part, number, inner, kind = layer.groups()
         prefix = f"{'encoder' if part == 'vit' else 'decoder'}.blocks.{number}"
         if inner in _QKV:
             pieces.setdefault(f"{prefix}.attn.qkv.{kind}", [None] * 3)[_QKV[inner]] = tensor
         else:
-            found[f"{prefix}.{_BLOCK.get(inner, inner)}.{kind}"] = tensor
-    return found | {name: torch.cat(three) for name, three in pieces.items() if all(t is not None for t in three)}
+            renamed[f"{prefix}.{_BLOCK.get(inner, inner)}.{kind}"] = tensor
+    return renamed | {name: torch.cat(three) for name, three in pieces.items() if all(t is not None for t in three)}
 
 
 def _json(path: Path) -> dict:

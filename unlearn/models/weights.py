@@ -51,6 +51,7 @@ def build(model: config.Model, seed: int = 0) -> base.Adapter:
 def start(cls: type[base.Adapter], model: config.Model) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """(tensors in our names, the options found beside them or None)."""
     uri = model.weights
+    assert uri is not None, "without weights there is nothing to load"
     storage = Storage(uri)
     if not storage.is_file() and not storage.is_file(CARD) and any(storage.is_file(name) for name in FOREIGN):
         with local_folder(uri) as folder:

@@ -1,9 +1,11 @@
-"""Variational autoencoders in two halves: the first stage, whose latents a diffusion model works on, and what turns them back.
+"""Variational autoencoders in two halves: the first stage, whose latents a diffusion model works on, and the decoder of latents.
 
 Shapes: B images of S x S pixels in [-1, 1], C latent channels, h = S / f latents a side. Known are diffusers' AutoencoderKL
 (Stable Diffusion, SDXL, Flux), its AutoencoderTiny, and TAEF2, the tiny autoencoder of FLUX.2. Both halves are frozen.
 """
 
+import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,21 @@ from unlearn.views import View
 
 import diffusers  # isort: skip
 
-# Where each part of a public autoencoder is in an adapter.
-PLACES = {
+# Beginnings of names in a public autoencoder -> the names in our model that replace them.
+AUTOENCODER_NAMES = {
     "encoder.": "first_stage.encoder.", "quant_conv.": "first_stage.quant_conv.",
     "decoder.": "decoder.back.decoder.", "post_quant_conv.": "decoder.back.post_quant_conv.",
 }  # fmt: skip
-# Our tensors that an autoencoder fills.
-NAMES = ("first_stage.", "decoder.back.")
+# The names of all our tensors that an autoencoder fills begin with one of these.
+AUTOENCODER_TENSORS = ("first_stage.", "decoder.back.")
 TAEF2_FILES = {half: f"taef2_{half}.safetensors" for half in ("encoder", "decoder")}
-# 1 / the standard deviation of TAEF2's latents, over all channels (single ones: 0.61 to 1.05), of 200 SUN photographs at
-# 128 px; their mean is 0.06.
+# 1 / the standard deviation of TAEF2's latents of 200 SUN photographs at 128 px, over all channels (of single channels it is
+# 0.61 to 1.05); their mean is 0.06.
 TAEF2_SCALE = 1 / 0.853
 
 
 class Residual(nn.Module):
-    """Three convolutions and what is added to them; `pooled` ones first add what a wide 1 x 1 path says."""
+    """Three convolutions and a shortcut around them; a `pooled` block first adds the output of a wide 1 x 1 branch."""
 
     def __init__(self, width: int, pooled: bool):
         super().__init__()
@@ -49,7 +51,7 @@ class Residual(nn.Module):
 
 
 class Clamp(nn.Module):
-    """Latents beyond +-3 are pulled in, softly."""
+    """A smooth clamp of latents to +-3."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.tanh(x / 3) * 3
@@ -84,7 +86,10 @@ class TAEF2(nn.Module):
 
 
 class Scaling(nn.Module):
-    """Latents as the autoencoder has them, to about unit variance and back."""
+    """An autoencoder's latents to latents of about unit variance; and the inverse."""
+
+    mean: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, config: dict[str, Any]):
         super().__init__()
@@ -96,17 +101,23 @@ class Scaling(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         return (latents - self.mean.to(latents.dtype)) * self.scale.to(latents.dtype)
 
-    def back(self, latents: torch.Tensor) -> torch.Tensor:
+    def inverse(self, latents: torch.Tensor) -> torch.Tensor:
         return latents / self.scale.to(latents.dtype) + self.mean.to(latents.dtype)
+
+
+Autoencoder = diffusers.AutoencoderKL | diffusers.AutoencoderTiny | TAEF2
+AUTOENCODERS: dict[str, type[Autoencoder]] = {
+    "AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny, "TAEF2": TAEF2,
+}  # fmt: skip
 
 
 class FirstStage(nn.Module):
     """(normalised images, view) to [latents of the images, latents of the images with a grey hole] (B, 2 C, h, w), float32.
 
-    They are the most likely latents, not drawn ones. The first half has seen what the hole hides.
+    They are the means of the latents' distribution, not samples. The first half depends on what the hole hides.
     """
 
-    def __init__(self, whole: nn.Module):
+    def __init__(self, whole: Autoencoder):
         super().__init__()
         self.encoder, self.quant_conv = whole.encoder, getattr(whole, "quant_conv", None)
         self.kind, self.scaling = type(whole), Scaling(whole.config)
@@ -114,11 +125,11 @@ class FirstStage(nn.Module):
 
     def forward(self, images: torch.Tensor, view: View) -> torch.Tensor:
         grey = torch.where(view.pixel_mask(images.shape[-1]), 0, images)
-        return torch.cat([self._own(images), self.latents(grey)], dim=1)
+        return torch.cat([self._image_latents(images), self.latents(grey)], dim=1)
 
-    def _own(self, images: torch.Tensor) -> torch.Tensor:
-        # Codes are made of the same images under one view after the other: their own latents are computed once.
-        if images.is_inference():  # such a tensor does not tell whether it was changed
+    def _image_latents(self, images: torch.Tensor) -> torch.Tensor:
+        """The latents of whole images, remembered: the latent cache asks for the same images under one view after the other."""
+        if images.is_inference():  # such a tensor has no version that would show a change
             return self.latents(images)
         if self._last is None or self._last[0] is not images or self._last[1] != images._version:
             self._last = images, images._version, self.latents(images)
@@ -128,75 +139,85 @@ class FirstStage(nn.Module):
         """(B, 3, S, S) to (B, C, h, w)."""
         latents = self.encoder((images.float() + 1) / 2 if self.kind is TAEF2 else images.float())
         latents = latents if self.quant_conv is None else self.quant_conv(latents)
-        # AutoencoderKL gives mean and log variance.
+        # An AutoencoderKL gives mean and log variance.
         return self.scaling(latents.chunk(2, dim=1)[0] if self.kind is diffusers.AutoencoderKL else latents)
 
 
-class Back(nn.Module):
+class LatentDecoder(nn.Module):
     """Latents (B, C, h, w) to images (B, 3, S, S)."""
 
-    def __init__(self, whole: nn.Module):
+    def __init__(self, whole: Autoencoder):
         super().__init__()
         self.decoder, self.post_quant_conv = whole.decoder, getattr(whole, "post_quant_conv", None)
         self.kind, self.scaling = type(whole), Scaling(whole.config)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        latents = self.scaling.back(latents).to(next(self.decoder.parameters()).dtype)
+        latents = self.scaling.inverse(latents).to(next(self.decoder.parameters()).dtype)
         latents = latents if self.post_quant_conv is None else self.post_quant_conv(latents)
         images = self.decoder(latents)
         return images * 2 - 1 if self.kind is TAEF2 else images
 
 
-KINDS = {"AutoencoderKL": diffusers.AutoencoderKL, "AutoencoderTiny": diffusers.AutoencoderTiny, "TAEF2": TAEF2}
-
-
-def whole(config: dict[str, Any]) -> nn.Module:
+def whole(config: dict[str, Any]) -> Autoencoder:
     """The autoencoder of a config: its `class` and that class's own settings. Raises ValueError."""
     kind = config.get("class")
-    if kind not in KINDS:
-        raise ValueError(f"vae.class {kind!r} is not known; known: {', '.join(KINDS)}")
-    return KINDS[kind](**{name: value for name, value in config.items() if name != "class"})
+    if kind not in AUTOENCODERS:
+        raise ValueError(f"vae.class {kind!r} is not known; known: {', '.join(AUTOENCODERS)}")
+    return AUTOENCODERS[kind](**{name: value for name, value in config.items() if name != "class"})
 
 
-def split(config: dict[str, Any]) -> tuple[FirstStage, Back]:
+def split(config: dict[str, Any]) -> tuple[FirstStage, LatentDecoder]:
     """The frozen halves of the autoencoder of a config. Raises ValueError."""
     made = whole(config)
-    return FirstStage(made).requires_grad_(False), Back(made).requires_grad_(False)
+    return FirstStage(made).requires_grad_(False), LatentDecoder(made).requires_grad_(False)
 
 
-def shape(config: dict[str, Any]) -> tuple[int, int]:
-    """(C, f): latent channels, and pixels along a latent's side. Raises ValueError."""
-    with torch.device("meta"):
-        first_stage, _ = split(config)
-        latents = first_stage.latents(torch.empty(1, 3, 64, 64))
+def noised_space(config: dict[str, Any] | None) -> tuple[int, int]:
+    """(C, f): the channels that noise is added to, and the pixels along a side of each of their values. Raises ValueError.
+
+    config: of the autoencoder; None: a model on pixels.
+    """
+    return (3, 1) if config is None else _latent_space(json.dumps(config, sort_keys=True))
+
+
+@functools.cache
+def _latent_space(config: str) -> tuple[int, int]:
+    try:
+        with torch.device("meta"):
+            first_stage, _ = split(json.loads(config))
+            latents = first_stage.latents(torch.empty(1, 3, 64, 64))
+    except (TypeError, AttributeError) as e:
+        raise ValueError(f"vae: diffusers cannot build it: {e}") from None
     return latents.shape[1], 64 // latents.shape[2]
 
 
 def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An autoencoder's own names to those in an adapter; names that are nobody's stay, and are told when it is filled."""
-    places = {n: next((p for p in PLACES if n.startswith(p)), None) for n in tensors}
-    return {(PLACES[place] + n.removeprefix(place) if place else n): tensors[n] for n, place in places.items()}
+    """An autoencoder's own names to ours; unknown names are kept, so that filling the model reports them as unexpected."""
+    ours = {}
+    for name, tensor in tensors.items():
+        prefix = next((p for p in AUTOENCODER_NAMES if name.startswith(p)), None)
+        ours[AUTOENCODER_NAMES[prefix] + name.removeprefix(prefix) if prefix else name] = tensor
+    return ours
 
 
 def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter's tensors that are the autoencoder's, in its own names."""
+    """Those of our tensors that are the autoencoder's, with its own names."""
     return {
-        theirs + n.removeprefix(ours): t for n, t in tensors.items() for theirs, ours in PLACES.items() if n.startswith(ours)
-    }
+        theirs + n.removeprefix(ours): t
+        for n, t in tensors.items() for theirs, ours in AUTOENCODER_NAMES.items() if n.startswith(ours)
+    }  # fmt: skip
 
 
 def first_stage_from(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of first stage and back from a local folder: of a pipeline or an autoencoder of diffusers, or TAEF2's two files.
-
-    Raises WeightsError.
-    """
+    """Tensors of both halves, in our names, from a local folder: of a pipeline or an autoencoder of diffusers, or with TAEF2's
+    two files. Raises WeightsError."""
     halves = {half: path / name for half, name in TAEF2_FILES.items()}
     if any(file.is_file() for file in halves.values()):
         missing = [file.name for file in halves.values() if not file.is_file()]
         if missing:
             raise WeightsError(f"{path} lacks {missing[0]}: both halves of TAEF2 are needed")
-        found = {f"{half}.{n}": t for half, file in halves.items() for n, t in weights.tensors(file, str(file)).items()}
-        return from_public(found)
+        tensors = {f"{half}.{n}": t for half, file in halves.items() for n, t in weights.tensors(file, str(file)).items()}
+        return from_public(tensors)
     home = path / "vae" if (path / "model_index.json").is_file() else path
     if not (home / "config.json").is_file():
         raise WeightsError(

@@ -1,6 +1,7 @@
-"""Flow matching (arXiv 2210.02747, as Flux has it): how images are noised, and the sampler that goes back.
+"""Flow matching (arXiv 2210.02747, as Flux uses it): how noise is added to images, and the sampler that removes it.
 
-x_s = (1 - s) x + s eps, and the network says the velocity eps - x. Its timestep is t = 1000 s. Same face as `noising.DiscreteNoising`.
+x_s = (1 - s) x + s eps, and the network predicts the velocity eps - x. Its timestep is t = 1000 s. The interface is that of
+`noising.DiscreteNoising`.
 """
 
 import functools
@@ -11,15 +12,13 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
-
-import diffusers  # isort: skip
+from unlearn.models.diffusion import noising
 
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 class FlowMatching:
-    """config: of a FlowMatchEulerDiscreteScheduler. tokens: of an image, by which Flux shifts its timesteps towards noise."""
+    """config: of a FlowMatchEulerDiscreteScheduler. tokens: of an image; Flux shifts its timesteps towards noise by it."""
 
     prediction = "flow"
 
@@ -31,11 +30,11 @@ class FlowMatching:
         self.mu = slope * (tokens - c.base_image_seq_len) + c.base_shift if c.use_dynamic_shifting else None
         if c.time_shift_type != "exponential" or c.invert_sigmas or c.stochastic_sampling:
             raise ValueError(f"{SCHEDULER}: only exponential time shifts, no inverted sigmas and no stochastic sampling are known")
-        # s goes to shift s / (1 + (shift - 1) s), in training and in sampling
+        # s is replaced by shift s / (1 + (shift - 1) s), in training and in sampling.
         self.shift = c.shift if self.mu is None else math.exp(self.mu)
 
     def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:
-        """Timesteps (rows,), float32 in 0 .. T: uniform, then shifted as the sampler's."""
+        """Timesteps (rows,), float32 in 0 .. T: uniform, then shifted as those of the sampler."""
         s = torch.rand(rows, generator=generator, device=generator.device)
         return self.shift * s / (1 + (self.shift - 1) * s) * self.count
 
@@ -49,17 +48,14 @@ class FlowMatching:
         return eps - clean
 
     def sampler(self, kind: str, steps: int, device: torch.device):
-        """Euler's method over `steps` timesteps, from noise down; `kind` is for other models."""
-        made = self._made()
+        """Euler's method over `steps` timesteps, from noise down; `kind`, the class of other models' samplers, is not looked at."""
+        made = noising.scheduler(SCHEDULER, self.config)
         made.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=self.mu, device=device)
         return made
-
-    def _made(self):
-        return getattr(diffusers, SCHEDULER).from_config(self.config)
 
 
 @functools.cache
 def _checked(config: str):
     """The config of a scheduler, as JSON, with diffusers' defaults. Raises ValueError and TypeError as diffusers does."""
-    with unset_fake_temporarily():  # the scheduler looks at its numbers, which fake tensors of the plan do not have
-        return getattr(diffusers, SCHEDULER).from_config(json.loads(config)).config
+    with unset_fake_temporarily():  # the scheduler reads values of its tensors, which fake tensors do not have
+        return noising.scheduler(SCHEDULER, json.loads(config)).config

@@ -1,8 +1,8 @@
 """Inpainting transformers of the FLUX.1-Fill kind (diffusers' FluxTransformer2DModel), cut between two of their blocks.
 
-Shapes: B images, C latent channels, h x w latents, N = h/2 * w/2 image tokens, T tokens of the prompt, W width. The blocks stand
-in one row, those of two streams first, then those of one; the first `encoder_blocks` of them are the encoder. They are
-diffusers' own, so the parts compute what the whole model computes.
+The blocks follow one another: first those with two streams (image and text), then those with one. The first `encoder_blocks` of
+them are the encoder. They are diffusers' own blocks, so the parts compute what the whole model computes.
+Shapes: B images, C latent channels, h x w latents, N = h/2 * w/2 image tokens, T tokens of the prompt, W width.
 """
 
 import math
@@ -12,35 +12,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
+from unlearn.models.base import CheckpointedModule
+from unlearn.models.diffusion.networks import PROMPT_TENSORS
 
 from diffusers import FluxTransformer2DModel  # isort: skip
 
-# Part of ours -> names of diffusers' submodules in it, besides the blocks.
+# Part of our model -> the names of diffusers' submodules in it, besides the blocks.
 PARTS = {"encoder": ("x_embedder",), "decoder": ("norm_out", "proj_out"), "shared": ("time_text_embed", "context_embedder")}
-# What diffusers' model is given with every call, and the Conditioning holds.
-PROMPT = ("shared.prompt", "shared.pooled")
-# The two kinds of blocks, in their order.
-KINDS = ("transformer_blocks", "single_transformer_blocks")
-GUIDANCE = 30.0  # the strength of guidance that FLUX.1-Fill is told unless its user says otherwise
+BLOCK_KINDS = ("transformer_blocks", "single_transformer_blocks")  # in the order in which they are computed
+GUIDANCE = 30.0  # the guidance strength that diffusers' FLUX.1-Fill pipeline gives by default
 PACK = 2  # latents along each side of a token
-_BLOCK = re.compile(rf"(?:encoder\.|decoder\.)?({'|'.join(KINDS)})\.(\d+)\.(.+)")
+_BLOCK = re.compile(rf"(?:encoder\.|decoder\.)?({'|'.join(BLOCK_KINDS)})\.(\d+)\.(.+)")
 
 
 class Conditioning(nn.Module):
     """(timesteps (B,) in 0..1000, dtype) to (embedding of time, guidance and pooled prompt (B, W), prompt (B, T, W))."""
 
+    prompt: torch.Tensor
+    pooled: torch.Tensor
+
     def __init__(self, whole: FluxTransformer2DModel, tokens: int):
         super().__init__()
         self.time_text_embed, self.context_embedder = whole.time_text_embed, whole.context_embedder
-        self.guided = whole.config.guidance_embeds
-        self.register_buffer("prompt", torch.zeros(1, tokens, whole.config.joint_attention_dim))
-        self.register_buffer("pooled", torch.zeros(1, whole.config.pooled_projection_dim))
+        self.guided = whole.config["guidance_embeds"]
+        self.register_buffer("prompt", torch.zeros(1, tokens, whole.config["joint_attention_dim"]))
+        self.register_buffer("pooled", torch.zeros(1, whole.config["pooled_projection_dim"]))
 
     def forward(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        # diffusers' model is given t / 1000 and multiplies again; the rounding is kept.
+        # diffusers' model is given t / 1000 and multiplies by 1000; doing both keeps its rounding.
         t = t.float() / 1000 * 1000
         pooled = self.pooled.to(dtype).expand(len(t), -1)
         guidance = (torch.full_like(t, GUIDANCE * 1000),) if self.guided else ()
@@ -48,24 +48,21 @@ class Conditioning(nn.Module):
         return emb, self.context_embedder(self.prompt.to(dtype)).expand(len(t), -1, -1)
 
 
-class Blocks(nn.Module):
-    """Some of the blocks, in the modules and under the numbers that they have in diffusers' model."""
+class Blocks(CheckpointedModule):
+    """The blocks number start .. stop, in the modules and under the numbers that they have in diffusers' model."""
 
     def __init__(self, whole: FluxTransformer2DModel, start: int, stop: int):
         super().__init__()
         self.pos_embed = whole.pos_embed
-        row = [(kind, str(n), block) for kind in KINDS for n, block in enumerate(getattr(whole, kind))]
-        for name in KINDS:
-            setattr(self, name, nn.ModuleDict({n: block for kind, n, block in row[start:stop] if kind == name}))
+        every = [(kind, str(n), block) for kind in BLOCK_KINDS for n, block in enumerate(getattr(whole, kind))]
+        for name in BLOCK_KINDS:
+            self.add_module(name, nn.ModuleDict({n: block for kind, n, block in every[start:stop] if kind == name}))
 
-    def run(self, image: torch.Tensor, text: torch.Tensor, emb: torch.Tensor, again: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """(image (B, N, W), text (B, T, W)) after the blocks. again: compute activations anew in the backward pass."""
+    def run(self, image: torch.Tensor, text: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(image (B, N, W), text (B, T, W)) after the blocks."""
         rotary = self.pos_embed(_positions(text.shape[1], image.shape[1], image.device))
-        for block in (block for kind in KINDS for block in getattr(self, kind).values()):
-            if again and torch.is_grad_enabled():
-                text, image = checkpoint(block, image, text, emb, rotary, use_reentrant=False)
-            else:
-                text, image = block(image, text, emb, rotary)
+        for block in (block for kind in BLOCK_KINDS for block in getattr(self, kind).values()):
+            text, image = self.checkpointed(block, image, text, emb, rotary)
         return image, text
 
 
@@ -75,15 +72,14 @@ class Encoder(Blocks):
     def __init__(self, whole: FluxTransformer2DModel, stop: int):
         super().__init__(whole, 0, stop)
         self.x_embedder = whole.x_embedder
-        self.activation_checkpointing = False
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
-        image, text = self.run(self.x_embedder(pack(sample)), context, emb, self.activation_checkpointing)
+        image, text = self.run(self.x_embedder(pack(sample)), context, emb)
         return [torch.cat([text, image], dim=1)]
 
 
 class Decoder(Blocks):
-    """(levels, emb, context) to the prediction (B, C, h, w); of the context only the length is used."""
+    """(levels, emb, context) to the prediction (B, C, h, w); only the length of the context is used."""
 
     def __init__(self, whole: FluxTransformer2DModel, start: int):
         super().__init__(whole, start, len(whole.transformer_blocks) + len(whole.single_transformer_blocks))
@@ -101,13 +97,13 @@ def pack(latents: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(tokens: torch.Tensor) -> torch.Tensor:
-    """The reverse of `pack`, of a square."""
+    """The inverse of `pack`, for square images."""
     side = math.isqrt(tokens.shape[1])
     return F.pixel_shuffle(tokens.transpose(1, 2).unflatten(2, (side, side)), PACK)
 
 
 def _positions(text: int, image: int, device: torch.device) -> torch.Tensor:
-    """(T + N, 3): 0, row, column of every token of a square; those of text are zeros."""
+    """(T + N, 3): (0, row, column) of every token of a square image; (0, 0, 0) for those of the text."""
     side = math.isqrt(image)
     steps = torch.arange(side, device=device)
     row, column = steps.repeat_interleave(side), steps.repeat(side)
@@ -115,7 +111,7 @@ def _positions(text: int, image: int, device: torch.device) -> torch.Tensor:
 
 
 def layout(noisy: torch.Tensor, known: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The encoder's sample (B, 2 C + f², h, w): noisy latents, latents of the image with its hole grey, every pixel of the hole.
+    """The encoder's sample (B, 2 C + f², h, w): noisy latents, latents of the image with a grey hole, every pixel of the hole.
 
     noisy, known: (B, C, h, w). hidden: (B, 1, f h, f w) pixels, true in the hole.
     """
@@ -125,7 +121,7 @@ def layout(noisy: torch.Tensor, known: torch.Tensor, hidden: torch.Tensor) -> to
 def split(config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None = None) -> tuple[Encoder, Decoder, Conditioning]:
     """The three parts of the network that diffusers builds from this config. Raises ValueError.
 
-    tokens: of the prompt. encoder_blocks: how many blocks are the encoder's, by default half of them.
+    tokens: of the prompt. encoder_blocks: how many blocks the encoder has, by default half of them.
     """
     if config.get("patch_size", 1) != 1:
         raise ValueError(f"patch_size {config['patch_size']}: only 1 is known, as FLUX.1-Fill has it")
@@ -138,16 +134,16 @@ def split(config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None 
 
 
 def from_public(tensors: dict[str, torch.Tensor], encoder_blocks: int | None = None) -> dict[str, torch.Tensor]:
-    """diffusers' names, or ours of another cut, to ours; names that are nobody's stay, and are told when the model is filled."""
-    found = [(name, _BLOCK.fullmatch(name)) for name in tensors]
-    numbers = {(KINDS.index(match[1]), int(match[2])) for _, match in found if match}
+    """diffusers' names, or ours of another cut, to ours; unknown names are kept, so that filling the model reports them."""
+    matches = {name: _BLOCK.fullmatch(name) for name in tensors}
+    numbers = {(BLOCK_KINDS.index(match[1]), int(match[2])) for match in matches.values() if match}
     stop = len(numbers) // 2 if encoder_blocks is None else encoder_blocks
-    first = set(sorted(numbers)[:stop])
+    of_encoder = set(sorted(numbers)[:stop])
     part = {word: name for name, words in PARTS.items() for word in words}
     renamed = {}
-    for name, match in found:
+    for name, match in matches.items():
         if match:
-            side = "encoder" if (KINDS.index(match[1]), int(match[2])) in first else "decoder"
+            side = "encoder" if (BLOCK_KINDS.index(match[1]), int(match[2])) in of_encoder else "decoder"
             renamed[f"{side}.{match[1]}.{match[2]}.{match[3]}"] = tensors[name]
         else:
             side = part.get(name.split(".")[0])
@@ -156,7 +152,7 @@ def from_public(tensors: dict[str, torch.Tensor], encoder_blocks: int | None = N
 
 
 def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names to diffusers': tensors of the network alone, neither the prompt nor the VAE."""
-    named = {n: n.partition(".")[2] for n in tensors if n not in PROMPT}
-    words = {part: (*words, *KINDS) for part, words in PARTS.items()}
-    return {theirs: tensors[n] for n, theirs in named.items() if theirs.split(".")[0] in words.get(n.partition(".")[0], ())}
+    """Our names to diffusers'; only tensors of the network itself, neither the prompt nor the VAE."""
+    public = {name: name.partition(".")[2] for name in tensors if name not in PROMPT_TENSORS}
+    words = {part: (*words, *BLOCK_KINDS) for part, words in PARTS.items()}
+    return {theirs: tensors[n] for n, theirs in public.items() if theirs.split(".")[0] in words.get(n.partition(".")[0], ())}

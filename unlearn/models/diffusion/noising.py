@@ -1,4 +1,4 @@
-"""How diffusion models noise what they learn to restore, and the sampler that goes back; the formulas are diffusers' schedulers'."""
+"""How noise is added to what a diffusion model learns to restore, and the sampler that removes it; both as diffusers' schedulers do."""
 
 import functools
 import json
@@ -10,8 +10,10 @@ import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
 
 import diffusers  # isort: skip
 
-# Samplers that know no randomness of their own.
-SAMPLERS = ("DDIMScheduler", "DPMSolverMultistepScheduler")
+
+def scheduler(kind: str, config: dict[str, Any]) -> Any:
+    """A scheduler of this class of diffusers, from the config of any scheduler; what the class does not know is left out."""
+    return getattr(diffusers, kind).from_config(config)
 
 
 class DiscreteNoising:
@@ -37,7 +39,7 @@ class DiscreteNoising:
         return (signal * clean + noise * eps).to(clean.dtype)
 
     def target(self, clean: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """What the network has to say of y_t: eps, the velocity, or the clean image."""
+        """What the network has to predict from y_t: eps, the velocity, or the clean image."""
         if self.prediction == "epsilon":
             return eps
         if self.prediction == "sample":
@@ -46,14 +48,18 @@ class DiscreteNoising:
         return signal * eps - noise * clean
 
     def sampler(self, kind: str, steps: int, device: torch.device):
-        """A diffusers scheduler over `steps` timesteps from the last one, where all is noise, down."""
-        # "leading" spacing would start below the last timestep, where the model expects something of the image.
-        free = {} if self.bounded else {"clip_sample": False, "thresholding": False}
-        made = getattr(diffusers, kind).from_config({**self.config, "timestep_spacing": "trailing", **free})
+        """A diffusers scheduler with `steps` timesteps, from the last one, where everything is noise, down.
+
+        kind: a class without randomness of its own.
+        """
+        # "leading" spacing would start below the last timestep, where the model expects to see something of the image.
+        unclipped = {} if self.bounded else {"clip_sample": False, "thresholding": False}
+        made = scheduler(kind, {**self.config, "timestep_spacing": "trailing", **unclipped})
         made.set_timesteps(steps, device=device)
         return made
 
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t), in shapes that multiply `like`."""
         kept = _on(json.dumps(self.config, sort_keys=True), t.device)[t].view(-1, *(1,) * (like.dim() - 1))
         kept = kept.to(torch.promote_types(like.dtype, torch.float32))
         return kept.sqrt(), (1 - kept).sqrt()
@@ -62,8 +68,8 @@ class DiscreteNoising:
 @functools.cache
 def _table(config: str) -> tuple[int, str, torch.Tensor]:
     """(timesteps, prediction type, alphas_cumprod) of a scheduler's config, as JSON."""
-    with torch.device("cpu"):  # kept for good, also where the first to ask has no data, on the meta device
-        made = diffusers.DDPMScheduler.from_config(json.loads(config))
+    with torch.device("cpu"):  # the result is cached, and the first caller may be building a model on the meta device
+        made = scheduler("DDPMScheduler", json.loads(config))
     return made.config.num_train_timesteps, made.config.prediction_type, made.alphas_cumprod
 
 

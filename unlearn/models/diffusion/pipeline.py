@@ -1,7 +1,7 @@
 """Pipeline folders of diffusers for latent diffusion that fills in holes: Stable Diffusion 1 and 2, SDXL, FLUX.1-Fill.
 
-Read are network, autoencoder, scheduler, and what the text encoders make of one prompt: that is computed once and kept with the
-model, so the text encoders themselves are never on a device. None of them is trained, so none is written.
+Read are the network, the autoencoder, the scheduler, and one prompt's embedding by the text encoders. The embedding is computed
+once and kept with the model, so the text encoders themselves are never on a device; they are not trained, so they are not written.
 """
 
 import contextlib
@@ -12,80 +12,110 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unlearn.errors import MissingExtra, WeightsError
 from unlearn.models import folders, weights
-from unlearn.models.diffusion import autoencoder, flow, flux, unet_condition
+from unlearn.models.diffusion import autoencoder, flow, networks, noising
+from unlearn.models.diffusion.networks import LATENT_NETWORKS, LATENT_UNET, NETWORKS, PROMPT_TENSORS, TRANSFORMER
 
-import diffusers  # isort: skip  after flow, which makes torchvision fit
+import diffusers  # isort: skip  after noising, which prepares torchvision
 
-# diffusers' class of the network -> its folder in a pipeline, the file that splits it
-NETWORKS = {"UNet2DConditionModel": ("unet", unet_condition), "FluxTransformer2DModel": ("transformer", flux)}
-# The parts of a pipeline that turn a prompt into numbers.
+# The parts of a pipeline that turn a prompt into an embedding.
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-# Ours, beside the parts of diffusers: the prompt's embedding, so that a folder without text encoders keeps it.
-PROMPT = "prompt.safetensors"
+# Our own file beside the parts of diffusers: the prompt's embedding, for folders without text encoders.
+PROMPT_FILE = "prompt.safetensors"
+CLIP_TOKENS = 77  # of a prompt, where a tokenizer does not say it
 
 
 def read(folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors in our names, options) of a pipeline folder; chosen: options of the config, of which `prompt` counts here.
+    """(tensors in our names, options) of a pipeline folder. Raises WeightsError and MissingExtra.
 
-    Raises WeightsError.
+    chosen: the options that the config sets; of these `prompt` counts here.
     """
-    home, file = next((found for kind in NETWORKS if (folder / (found := NETWORKS[kind])[0]).is_dir()), (None, None))
+    values = options(folder)
+    kind = values["network"]["class"]
+    tensors = networks.module(kind).from_public(folders.tensors(folder / NETWORKS[kind].folder))
+    tensors |= autoencoder.first_stage_from(folder / "vae")
+    prompt = embedding(folder, values["network"], chosen.get("prompt", ""))
+    return tensors | prompt, values | {"tokens": prompt["shared.prompt"].shape[1]}
+
+
+def options(folder: Path) -> dict[str, Any]:
+    """The options of a pipeline folder, from its JSON files and the shape of PROMPT_FILE. Raises WeightsError."""
+    home = next((name for name in ("unet", "transformer") if (folder / name).is_dir()), None)
     if home is None:
         raise WeightsError(f"{folder} has neither unet nor transformer: give a whole pipeline folder of diffusers")
-    network, vae = _described(folder / home), _described(folder / "vae")
-    if NETWORKS.get(network["class"], (None,))[0] != home:
-        raise WeightsError(f"{folder / home} holds a {network['class']}; known in a latent pipeline: {', '.join(NETWORKS)}")
+    network, vae = networks.described(folder / home), networks.described(folder / "vae")
+    kind = network["class"]
+    if kind not in LATENT_NETWORKS or NETWORKS[kind].folder != home:
+        raise WeightsError(f"{folder / home} holds a {kind}; known in a latent pipeline: {', '.join(LATENT_NETWORKS)}")
     try:
-        channels, factor = autoencoder.shape(vae)
-    except (ValueError, TypeError) as e:
+        _, factor = autoencoder.noised_space(vae)
+    except ValueError as e:
         raise WeightsError(f"{folder}/vae: {str(e).splitlines()[0]}") from None
-    found = file.from_public(folders.tensors(folder / home)) | autoencoder.first_stage_from(folder / "vae")
-    prompt = embedding(folder, network, chosen.get("prompt", ""))
-    options = {
+    return {
         "network": network, "vae": vae, "scheduler": folders.public(folders.config(folder / "scheduler" / "scheduler_config.json")),
-        "image_size": factor * _side(network), "tokens": prompt["shared.prompt"].shape[1],
+        "image_size": factor * _side(network), "tokens": _tokens(folder, network),
     }  # fmt: skip
-    return found | prompt, options
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    config = folders.config(folder / "config.json")
-    return {"class": config.get("_class_name"), **folders.public(config)}
 
 
 def _side(network: dict[str, Any]) -> int:
-    """Latents along an image's side, of the images it was trained on."""
+    """Latents along a side of the images that the network was trained on."""
     side = network.get("sample_size")
-    return side if isinstance(side, int) else 128 if network["class"] == "FluxTransformer2DModel" else 64
+    return side if isinstance(side, int) else 128 if network["class"] == TRANSFORMER else 64
+
+
+def _tokens(folder: Path, network: dict[str, Any]) -> int:
+    """How many tokens the prompt's embedding has."""
+    if _has_text_encoders(folder):
+        if network["class"] == TRANSFORMER:
+            return inspect.signature(diffusers.FluxFillPipeline.encode_prompt).parameters["max_sequence_length"].default
+        tokenizer = folder / "tokenizer" / "tokenizer_config.json"
+        return folders.config(tokenizer).get("model_max_length", CLIP_TOKENS) if tokenizer.is_file() else CLIP_TOKENS
+    if (folder / PROMPT_FILE).is_file():
+        try:
+            with safe_open(folder / PROMPT_FILE, "pt") as file:
+                return file.get_slice("shared.prompt").get_shape()[1]
+        except SafetensorError:
+            raise WeightsError(f"{folder / PROMPT_FILE} is damaged: write the folder again") from None
+    return _no_prompt(network)["shared.prompt"].shape[1]
+
+
+def _has_text_encoders(folder: Path) -> bool:
+    return any((folder / name).is_dir() for name in TEXT if name.startswith("text_encoder"))
+
+
+def _no_prompt(network: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The embedding that stands for no prompt where nothing else is known: zeros."""
+    with torch.device("meta"):
+        _, _, shared = networks.module(network["class"]).split(networks.arguments(network))
+    named = {f"shared.{name}": tensor for name, tensor in shared.state_dict().items()}
+    return {name: torch.zeros(named[name].shape) for name in PROMPT_TENSORS if name in named}
 
 
 def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, torch.Tensor]:
-    """What the folder's text encoders make of a prompt, (1, T, D) and pooled (1, P): by our names, in float32.
+    """What the folder's text encoders make of a prompt, (1, T, D) and pooled (1, P): with our names, in float32.
 
-    A folder without text encoders gives what was written with it, or zeros. Raises WeightsError and MissingExtra.
+    A folder without text encoders gives the embedding that was written with it, or zeros. Raises WeightsError and MissingExtra.
     """
-    if not (folder / "text_encoder").is_dir() and not (folder / "text_encoder_2").is_dir():
+    if not _has_text_encoders(folder):
         if prompt:
             raise WeightsError(f"{folder} has no text_encoder, which model.options.prompt needs: leave the prompt out")
-        if (folder / PROMPT).is_file():
-            return weights.tensors(folder / PROMPT, str(folder / PROMPT))
-        with torch.device("meta"):
-            _, _, shared = NETWORKS[network["class"]][1].split(_arguments(network))
-        return {f"shared.{n}": torch.zeros(t.shape) for n, t in shared.state_dict().items() if f"shared.{n}" in flux.PROMPT}
+        if (folder / PROMPT_FILE).is_file():
+            return weights.tensors(folder / PROMPT_FILE, str(folder / PROMPT_FILE))
+        return _no_prompt(network)
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a prompt's embedding")
     files = (f for part in TEXT for f in (folder / part).rglob("*"))
-    return _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline(network), prompt)
+    return _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline_class(network), prompt)
 
 
 @functools.lru_cache(maxsize=4)
-def _encoded(folder: str, files: tuple, pipeline: type, prompt: str) -> dict[str, torch.Tensor]:
-    """Kept for the next model of this process, the teacher; `files` with their times tell whether the folder is the same."""
-    # None stands for what is not needed here and would be loaded.
+def _encoded(folder: str, files: tuple, pipeline: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """Cached for the next model of this process, the teacher. `files`, with their times, show whether the folder has changed."""
+    # None for every part that is not needed here; it would be loaded otherwise.
     rest = {name: None for name in inspect.signature(pipeline).parameters if name not in (*TEXT, "force_zeros_for_empty_prompt")}
     plain, half = (list(Path(folder).glob(f"text_encoder*/model{kind}*")) for kind in (".safetensors", ".fp16.safetensors"))
     try:
@@ -99,7 +129,7 @@ def _encoded(folder: str, files: tuple, pipeline: type, prompt: str) -> dict[str
 
 @contextlib.contextmanager
 def _quiet():
-    """diffusers and transformers without progress bars and notes."""
+    """diffusers and transformers without progress bars and notices."""
     from transformers.utils import logging
 
     logs = [(log, log.get_verbosity(), log.is_progress_bar_enabled()) for log in (diffusers.utils.logging, logging)]
@@ -115,30 +145,33 @@ def _quiet():
                 log.enable_progress_bar()
 
 
-def _embedded(pipeline, prompt: str) -> dict[str, torch.Tensor]:
+def _embedded(pipeline: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """The prompt's embedding by a pipeline of diffusers, with our names."""
+    cpu = torch.device("cpu")
     if isinstance(pipeline, diffusers.FluxFillPipeline):
-        text, pooled, _ = pipeline.encode_prompt(prompt, None, device="cpu")
+        text, pooled, _ = pipeline.encode_prompt(prompt, None, device=cpu)
     elif isinstance(pipeline, diffusers.StableDiffusionXLInpaintPipeline):
-        text, _, pooled, _ = pipeline.encode_prompt(prompt, device="cpu", do_classifier_free_guidance=False)
-        # SDXL learnt what no prompt is from zeros.
-        if not prompt and pipeline.config.force_zeros_for_empty_prompt:
+        text, _, pooled, _ = pipeline.encode_prompt(prompt, device=cpu, do_classifier_free_guidance=False)
+        # SDXL was trained with zeros where there is no prompt.
+        if not prompt and pipeline.config["force_zeros_for_empty_prompt"]:
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
     else:
-        text, _ = pipeline.encode_prompt(prompt, "cpu", 1, False)
+        text, _ = pipeline.encode_prompt(prompt, cpu, 1, False)
         return {"shared.prompt": text}
-    return {"shared.prompt": text, "shared.pooled": pooled}
+    both: tuple[Any, Any] = (text, pooled)
+    return dict(zip(PROMPT_TENSORS, both, strict=True))
 
 
-def _pipeline(network: dict[str, Any]) -> type:
+def _pipeline_class(network: dict[str, Any]) -> Any:
     """The class of diffusers that fills in holes with this network."""
-    if network["class"] == "FluxTransformer2DModel":
+    if network["class"] == TRANSFORMER:
         return diffusers.FluxFillPipeline
     xl = network.get("addition_embed_type") == "text_time"
     return diffusers.StableDiffusionXLInpaintPipeline if xl else diffusers.StableDiffusionInpaintPipeline
 
 
 def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
-    """Write a pipeline folder that diffusers' own class loads, without text encoders; with them from the original folder:
+    """Write a pipeline folder that diffusers' own class loads. It has no text encoders; diffusers takes those of another folder:
 
     Pipeline.from_pretrained(folder, text_encoder=..., tokenizer=...). tensors: the model's. Raises WeightsError.
     """
@@ -147,22 +180,19 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
         raise WeightsError("diffusers has no class for the autoencoder TAEF2: there is no such folder of this model")
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a pipeline folder of diffusers")
-    home, file = NETWORKS[network["class"]]
-    # diffusers' pipelines look at the size of UNets that are made for one
-    size = {"sample_size": options.image_size // autoencoder.shape(vae)[1]} if file is unet_condition else {}
-    parts = {home: getattr(diffusers, network["class"])(**{**size, **_arguments(network)}), "vae": autoencoder.whole(vae)}
-    parts[home].load_state_dict(file.to_public(tensors))
+    kind = network["class"]
+    home = NETWORKS[kind].folder
+    # diffusers' pipelines for UNets look at the size that the UNet was made for.
+    size = {"sample_size": options.image_size // autoencoder.noised_space(vae)[1]} if kind == LATENT_UNET else {}
+    parts = {home: getattr(diffusers, kind)(**{**size, **networks.arguments(network)}), "vae": autoencoder.whole(vae)}
+    parts[home].load_state_dict(networks.module(kind).to_public(tensors))
     parts["vae"].load_state_dict(autoencoder.to_public(tensors))
-    kind = flow.SCHEDULER if file is flux else "DDIMScheduler"
-    parts["scheduler"] = getattr(diffusers, kind).from_config(options.scheduler)
-    cls = _pipeline(network)
-    if cls is diffusers.StableDiffusionInpaintPipeline:
+    parts["scheduler"] = noising.scheduler(flow.SCHEDULER if kind == TRANSFORMER else "DDIMScheduler", options.scheduler)
+    cls = _pipeline_class(network)
+    wanted = inspect.signature(cls).parameters
+    if "safety_checker" in wanted:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    text = {name: None for name in TEXT if name in inspect.signature(cls).parameters}
+    text = {name: None for name in TEXT if name in wanted}
     with _quiet():
         cls(**parts, **text).save_pretrained(folder)
-    save_file({n: tensors[n].contiguous() for n in flux.PROMPT if n in tensors}, folder / PROMPT)
-
-
-def _arguments(described: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in described.items() if name != "class"}
+    save_file({n: tensors[n].contiguous() for n in PROMPT_TENSORS if n in tensors}, folder / PROMPT_FILE)

@@ -62,7 +62,7 @@ SMALL_FLUX = {
     "class": "FluxTransformer2DModel", "in_channels": 512, "out_channels": 128, "num_layers": 2, "num_single_layers": 4,
     "attention_head_dim": 32, "num_attention_heads": 4, "joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": [8, 12, 12],
 }  # fmt: skip
-TAEF2 = {"class": "TAEF2"}
+TAEF2_VAE = {"class": "TAEF2"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "palette_256": {},
@@ -72,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sd2_inpaint_512": {"image_size": 512, "network": SD2, "scheduler": SCALED, "vae": SD_VAE},
     "sdxl_inpaint_1024": {"image_size": 1024, "network": SDXL, "scheduler": SCALED, "vae": SDXL_VAE},
     "flux_fill_1024": {"image_size": 1024, "network": FILL, "scheduler": SHIFTED, "vae": FLUX_VAE, "tokens": 512},
-    "latent_micro_64": {"image_size": 64, "grid": 8, "network": SMALL_LATENT, "scheduler": COSINE, "vae": TAEF2, "tokens": 4},
-    "latent_micro_128": {"image_size": 128, "network": SMALL_LATENT, "scheduler": COSINE, "vae": TAEF2, "tokens": 4},
-    "flux_micro_128": {"image_size": 128, "network": SMALL_FLUX, "scheduler": {"shift": 1.0}, "vae": TAEF2, "tokens": 4},
+    "latent_micro_64": {"image_size": 64, "grid": 8, "network": SMALL_LATENT, "scheduler": COSINE, "vae": TAEF2_VAE, "tokens": 4},
+    "latent_micro_128": {"image_size": 128, "network": SMALL_LATENT, "scheduler": COSINE, "vae": TAEF2_VAE, "tokens": 4},
+    "flux_micro_128": {"image_size": 128, "network": SMALL_FLUX, "scheduler": {"shift": 1.0}, "vae": TAEF2_VAE, "tokens": 4},
 }

@@ -1,21 +1,23 @@
-"""diffusers' UNet2DModel in three parts: what goes down (the encoder), what goes up (the decoder), the embedding of time.
+"""diffusers' UNet2DModel in three parts: the way down (encoder), the way up (decoder), the embedding of time.
 
 The parts are diffusers' own blocks, so Decoder(Encoder(x)) computes what UNet2DModel computes. Every network of the family
-`diffusion` is a file like this one: Encoder, Decoder, Conditioning, layout, split, from_public, to_public.
+`diffusion` is a file like this one, with Encoder, Decoder, Conditioning, layout, split, from_public, to_public.
 """
 
 import functools
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
+from unlearn.models.base import CheckpointedModule
 
 from diffusers import UNet2DModel  # isort: skip
 
-# Part of ours -> names of diffusers' submodules in it.
+# Part of our model -> the names of diffusers' submodules in it.
 PARTS = {
     "encoder": ("conv_in", "down_blocks", "mid_block"),
     "decoder": ("up_blocks", "conv_norm_out", "conv_out"),
@@ -23,20 +25,19 @@ PARTS = {
 }
 
 
-class Encoder(nn.Module):
-    """(sample (B, C, H, W), emb (B, E), context) to levels: every skip in the order it is made, then the middle.
+class Encoder(CheckpointedModule):
+    """(sample (B, C, H, W), emb (B, E), context) to levels: every skip in the order in which it is computed, then the middle.
 
-    The skips are what conv_in, every ResNet block and every downsampler hand out: all that the decoder sees.
+    The skips are the outputs of conv_in, of every ResNet block and of every downsampler: all that the decoder is given.
     """
 
     def __init__(self, whole: UNet2DModel):
         super().__init__()
-        self.conv_in, self.down_blocks, self.mid_block = whole.conv_in, whole.down_blocks, whole.mid_block
-        self.centre = whole.config.center_input_sample
-        self.activation_checkpointing = False
+        self.conv_in, self.down_blocks, self.mid_block = whole.conv_in, whole.down_blocks, whole.get_submodule("mid_block")
+        self.centre = whole.config["center_input_sample"]
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor, context: None = None) -> list[torch.Tensor]:
-        checkpointing(self, self.activation_checkpointing)
+        set_checkpointing(self, self.activation_checkpointing)
         sample = self.conv_in(2 * sample - 1 if self.centre else sample)
         levels = [sample]
         for block in self.down_blocks:
@@ -47,6 +48,8 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(levels, emb, context) to the prediction (B, C, H, W)."""
+
+    up_blocks: Any  # a ModuleList of blocks that have `resnets`
 
     def __init__(self, whole: UNet2DModel):
         super().__init__()
@@ -63,7 +66,7 @@ class Decoder(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,), dtype) to (emb (B, E), context): what encoder and decoder both take besides the image."""
+    """(timesteps (B,), dtype) to (emb (B, E), context): what encoder and decoder are both given besides the image."""
 
     def __init__(self, whole: UNet2DModel):
         super().__init__()
@@ -85,32 +88,32 @@ def split(config: dict[str, Any]) -> tuple[Encoder, Decoder, Conditioning]:
     """The three parts of the network that diffusers builds from this config; dropout is left out. Raises ValueError."""
     whole = UNet2DModel(**{**config, "dropout": 0.0})
     c = whole.config
-    if c.time_embedding_type != "positional" or whole.class_embedding is not None or whole.mid_block is None:
+    if c["time_embedding_type"] != "positional" or whole.class_embedding is not None or whole.mid_block is None:
         raise ValueError("only a UNet2DModel with positional time embedding, no class embedding and a middle block is known")
-    if any("Skip" in kind for kind in (*c.down_block_types, *c.up_block_types)):
+    if any("Skip" in kind for kind in (*c["down_block_types"], *c["up_block_types"])):
         raise ValueError("blocks with a skip of the image (SkipDownBlock2D ...) are not known")
     return Encoder(whole), Decoder(whole), Conditioning(whole)
 
 
 def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """diffusers' names to ours; names that are nobody's stay, and are told when the model is filled."""
+    """diffusers' names to ours; unknown names are kept, so that filling the model reports them as unexpected."""
     return renamed(tensors, PARTS)
 
 
 def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our names to diffusers'; other parts (`first_stage`) are left out."""
+    """Our names to diffusers'; tensors of other parts are left out."""
     return {n.partition(".")[2]: t for n, t in tensors.items() if n.partition(".")[0] in PARTS}
 
 
 def renamed(tensors: dict[str, torch.Tensor], parts: dict[str, tuple[str, ...]]) -> dict[str, torch.Tensor]:
-    """Each name with the part before it that its first word belongs to."""
+    """Each name with the part put before it that has its first word in `parts`."""
     part = {word: name for name, words in parts.items() for word in words}
     return {f"{part[n.split('.')[0]]}.{n}" if n.split(".")[0] in part else n: t for n, t in tensors.items()}
 
 
-def checkpointing(module: nn.Module, on: bool) -> None:
-    """Tell diffusers' blocks inside `module` whether to compute their activations anew in the backward pass."""
-    for block in module.modules():
+def set_checkpointing(module: nn.Module, on: bool) -> None:
+    """Switch the activation checkpointing of diffusers' blocks inside `module` on or off."""
+    for block in cast(Iterable[Any], module.modules()):
         if getattr(block, "gradient_checkpointing", on) != on:
             block.gradient_checkpointing = on
             block._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
