@@ -114,6 +114,11 @@ class Adapter(nn.Module):
         raise WeightsError(f"{folder}: family {cls.family} knows no such folder; give one with model.json, or a file")
 
     @classmethod
+    def folder_options(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        """The options that `from_folder` finds; here the files of tensors may be missing. Raises WeightsError."""
+        raise WeightsError(f"{folder}: family {cls.family} knows no such folder; give one with model.json, or a file")
+
+    @classmethod
     def placed(cls, tensors: dict[str, torch.Tensor], options: Options) -> dict[str, torch.Tensor]:
         """Tensors in our names, on the side where these options have them: for families that let the config say where the
         encoder ends."""

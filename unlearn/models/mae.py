@@ -210,7 +210,12 @@ class MaskedAutoencoder(base.Adapter):
 
     @classmethod
     def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        return vitmae.read(folder)
+        options = vitmae.options(folder)
+        return vitmae.read(folder), options
+
+    @classmethod
+    def folder_options(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        return vitmae.options(folder)
 
     def to_folder(self, folder: Path) -> None:
         vitmae.write(self, folder)

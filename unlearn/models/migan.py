@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from unlearn.models import base
+from unlearn.models import base, tensor_files
 from unlearn.views import View
 
 # The file that `to_folder` writes, in the public layout.
@@ -248,8 +247,7 @@ class MIGAN(base.Adapter):
 
     def to_folder(self, folder: Path) -> None:
         """Write FILE in the public layout."""
-        held = {_swap(name, "decoder.", "synthesis."): t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(held, folder / FILE)
+        tensor_files.save({_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}, folder / FILE)
 
 
 def _swap(name: str, prefix: str, other: str) -> str:

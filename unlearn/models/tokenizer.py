@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unlearn.models import folders, weights
+from unlearn.models import folders, tensor_files, weights
 from unlearn.views import View
 
 # Where each part of a public tokenizer is in our model; the codebook is there twice, for the first stage is taken away.
@@ -219,8 +219,8 @@ def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a tokenizer in our names: a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
     if path.is_dir() and (path / weights.CARD).is_file():
-        found = weights.tensors(path / weights.WEIGHTS, str(path))
+        found = tensor_files.load(path / weights.WEIGHTS, str(path))
         return {name: tensor for name, tensor in found.items() if name.startswith(NAMES)}
     if path.is_dir():
         return from_public(folders.tensors(path))
-    return from_public(weights.tensors(path, str(path)))
+    return from_public(tensor_files.load(path, str(path)))

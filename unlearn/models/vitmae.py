@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from unlearn.errors import WeightsError
+from unlearn.models import tensor_files
 
 # Their name of a block's part (released files, then transformers 5 in memory) -> ours; q, k and v are one tensor here.
 _BLOCK = {
@@ -37,18 +37,21 @@ _OPTIONS = {
 }  # fmt: skip
 
 
-def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(tensors in our names, options). Raises WeightsError."""
-    from unlearn.models import weights
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors, in our names. Raises WeightsError."""
+    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
+    if path is None:
+        raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
+    return _renamed(tensor_files.load(path, str(path)))
 
+
+def options(folder: Path) -> dict[str, Any]:
+    """What the configs say of the model's shape. Raises WeightsError."""
     settings = _json(folder / "config.json")
     if settings.get("model_type") != "vit_mae":
         raise WeightsError(f"{folder}: config.json is of a {settings.get('model_type')!r}, not of a ViTMAE")
     if settings.get("qkv_bias") is False or settings.get("num_channels", 3) != 3 or settings.get("hidden_act", "gelu") != "gelu":
         raise WeightsError(f"{folder}: a ViTMAE without qkv_bias, with other than 3 channels or without GELU is not supported")
-    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
-    if path is None:
-        raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
     try:
         options = {ours: settings[theirs] for ours, theirs in _OPTIONS.items()}
         options["norm_pix_loss"] = bool(settings.get("norm_pix_loss"))
@@ -61,7 +64,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     if (folder / "preprocessor_config.json").is_file():
         images = _json(folder / "preprocessor_config.json")
         options |= {ours: images[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in images}
-    return _renamed(weights.tensors(path, str(path))), options
+    return options
 
 
 def write(model, folder: Path) -> None:
@@ -74,18 +77,18 @@ def write(model, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         part, _, rest = name.partition(".")
         if not rest.startswith("blocks."):
-            held[names[name]] = tensor.contiguous()
+            held[names[name]] = tensor
             continue
         number, inner = rest.removeprefix("blocks.").split(".", 1)
         prefix = f"vit.encoder.layer.{number}" if part == "encoder" else f"decoder.decoder_layers.{number}"
         inner, _, kind = inner.rpartition(".")
         if inner == "attn.qkv":
             for which, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                held[f"{prefix}.attention.attention.{which}.{kind}"] = piece.contiguous()
+                held[f"{prefix}.attention.attention.{which}.{kind}"] = piece
         else:
             theirs = next(t for t, ours in _BLOCK.items() if ours == inner)
-            held[f"{prefix}.{theirs}.{kind}"] = tensor.contiguous()
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
+            held[f"{prefix}.{theirs}.{kind}"] = tensor
+    tensor_files.save(held, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {theirs: getattr(o, ours) for ours, theirs in _OPTIONS.items()}
     settings |= {
         "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3,

@@ -251,6 +251,16 @@ class Diffusion(base.Adapter):
             from unlearn.models.diffusion import pipeline
 
             return pipeline.read(folder, chosen)
+        options = cls.folder_options(folder, chosen)
+        return cls.from_public(folders.tensors(folder / "unet" if index.is_file() else folder)), options
+
+    @classmethod
+    def folder_options(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+        index = folder / "model_index.json"
+        if index.is_file() and "vae" in folders.config(index):
+            from unlearn.models.diffusion import pipeline
+
+            return pipeline.options(folder)[1]
         home = folder / "unet" if index.is_file() else folder
         config = folders.config(home / "config.json")
         options = {"network": {"class": config.get("_class_name"), **folders.public(config)}}
@@ -262,7 +272,7 @@ class Diffusion(base.Adapter):
             raise WeightsError(f"{folder} does not say how images are noised: give the pipeline's folder, or model.options.scheduler")
         if isinstance(config.get("sample_size"), int):
             options["image_size"] = config["sample_size"]
-        return cls.from_public(folders.tensors(home)), options
+        return options
 
     def to_folder(self, folder: Path) -> None:
         """Write a pipeline folder of diffusers."""
@@ -272,7 +282,7 @@ class Diffusion(base.Adapter):
             return pipeline.write(self.state_dict(), self.options, folder)
         config = {"sample_size": self.options.image_size, **_config(self.options.network)}
         whole = diffusers.UNet2DModel(**config)
-        whole.load_state_dict(_file("UNet2DModel").to_public(self.state_dict()))
+        whole.load_state_dict(_file("UNet2DModel").to_public(self.state_dict()), assign=True)
         scheduler = diffusers.DDPMScheduler.from_config(self.options.scheduler)
         diffusers.DDPMPipeline(whole, scheduler).save_pretrained(folder)
 

@@ -9,13 +9,13 @@ import functools
 import importlib.util
 import inspect
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import folders, weights
+from unlearn.models import folders, tensor_files
 from unlearn.models.diffusion import autoencoder, flow, flux, unet_condition
 
 import diffusers  # isort: skip  after flow, which makes torchvision fit
@@ -33,6 +33,15 @@ def read(folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor],
 
     Raises WeightsError.
     """
+    home, found = options(folder)
+    file = NETWORKS[found["network"]["class"]][1]
+    prompt = embedding(folder, found["network"], chosen.get("prompt", ""))
+    held = file.from_public(folders.tensors(folder / home)) | autoencoder.first_stage_from(folder / "vae")
+    return held | prompt, found | {"tokens": prompt["shared.prompt"].shape[1]}
+
+
+def options(folder: Path) -> tuple[str, dict[str, Any]]:
+    """(the network's folder in it, options) of a pipeline folder, in which files of tensors may be missing. Raises WeightsError."""
     home, file = next((found for kind in NETWORKS if (folder / (found := NETWORKS[kind])[0]).is_dir()), (None, None))
     if home is None:
         raise WeightsError(f"{folder} has neither unet nor transformer: give a whole pipeline folder of diffusers")
@@ -43,13 +52,10 @@ def read(folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor],
         channels, factor = autoencoder.shape(vae)
     except (ValueError, TypeError) as e:
         raise WeightsError(f"{folder}/vae: {str(e).splitlines()[0]}") from None
-    found = file.from_public(folders.tensors(folder / home)) | autoencoder.first_stage_from(folder / "vae")
-    prompt = embedding(folder, network, chosen.get("prompt", ""))
-    options = {
+    return home, {
         "network": network, "vae": vae, "scheduler": folders.public(folders.config(folder / "scheduler" / "scheduler_config.json")),
-        "image_size": factor * _side(network), "tokens": prompt["shared.prompt"].shape[1],
+        "image_size": factor * _side(network), "tokens": _tokens(folder, file),
     }  # fmt: skip
-    return found | prompt, options
 
 
 def _described(folder: Path) -> dict[str, Any]:
@@ -63,6 +69,15 @@ def _side(network: dict[str, Any]) -> int:
     return side if isinstance(side, int) else 128 if network["class"] == "FluxTransformer2DModel" else 64
 
 
+def _tokens(folder: Path, file: ModuleType) -> int:
+    """Tokens of a prompt, as the folder's tokenizer is used by diffusers, or as they are where nothing is said."""
+    if (folder / PROMPT).is_file():
+        return tensor_files.load(folder / PROMPT, str(folder / PROMPT))["shared.prompt"].shape[1]
+    said = folder / "tokenizer" / "tokenizer_config.json"
+    length = folders.config(said).get("model_max_length") if file is unet_condition and said.is_file() else None
+    return length or inspect.signature(file.split).parameters["tokens"].default
+
+
 def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, torch.Tensor]:
     """What the folder's text encoders make of a prompt, (1, T, D) and pooled (1, P): by our names, in float32.
 
@@ -72,14 +87,15 @@ def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, t
         if prompt:
             raise WeightsError(f"{folder} has no text_encoder, which model.options.prompt needs: leave the prompt out")
         if (folder / PROMPT).is_file():
-            return weights.tensors(folder / PROMPT, str(folder / PROMPT))
+            return tensor_files.load(folder / PROMPT, str(folder / PROMPT))
         with torch.device("meta"):
             _, _, shared = NETWORKS[network["class"]][1].split(_arguments(network))
         return {f"shared.{n}": torch.zeros(t.shape) for n, t in shared.state_dict().items() if f"shared.{n}" in flux.PROMPT}
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a prompt's embedding")
     files = (f for part in TEXT for f in (folder / part).rglob("*"))
-    return _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline(network), prompt)
+    made = _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline(network), prompt)
+    return {n: t.clone() for n, t in made.items()}  # a model takes what it is given, and the teacher needs its own
 
 
 @functools.lru_cache(maxsize=4)
@@ -151,8 +167,8 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
     # diffusers' pipelines look at the size of UNets that are made for one
     size = {"sample_size": options.image_size // autoencoder.shape(vae)[1]} if file is unet_condition else {}
     parts = {home: getattr(diffusers, network["class"])(**{**size, **_arguments(network)}), "vae": autoencoder.whole(vae)}
-    parts[home].load_state_dict(file.to_public(tensors))
-    parts["vae"].load_state_dict(autoencoder.to_public(tensors))
+    parts[home].load_state_dict(file.to_public(tensors), assign=True)
+    parts["vae"].load_state_dict(autoencoder.to_public(tensors), assign=True)
     kind = flow.SCHEDULER if file is flux else "DDIMScheduler"
     parts["scheduler"] = getattr(diffusers, kind).from_config(options.scheduler)
     cls = _pipeline(network)
@@ -161,7 +177,7 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
     text = {name: None for name in TEXT if name in inspect.signature(cls).parameters}
     with _quiet():
         cls(**parts, **text).save_pretrained(folder)
-    save_file({n: tensors[n].contiguous() for n in flux.PROMPT if n in tensors}, folder / PROMPT)
+    tensor_files.save({n: tensors[n] for n in flux.PROMPT if n in tensors}, folder / PROMPT)
 
 
 def _arguments(described: dict[str, Any]) -> dict[str, Any]:
