@@ -209,11 +209,11 @@ class RunConfig(Part):
     def locations(self) -> dict[str, str]:
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation
-        found = {
+        places = {
             "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage, "data.train": d.train, "data.proxy_data": d.proxy_data,
             "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights, "evaluation.oracle": e.oracle,
         }  # fmt: skip
-        return {key: uri for key, uri in found.items() if uri}
+        return {key: uri for key, uri in places.items() if uri}
 
     def hash(self) -> str:
         """sha256 of what decides the weights, as far as it differs from the defaults: a new key with a default changes no hash.
@@ -245,15 +245,15 @@ NOT_HASHED: dict[str | None, tuple[str, ...]] = {
 
 def _differences(part: Part) -> dict[str, Any]:
     """What differs from the defaults, as plain values; parts that differ in nothing are left out."""
-    plain, found = part.model_dump(mode="json"), {}
+    plain, changed = part.model_dump(mode="json"), {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
         if isinstance(value, Part) and (field.is_required() or isinstance(field.get_default(call_default_factory=True), Part)):
             if inner := _differences(value):
-                found[name] = inner
+                changed[name] = inner
         elif field.is_required() or value != field.get_default(call_default_factory=True):
-            found[name] = plain[name]
-    return found
+            changed[name] = plain[name]
+    return changed
 
 
 def _contradictions(run: RunConfig) -> Iterator[str]:
@@ -345,11 +345,11 @@ def _kind(method: str) -> type[RunConfig]:
 def ignored(run: RunConfig) -> list[str]:
     """What differs from the defaults and this run will not look at, one sentence each."""
     t, c, e = run.training, run.cluster, run.evaluation
-    found = []
+    notes = []
 
     def note(part: Part, where: str, keys: tuple[str, ...], why: str) -> None:
         changed = (key for key in keys if getattr(part, key) != type(part).model_fields[key].default)
-        found.extend(f"{where}.{key} is ignored: {why}" for key in changed)
+        notes.extend(f"{where}.{key} is ignored: {why}" for key in changed)
 
     if t.engine == "torch":
         note(t, "training", ("zero_stage", "offload_optimizer"), "engine torch is one plain process")
@@ -359,10 +359,10 @@ def ignored(run: RunConfig) -> list[str]:
     if run.method.name.startswith("pretrain"):
         note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
     if t.steps and t.warmup_steps >= t.steps:
-        found.append(f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value")
+        notes.append(f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value")
     if e.features == "efficientnet_lite0":
         note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")
-    return found
+    return notes
 
 
 def _explain(error: Any, kind: type[RunConfig]) -> list[str]:

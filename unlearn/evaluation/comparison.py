@@ -17,11 +17,11 @@ GREY = 128
 
 def generators(settings: config.RunConfig) -> dict[str, config.Model]:
     """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle."""
-    found = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
+    uris = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
     folder = Storage(settings.run_dir)
     if folder.is_file(f"model/{weights.CARD}"):
-        found["unlearned"] = folder.where("model")
-    models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in found.items() if uri}
+        uris["unlearned"] = folder.where("model")
+    models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in uris.items() if uri}
     if not models:
         raise UnlearnError(f"nothing to evaluate: no model.weights in the config and no trained model in {settings.run_dir}")
     return models
@@ -44,10 +44,10 @@ class Comparison:
             former, self._loaded = self._loaded, None
             built = weights.build(self.models[name], self.settings.seed).requires_grad_(False).to(self.device)
             if former is not None and self._shape(built) != (self.grid, self.size):
-                told = [f"{n} {size} px in {grid} x {grid} patches"
+                shapes = [f"{n} {size} px in {grid} x {grid} patches"
                         for n, (grid, size) in ((former[0], (self.grid, self.size)), (name, self._shape(built)))]  # fmt: skip
                 raise ConfigError(
-                    f"the generators do not see the same images and views: {', '.join(told)}; compare models of one shape"
+                    f"the generators do not see the same images and views: {', '.join(shapes)}; compare models of one shape"
                 )
             self._loaded = name, built
         return self._loaded[1]
@@ -58,7 +58,7 @@ class Comparison:
 
     def pixels(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
         """(positions kept, uint8 (B, 3, S, S)) of a set's images; damaged ones are left out, and counted as in training."""
-        images, kept, found = self.images[name], [], []
+        images, kept, pixels = self.images[name], [], []
         for position in positions.tolist():
             row = int(images.set.rows[position])
             try:
@@ -67,9 +67,9 @@ class Comparison:
                 images.skip(row, e)
                 continue
             kept.append(position)
-            found.append(torch.from_numpy(fit(image, self.size).transpose(2, 0, 1).copy()))
+            pixels.append(torch.from_numpy(fit(image, self.size).transpose(2, 0, 1).copy()))
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
-        return np.array(kept, np.int64), torch.stack(found).to(self.device) if found else empty.to(self.device)
+        return np.array(kept, np.int64), torch.stack(pixels).to(self.device) if pixels else empty.to(self.device)
 
     def view(self, name: str, number: int, positions: np.ndarray) -> views.View:
         """View `number` of evaluation.views of the images at these positions.

@@ -135,13 +135,13 @@ def columns(generators: list[str], pictured: list[str]) -> list[Column]:
 
 def grids(pictures: dict[Column, dict], generators: list[str], pictured: list[str]) -> list[dict]:
     """[{"set", "labels", "columns": [(title, uint8 (rows, 3, S, S)), ...]}] of what a Measurer made of `columns`."""
-    found = []
+    made = []
     for name in pictured:
         first = pictures[Column(name, None)]
         titled = [("the image", first["images"]), ("what the model sees", first["seen"])]
         titled += [(f"{generator} model", pictures[Column(name, generator)]["images"]) for generator in generators]
-        found.append({"set": name, "labels": first["labels"], "columns": titled})
-    return found
+        made.append({"set": name, "labels": first["labels"], "columns": titled})
+    return made
 
 
 def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], progress: Progress):
@@ -158,7 +158,7 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
         last = max(i for i, piece in enumerate(pieces) if piece.generator == generator)
         pieces[last + 1 : last + 1] = [Column(name, generator) for name in pictured]
     total, done = sum(p.stop - p.start for p in pieces if isinstance(p, Piece)), 0
-    found, kept, real = {}, {}, {}
+    figures, kept, real = {}, {}, {}
     pictures: dict[Column, dict] = {}
     seconds = {"originals": 0.0} | dict.fromkeys([*generators, "figures"], 0.0)
     parts: list[dict] = []
@@ -180,10 +180,10 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
             real[name], kept[name] = made, len(made)
         else:
             row = {"generator": piece.generator, "set": name, "view": settings.evaluation.views[piece.view].name}
-            found[name, piece.view, piece.generator] = row | scores(real[name], made, classes, errors, settings.seed)
+            figures[name, piece.view, piece.generator] = row | scores(real[name], made, classes, errors, settings.seed)
         parts = []
         seconds["figures"] += time.perf_counter() - began
-    rows = [found[name, view, generator] for name in sizes for view in views for generator in generators]
+    rows = [figures[name, view, generator] for name in sizes for view in views for generator in generators]
     return rows, kept, seconds, pictures
 
 
@@ -195,19 +195,19 @@ def _joined(parts: list[dict]) -> tuple:
 
 def _notes(settings: config.RunConfig, document: dict) -> list[str]:
     notes = []
-    measured = {name: found["images"] - found["bad_images"] for name, found in document["sets"].items()}
+    measured = {name: described["images"] - described["bad_images"] for name, described in document["sets"].items()}
     if min(measured.values()) < STABLE:
-        told = ", ".join(f"{count:,} images of the {name} set" for name, count in measured.items())
+        counts = ", ".join(f"{count:,} images of the {name} set" for name, count in measured.items())
         notes.append(
-            f"FID rests on {told}. Fewer than {STABLE:,} are too few for a covariance: the value is biased upwards and only "
+            f"FID rests on {counts}. Fewer than {STABLE:,} are too few for a covariance: the value is biased upwards and only "
             "indicates. Compare it within this table, not with other work."
         )
-    for name, found in document["sets"].items():
-        if found["split"] == "training":
+    for name, described in document["sets"].items():
+        if described["split"] == "training":
             why = "held-out shards have no such rows" if settings.evaluation.data else "evaluation.data names no held-out ones"
             notes.append(f"The {name} set is measured on training images: {why}.")
-        if found["bad_images"]:
-            notes.append(f"{found['bad_images']} damaged image(s) of the {name} set were left out.")
+        if described["bad_images"]:
+            notes.append(f"{described['bad_images']} damaged image(s) of the {name} set were left out.")
     if any(row["is"] is None for row in document["rows"]):
         notes.append(f"{document['features']} has no class scores: no Inception Score.")
     elif document["features"] != "inception":

@@ -74,20 +74,20 @@ def table(document: dict):
     """A metrics.json as a rich Table for the terminal: figures with their differences to the original model's."""
     from rich.table import Table
 
-    found = Table(title=f"feature network: {document['features']}", title_justify="left", box=None)
+    rich_table = Table(title=f"feature network: {document['features']}", title_justify="left", box=None)
     tables = [_table(document, name) for name in document["sets"]]
     for head in ("set", "view", "model"):
-        found.add_column(head)
+        rich_table.add_column(head)
     for head in tables[0]["heads"]:
-        found.add_column(head["name"], justify="right")
+        rich_table.add_column(head["name"], justify="right")
     for part in tables:
         for row in part["rows"]:
             cells = [f"{cell['value']} {'(' + cell['change'] + ')' if cell['change'] else ''}".strip() for cell in row["cells"]]
             name, view = part["set"] if row is part["rows"][0] else "", row["view"] if row["first"] else ""
-            found.add_row(name, view, row["generator"], *cells)
-        found.add_section()
-    found.caption, found.caption_justify = "\n".join(document["notes"]), "left"
-    return found
+            rich_table.add_row(name, view, row["generator"], *cells)
+        rich_table.add_section()
+    rich_table.caption, rich_table.caption_justify = "\n".join(document["notes"]), "left"
+    return rich_table
 
 
 def _tracks(document: dict) -> list[dict]:
@@ -163,8 +163,8 @@ def _plain(value: object) -> str:
     return "by default" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _count(found: dict) -> str:
-    return f"{found['images']:,} images of {len(found['classes'])} class(es)"
+def _count(described: dict) -> str:
+    return f"{described['images']:,} images of {len(described['classes'])} class(es)"
 
 
 def _time(seconds: float | None) -> str:

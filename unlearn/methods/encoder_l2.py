@@ -19,18 +19,18 @@ from unlearn.methods.base import Method, Terms
 from unlearn.models.base import Adapter, Embedding
 
 
-def distance(found: Embedding, target: Embedding, relative: bool = False) -> torch.Tensor:
+def distance(embedding: Embedding, target: Embedding, relative: bool = False) -> torch.Tensor:
     """Mean squared error in float32 or better over each level's elements, summed over levels: a scalar.
 
     relative: each level's error is divided by the mean square of its target.
     """
-    if isinstance(found, torch.Tensor):
-        dtype = torch.promote_types(found.dtype, torch.float32)
+    if isinstance(embedding, torch.Tensor):
+        dtype = torch.promote_types(embedding.dtype, torch.float32)
         target = target.to(dtype)
-        error = (found.to(dtype) - target).square().mean()
+        error = (embedding.to(dtype) - target).square().mean()
         return error / target.square().mean().clamp_min(1e-12) if relative else error
-    levels = (distance(x, y, relative) for x, y in zip(found, target, strict=True))
-    return sum(levels, start=torch.zeros((), device=found[0].device))
+    levels = (distance(x, y, relative) for x, y in zip(embedding, target, strict=True))
+    return sum(levels, start=torch.zeros((), device=embedding[0].device))
 
 
 def rows(embedding: Embedding, start: int, stop: int | None) -> Embedding:
@@ -106,7 +106,7 @@ class EncoderL2(Method):
         with torch.no_grad():
             routed = torch.cat([batch.images[: batch.retain], self.noise(batch, student)])
             target = teacher.encode(routed, batch.view, batch.seed)
-        found, relative = student.encode(batch.images, batch.view, batch.seed), self.options.distance == "relative"
-        retain = distance(rows(found, 0, batch.retain), rows(target, 0, batch.retain), relative)
-        forget = distance(rows(found, batch.retain, None), rows(target, batch.retain, None), relative)
+        embedding, relative = student.encode(batch.images, batch.view, batch.seed), self.options.distance == "relative"
+        retain = distance(rows(embedding, 0, batch.retain), rows(target, 0, batch.retain), relative)
+        forget = distance(rows(embedding, batch.retain, None), rows(target, batch.retain, None), relative)
         return {"retain": retain, "forget": forget}
