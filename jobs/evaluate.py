@@ -22,6 +22,7 @@ def evaluate(run: Run, progress: Callable[[int, int], None] = lambda done, total
     """
     began = time.perf_counter()
     models = comparison.generators(run.settings)
+    run = run.with_weights(model.weights for model in models.values())
     with _workers(run, models) as mapped:
         document, grids = measure.evaluate(run, models, mapped, _pictured(run, show_forget), progress)
     document["seconds"]["total"] = round(time.perf_counter() - began, 3)
@@ -37,6 +38,7 @@ def write_report(run: Run, show_forget: bool = False) -> str:
     if not storage.is_file(RESULTS):
         raise UnlearnError(f"{run.folder} has no {RESULTS}: run `unlearn evaluate` first")
     document, models = json.loads(storage.read(RESULTS)), comparison.generators(run.settings)
+    run = run.with_weights(model.weights for model in models.values())
     wanted = measure.columns(list(models), _pictured(run, show_forget))
     with _workers(run, models, looks=False, workers=1) as mapped:
         pictures = dict(zip(wanted, mapped(wanted), strict=True))

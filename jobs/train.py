@@ -15,7 +15,7 @@ from unlearn.methods import base as methods
 from unlearn.models import base as models
 from unlearn.models import weights
 from unlearn.run import Run, resolve
-from unlearn.training import metrics
+from unlearn.training import engine, metrics
 from unlearn.training.checkpoint import Checkpoints
 from unlearn.training.export import export
 from unlearn.training.loop import worker
@@ -35,6 +35,7 @@ def check(settings: config.RunConfig) -> Run:
     """
     method = methods.create(settings.method)
     method.check(models.adapter(settings.model.family))
+    engine.check(settings.training, method)
     if settings.model.weights is None and method.needs_teacher:
         raise ConfigError(f"model.weights is missing: {settings.method.name} starts from a trained model")
     if method.needs_forget and settings.data.forget is None:

@@ -5,8 +5,8 @@ The driver resolves it once and hands it to workers and actors, so no station as
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -19,6 +19,7 @@ from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import weights
+from unlearn.models.weights import Source
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Run:
     """settings: the configuration. sets: the rows that training sees, "retain" and, where the method forgets, "forget".
     measured: the rows that the evaluation sees, where there will be one.
     origin: sha256 of the manifest of each set, and of the weights it starts from. steps: optimizer steps of the whole run.
+    sources: what the storage says of the weights that the run reads, by their URI.
     """
 
     settings: RunConfig
@@ -33,6 +35,7 @@ class Run:
     measured: dict[str, RowSet]
     origin: dict[str, str]
     steps: int
+    sources: dict[str, Source] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -48,6 +51,10 @@ class Run:
         cluster = self.settings.cluster.model_copy(update={"workers": workers})
         return replace(self, settings=self.settings.model_copy(update={"cluster": cluster}))
 
+    def with_weights(self, uris: Iterable[str | None]) -> "Run":
+        """The same run that knows these weights too. Raises StorageError and WeightsError."""
+        return replace(self, sources=self.sources | weights.located(uris, self.sources))
+
 
 def resolve(settings: RunConfig, measured: bool | None = None) -> Run:
     """Look up everything that a run takes from its storage. Raises UnlearnError: no such data, class or weights; an overlap.
@@ -60,13 +67,11 @@ def resolve(settings: RunConfig, measured: bool | None = None) -> Run:
     rows = held_out.sets(settings, chosen) if wanted else {}
     if not method.needs_forget:
         chosen.pop("forget", None)
-    return Run(settings, chosen, rows, _origin(settings, chosen), steps(settings, chosen))
-
-
-def _origin(settings: RunConfig, chosen: dict[str, RowSet]) -> dict[str, str]:
-    data = {name: rows.manifest.hash for name, rows in chosen.items()}
     files = {"weights": settings.model.weights, "first_stage": settings.model.first_stage}
-    return data | {name: weights.fingerprint(uri) for name, uri in files.items() if uri}
+    sources = weights.located(files.values())
+    origin = {name: rows.manifest.hash for name, rows in chosen.items()}
+    origin |= {name: sources[uri].fingerprint for name, uri in files.items() if uri}
+    return Run(settings, chosen, rows, origin, steps(settings, chosen), sources)
 
 
 def steps(settings: RunConfig, chosen: dict[str, RowSet]) -> int:

@@ -311,7 +311,7 @@ def test_a_diffusers_folder_gives_the_codes_and_images_of_diffusers(tmp_path):
         pixels = (theirs.decode(latents).sample + 1) / 2
         torch.testing.assert_close(model.decoder.paint(codes) * torch.from_numpy(STD).float() + torch.from_numpy(MEAN).float(), pixels)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model.safetensors"):
+    with pytest.raises(WeightsError, match="no weights at .*empty"):
         build(DIFFUSERS, first_stage=str(tmp_path / "empty"))
 
 

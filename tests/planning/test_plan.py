@@ -16,7 +16,7 @@ from unlearn.data import order
 from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.methods import base as methods
-from unlearn.models import base
+from unlearn.models import base, weights
 from unlearn.planning import cost, footprint, memory, report, search
 from unlearn.planning.memory import Strategy
 from unlearn.training.engine import Objective, TorchEngine
@@ -154,7 +154,7 @@ def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib, 
 def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     """Two views of equal chance; a routed teacher's forward beside the student's three units."""
     run = run_for(tmp_path, "train_views=[{kind: centre, size: 0.5}, {kind: random, size: [0.25, 0.75]}]")
-    model = base.adapter("mae")(footprint.shape(run.model))
+    model = base.adapter("mae")(weights.options(run.model))
     kinds = [[0.5], [0.25, 0.375, 0.5, 0.625, 0.75]]
     means = []
     for kind, sizes in zip(("centre", "random"), kinds, strict=True):
@@ -205,10 +205,10 @@ def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F8
 def test_weights_that_are_not_there_have_no_shape(tmp_path):
     (tmp_path / "model.json").write_text("{")
     with pytest.raises(WeightsError, match="model.json is damaged"):
-        footprint.shape(config.Model(weights=str(tmp_path)))
+        weights.options(config.Model(weights=str(tmp_path)))
     with pytest.raises(WeightsError, match="no weights at"):
-        footprint.shape(config.Model(weights="/nowhere"))
-    assert footprint.shape(config.Model(weights="/nowhere", variant="vit_large_patch16")).width == 1024
+        weights.options(config.Model(weights="/nowhere"))
+    assert weights.options(config.Model(weights="/nowhere", variant="vit_large_patch16")).width == 1024
 
 
 def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # noqa: F811  the fixture

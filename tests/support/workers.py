@@ -43,7 +43,7 @@ def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, ki
 
     save = Checkpoints.save
 
-    def watched(self, fragments, state, rank, gather):
+    def watched(self, fragments, state, rank, gather, *more):
         places = iter(("written", "committed"))
 
         def gather_or_die(value):
@@ -53,7 +53,7 @@ def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, ki
             die_at(state.step, place)
             return found if place == "committed" else gather(value)
 
-        save(self, fragments, state, rank, gather_or_die)
+        save(self, fragments, state, rank, gather_or_die, *more)
 
     Checkpoints.save = watched
 

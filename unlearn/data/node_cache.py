@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage, download, told
 from unlearn.errors import StorageError
 
@@ -30,18 +31,19 @@ _held: dict[Path, int] = {}  # the folder of a copy -> the open file whose lock 
 _mutex = threading.Lock()
 
 
-def node_copy(uri: str) -> Path:
+def node_copy(uri: str, objects: dict[str, Facts] | None = None) -> Path:
     """A path at which a file or a folder can be read: its own, or that of the copy that this machine's processes share.
 
     A copy is to be read only. It stays until this process ends or calls `release`, and as long as another process uses it.
-    Raises StorageError.
+    objects: what is wanted of a remote folder, as `Storage.objects` gave it: the storage is not asked for it again.
+    Raises StorageError, also where those objects have changed since.
     """
     storage = Storage(uri)
     if storage.is_local():
         if not os.path.exists(storage.uri):
             raise StorageError(f"{uri}: there is no such file or folder")
         return Path(storage.uri)
-    objects = storage.objects()
+    objects = storage.objects() if objects is None else objects
     content = [storage.uri, *sorted((name, facts.size, facts.etag) for name, facts in objects.items())]
     root = _root()
     copy = root / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
@@ -49,7 +51,7 @@ def node_copy(uri: str) -> Path:
         if copy not in _held:
             _at_exit()
             _sweep(root, copy)
-            _held[copy] = _hold(copy, lambda folder: download(storage, objects, folder))
+            _held[copy] = _hold(copy, lambda folder: _fetch(storage, objects, folder))
     return next(copy.iterdir())
 
 
@@ -58,6 +60,13 @@ def release(path: Path) -> None:
     with _mutex:
         if (copy := path.parent) in _held:
             _release(copy)
+
+
+def _fetch(storage: Storage, objects: dict[str, Facts], folder: Path) -> None:
+    download(storage, objects, folder)
+    now = storage.objects()
+    if changed := [name for name, facts in objects.items() if now.get(name) != facts]:
+        raise StorageError(f"{storage.where(changed[0])} has changed since it was looked up: start again")
 
 
 def _hold(copy: Path, fetch: Callable[[Path], object]) -> int:

@@ -32,6 +32,7 @@ class Comparison:
 
     def __init__(self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu"):
         self.settings, self.sets, self.models, self.device = run.settings, run.measured, models, torch.device(device)
+        self.sources = run.sources
         self.images = {name: Images(rows, run.settings.data) for name, rows in self.sets.items()}
         self._views: dict[tuple[str, int], views.View] = {}
         self._loaded: tuple[str, base.Adapter] | None = None
@@ -42,7 +43,7 @@ class Comparison:
         """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is another."""
         if self._loaded is None or self._loaded[0] != name:
             former, self._loaded = self._loaded, None
-            built = weights.build(self.models[name], self.settings.seed).requires_grad_(False).to(self.device)
+            built = weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
             if former is not None and self._shape(built) != (self.grid, self.size):
                 shapes = [f"{n} {size} px in {grid} x {grid} patches"
                         for n, (grid, size) in ((former[0], (self.grid, self.size)), (name, self._shape(built)))]  # fmt: skip

@@ -110,10 +110,11 @@ def evaluate(
     """
     rows, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress)
     settings = run.settings
+    sources = weights.located((model.weights for model in models.values()), run.sources)
     document = {
         "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
         "features": settings.evaluation.features, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
-        "weights": {name: weights.fingerprint(model.weights) for name, model in models.items()},
+        "weights": {name: sources[model.weights].fingerprint for name, model in models.items()},
         "sets": {
             name: described | {
                 "split": "held-out" if settings.evaluation.data and described["manifest"] != run.trained_on else "training",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import WeightsError
-from unlearn.models import weights
+from unlearn.models import tensor_files
 
 FILE = "diffusion_pytorch_model"
 # Names of attention in files written before diffusers 0.15.
@@ -47,7 +47,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise WeightsError(f"{folder} lacks {', '.join(missing or [f'{FILE}.safetensors'])}: give a whole folder of diffusers")
-    found = {n: t for name in names for n, t in weights.tensors(folder / name, str(folder / name)).items()}
+    found = {n: t for name in names for n, t in tensor_files.load(folder / name, str(folder / name)).items()}
     return {_today(n): t for n, t in found.items()}
 
 

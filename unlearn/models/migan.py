@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from pydantic import model_validator
-from safetensors.torch import save_file
 from torch import nn
 
-from unlearn.models import base
+from unlearn.models import base, tensor_files
 from unlearn.views import View
 
 # The file that `to_folder` writes, with the public names.
@@ -250,8 +249,7 @@ class MIGAN(base.Adapter):
 
     def to_folder(self, folder: Path) -> None:
         """Write PUBLIC_FILE, with the public names."""
-        public = {_swap(name, "decoder.", "synthesis."): t.detach().contiguous() for name, t in self.state_dict().items()}
-        save_file(public, folder / PUBLIC_FILE)
+        tensor_files.save({_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}, folder / PUBLIC_FILE)
 
 
 def _swap(name: str, prefix: str, other: str) -> str:

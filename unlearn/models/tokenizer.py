@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from unlearn.models import folders, weights
+from unlearn.models import folders, tensor_files, weights
 from unlearn.views import View
 
 # Beginnings of names in a public tokenizer -> the names in our model that replace them. The codebook is in our model twice, since
@@ -238,8 +238,8 @@ def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def read(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a tokenizer in our names, from a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
     if path.is_dir() and (path / weights.CARD).is_file():
-        tensors = weights.tensors(path / weights.WEIGHTS, str(path))
+        tensors = tensor_files.load(path / weights.WEIGHTS, str(path))
         return {name: tensor for name, tensor in tensors.items() if name.startswith(TOKENIZER_TENSORS)}
     if path.is_dir():
         return from_public(folders.tensors(path))
-    return from_public(weights.tensors(path, str(path)))
+    return from_public(tensor_files.load(path, str(path)))

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from unlearn.errors import WeightsError
-from unlearn.models import weights
+from unlearn.models import tensor_files
 
 # Their name of a part of a block -> ours: first those in released files, then those of transformers 5 in memory. Here q, k and
 # v are one tensor.
@@ -67,7 +66,7 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
     if path is None:
         raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
-    return _renamed(weights.tensors(path, str(path))), values
+    return _renamed(tensor_files.load(path, str(path))), values
 
 
 def write(model, folder: Path) -> None:
@@ -80,18 +79,18 @@ def write(model, folder: Path) -> None:
     for name, tensor in model.state_dict().items():
         part, _, rest = name.partition(".")
         if not rest.startswith("blocks."):
-            tensors[names[name]] = tensor.contiguous()
+            tensors[names[name]] = tensor
             continue
         number, inner = rest.removeprefix("blocks.").split(".", 1)
         prefix = f"vit.encoder.layer.{number}" if part == "encoder" else f"decoder.decoder_layers.{number}"
         inner, _, kind = inner.rpartition(".")
         if inner == "attn.qkv":
             for which, piece in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-                tensors[f"{prefix}.attention.attention.{which}.{kind}"] = piece.contiguous()
+                tensors[f"{prefix}.attention.attention.{which}.{kind}"] = piece
         else:
             theirs = next(t for t, ours in _BLOCK.items() if ours == inner)
-            tensors[f"{prefix}.{theirs}.{kind}"] = tensor.contiguous()
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+            tensors[f"{prefix}.{theirs}.{kind}"] = tensor
+    tensor_files.save(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {theirs: getattr(o, ours) for ours, theirs in _OPTIONS.items()}
     settings |= {
         "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3,

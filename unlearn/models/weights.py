@@ -4,92 +4,182 @@ folders of other libraries (diffusers, transformers).
 Nothing is unpickled: .pth files are read with weights_only=True.
 """
 
-import argparse
+import contextlib
 import hashlib
 import json
 import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
 
 from unlearn import config
-from unlearn.data.storage import Storage, local_copy, local_folder
-from unlearn.errors import WeightsError
-from unlearn.models import base
+from unlearn.data.node_cache import node_copy
+from unlearn.data.s3 import Facts
+from unlearn.data.storage import Storage, download
+from unlearn.errors import StorageError, WeightsError
+from unlearn.models import base, tensor_files
 
 WEIGHTS, CARD = "weights.safetensors", "model.json"
 # What tells a folder of diffusers or transformers.
-FOREIGN = ("model_index.json", "config.json")
+FOREIGN = {"model_index.json", "config.json"}
+# How files end that hold tensors.
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+SMALL = 16 << 20  # bytes: configs, and the embedding of a prompt
 
 
-def build(model: config.Model, seed: int = 0) -> base.Adapter:
-    """The model that a config names, on CPU in float32, in eval mode; without weights it is initialised from `seed`."""
-    cls = base.adapter(model.family)
-    tensors, found = start(cls, model) if model.weights else ({}, None)
+@dataclass(frozen=True)
+class Source:
+    """What the storage says of weights, looked up once, by the driver, for all processes that read them.
+
+    kind: "file", one file of tensors; "ours", a folder with CARD and WEIGHTS; "folder", one of another library.
+    files: those that belong to it, relative to `uri`; "" is the file itself. card: what a folder of ours says of itself.
+    fingerprint: sha256 of the file of tensors, or of all files of a folder of another library; "" where nobody asked.
+    """
+
+    uri: str
+    kind: Literal["file", "ours", "folder"]
+    files: dict[str, Facts]
+    card: dict[str, Any]
+    fingerprint: str = ""
+
+    def path(self) -> Path:
+        """Where it can be read, on this machine: a file or a folder, as `kind` says. A remote one is fetched once a machine."""
+        return node_copy(self.uri, self.files)
+
+    def tensors(self) -> Path:
+        """Where its one file of tensors can be read. Raises StorageError."""
+        if self.kind == "file":
+            return self.path()
+        if WEIGHTS not in self.files:
+            raise StorageError(f"{self.uri}/{WEIGHTS}: there is no such file")
+        return self.path() / WEIGHTS
+
+
+Sources = Mapping[str, Source]  # by their URI
+
+
+def locate(uri: str) -> Source:
+    """Look up weights, and read them once for their fingerprint. Raises StorageError and WeightsError."""
+    source, digest = _look(uri), hashlib.sha256()
+    if source.kind == "folder" and WEIGHTS not in source.files:
+        for name in sorted(source.files):
+            digest.update(name.encode() + _sha256(source.path() / name).digest())
+    else:
+        digest = _sha256(source.tensors())
+    if source.card.get("sha256", digest.hexdigest()) != digest.hexdigest():
+        raise WeightsError(f"{uri}/{WEIGHTS} is not the file that {CARD} beside it was written with: export the model again")
+    return replace(source, fingerprint=digest.hexdigest())
+
+
+def located(uris: Iterable[str | None], known: Sources | None = None) -> dict[str, Source]:
+    """The sources of several URIs, those that are `known` among them."""
+    known = known or {}
+    return {uri: known.get(uri) or locate(uri) for uri in uris if uri}
+
+
+def _look(uri: str) -> Source:
+    storage = Storage(uri)
+    if storage.is_file():
+        names = [""]
+    elif storage.is_file(CARD):
+        names = [CARD, WEIGHTS]
+    else:
+        names = storage.files()
+        if not any(name in FOREIGN or name.endswith(SUFFIXES) for name in names):
+            raise _no_weights(uri)
+    if storage.is_local():
+        paths = {name: Path(storage.uri, name) for name in names}
+        files = {name: Facts(path.stat().st_size, "") for name, path in paths.items() if path.is_file()}
+    else:
+        files = {name: facts for name, facts in storage.objects().items() if name in names}
+    kind = "file" if names == [""] else "ours" if CARD in names else "folder"
+    return Source(uri, kind, files, card(storage) if kind == "ours" else {})
+
+
+def build(model: config.Model, seed: int = 0, sources: Sources | None = None, decoder: bool = True) -> base.Adapter:
+    """The model that a config names, on CPU in float32, in eval mode; without weights it is initialised from `seed`.
+
+    sources: what has been looked up already. decoder: whether it is wanted; left out it takes no memory.
+    Weights are mapped from their file where they are float32: they take memory of this process where they are written to.
+    """
+    cls, sources = base.adapter(model.family), sources or {}
+    held, found = start(cls, model, sources) if model.weights else ({}, None)
     options = base.options(model, found)
-    tensors = cls.placed(tensors, options)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), tensor_files.without_data() if model.weights else contextlib.nullcontext():
         torch.manual_seed(seed)
         built = cls(options)
+    held = cls.placed(held, options)
     if model.first_stage:
         if built.first_stage is None:
             raise WeightsError(f"model.first_stage: this {model.family} has no frozen first stage")
-        with local_folder(model.first_stage) as path:
-            first_stage = cls.first_stage_from(path)
+        first_stage = cls.first_stage_from((sources.get(model.first_stage) or _look(model.first_stage)).path())
         rest = {n: t for n, t in built.state_dict().items() if not n.startswith(cls.first_stage_names)}
-        fill(built, rest | first_stage, model.first_stage)
-        tensors = tensors | first_stage if model.weights else {}
+        tensor_files.check(built, rest | first_stage, model.first_stage)
+        held = held | first_stage
     if model.weights:
-        if built.first_stage is not None and not any(n.startswith("first_stage.") for n in tensors):
+        if built.first_stage is not None and not any(n.startswith("first_stage.") for n in held):
             raise WeightsError(f"{model.weights} lacks the frozen first stage of {model.family}: name its weights in model.first_stage")
-        fill(built, tensors, model.weights)
+        tensor_files.check(built, held, model.weights)
+    if not decoder:
+        built.drop_decoder()
+    own = built.state_dict()
+    tensor_files.assign(built, {n: t for n, t in held.items() if n in own})
     return built.eval()
 
 
-def start(cls: type[base.Adapter], model: config.Model) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def start(cls: type[base.Adapter], model: config.Model, sources: Sources) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """(tensors in our names, the options found beside them or None)."""
-    uri = model.weights
-    assert uri is not None, "without weights there is nothing to load"
-    storage = Storage(uri)
-    if not storage.is_file() and not storage.is_file(CARD) and any(storage.is_file(name) for name in FOREIGN):
-        with local_folder(uri) as folder:
-            return cls.from_folder(folder, dict(model.options))
-    tensors, card = read(uri)
-    if card.get("family", cls.family) != cls.family:
-        raise WeightsError(f"{uri} holds a model of family {card['family']}, the config says {cls.family}")
-    return cls.from_public(tensors), card.get("options")
+    uri = model.weights or ""
+    source = sources.get(uri) or _look(uri)
+    if source.kind == "folder":
+        if not source.files.keys() & FOREIGN:
+            raise _no_weights(uri)
+        return cls.from_folder(source.path(), dict(model.options))
+    if source.card.get("family", cls.family) != cls.family:
+        raise WeightsError(f"{uri} holds a model of family {source.card['family']}, the config says {cls.family}")
+    return cls.from_public(_tensors(source)), source.card.get("options")
 
 
-def fill(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copy `tensors` into `module`. Raises WeightsError that names every tensor missing, extra or misshapen."""
-    own = module.state_dict()
-    wrong = [f"missing {n}" for n in own if n not in tensors]
-    wrong += [f"unexpected {n}" for n in tensors if n not in own]
-    wrong += [
-        f"{n} has shape {tuple(tensors[n].shape)}, the model wants {tuple(t.shape)}"
-        for n, t in own.items()
-        if n in tensors and tensors[n].shape != t.shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
-        raise WeightsError(
-            f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}. Give the model.variant or model.options of these weights."
-        )
-    module.load_state_dict(tensors)
+def options(model: config.Model, sources: Sources | None = None) -> base.ModelOptions:
+    """The shape that a config asks for; of the weights only what says their shape is read. Raises WeightsError, ConfigError."""
+    found = None
+    if model.weights and not model.variant:
+        source = (sources or {}).get(model.weights) or _look(model.weights)
+        found = source.card.get("options")
+        if source.kind == "folder":
+            with _described(source) as folder:
+                found = base.adapter(model.family).options_from_folder(folder, dict(model.options))
+    return base.options(model, found)
 
 
 def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, card) of a folder of ours or of one file; the card is empty where there is none."""
-    storage, about = Storage(uri), {}
-    if not storage.is_file():
-        if not storage.is_file(CARD):
-            raise WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
-        about = card(storage)
-        uri = f"{uri.rstrip('/')}/{WEIGHTS}"
-    with local_copy(uri) as path:
-        return tensors(path, uri), about
+    source = _look(uri)
+    if source.kind == "folder":
+        raise _no_weights(uri)
+    return _tensors(source), source.card
+
+
+def _tensors(source: Source) -> dict[str, torch.Tensor]:
+    return tensor_files.load(source.tensors(), source.uri if source.kind == "file" else f"{source.uri}/{WEIGHTS}")
+
+
+def _no_weights(uri: str) -> WeightsError:
+    return WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
+
+
+@contextlib.contextmanager
+def _described(source: Source) -> Iterator[Path]:
+    """A folder of another library; of a remote one only its small files, which say what it holds."""
+    storage = Storage(source.uri)
+    if storage.is_local():
+        yield source.path()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield download(storage, [n for n, facts in source.files.items() if facts.size < SMALL], Path(folder))
 
 
 def card(storage: Storage) -> dict[str, Any]:
@@ -102,35 +192,14 @@ def card(storage: Storage) -> dict[str, Any]:
     return found
 
 
-def tensors(path: Path, uri: str) -> dict[str, torch.Tensor]:
-    """The tensors of one local file of weights; `uri` names it in messages. Raises WeightsError."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # a damaged pickle fails in any way there is
-        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {why}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
-        raise WeightsError(f"{uri} holds no dictionary of tensors")
-    return found
-
-
 def fingerprint(uri: str) -> str:
     """sha256 of the file of weights at `uri`, or of all files of a folder of another library."""
-    storage = Storage(uri)
-    if not storage.is_file() and not storage.is_file(WEIGHTS):
-        digest = hashlib.sha256()
-        for name in storage.files():
-            digest.update(name.encode() + hashlib.sha256(storage.read(name)).digest())
-        return digest.hexdigest()
-    with local_copy(uri if storage.is_file() else storage.where(WEIGHTS)) as path, open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return locate(uri).fingerprint
+
+
+def _sha256(path: Path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256")
 
 
 def convert(model: config.Model, uri: str) -> None:
@@ -150,14 +219,14 @@ def family(uri: str) -> str:
     storage = Storage(uri)
     if not storage.is_file(CARD):
         raise WeightsError(f"{uri} does not say its family: name it with --family")
-    return read(uri)[1]["family"]
+    return card(storage)["family"]
 
 
 def write(model: base.Adapter, uri: str, card: dict[str, Any]) -> None:
-    """Write the model as a folder of ours; `card` adds to what the folder says of itself (where it comes from)."""
-    held = {name: (t.detach().float() if t.is_floating_point() else t).contiguous() for name, t in model.state_dict().items()}
+    """Write the model as a folder of ours, in float32; `card` adds to what the folder says of itself (where it comes from)."""
     storage = Storage(uri)
-    storage.write(WEIGHTS, save(held))
-    card = {"family": model.family, "options": model.options.model_dump(mode="json"), **card}
+    with storage.writing(WEIGHTS) as path:
+        digest = tensor_files.save(model.state_dict(), path, floats=torch.float32)
+    card = {"family": model.family, "options": model.options.model_dump(mode="json"), "sha256": digest, **card}
     # The card is written last: a folder without it is not a model.
     storage.write(CARD, json.dumps(card, indent=2).encode())

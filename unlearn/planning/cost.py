@@ -10,7 +10,7 @@ import torch
 from unlearn import config, views
 from unlearn.data import order
 from unlearn.methods import base as methods
-from unlearn.models import base
+from unlearn.models import base, weights
 from unlearn.planning import footprint
 from unlearn.training.metrics import PEAK
 
@@ -61,18 +61,18 @@ class Cost:
 
 def work(run: config.RunConfig, sizes: dict[str, int] | None = None, steps: int | None = None, measured: int | None = None) -> Work:
     """sizes: images of each set; steps: of the run; measured: images that the evaluation sees; None where the data is not there."""
-    options, method = footprint.shape(run.model), methods.create(run.method)
+    options, method = weights.options(run.model), methods.create(run.method)
     with footprint.fake():
         model = base.adapter(run.model.family)(options)
         first_stage, view = model.first_stage, views.fullest(run.train_views, model.grid, 1, order.generator(0))
         image = torch.zeros(1, 3, options.image_size, options.image_size)
-        into = base.counted(lambda: first_stage(image, view)) if first_stage is not None and not method.trains_first_stage else 0
+        into = base.count_flops(lambda: first_stage(image, view)) if first_stage is not None and not method.trains_first_stage else 0
         if method.trains_first_stage:
-            each = 3 * base.counted(lambda: model.first_stage_loss(image))
+            each = 3 * base.count_flops(lambda: model.first_stage_loss(image))
         else:
             with torch.no_grad():
                 inputs = model.inputs(image, view)
-            whole = base.counted(lambda: model.training_loss(inputs, view))
+            whole = base.count_flops(lambda: model.training_loss(inputs, view))
             each = 3 * whole
     if not method.needs_decoder:
         each = method.units * float(np.mean([_forward(model, spec) for spec in run.train_views]))

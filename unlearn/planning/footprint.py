@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 from unlearn import config, views
 from unlearn.data import order
 from unlearn.data.loader import Batch
-from unlearn.data.storage import Storage
 from unlearn.methods import base as methods
 from unlearn.models import base, weights
 from unlearn.registry import MODELS
@@ -61,7 +60,7 @@ def measure(run: config.RunConfig, micro_batch: int, precision: str, checkpointi
 
     precision: "fp32"; "autocast", float32 weights and bfloat16 arithmetic; "bf16", bfloat16 weights.
     """
-    options, method = shape(run.model), methods.create(run.method)
+    options, method = weights.options(run.model), methods.create(run.method)
     with fake():
         student, teacher, first_stage, whole = models(run, options, method)
         student.encoder.activation_checkpointing = checkpointing
@@ -102,19 +101,7 @@ def fake() -> Iterator[None]:
                     getattr(value, "cache_clear", int)()
 
 
-def shape(model: config.Model) -> base.Options:
-    """The shape that a config asks for; of the weights only what says their shape is read. Raises WeightsError, ConfigError."""
-    found = None
-    if model.weights and not model.variant:
-        storage = Storage(model.weights)
-        if storage.is_file(weights.CARD):
-            found = weights.card(storage)["options"]
-        elif not storage.is_file():
-            found = weights.start(base.adapter(model.family), model)[1]
-    return base.options(model, found)
-
-
-def models(run: config.RunConfig, options: base.Options, method: methods.Method):
+def models(run: config.RunConfig, options: base.ModelOptions, method: methods.Method):
     """(student, teacher or None, first stage or None) as a worker has them on its device, and the bytes of a whole model."""
     cls = base.adapter(run.model.family)
     student, teacher = cls(options), cls(options).requires_grad_(False) if method.needs_teacher else None

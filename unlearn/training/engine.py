@@ -5,7 +5,7 @@ The plain engine is the yardstick: same batches, same loss, same optimizer, noth
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Protocol
 
@@ -14,13 +14,24 @@ from torch import nn
 
 from unlearn.config import Training
 from unlearn.data.loader import Batch
+from unlearn.errors import ConfigError
 from unlearn.methods.base import Method
 from unlearn.models.base import Adapter
 from unlearn.training import fragments
+from unlearn.training.apart import Imposed, TermGradients
 from unlearn.training.fragments import Fragment
 
 Parts = dict[str, torch.Tensor]
 BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket where nothing is said
+
+
+def check(settings: Training, method: Method) -> None:
+    """Raise ConfigError where the engine of a run cannot do what its method needs."""
+    if method.gradients_apart and settings.engine == "deepspeed" and settings.zero_stage == 3:
+        raise ConfigError(
+            f"training.zero_stage 3: {method.name} needs the gradient of each term of its loss, and ZeRO-3 gives their sum alone; "
+            "set zero_stage 2 or lower"
+        )
 
 
 class Objective(nn.Module):
@@ -42,9 +53,13 @@ class Objective(nn.Module):
     def first_stage(self) -> nn.Module | None:
         return self._kept_out[1]
 
-    def forward(self, batch: Batch) -> Parts:
+    def forward(self, batch: Batch | Imposed) -> Parts:
+        """The loss and its terms, of which the loss alone has a gradient, or each, where the method wants them apart."""
+        if isinstance(batch, Imposed):
+            return {"loss": batch.loss()}
         terms = self.method.terms(batch, self.student, self.teacher)
-        parts = {"loss": self.method.loss(terms)} | {name: term.detach() for name, term in terms.items()}
+        loss = self.method.loss(terms)
+        parts = {"loss": loss} | {name: term if self.method.gradients_apart else term.detach() for name, term in terms.items()}
         return parts if batch.weight == 1 else {name: value * batch.weight for name, value in parts.items()}
 
     @torch.no_grad()
@@ -129,17 +144,23 @@ class TorchEngine:
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
-        batches = list(batches)
+        batches, trained, method = list(batches), [p for _, p in self._named], self.objective.method
+        apart = TermGradients(trained, len(batches)) if method.gradients_apart else None
         for batch in batches:
             batch = self.objective.on(batch, self.device, torch.float32)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.dtype == "bf16"):
                 parts = self.objective(batch)
             self.finite(parts)
-            (parts["loss"] / len(batches)).backward()
+            if apart:
+                apart.add(_terms(parts))
+            else:
+                (parts["loss"] / len(batches)).backward()
             _add(sums, parts)
+        if apart:
+            for p, gradient in zip(trained, apart.combined(method), strict=True):
+                p.grad = gradient
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        trained = [p for _, p in self._named]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.settings.clip or float("inf"))
         self.finite({"gradient norm": norm})
         self.optimizer.step()
@@ -169,14 +190,16 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         import torch.distributed as dist
 
-        self.device, self.settings = device, settings
+        self.device, self.settings, self.accumulation = device, settings, accumulation
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self._dist, self.objective = dist, objective
+        self._apart = objective.method.gradients_apart  # then DeepSpeed sees one backward pass a step
         self._named = _named(objective.student, trained)
         self.finite = FiniteCheck()
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=objective.to(device), model_parameters=trained, optimizer=_optimizer(trained, settings, device),
-            config=deepspeed_config(settings, accumulation, micro_batch, sum(p.numel() for p in trained)), dist_init_required=False,
+            config=deepspeed_config(settings, 1 if self._apart else accumulation, micro_batch, sum(p.numel() for p in trained)),
+            dist_init_required=False,
         )  # fmt: skip
         self._engine.train()
         self._plain = settings.zero_stage == 0
@@ -187,18 +210,38 @@ class DeepSpeedEngine:
         norm = None
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        for batch in batches:
-            parts = self._engine(self.objective.on(batch, self.device, self._dtype))
-            self.finite(parts)
-            self._engine.backward(parts["loss"])
-            _add(sums, parts)
-            # Without ZeRO DeepSpeed keeps no norm, and the gradients are gone after its step.
+        for loss in self._combined(batches, sums) if self._apart else self._each(batches, sums):
+            self._engine.backward(loss)
+            # Without ZeRO DeepSpeed keeps no norm, and updates whatever it is; the gradients are gone after its step.
             if self._plain and self._engine.is_gradient_accumulation_boundary():
                 norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named])
+                self.finite({"gradient norm": norm})
             self._engine.step()  # updates at the end of the accumulation only
         norm = torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, device=self.device)
         self.finite({"gradient norm": norm})  # ZeRO has skipped the update then; no checkpoint may count it
         return sums | {"grad_norm": norm}
+
+    def _each(self, batches: Iterable[Batch], sums: Parts) -> Iterator[torch.Tensor]:
+        """The loss of every micro-batch; its parts are added to `sums`."""
+        for batch in batches:
+            parts = self._engine(self.objective.on(batch, self.device, self._dtype))
+            self.finite(parts)
+            _add(sums, parts)
+            yield parts["loss"]
+
+    def _combined(self, batches: Iterable[Batch], sums: Parts) -> Iterator[torch.Tensor]:
+        """One loss whose gradient is what the method makes of those of its terms."""
+        trained = [p for _, p in self._named]
+        apart = TermGradients(trained, self.accumulation)
+        for batch in batches:
+            batch = self.objective.on(batch, self.device, self._dtype)
+            # Past DeepSpeed, which would take each backward pass for a step's.
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._plain and self.settings.dtype == "bf16"):
+                parts = self.objective(batch)
+            self.finite(parts)
+            apart.add(_terms(parts))
+            _add(sums, parts)
+        yield self._engine(Imposed(trained, apart.combined(self.objective.method)))["loss"]
 
     def fragments(self) -> list[Fragment]:
         zero = self._optimizer
@@ -254,6 +297,10 @@ def import_deepspeed():
 def _named(student: Adapter, trained: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
     wanted = {id(p) for p in trained}
     return [(name, p) for name, p in student.named_parameters() if id(p) in wanted]
+
+
+def _terms(parts: Parts) -> Parts:
+    return {name: value for name, value in parts.items() if name != "loss"}
 
 
 def _add(sums: Parts, parts: Parts) -> None:

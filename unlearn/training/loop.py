@@ -38,10 +38,10 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
     torch.set_num_threads(settings.training.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if settings.cluster.gpus_per_worker else torch.device("cpu")
     checkpoints = Checkpoints(run.folder, settings.training.keep_checkpoints)
-    start = (checkpoints.steps() or [0])[-1]
+    start = checkpoints.newest()
 
     method = methods.create(settings.method)
-    student = weights.build(settings.model, settings.seed)
+    student = weights.build(settings.model, settings.seed, run.sources)
     first_stage = None if method.trains_first_stage else student.take_first_stage(device)
     if first_stage is not None:
         student.stock_noise(first_stage, settings.seed)
@@ -55,7 +55,7 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
-        engine = make_engine(settings, method, student, first_stage, device)
+        engine = make_engine(settings, method, student, first_stage, device, run.sources)
         if method.sample_size():
             method.prepare(_sample(engine, loader, method.sample_size()))
         with _told(settings, engine):
@@ -104,12 +104,14 @@ def learning_rate(settings: config.Training, step: int, stop: int) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_engine(settings: config.RunConfig, method: methods.Method, student, first_stage, device: torch.device) -> Engine:
-    """The engine with student, teacher and first stage in it."""
+def make_engine(
+    settings: config.RunConfig, method: methods.Method, student, first_stage, device: torch.device, sources: weights.Sources | None = None
+) -> Engine:
+    """The engine with student, teacher and first stage in it. sources: what has been looked up of the teacher's weights."""
     if not method.needs_decoder:
         student.drop_decoder()
     student.encoder.activation_checkpointing = settings.training.activation_checkpointing
-    teacher = teachers.load(settings, device, method.needs_decoder) if method.needs_teacher else None
+    teacher = teachers.load(settings, device, method.needs_decoder, sources) if method.needs_teacher else None
     objective, trained = Objective(student, method, teacher, first_stage), method.trainable(student)
     if settings.training.engine == "torch":
         return TorchEngine(objective, trained, settings.training, device)

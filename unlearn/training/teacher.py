@@ -7,11 +7,9 @@ from unlearn.models import weights
 from unlearn.models.base import Adapter
 
 
-def load(settings: config.RunConfig, device: torch.device, decoder: bool) -> Adapter:
-    """The teacher on its device, in the run's dtype, in eval mode."""
-    teacher = weights.build(settings.model, settings.seed).requires_grad_(False)
-    if not decoder:
-        teacher.drop_decoder()
+def load(settings: config.RunConfig, device: torch.device, decoder: bool, sources: weights.Sources | None = None) -> Adapter:
+    """The teacher on its device, in the run's dtype, in eval mode. sources: what has been looked up of its weights."""
+    teacher = weights.build(settings.model, settings.seed, sources, decoder).requires_grad_(False)
     teacher.take_first_stage(torch.device("cpu"))  # the student's serves both
     bf16 = settings.training.dtype == "bf16" and settings.training.engine == "deepspeed" and settings.training.zero_stage > 0
     teacher = teacher.to(device, torch.bfloat16 if bf16 else torch.float32).eval()

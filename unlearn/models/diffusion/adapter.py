@@ -224,7 +224,7 @@ class Diffusion(base.Adapter):
             return pipeline.write(self.state_dict(), self.options, folder)
         config = {"sample_size": self.options.image_size, **networks.arguments(self.options.network)}
         whole = diffusers.UNet2DModel(**config)
-        whole.load_state_dict(networks.module(networks.PIXEL_UNET).to_public(self.state_dict()))
+        whole.load_state_dict(networks.module(networks.PIXEL_UNET).to_public(self.state_dict()), assign=True)
         diffusers.DDPMPipeline(whole, noising.scheduler("DDPMScheduler", self.options.scheduler)).save_pretrained(folder)
 
 

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import folders, weights
+from unlearn.models import folders, tensor_files
 from unlearn.models.diffusion import autoencoder, flow, networks, noising
 from unlearn.models.diffusion.networks import LATENT_NETWORKS, LATENT_UNET, NETWORKS, PROMPT_TENSORS, TRANSFORMER
 
@@ -104,12 +103,13 @@ def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, t
         if prompt:
             raise WeightsError(f"{folder} has no text_encoder, which model.options.prompt needs: leave the prompt out")
         if (folder / PROMPT_FILE).is_file():
-            return weights.tensors(folder / PROMPT_FILE, str(folder / PROMPT_FILE))
+            return tensor_files.load(folder / PROMPT_FILE, str(folder / PROMPT_FILE))
         return _no_prompt(network)
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a prompt's embedding")
     files = (f for part in TEXT for f in (folder / part).rglob("*"))
-    return _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline_class(network), prompt)
+    made = _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline_class(network), prompt)
+    return {name: tensor.clone() for name, tensor in made.items()}  # a model takes what it is given, and the teacher needs its own
 
 
 @functools.lru_cache(maxsize=4)
@@ -185,8 +185,8 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
     # diffusers' pipelines for UNets look at the size that the UNet was made for.
     size = {"sample_size": options.image_size // autoencoder.noised_space(vae)[1]} if kind == LATENT_UNET else {}
     parts = {home: getattr(diffusers, kind)(**{**size, **networks.arguments(network)}), "vae": autoencoder.whole(vae)}
-    parts[home].load_state_dict(networks.module(kind).to_public(tensors))
-    parts["vae"].load_state_dict(autoencoder.to_public(tensors))
+    parts[home].load_state_dict(networks.module(kind).to_public(tensors), assign=True)
+    parts["vae"].load_state_dict(autoencoder.to_public(tensors), assign=True)
     parts["scheduler"] = noising.scheduler(flow.SCHEDULER if kind == TRANSFORMER else "DDIMScheduler", options.scheduler)
     cls = _pipeline_class(network)
     wanted = inspect.signature(cls).parameters
@@ -195,4 +195,4 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
     text = {name: None for name in TEXT if name in wanted}
     with _quiet():
         cls(**parts, **text).save_pretrained(folder)
-    save_file({n: tensors[n].contiguous() for n in PROMPT_TENSORS if n in tensors}, folder / PROMPT_FILE)
+    tensor_files.save({n: tensors[n] for n in PROMPT_TENSORS if n in tensors}, folder / PROMPT_FILE)
