@@ -65,7 +65,7 @@ def test_a_malformed_override_is_told(item):
 @pytest.mark.parametrize(
     "item",
     ["cluster.max_failures=0", "cluster.gpus_per_worker=1", "run_dir=elsewhere", "name=other", "data.train=copy/of/it",
-     "data.cache=none", "data.decode_threads=7", "data.read_ahead=1", "training.checkpoint_every=1", "training.log_every=1",
+     "data.cache=none", "data.cache_bytes=1GiB", "data.decode_threads=7", "data.read_ahead=1", "training.checkpoint_every=1", "training.log_every=1",
      "training.keep_checkpoints=9", "data.max_bad_images=3", "training.activation_checkpointing=true", "training.engine=torch", "training.zero_stage=3", "training.offload_optimizer=true",
      "evaluation.limit=5"],
 )  # fmt: skip
@@ -87,6 +87,14 @@ def test_the_hash_tells_what_decides_the_weights(item):
 def test_the_hash_is_the_same_for_any_number_of_workers_with_the_same_micro_batch():
     fixed = "training.micro_batch_size=16"
     assert parse(fixed).hash() == parse(fixed, "cluster.workers=4").hash() == parse("cluster.workers=4").hash()
+
+
+def test_sizes_are_numbers_or_text_and_the_default_is_the_same_on_every_machine():
+    assert parse("data.cache_bytes=1.5GiB") == parse(f"data.cache_bytes={3 << 29}") and parse().data.cache_bytes is None
+    assert "cache_bytes: null" in config.dump(parse())
+    for wrong, why in (("large", "write it as 80GiB or 512MiB"), ("-1", "greater than or equal to 0")):
+        with pytest.raises(ConfigError, match=f"data.cache_bytes: .*{why}"):
+            parse(f"data.cache_bytes={wrong}")
 
 
 def test_dump_and_load_round_trip(tmp_path):

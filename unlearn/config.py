@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
+from unlearn import sizes
 from unlearn.aliases import renamed
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
@@ -34,6 +44,14 @@ def _absolute(uri: str) -> str:
 
 # A path, file://, s3:// or embedded:NAME; a path is made absolute, since workers stand in other folders.
 Location = Annotated[str, AfterValidator(_absolute)]
+
+
+def _bytes(given: Any) -> Any:
+    return sizes.parse(given) if isinstance(given, str) else given
+
+
+# Bytes: a number, or text like 512MiB.
+Size = Annotated[int, BeforeValidator(_bytes, json_schema_input_type=int | str), Field(ge=0)]
 
 
 class Part(BaseModel):
@@ -84,7 +102,14 @@ class Data(Part):
     retain: Rows | None = None
     proxy: Rows | None = Field(default=None, description="images that take the retain role where the retain data is gone")
     proxy_data: Location | None = Field(default=None, description="shards of the proxy set, when not those of `train`")
-    cache: Literal["none", "encoded", "decoded"] = Field(default="encoded", description="what a worker keeps in memory")
+    cache: Literal["none", "encoded", "decoded"] = Field(
+        default="encoded", description="images that a worker keeps in memory: as they are stored (encoded), or cut to size (decoded)"
+    )
+    cache_bytes: Size | None = Field(
+        default=None,
+        description="bytes, or text like 512MiB, that the caches of one worker may take, row groups and latents included; "
+        "none = 2GiB, or a quarter of its part of the machine's memory where that is less",
+    )
     latent_cache: Location | None = Field(
         default=None, description="folder that keeps what the frozen first stage (tokenizer, VAE) makes of each image; none = made every step"
     )
@@ -237,7 +262,7 @@ SCHEMA = 2
 NOT_HASHED: dict[str | None, tuple[str, ...]] = {
     None: ("cluster", "run_dir", "evaluation", "name"),
     "model": ("weights", "first_stage"),
-    "data": ("train", "proxy_data", "cache", "decode_threads", "read_ahead", "max_bad_images", "latent_cache"),
+    "data": ("train", "proxy_data", "cache", "cache_bytes", "decode_threads", "read_ahead", "max_bad_images", "latent_cache"),
     "training": ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
                  "activation_checkpointing"),
 }  # fmt: skip

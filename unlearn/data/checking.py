@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from unlearn.data import selection, shards
-from unlearn.data.loader import decode
+from unlearn.data.decode import decode
 from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import DataError
 

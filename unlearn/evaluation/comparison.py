@@ -5,8 +5,8 @@ import numpy as np
 import torch
 
 from unlearn import config, views
-from unlearn.data import order
-from unlearn.data.loader import Images, fit
+from unlearn.data import cache, order
+from unlearn.data.images import Images
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
 from unlearn.models import base, weights
@@ -33,23 +33,23 @@ class Comparison:
     def __init__(self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu"):
         self.settings, self.sets, self.models, self.device = run.settings, run.measured, models, torch.device(device)
         self.sources = run.sources
-        self.images = {name: Images(rows, run.settings.data) for name, rows in self.sets.items()}
         self._views: dict[tuple[str, int], views.View] = {}
         self._loaded: tuple[str, base.Adapter] | None = None
         first = next(iter(models))
         self.grid, self.size = self._shape(self.generator(first))
+        kept = cache.ImageCache(cache.limit(run.settings.data, run.settings.evaluation.workers or run.settings.cluster.workers))
+        self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:
         """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is another."""
         if self._loaded is None or self._loaded[0] != name:
-            former, self._loaded = self._loaded, None
+            former = self._loaded[0] if self._loaded else None
+            self._loaded = None  # before the next one is built, so that there is one in memory
             built = weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
             if former is not None and self._shape(built) != (self.grid, self.size):
-                shapes = [f"{n} {size} px in {grid} x {grid} patches"
-                        for n, (grid, size) in ((former[0], (self.grid, self.size)), (name, self._shape(built)))]  # fmt: skip
-                raise ConfigError(
-                    f"the generators do not see the same images and views: {', '.join(shapes)}; compare models of one shape"
-                )
+                known = f"{former} {self.size} px in {self.grid} x {self.grid} patches"
+                other = f"{name} {built.options.image_size} px in {built.grid} x {built.grid} patches"
+                raise ConfigError(f"the generators do not see the same images and views: {known}, {other}; compare models of one shape")
             self._loaded = name, built
         return self._loaded[1]
 
@@ -68,7 +68,7 @@ class Comparison:
                 images.skip(row, e)
                 continue
             kept.append(position)
-            pixels.append(torch.from_numpy(fit(image, self.size).transpose(2, 0, 1).copy()))
+            pixels.append(torch.from_numpy(image.transpose(2, 0, 1).copy()))
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return np.array(kept, np.int64), torch.stack(pixels).to(self.device) if pixels else empty.to(self.device)
 
