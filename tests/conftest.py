@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import uuid
+from collections.abc import Iterator
 
 import boto3
 import botocore.session
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import settings
+from s3_proxy import Proxy
 from support.images import CLASSES, tiny_table
 from support.kubernetes_server import api_server  # noqa: F401
 from support.models import TINY
@@ -19,7 +21,8 @@ from support.runs import tiny_config
 from support.s3 import ADMIN, BUCKET, READER, s3_identity, s3_serving
 
 from unlearn import config
-from unlearn.data import shards, storage
+from unlearn.data import s3 as s3_objects
+from unlearn.data import shards
 from unlearn.models import weights
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
@@ -89,8 +92,8 @@ def s3_user(s3_server, monkeypatch):
         session = botocore.session.Session()
         session.register_component("data_loader", _LOADER)
         boto3.setup_default_session(botocore_session=session)
-        storage._client.cache_clear()
-        storage._arrow_s3.cache_clear()
+        s3_objects.client.cache_clear()
+        s3_objects.arrow.cache_clear()
 
     def login(user: tuple[str, str], url: str = s3_server) -> None:
         values = {
@@ -113,6 +116,14 @@ def s3(s3_user) -> str:
     """A fresh s3://bucket/prefix of its own, reached as the administrator."""
     s3_user(ADMIN)
     return f"s3://{BUCKET}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def proxied(s3, s3_server, s3_user) -> Iterator[Proxy]:
+    """`s3` is reached through a proxy that notes every request from now on."""
+    with Proxy(s3_server).listening() as proxy:
+        s3_user(ADMIN, proxy.url)
+        yield proxy
 
 
 @pytest.fixture(params=["file", "s3"])

@@ -24,6 +24,10 @@ class WeightsError(UnlearnError):
     """A file of weights is missing, unreadable, or of another shape than the model."""
 
 
+class LeaseError(UnlearnError):
+    """The run folder belongs to another process, or does so by now."""
+
+
 class CheckpointError(UnlearnError):
     """A checkpoint is incomplete, damaged, or belongs to another run."""
 

@@ -1,14 +1,20 @@
 """Storage: local folders and S3 alike; what is written is there whole or not at all; errors tell no secret."""
 
+import errno
+import fcntl
+import os
 import pickle
 import resource
 import socket
 import threading
+import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from support.s3 import ADMIN, BUCKET, READER
 
-from unlearn.data.storage import Storage, local_copy
+from unlearn.data import s3 as s3_objects
+from unlearn.data.storage import Storage, download, local_copy, local_folder
 from unlearn.errors import StorageError
 
 
@@ -100,7 +106,140 @@ def test_a_write_to_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):
             storage.write("x", b"new" * 1000)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert storage.files() == ["x"] and storage.read("x") == b"old"
+    assert os.listdir(tmp_path) == ["x"] and storage.read("x") == b"old"
+
+
+def test_a_large_file_goes_in_parts_and_is_never_held(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3_objects, "PART", 5 << 20)
+    storage, source, data = Storage(s3), tmp_path / "source", os.urandom(50 << 20)
+    source.write_bytes(data)
+    tracemalloc.start()
+    try:
+        storage.upload(source, "up")
+        with storage.writing("written") as path:
+            path.write_bytes(data)
+        with local_copy(storage.where("up")) as path:
+            assert path.stat().st_size == len(data)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < len(data) / 2, peak
+    assert storage.bucket.head("up").etag.strip('"').endswith("-10") and not source.exists()
+    assert storage.read("up") == storage.read("written") == data
+
+
+def together(count: int, call: Callable[[int], object]) -> list:
+    """What `call` gives for 0 .. count, all started at the same moment."""
+    found, start = [None] * count, threading.Barrier(count)
+
+    def one(i: int) -> None:
+        start.wait()
+        found[i] = call(i)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_one_of_many_creates(place):
+    storage = Storage(place)
+    for number in range(3):
+        won = together(4, lambda i, name=f"a/{number}": storage.create(name, bytes([i]) * 1000))
+        assert sorted(won) == [False] * 3 + [True] and storage.read(f"a/{number}") == bytes([won.index(True)]) * 1000
+    assert not storage.create("a/0", b"late") and len(storage.files()) == 3
+    storage.delete("a/0")
+    assert storage.create("a/0", b"late") and storage.read("a/0") == b"late"
+
+
+def test_one_of_many_creates_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def link(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    test_one_of_many_creates(str(tmp_path))
+
+
+def test_a_replacement_meets_what_was_read_or_nothing_happens(place):
+    storage = Storage(place)
+    assert storage.read_version("n") is None and not storage.replace("n", b"1", "any") and storage.files() == []
+    storage.write("n", b"0")
+
+    def count(_) -> None:
+        for _ in range(5):
+            while not storage.replace("n", str(int((found := storage.read_version("n"))[0]) + 1).encode(), found[1]):
+                pass
+
+    together(4, count)
+    assert storage.read("n") == b"20" and storage.files() == ["n"]
+    data, version = storage.read_version("n")
+    storage.write("n", b"another")
+    assert not storage.replace("n", b"lost", version) and storage.read("n") == b"another"
+    storage.delete("n")
+    assert not storage.replace("n", b"lost", version) and not storage.is_file("n")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    Storage(tmp_path).write("n", b"0")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=f"{tmp_path}: this file system has no file locks"):
+        Storage(tmp_path).replace("n", b"1", Storage(tmp_path).read_version("n")[1])
+
+
+def test_a_conditional_write_survives_an_answer_that_is_lost(s3, proxied):
+    storage = Storage(s3)
+    for faults in (["lost"], ["conflict", "conflict"], ["conflict", "lost"]):
+        proxied.faults["PUT"] = list(faults)
+        assert storage.create("x", b"own") and not storage.create("x", b"another")
+        proxied.faults["PUT"] = list(faults)
+        assert storage.replace("x", b"newer", storage.read_version("x")[1]) and storage.read("x") == b"newer"
+        storage.delete("x")
+    storage.write("x", b"another's")
+    proxied.faults["PUT"] = ["lost"]
+    assert not storage.create("x", b"own") and storage.read("x") == b"another's"
+
+
+def test_files_being_written_have_names_of_their_own_and_are_not_listed(tmp_path):
+    storage = Storage(tmp_path)
+    with storage.writing("a/x") as one, storage.writing("a/x") as other:
+        assert one != other and all(socket.gethostname() in p.name and str(os.getpid()) in p.name for p in (one, other))
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+        assert len(os.listdir(tmp_path / "a")) == 2 and storage.files() == []
+    assert storage.files() == ["a/x"] == [f"a/{n}" for n in os.listdir(tmp_path / "a")] and storage.read("a/x") == b"one"
+
+
+def test_errors_of_what_is_done_with_a_file_keep_their_place(place):
+    storage = Storage(place)
+    storage.write("a/x", b"1")
+    uses = (lambda: local_copy(storage.where("a/x")), lambda: local_folder(storage.where("a")), lambda: storage.writing("new"))
+    for use in uses:
+        for error in (FileNotFoundError(2, "another file"), OSError(errno.ENOSPC, "no room"), ValueError("else")):
+            with pytest.raises(type(error)) as told, use():
+                raise error
+            assert told.value is error
+    assert storage.files() == ["a/x"]
+
+
+def test_a_folder_is_fetched_whole_and_nothing_out_of_it(s3, tmp_path):
+    storage = Storage(s3)
+    for name in ("m/config.json", "m/unet/w.bin", "mm/no"):
+        storage.write(name, name.encode())
+    with local_folder(f"{s3}/m/") as folder:
+        found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        assert folder.name == "m" and found == {"config.json": b"m/config.json", "unet/w.bin": b"m/unet/w.bin"}
+    s3_objects.client().put_object(Bucket=BUCKET, Key=f"{storage.bucket.prefix}/m/", Body=b"")  # as consoles mark a folder
+    assert storage.files("m") == ["m/config.json", "m/unet/w.bin"]
+    with local_folder(f"{s3}/m") as folder:
+        assert (folder / "config.json").exists()
+    with pytest.raises(StorageError, match="leads out of its folder"):
+        download(storage, ["m/config.json", "m/../../evil"], tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["config.json"]
 
 
 def test_a_failing_upload_keeps_the_source_and_writes_nothing(tmp_path):

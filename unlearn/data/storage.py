@@ -5,18 +5,18 @@ identity ...), never from a config of ours. What is written appears whole or not
 """
 
 import contextlib
-import functools
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.fs
 
+from unlearn.data.folder import Folder
+from unlearn.data.s3 import Bucket, Facts
 from unlearn.errors import StorageError
 
 _HINTS = {
@@ -44,102 +44,133 @@ class Storage:
             if not root.exists():
                 raise StorageError(f"{uri}: the package carries nothing of that name")
             uri = str(root)
-        self._bucket, self._root = None, uri
+        self.bucket: Bucket | None = None
         if uri.startswith("s3://"):
-            self._bucket, _, self._root = uri.removeprefix("s3://").rstrip("/").partition("/")
-            if not self._bucket:
+            bucket, _, prefix = uri.removeprefix("s3://").rstrip("/").partition("/")
+            if not bucket:
                 raise StorageError(f"{uri}: name the bucket, as in s3://bucket/prefix")
-            self.uri = f"s3://{self._bucket}/{self._root}".rstrip("/")
+            self.bucket, self.uri = Bucket(bucket, prefix), f"s3://{bucket}/{prefix}".rstrip("/")
         elif "://" in uri and not uri.startswith("file://"):
             raise StorageError(f"{uri}: only paths, file:// and s3:// are understood")
         else:
-            self._root = self.uri = os.path.abspath(uri.removeprefix("file://"))
-
-    def _key(self, name: str) -> str:
-        return "/".join(part for part in (self._root.rstrip("/"), name) if part)
+            self.uri = os.path.abspath(uri.removeprefix("file://"))
+            self.folder = Folder(self.uri)
 
     def where(self, name: str) -> str:
         """The full URI of a name, for messages."""
         return f"{self.uri}/{name}" if name else self.uri
 
     def is_local(self) -> bool:
-        return self._bucket is None
+        return self.bucket is None
 
     def is_file(self, name: str = "") -> bool:
         """Whether a file or an object stands there."""
-        if self.is_local():
-            return os.path.isfile(self._key(name))
-        if not self._key(name):
-            return False
-        with _told(self.where(name)):
-            try:
-                _client().head_object(Bucket=self._bucket, Key=self._key(name))
-                return True
-            except _client().exceptions.ClientError as e:
-                if e.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                    return False
-                raise
+        with told(self.where(name)):
+            return self.folder.path(name).is_file() if self.bucket is None else self.bucket.head(name) is not None
 
     def read(self, name: str = "") -> bytes:
-        with _told(self.where(name)):
-            if self.is_local():
-                return Path(self._key(name)).read_bytes()
-            return _client().get_object(Bucket=self._bucket, Key=self._key(name))["Body"].read()
+        with told(self.where(name)):
+            return self.folder.path(name).read_bytes() if self.bucket is None else self.bucket.get(name)[0]
+
+    def read_version(self, name: str) -> tuple[bytes, str] | None:
+        """(content, its version as `replace` wants it), or None where there is no such file."""
+        with told(self.where(name)):
+            try:
+                return self.folder.read(name) if self.bucket is None else self.bucket.get(name)
+            except FileNotFoundError:
+                return None
+            except Exception as e:
+                if _code(e) == "NoSuchKey":
+                    return None
+                raise
 
     def write(self, name: str, data: bytes) -> None:
-        """Publish `data` under `name`, whole or not at all."""
-        with _told(self.where(name)):
-            if self.is_local():
-                with _published(self._key(name)) as temporary:
-                    temporary.write_bytes(data)
-            else:
-                _client().put_object(Bucket=self._bucket, Key=self._key(name), Body=data)
+        """Publish `data` under `name`, whole or not at all. For what is large: `writing` or `upload`."""
+        with told(self.where(name)):
+            if self.bucket is not None:
+                self.bucket.put(name, data)
+                return
+            with self.writing(name) as path:
+                path.write_bytes(data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Publish `data` where nothing has that name; False where something has. Exactly one of many callers wins."""
+        with told(self.where(name)):
+            if self.bucket is not None:
+                return self.bucket.put(name, data, IfNoneMatch="*")
+            temporary = self.folder.temporary(name)
+            try:
+                temporary.write_bytes(data)
+                return self.folder.create(temporary, name)
+            finally:
+                temporary.unlink(missing_ok=True)
+
+    def replace(self, name: str, data: bytes, version: str) -> bool:
+        """Publish `data` where `name` still is what `read_version` gave; False where it has changed or is gone."""
+        with told(self.where(name)):
+            if self.bucket is not None:
+                return self.bucket.put(name, data, IfMatch=version)
+            return self.folder.replace(name, data, version)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A local path to write to; what is there at the end of the block is published under `name`, of any size."""
+        if self.bucket is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, "part")
+                yield path
+                with told(self.where(name)):
+                    self.bucket.upload(path, name)
+            return
+        with told(self.where(name)):
+            temporary = self.folder.temporary(name)
+        try:
+            yield temporary
+            with told(self.where(name)):
+                self.folder.publish(temporary, name)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def upload(self, path: Path, name: str) -> None:
-        """Publish a local file under `name`, whole or not at all; the local file is gone after."""
-        with _told(self.where(name)):
-            if self.is_local():
-                with _published(self._key(name)) as temporary:
-                    shutil.move(path, temporary)
-            else:
-                _client().upload_file(str(path), self._bucket, self._key(name))
+        """Publish a local file of any size under `name`, whole or not at all; the local file is gone after."""
+        with told(self.where(name)):
+            if self.bucket is not None:
+                self.bucket.upload(path, name)
                 path.unlink()
+                return
+            with self.writing(name) as temporary:
+                shutil.move(path, temporary)
 
     def open(self, name: str = "") -> pa.NativeFile:
         """A file to read at random places, as Parquet readers want it."""
-        with _told(self.where(name)):
-            if self.is_local():
-                return pa.memory_map(self._key(name))
-            return _arrow_s3().open_input_file(f"{self._bucket}/{self._key(name)}")
+        with told(self.where(name)):
+            return (self.folder if self.bucket is None else self.bucket).open(name)
 
     def files(self, name: str = "") -> list[str]:
         """Names of all files below `name`, relative to the root, sorted."""
-        with _told(self.where(name)):
-            if self.is_local():
-                root = Path(self._root)
-                return sorted(str(p.relative_to(root)) for p in Path(self._key(name)).rglob("*") if p.is_file())
-            prefix = self._key(name)
-            pages = _client().get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=f"{prefix}/" if prefix else ""
-            )
-            cut = len(self._root) + 1 if self._root else 0
-            return sorted(o["Key"][cut:] for page in pages for o in page.get("Contents", ()))
+        with told(self.where(name)):
+            return sorted((self.folder if self.bucket is None else self.bucket).listing(name))
+
+    def objects(self) -> dict[str, Facts]:
+        """Size and ETag of the S3 object at this URI, whose name is "", or of all objects below it.
+
+        Raises StorageError where there is none.
+        """
+        with told(self.uri):
+            one = self.bucket.head("")
+            found = {"": one} if one else self.bucket.listing("")
+        if not found:
+            raise StorageError(f"{self.uri}: there is no such file or folder")
+        return found
 
     def delete(self, name: str) -> None:
         """Delete a file or everything below a folder; nothing there is no error."""
-        with _told(self.where(name)):
-            if not self.is_local():
-                keys = [self._key(n) for n in (self.files(name) or [name])]
-                for start in range(0, len(keys), 1000):
-                    objects = [{"Key": k} for k in keys[start : start + 1000]]
-                    answer = _client().delete_objects(Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True})
-                    for error in answer.get("Errors", ()):  # a refusal is no exception here
-                        code = error.get("Code", "")
-                        raise StorageError(f"s3://{self._bucket}/{error.get('Key')}: not deleted: {_HINTS.get(code) or code}")
-            elif os.path.isdir(self._key(name)):
-                shutil.rmtree(self._key(name))
-            else:
-                Path(self._key(name)).unlink(missing_ok=True)
+        with told(self.where(name)):
+            if self.bucket is None:
+                self.folder.delete(name)
+                return
+            for key, code in self.bucket.delete(name):
+                raise StorageError(f"s3://{self.bucket.name}/{key}: not deleted: {_HINTS.get(code) or code}")
 
 
 @contextlib.contextmanager
@@ -151,10 +182,8 @@ def local_copy(uri: str) -> Iterator[Path]:
             raise StorageError(f"{uri}: there is no such file")
         yield Path(storage.uri)
         return
-    with tempfile.TemporaryDirectory() as folder, _told(uri):
-        path = Path(folder) / storage.uri.rpartition("/")[2]
-        _client().download_file(storage._bucket, storage._root, str(path))
-        yield path
+    with tempfile.TemporaryDirectory() as folder:
+        yield download(storage, [""], Path(folder))
 
 
 @contextlib.contextmanager
@@ -165,38 +194,27 @@ def local_folder(uri: str) -> Iterator[Path]:
         if not os.path.exists(storage.uri):
             raise StorageError(f"{uri}: there is no such file or folder")
         yield Path(storage.uri)
-    elif storage.is_file():
-        with local_copy(uri) as path:
-            yield path
-    else:
-        names = storage.files()
-        if not names:
-            raise StorageError(f"{uri}: there is no such file or folder")
-        with tempfile.TemporaryDirectory() as folder, _told(uri):
-            for name in names:
-                path = Path(folder) / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                _client().download_file(storage._bucket, storage._key(name), str(path))
-            yield Path(folder)
+        return
+    names = storage.objects()
+    with tempfile.TemporaryDirectory() as folder:
+        yield download(storage, names, Path(folder))
+
+
+def download(storage: Storage, names: Iterable[str], folder: Path) -> Path:
+    """Fetch S3 objects to `folder`/LAST PART OF THE URI, and below it; that path."""
+    root = folder / (storage.bucket.key("").rpartition("/")[2] or storage.bucket.name)
+    for name in names:
+        path = Path(os.path.normpath(root / name))
+        if not path.is_relative_to(root):  # S3 takes any name, `..` too
+            raise StorageError(f"{storage.where(name)}: a name that leads out of its folder")
+        with told(storage.where(name)):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            storage.bucket.download(name, path)
+    return root
 
 
 @contextlib.contextmanager
-def _published(path: str) -> Iterator[Path]:
-    """A temporary neighbour that takes the place of `path` once it is whole and on the disk."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _told(where: str) -> Iterator[None]:
+def told(where: str) -> Iterator[None]:
     """Turn what the file system and S3 raise into one StorageError. No message carries a credential."""
     try:
         yield
@@ -210,25 +228,12 @@ def _told(where: str) -> Iterator[None]:
         # botocore is imported by the S3 calls alone, so its errors are told by their module and their answer.
         if not type(e).__module__.startswith(("botocore", "boto3")):
             raise
-        # A failed upload carries the answer in its text alone.
-        code = getattr(e, "response", {}).get("Error", {}).get("Code") or (re.findall(r"\((\w+)\) when calling", str(e)) or [""])[0]
         missing = {"NoCredentialsError": "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
                    "EndpointConnectionError": "no S3 server answers: check AWS_ENDPOINT_URL and the network"}
-        raise StorageError(f"{where}: {_HINTS.get(code) or missing.get(type(e).__name__) or str(e)[:200]}") from None
+        raise StorageError(f"{where}: {_HINTS.get(_code(e)) or missing.get(type(e).__name__) or str(e)[:200]}") from None
 
 
-@functools.cache
-def _client():
-    import boto3
-    from botocore.config import Config
-
-    style = {"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {}
-    return boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 5}, s3=style, connect_timeout=10))
-
-
-@functools.cache
-def _arrow_s3() -> pyarrow.fs.FileSystem:
-    scheme, _, host = os.environ.get("AWS_ENDPOINT_URL", "").rpartition("://")
-    place = {"endpoint_override": host, "scheme": scheme or "https"} if host else {}
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    return pyarrow.fs.S3FileSystem(**place, **({"region": region} if region else {}))
+def _code(error: Exception) -> str:
+    """The code of an error that S3 answered with; a failed upload carries the answer in its text alone."""
+    found = getattr(error, "response", {}).get("Error", {}).get("Code")
+    return found or (re.findall(r"\((\w+)\) when calling", str(error)) or [""])[0]

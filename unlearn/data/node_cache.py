@@ -1,0 +1,179 @@
+"""Copies of remote files on this machine's disk, one for all its processes: the ranks of a machine fetch weights once.
+
+    $TMPDIR/unlearn-UID/copies/KEY/NAME    the copy; KEY covers URI, sizes and ETags, so a changed object is another copy
+                               KEY.lock    a file lock: shared by every process that uses the copy, exclusive to fetch or delete
+                               KEY.part/   being fetched, or deleted
+
+The kernel drops the lock of a process that ends, however it ends. What a killed process left is used by the next process
+that wants the same, and deleted by the next that wants anything else.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import multiprocessing.util
+import os
+import random
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from unlearn.data.storage import Storage, download, told
+from unlearn.errors import StorageError
+
+_held: dict[Path, int] = {}  # the folder of a copy -> the open file whose lock this process holds
+_mutex = threading.Lock()
+
+
+def node_copy(uri: str) -> Path:
+    """A path at which a file or a folder can be read: its own, or that of the copy that this machine's processes share.
+
+    A copy is to be read only. It stays until this process ends or calls `release`, and as long as another process uses it.
+    Raises StorageError.
+    """
+    storage = Storage(uri)
+    if storage.is_local():
+        if not os.path.exists(storage.uri):
+            raise StorageError(f"{uri}: there is no such file or folder")
+        return Path(storage.uri)
+    objects = storage.objects()
+    content = [storage.uri, *sorted((name, facts.size, facts.etag) for name, facts in objects.items())]
+    root = _root()
+    copy = root / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    with _mutex, told(str(root)):
+        if copy not in _held:
+            _at_exit()
+            _sweep(root, copy)
+            _held[copy] = _hold(copy, lambda folder: download(storage, objects, folder))
+    return next(copy.iterdir())
+
+
+def release(path: Path) -> None:
+    """Give up what `node_copy` gave, for this whole process: the last process deletes it. Memory maps of it stay good."""
+    with _mutex:
+        if (copy := path.parent) in _held:
+            _release(copy)
+
+
+def _hold(copy: Path, fetch: Callable[[Path], object]) -> int:
+    """An open lock file, locked shared, beside a whole copy, which is fetched if it is not there."""
+    lock = copy.with_suffix(".lock")
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)  # waits while another process fetches
+            if copy.exists():
+                if _is(file, lock):
+                    return file
+            elif _exclusive(file) and _is(file, lock) and not copy.exists():
+                _fill(copy, fetch)
+        except BaseException:
+            os.close(file)
+            raise
+        os.close(file)
+        if not copy.exists():
+            time.sleep(random.uniform(0.01, 0.05))  # others try to be the one that fetches, too
+
+
+def _fill(copy: Path, fetch: Callable[[Path], object]) -> None:
+    part = copy.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir(mode=0o700)
+    try:
+        fetch(part)
+        part.rename(copy)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _exclusive(file: int) -> bool:
+    """Whether the lock could be had alone. A shared one is lost either way."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
+
+def _is(file: int, lock: Path) -> bool:
+    """Whether the open file is still the one of that name: the last process to use a copy deletes its lock as well."""
+    try:
+        return os.path.samestat(os.fstat(file), lock.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _delete(copy: Path) -> None:
+    """Delete a copy and its lock, which is held alone. A copy that is deleted in part is never under its name."""
+    part = copy.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    if copy.exists():
+        copy.rename(part)
+        shutil.rmtree(part, ignore_errors=True)
+    copy.with_suffix(".lock").unlink()
+
+
+def _sweep(root: Path, wanted: Path) -> None:
+    """Delete the copies that no process uses, but for the one that is wanted now."""
+    for lock in root.glob("*.lock"):
+        if (copy := lock.with_suffix("")) == wanted or copy in _held:
+            continue
+        try:
+            file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            if _exclusive(file) and _is(file, lock):
+                _delete(copy)
+        finally:
+            os.close(file)
+
+
+def _release(copy: Path) -> None:
+    file = _held.pop(copy)
+    try:
+        if _exclusive(file):
+            _delete(copy)
+    finally:
+        os.close(file)
+
+
+@functools.cache
+def _at_exit() -> None:
+    # Unlike atexit this runs at the end of a child of multiprocessing, too.
+    multiprocessing.util.Finalize(None, _release_all, exitpriority=0)
+
+
+def _release_all() -> None:
+    for copy in list(_held):
+        _release(copy)
+
+
+def _forget() -> None:
+    """A forked child shares its parent's locks: it gives up its part of them and deletes nothing."""
+    global _mutex
+    _mutex = threading.Lock()
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+    _at_exit.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+
+
+def _root() -> Path:
+    """The folder of all copies of this user; its parent lets no other user in."""
+    private = Path(tempfile.gettempdir(), f"unlearn-{os.getuid()}")
+    private.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = private.lstat()
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
+        raise StorageError(f"{private}: not a folder that this user alone may enter: remove it, or set TMPDIR to another place")
+    root = private / "copies"
+    root.mkdir(mode=0o700, exist_ok=True)
+    return root
