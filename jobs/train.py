@@ -97,14 +97,16 @@ def _on_ray(run: Run, progress: Progress) -> None:
     cluster = run.settings.cluster
     with connected(cluster, cluster.min_workers or cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
         import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from jobs.rendezvous import torch_config
 
         storage = Storage(run.folder)
         storage.delete(FAILURE)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"run": run},
-            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            torch_config=torch_config("nccl" if cluster.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,
