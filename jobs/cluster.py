@@ -7,6 +7,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 
+from jobs import token
 from jobs.own_cluster import started, variables
 from unlearn import config
 from unlearn.errors import ClusterError
@@ -45,12 +46,18 @@ def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
 def _named(address: str, runtime_env: dict) -> Iterator[None]:
     """A connection to the cluster that the user names."""
     import ray
+    from ray.exceptions import AuthenticationError
 
     _check_answers(address)
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        token.read()  # one that cannot be sent makes Ray abort this process
     try:
         ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError:
+        raise ClusterError(f"{address} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file") from None
     except (ConnectionError, RuntimeError, ValueError) as e:
-        raise ClusterError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0][:160]}; check cluster.address") from None
+        why = str(e).splitlines()[0][:160]
+        raise ClusterError(f"no Ray cluster answers at {address}: {why}; check cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN") from None
     try:
         yield
     finally:

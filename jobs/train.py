@@ -62,7 +62,7 @@ def prepare(settings: config.RunConfig, resume: bool = False) -> Run:
     Raises UnlearnError as `ready` does, and where the run folder cannot be written.
     """
     run = ready(settings, resume)
-    Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode())
+    Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode(), private=settings.names_rows)
     return run
 
 
@@ -139,6 +139,8 @@ def _telling_of_losses(cluster: config.Cluster, progress: Progress) -> Progress:
 
     def told(row: dict) -> None:
         nonlocal step, workers
+        if row.get("workers", 0) > cluster.workers:
+            return  # the last row of an attempt that was given more
         if "step" in row:
             if row["step"] < step or row.get("workers", workers) != workers:
                 again = "went back to a checkpoint; " if row["step"] < step else ""
