@@ -63,7 +63,7 @@ def prepare(settings: config.RunConfig, resume: bool = False) -> Run:
     Raises UnlearnError as `ready` does, and where the run folder cannot be written.
     """
     run = ready(settings, resume)
-    Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode())
+    Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode(), private=settings.names_rows)
     return run
 
 
@@ -98,14 +98,16 @@ def _on_ray(run: Run, progress: Progress) -> None:
     cluster = run.settings.cluster
     with connected(cluster, cluster.min_workers or cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
         import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchTrainer
+
+        from jobs.rendezvous import torch_config
 
         storage = Storage(run.folder)
         storage.delete(FAILURE)
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"run": run},
-            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            torch_config=torch_config("nccl" if cluster.gpus_per_worker else "gloo"),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,
@@ -138,6 +140,8 @@ def _telling_of_losses(cluster: config.Cluster, progress: Progress) -> Progress:
 
     def told(row: dict) -> None:
         nonlocal step, workers
+        if row.get("workers", 0) > cluster.workers:
+            return  # the last row of an attempt that was given more
         if "step" in row:
             if row["step"] < step or row.get("workers", workers) != workers:
                 again = "went back to a checkpoint; " if row["step"] < step else ""
