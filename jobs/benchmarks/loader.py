@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jobs.benchmarks import command
 from unlearn import config
-from unlearn.data.loader import Loader, decode, fit
+from unlearn.data.decode import decode, fit
+from unlearn.data.loader import Loader
 from unlearn.models import weights
 from unlearn.run import resolve
 
@@ -28,7 +29,7 @@ def loader(settings: config.RunConfig, rounds: int, batches: int = 100) -> None:
         for number in range(batches):
             for name, stream in source.streams.items():
                 each = getattr(source, name)
-                encoded += [source.images[name]._encoded(row) for row in stream.take(number * each, each).tolist()]
+                encoded += [source.images[name].read(row) for row in stream.take(number * each, each).tolist()]
         began = time.perf_counter()
         with ThreadPoolExecutor(settings.data.decode_threads) as pool:
             # In runs as long as a micro-batch, so that handing over work costs as little as in the loader.

@@ -13,7 +13,10 @@ from PIL import Image
 from support.images import encode, tiny_table
 
 from unlearn.data import selection, shards
-from unlearn.data.loader import Images, Loader, crop_flip, decode, fit
+from unlearn.data.cache import ImageCache
+from unlearn.data.decode import crop_flip, decode, fit
+from unlearn.data.images import Images
+from unlearn.data.loader import Loader
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 
@@ -29,8 +32,9 @@ def same(a, b) -> bool:
 
 @pytest.mark.parametrize("augment", ["none", "crop_flip"])
 @pytest.mark.parametrize("cache", ["none", "encoded", "decoded"])
-def test_a_batch_is_a_function_of_its_number(tiny_run, cache, augment):
-    run = tiny_run(f"data.cache={cache}", f"data.augment={augment}", "data.shuffle_rows=8")
+@pytest.mark.parametrize("limit", ["0", "30KB", "1GiB"])
+def test_a_batch_is_a_function_of_its_number(tiny_run, cache, augment, limit):
+    run = tiny_run(f"data.cache={cache}", f"data.cache_bytes={limit}", f"data.augment={augment}", "data.shuffle_rows=8", "data.decode_threads=4")
     plain = load(tiny_run("data.cache=none", f"data.augment={augment}", "data.shuffle_rows=8"))
     loader, numbers = load(run), list(range(14))  # more than one pass over either set
     expected = [plain.batch(n) for n in numbers]
@@ -152,7 +156,7 @@ def test_an_image_that_another_thread_has_decoded_meanwhile_is_no_damaged_one(ti
         def get(self, key, default=None):
             return default
 
-    images._cache = Late(images._cache)
+    images._kept = Late(images._kept)
     assert images[row] is first and not images.bad
 
 
@@ -161,13 +165,13 @@ def test_many_threads_read_uncached_row_groups_without_losing_one(tiny_run, tmp_
         pq.write_table(tiny_table(number * 16, 16), tmp_path / f"{number}.parquet", row_group_size=2)
     manifest = shards.index(str(tmp_path))
     run = tiny_run(f"data.train={tmp_path}", "data.cache=none", "data.shuffle_rows=1", "data.forget=null")
-    images, expected, wrong = Images(selection.sets(run.data, 0)["retain"], run.data), [], []
+    images, expected, wrong = Images(selection.sets(run.data, 0)["retain"], run.data, ImageCache(0)), [], []
     for group in range(24):
         expected += [bytes(v) for v in shards.images(manifest.read(group, ["image"]))]
 
     def read(rows):
         try:
-            wrong.extend(row for row in rows if images._encoded(row) != expected[row])
+            wrong.extend(row for row in rows if images.read(row) != expected[row])
         except Exception as e:
             wrong.append(e)
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from unlearn.data import shards
-from unlearn.data.loader import decode
+from unlearn.data.decode import decode
 from unlearn.errors import ConfigError, MissingExtra, UnlearnError, WeightsError
 from unlearn.evaluation import features
 

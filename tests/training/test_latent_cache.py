@@ -14,7 +14,7 @@ from support.runs import export, tiny_config, worker
 from support.workers import together
 
 from jobs.train import check
-from unlearn import config
+from unlearn import config, sizes
 from unlearn.data.loader import Loader
 from unlearn.errors import ConfigError, DataError
 from unlearn.methods import base as methods
@@ -41,32 +41,32 @@ def folder(tmp_path_factory) -> str:
 
 @pytest.fixture
 def make(tiny_shards, folder, tmp_path):
-    """make("run", "a.b=value", ...) -> RunConfig that keeps its codes in `tmp_path / codes`."""
+    """make("run", "a.b=value", ...) -> RunConfig that has its latent cache in `tmp_path / latents`."""
 
     def run(name: str, *overrides: str) -> config.RunConfig:
-        own = ["model.family=mage", f"data.latent_cache={tmp_path}/codes", "data.latent_views=3"]
+        own = ["model.family=mage", f"data.latent_cache={tmp_path}/latents", "data.latent_views=3"]
         return tiny_config(tmp_path / name, tiny_shards, folder, *own, *overrides)
 
     return run
 
 
 def files(run: config.RunConfig) -> dict[str, tuple[int, int]]:
-    """Every file of codes: its inode and when it was last written."""
+    """Every file of latents: its inode and when it was last written."""
     return {str(p.relative_to(run.data.latent_cache)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in Path(run.data.latent_cache).rglob("*.safetensors")}
 
 
 def kept(run: config.RunConfig) -> tuple[dict[str, LatentCache], torch.nn.Module, torch.nn.Module]:
-    """(codes of every set, all made; the model; its first stage)."""
+    """(the latent cache of every set, all made; the model; its first stage)."""
     model = weights.build(run.model)
     first_stage = model.take_first_stage(CPU)
     return latents.filled(resolve(run), model, first_stage, CPU, lambda row: None), model, first_stage
 
 
 @pytest.mark.parametrize("cache", ["none", "encoded", "decoded"])
-def test_batches_of_kept_codes_are_what_the_first_stage_makes_of_the_images(make, cache):
+def test_batches_of_kept_latents_are_what_the_first_stage_makes_of_the_images(make, cache):
     run = make("run", f"data.cache={cache}", "train_views=[{kind: random, size: 0.5}]")
-    codes, model, first_stage = kept(run)
-    cached = Loader(run, resolve(run).sets, model.grid, 32, codes)
+    caches, model, first_stage = kept(run)
+    cached = Loader(run, resolve(run).sets, model.grid, 32, caches)
     plain = Loader(run, resolve(run).sets, model.grid, 32)
     objective = Objective(model, methods.create(run.method), None)
     seen = set()
@@ -80,6 +80,31 @@ def test_batches_of_kept_codes_are_what_the_first_stage_makes_of_the_images(make
         seen.add(tuple(batch.view.hidden[0].tolist()))
         assert torch.equal(batch.images, cached.batch(number).images)
     assert len(seen) == run.data.latent_views
+
+
+def mapped(folder: str) -> set[str]:
+    """Files below a folder that this process has mapped into its memory."""
+    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if folder in line}
+
+
+@pytest.mark.parametrize("limit", ["0", "20KB", "1GiB"])
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_latents_are_in_memory_within_the_limit_and_the_batches_stay_the_same(make, s3, tmp_path, where, limit):
+    folder = f"{tmp_path}/own" if where == "local" else s3
+    same = ("data.decode_threads=4", "training.batch_size=16")
+    free, run = make("free", *same), make("limited", f"data.latent_cache={folder}", f"data.cache_bytes={limit}", *same)
+    caches, model, _ = kept(free)
+    plain = Loader(free, resolve(free).sets, model.grid, 32, caches)
+    caches, model, _ = kept(run)
+    limited, loaded = Loader(run, resolve(run).sets, model.grid, 32, caches), caches["retain"]._loaded
+    assert caches["forget"]._loaded is loaded
+    one = 8 * 3 * 2 * 64 * 2  # bytes of the latents of a whole row group
+    for number, batch in enumerate(limited.batches(range(8))):
+        assert torch.equal(batch.images, plain.batch(number).images)
+        assert loaded.bytes <= max(sizes.parse(limit), one)
+        assert len(mapped(folder)) <= max(sizes.parse(limit) // one, 1) + 4  # those that threads still read from
+    gc.collect()
+    assert len(mapped(folder)) == (len(loaded._held) if where == "local" else 0) and (len(loaded._held) > 1) == (limit != "0")
 
 
 def test_a_second_run_takes_what_a_first_has_made(make, monkeypatch):
@@ -112,15 +137,15 @@ def test_the_shares_of_the_workers_are_the_whole_and_do_not_overlap(make, worker
     run = make(f"run-{workers}", f"data.latent_cache={make('x').data.latent_cache}-{workers}")
     model = weights.build(run.model)
     rows = resolve(run).sets["retain"]
-    codes = LatentCache(run, rows, model, model.take_first_stage(CPU))
+    caches = LatentCache(run, rows, model, model.take_first_stage(CPU))
     made = []
     for rank in range(workers):
         before = set(files(run))
-        codes.fill(CPU, rank, workers, lambda done, of: made.append((done, of)))
+        caches.fill(CPU, rank, workers, lambda done, of: made.append((done, of)))
         share = len(set(files(run)) - before)
         assert abs(share - len(np.unique(rows.groups)) / workers) < 1
     assert len(files(run)) == len(np.unique(rows.groups)) == len(made)
-    assert [tuple(codes(int(row), 1).shape) for row in rows.rows] == [(2, 64)] * len(rows)
+    assert [tuple(caches(int(row), 1).shape) for row in rows.rows] == [(2, 64)] * len(rows)
 
 
 def test_two_workers_make_and_use_them_as_one_does(make):
@@ -153,11 +178,20 @@ def test_another_first_stage_other_views_or_rows_get_files_of_their_own(make, ti
 
 def test_a_damaged_file_is_told(make):
     run = make("run")
-    codes, *_ = kept(run)
+    caches, *_ = kept(run)
     for path in Path(run.data.latent_cache).rglob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"\.safetensors is damaged: delete it, and it is made anew"):
-        codes["retain"](int(codes["retain"].set.rows[0]), 0)
+        caches["retain"](int(caches["retain"].set.rows[0]), 0)
+
+
+def test_a_file_that_is_gone_is_told(make):
+    run = make("run")
+    caches, *_ = kept(run)
+    for path in Path(run.data.latent_cache).rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"\.safetensors is gone: start the run again, and it is made anew"):
+        caches["retain"](int(caches["retain"].set.rows[0]), 0)
 
 
 def test_augmentation_cannot_be_kept(make):
@@ -167,23 +201,21 @@ def test_augmentation_cannot_be_kept(make):
 
 
 class Halves(torch.nn.Module):
-    """A first stage whose codes are numbers: each pixel's third, its hole in zeros."""
+    """A first stage whose latents are numbers: each pixel's third, its hole in zeros."""
 
     def forward(self, images, view):
         return torch.where(view.pixel_mask(images.shape[-1]), 0, images / 3)
 
 
-def test_codes_that_are_numbers_are_kept_in_half_precision(make):
+def test_latents_that_are_numbers_are_kept_in_half_precision(make):
     run = make("run")
     model, first_stage = weights.build(run.model), Halves()
-    codes = LatentCache(run, resolve(run).sets["retain"], model, first_stage)
-    codes.fill(CPU, 0, 1, lambda done, of: None)
-    found, expected = codes(int(codes.set.rows[5]), 2), Loader(run, resolve(run).sets, 8, 32).images["retain"]
-    from unlearn.data.loader import fit
-
-    image = model.normalise(torch.from_numpy(fit(expected[int(codes.set.rows[5])], 32).copy()).permute(2, 0, 1)[None])
+    caches = LatentCache(run, resolve(run).sets["retain"], model, first_stage)
+    caches.fill(CPU, 0, 1, lambda done, of: None)
+    found, expected = caches(int(caches.set.rows[5]), 2), Loader(run, resolve(run).sets, 8, 32).images["retain"]
+    image = model.normalise(torch.from_numpy(expected[int(caches.set.rows[5])].copy()).permute(2, 0, 1)[None])
     assert found.dtype == torch.float16
-    torch.testing.assert_close(found, first_stage(image, codes.views[2])[0].half())
+    torch.testing.assert_close(found, first_stage(image, caches.views[2])[0].half())
 
 
 def test_damaged_images_are_counted_and_named_also_by_a_run_that_finds_their_latents(make, damaged):
@@ -218,8 +250,8 @@ def test_the_first_stage_is_gone_before_training(make, monkeypatch):
 
 def test_the_first_stage_is_let_go(make):
     run = make("run")
-    codes, model, first_stage = kept(run)
-    assert model.first_stage is None and all(each.first_stage is None and each.model is None for each in codes.values())
+    caches, model, first_stage = kept(run)
+    assert model.first_stage is None and all(each.first_stage is None and each.model is None for each in caches.values())
     student = weights.build(run.model)
     engine = TorchEngine(Objective(student, methods.create(run.method), None), list(student.encoder.parameters()), run.training, CPU)
-    assert engine.objective.on(Loader(run, resolve(run).sets, 8, 32, codes).batch(0), CPU, torch.float32).images.dtype == torch.int64
+    assert engine.objective.on(Loader(run, resolve(run).sets, 8, 32, caches).batch(0), CPU, torch.float32).images.dtype == torch.int64

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from unlearn.data import selection, shards
-from unlearn.data.loader import decode
+from unlearn.data.decode import decode
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 

@@ -5,8 +5,8 @@ import numpy as np
 import torch
 
 from unlearn import config, views
-from unlearn.data import order
-from unlearn.data.loader import Images, fit
+from unlearn.data import cache, order
+from unlearn.data.images import Images
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
 from unlearn.models import base, weights
@@ -32,11 +32,12 @@ class Comparison:
 
     def __init__(self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu"):
         self.settings, self.sets, self.models, self.device = run.settings, run.measured, models, torch.device(device)
-        self.images = {name: Images(rows, run.settings.data) for name, rows in self.sets.items()}
         self._views: dict[tuple[str, int], views.View] = {}
         self._loaded: tuple[str, base.Adapter] | None = None
         first = next(iter(models))
         self.grid, self.size = self._shape(self.generator(first))
+        kept = cache.ImageCache(cache.limit(run.settings.data, run.settings.evaluation.workers or run.settings.cluster.workers))
+        self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:
         """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is another."""
@@ -67,7 +68,7 @@ class Comparison:
                 images.skip(row, e)
                 continue
             kept.append(position)
-            found.append(torch.from_numpy(fit(image, self.size).transpose(2, 0, 1).copy()))
+            found.append(torch.from_numpy(image.transpose(2, 0, 1).copy()))
         empty = torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return np.array(kept, np.int64), torch.stack(found).to(self.device) if found else empty.to(self.device)
 

@@ -1,14 +1,13 @@
-"""What a frozen first stage (tokenizer, VAE) makes of images, computed once and kept: then training needs neither of them.
+"""The latent cache: what a frozen first stage (tokenizer, VAE) makes of images, computed once and kept in files, so
+that training needs neither the first stage nor the images.
 
-A first stage's output depends on the view too, so a run with `data.latent_cache` draws `data.latent_views` views once, from its
-`train_views` and no seed, and keeps the latents of every row under each. One file holds the chosen rows of one row group; its
-name says what is in it, so files are never changed, and runs share them.
+A first stage's output depends on the view too, so a run with `data.latent_cache` draws `data.latent_views` views
+once, from its `train_views` and no seed, and keeps the latents of every row under each. One file holds the chosen
+rows of one row group; its name says what is in it, so files are never changed, and runs share them.
 """
 
 import hashlib
 import json
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,11 +15,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 
 from unlearn import config, views
-from unlearn.data import order
-from unlearn.data.loader import Images, fit
+from unlearn.data import cache, order
+from unlearn.data.cache import ImageCache, Recent
+from unlearn.data.images import Images
 from unlearn.data.selection import RowSet
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
@@ -32,9 +32,16 @@ BATCH = 16  # images that go through the first stage at once
 
 
 class LatentCache:
-    """LatentCache of one RowSet in the folder `settings.data.latent_cache`. first_stage: the model's, `model` has its shape and normalisation."""
+    """The latents of one RowSet, in the folder `settings.data.latent_cache`.
 
-    def __init__(self, settings: config.RunConfig, rows: RowSet, model: Adapter, first_stage: torch.nn.Module):
+    model: its shape and normalisation count; first_stage: the model's. loaded: the files in memory, shared by the
+    sets of a worker.
+    """
+
+    def __init__(
+        self, settings: config.RunConfig, rows: RowSet, model: Adapter, first_stage: torch.nn.Module,
+        loaded: Recent | None = None,
+    ):  # fmt: skip
         self.settings, self.set = settings, rows
         self.model, self.first_stage, self.size = model, first_stage, model.options.image_size
         specs = [spec.model_dump(mode="json") for spec in settings.train_views]
@@ -43,15 +50,21 @@ class LatentCache:
             "images": model.options.model_dump(mode="json", include={"image_size", "mean", "std"}),
             "views": specs, "count": settings.data.latent_views,
         }  # fmt: skip
-        self.storage = Storage(f"{settings.data.latent_cache}/{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}")
-        self.views = [views.draw(settings.train_views, model.grid, 1, order.generator(1 << 24, n)) for n in range(settings.data.latent_views)]
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        self.storage = Storage(f"{settings.data.latent_cache}/{digest[:16]}")
+        rngs = [order.generator(1 << 24, number) for number in range(settings.data.latent_views)]
+        self.views = [views.draw(settings.train_views, model.grid, 1, rng) for rng in rngs]
         self._files = {int(group): self._file(int(group)) for group in np.unique(rows.groups)}
-        self.images = Images(rows, settings.data)  # counts the damaged ones
-        self._kept: OrderedDict[int, torch.Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._loaded = _recent(settings) if loaded is None else loaded
+        self.images = self._images()  # counts the damaged ones
+
+    def _images(self) -> Images:
+        """The images without a cache, since each is used once: only the row group being read is in memory."""
+        return Images(self.set, self.settings.data.model_copy(update={"cache": "none"}), ImageCache(0), self.size)
 
     def _rows(self, group: int) -> np.ndarray:
-        return self.set.rows[np.searchsorted(self.set.groups, group) : np.searchsorted(self.set.groups, group, side="right")]
+        start, stop = (np.searchsorted(self.set.groups, group, side=side) for side in ("left", "right"))
+        return self.set.rows[start:stop]
 
     def _file(self, group: int) -> str:
         return f"{group:06d}-{hashlib.sha256(self._rows(group).tobytes()).hexdigest()[:16]}.safetensors"
@@ -59,14 +72,14 @@ class LatentCache:
     def fill(self, device: torch.device, rank: int, workers: int, progress: Callable[[int, int], None]) -> None:
         """Make what is missing of this worker's share. Raises DataError as the loader does on damaged images."""
         there = set(self.storage.files())
-        # Shared before looking: a worker that looks later finds other files there.
+        # Shared out before looking for what is missing: a worker that looks later finds more files there.
         missing = [group for group, name in list(self._files.items())[rank::workers] if name not in there]
-        images = Images(self.set, self.settings.data)
+        images = self._images()
         for done, group in enumerate(missing):
             rows = self._rows(group)
-            held = {"latents": self._make(images, rows, device)}
-            held["bad"] = torch.tensor([row for row in rows.tolist() if row in images.bad], dtype=torch.int64)
-            self.storage.write(self._files[group], save(held))
+            tensors = {"latents": self._make(images, rows, device)}
+            tensors["bad"] = torch.tensor([row for row in rows.tolist() if row in images.bad], dtype=torch.int64)
+            self.storage.write(self._files[group], save(tensors))
             progress(done + 1, len(missing))
 
     def _make(self, images: Images, rows: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -74,10 +87,11 @@ class LatentCache:
         parts = []
         with ThreadPoolExecutor(self.settings.data.decode_threads) as pool:
             for start in range(0, len(rows), BATCH):
-                pixels = list(pool.map(lambda row: fit(images.sound(row), self.size), rows[start : start + BATCH].tolist()))
-                found = self.model.normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device))
+                pixels = list(pool.map(images.sound, rows[start : start + BATCH].tolist()))
+                inputs = self.model.normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device))
+                repeated = [views.repeated(view, len(pixels)).to(device) for view in self.views]
                 with torch.no_grad():
-                    made = [self.first_stage(found, views.repeated(view, len(pixels)).to(device)).cpu() for view in self.views]
+                    made = [self.first_stage(inputs, view).cpu() for view in repeated]
                 parts.append(torch.stack(made, dim=1))
         latents = torch.cat(parts)
         if latents.is_floating_point():
@@ -85,29 +99,35 @@ class LatentCache:
         return latents.to(torch.int16 if int(latents.max()) < 1 << 15 else torch.int32)
 
     def __call__(self, row: int, view: int) -> torch.Tensor:
-        """The latent of a row under one of `views`. Raises DataError where it was not made."""
+        """The latent of a row under one of `views`. Raises DataError, StorageError on a damaged or missing file."""
         group = int(np.searchsorted(self.set.manifest.starts, row, side="right") - 1)
         place = int(np.searchsorted(self._rows(group), row))
-        return self._group(group)[place, view]
+        name = self._files[group]
+        # A copy, since a view would keep the whole file in memory until the micro-batch is put together.
+        return self._loaded.get(self.storage.where(name), lambda: self._load(name))[place, view].clone()
 
-    def _group(self, group: int) -> torch.Tensor:
-        with self._lock:
-            if group not in self._kept:
-                name = self._files[group]
-                try:
-                    held = load(self.storage.read(name))
-                    self._kept[group], bad = held["latents"], held["bad"].tolist()
-                except (SafetensorError, KeyError):
-                    raise DataError(f"{self.storage.where(name)} is damaged: delete it, and it is made anew") from None
-                for row in bad:  # another image stands in for it
-                    self.images.skip(row, ValueError("found when their latents were made"))
-                while self.settings.data.cache == "none" and len(self._kept) > 4:
-                    self._kept.popitem(last=False)
-            return self._kept[group]
+    def _load(self, name: str) -> tuple[torch.Tensor, int]:
+        """(the latents of a file, their bytes). A local file is mapped: it takes memory only as its rows are used,
+        and the system may take that back; one on S3 is read whole."""
+        if self.storage.is_local() and not self.storage.is_file(name):
+            raise DataError(f"{self.storage.where(name)} is gone: start the run again, and it is made anew")
+        try:
+            tensors = load_file(self.storage.where(name)) if self.storage.is_local() else load(self.storage.read(name))
+            latents, bad = tensors["latents"], tensors["bad"].tolist()
+        except (SafetensorError, KeyError):
+            raise DataError(f"{self.storage.where(name)} is damaged: delete it, and it is made anew") from None
+        for row in bad:  # another image stands in for it
+            self.images.skip(row, ValueError("found when their latents were made"))
+        return latents, latents.nbytes
 
     def release_first_stage(self) -> None:
         """Let go of the first stage and the model once everything is made."""
         self.model = self.first_stage = None
+
+
+def _recent(settings: config.RunConfig) -> Recent:
+    """Holds the latent files of a worker that were used last: a shuffle window reads from a few, then leaves them."""
+    return Recent(cache.limit(settings.data, settings.cluster.workers))
 
 
 def _fingerprint(first_stage: torch.nn.Module) -> str:
@@ -117,14 +137,17 @@ def _fingerprint(first_stage: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def filled(run: Run, student: Adapter, first_stage: torch.nn.Module, device: torch.device, report: Callable[[dict], None]) -> dict[str, LatentCache]:
+def filled(
+    run: Run, student: Adapter, first_stage: torch.nn.Module, device: torch.device, report: Callable[[dict], None]
+) -> dict[str, LatentCache]:
     """The latent cache of every set, with what was missing made; the workers share the work.
 
     report: called with {"latents": row groups done, "of": all of this worker's}.
     """
     together = dist.is_available() and dist.is_initialized()
     rank, workers = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-    caches = {name: LatentCache(run.settings, rows, student, first_stage) for name, rows in run.sets.items()}
+    loaded = _recent(run.settings)
+    caches = {name: LatentCache(run.settings, rows, student, first_stage, loaded) for name, rows in run.sets.items()}
 
     def told(done: int, of: int) -> None:
         row = {"latents": done, "of": of}
@@ -132,10 +155,10 @@ def filled(run: Run, student: Adapter, first_stage: torch.nn.Module, device: tor
         if not together:  # Ray's report waits for all workers, who do not have as much to make
             report(row)
 
-    for cache in caches.values():
-        cache.fill(device, rank, workers, told if rank == 0 else lambda done, of: None)
+    for latents in caches.values():
+        latents.fill(device, rank, workers, told if rank == 0 else lambda done, of: None)
     if together:
         dist.barrier()
-    for cache in caches.values():
-        cache.release_first_stage()
+    for latents in caches.values():
+        latents.release_first_stage()
     return caches

@@ -1,0 +1,155 @@
+"""What one worker keeps of its data in memory, within `data.cache_bytes`."""
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+
+from unlearn import config, sizes
+from unlearn.data.selection import RowSet
+from unlearn.data.shards import Manifest, RowGroup
+
+# What a worker's caches take at most where the configuration does not say: several runs have room on one machine.
+DEFAULT = 2 << 30
+# Bytes that Python needs besides the data of one kept image: its objects, and its place in a dict.
+ENTRY = 256
+
+
+def limit(data: config.Data, workers: int) -> int:
+    """Bytes that the caches of this worker may take together.
+
+    The default depends on the memory of the machine, so it is computed where the worker runs and not written into
+    the configuration.
+    workers: how many may share this machine, where the environment (set by Ray Train) does not tell.
+    """
+    if data.cache_bytes is not None:
+        return data.cache_bytes
+    return default_limit(sizes.host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", workers)))
+
+
+def default_limit(memory: int) -> int:
+    """The limit of a worker that has `memory` bytes of its machine to itself."""
+    return min(DEFAULT, memory // 4)
+
+
+class Recent:
+    """Values read lately, by key, within a number of bytes. The least recently used leave first, and the newest
+    always stays, so that a value larger than the limit can be used at all. Safe from many threads, and a value that
+    several of them want is read once."""
+
+    def __init__(self, limit: int):
+        self._limit, self._bytes = limit, 0
+        self._held: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._reading: dict[Hashable, threading.Lock] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable, read: Callable[[], tuple[Any, int]]) -> Any:
+        """The value of a key; read() -> (value, bytes that it holds), where it is not here."""
+        with self._lock:
+            reading = self._reading.setdefault(key, threading.Lock())
+        with reading:
+            with self._lock:
+                if key in self._held:
+                    self._held.move_to_end(key)
+                    return self._held[key][0]
+            value, size = read()
+            with self._lock:
+                self._held[key] = value, size
+                self._bytes += size
+                self._evict()
+            return value
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held now."""
+        with self._lock:
+            return self._bytes
+
+    def drop(self, key: Hashable) -> None:
+        """Forget a value that is not needed any more."""
+        with self._lock:
+            self._bytes -= self._held.pop(key, (None, 0))[1]
+
+    def resize(self, limit: int) -> None:
+        with self._lock:
+            self._limit = limit
+            self._evict()
+
+    def _evict(self) -> None:
+        while self._bytes > self._limit and len(self._held) > 1:
+            self._bytes -= self._held.popitem(last=False)[1][1]
+
+
+class ImageCache:
+    """The bytes that all sets of a worker share: at most three quarters of them for single images, the rest for row
+    groups read lately.
+
+    Single images are let in while there is room, and then stay: an epoch reads every image once, so a cache that
+    evicts the least recently used would throw each one out shortly before its turn. Row groups are used for some
+    time and then not before the next epoch, so there the least recently used leave. Beyond the limit come the newest
+    row group and those that threads are still reading from.
+    """
+
+    def __init__(self, limit: int):
+        self.limit, self.room = limit, limit - limit // 4
+        self.row_groups = Recent(limit)
+        self._images, self._lock = 0, threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes held now."""
+        with self._lock:
+            return self._images + self.row_groups.bytes
+
+    def admit(self, size: int) -> bool:
+        """Whether `size` more bytes of single images may be kept; below zero where a smaller one replaces a larger."""
+        with self._lock:
+            if size > 0 and self._images + size > self.room:
+                return False
+            self._images += size
+            self.row_groups.resize(self.limit - self._images)
+            return True
+
+
+def stored_bytes(rows: RowSet) -> int:
+    """About how many bytes the chosen rows take as they are stored: each has an equal share of its row group."""
+    chosen = np.bincount(rows.groups, minlength=len(rows.manifest.groups))
+    return int((_row_group_bytes(rows) * chosen / np.diff(rows.manifest.starts).clip(1)).sum())
+
+
+def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int) -> int | None:
+    """About how many bytes the cache takes where it has room for everything; None where the manifest cannot tell.
+
+    size: side of the model's images.
+    """
+    images = sum(map(len, sets.values()))
+    if data.cache == "none":  # row groups are kept whole, and once for all sets
+        manifests = {rows.manifest.uri: rows.manifest for rows in sets.values()}
+        touched = {(rows.manifest.uri, group) for rows in sets.values() for group in np.unique(rows.groups).tolist()}
+        row_groups = [_row_group(manifests[uri], group) for uri, group in touched]
+        return sum(each.bytes + ENTRY * each.rows for each in row_groups)
+    stored = sum(map(stored_bytes, sets.values())) + ENTRY * images
+    if data.cache == "encoded":
+        return stored
+    # An image is kept as it is stored until it is decoded. With crop_flip it is then kept whole, with sides nobody knows.
+    return max(stored, images * (3 * size * size + ENTRY)) if data.augment == "none" else None
+
+
+def in_use(sets: dict[str, RowSet], data: config.Data) -> int:
+    """About how many bytes the row groups have that are read from at one time: reading ahead begins a shuffle window
+    before the one before it is done."""
+    touched = ((_row_group_bytes(rows)[np.unique(rows.groups)].sum(), len(rows)) for rows in sets.values())
+    return int(sum(size * min(1, 2 * data.shuffle_rows / count) for size, count in touched))
+
+
+def _row_group_bytes(rows: RowSet) -> np.ndarray:
+    """Bytes of every row group of the manifest."""
+    return np.array([_row_group(rows.manifest, group).bytes for group in range(len(rows.manifest.groups))])
+
+
+def _row_group(manifest: Manifest, group: int) -> RowGroup:
+    shard, within = manifest.groups[group]
+    return manifest.shards[shard].row_groups[within]

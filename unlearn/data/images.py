@@ -1,0 +1,109 @@
+"""The images of a set by row number, decoded and cached; damaged ones are counted."""
+
+import threading
+
+import numpy as np
+
+from unlearn import config
+from unlearn.data import selection, shards
+from unlearn.data.cache import ENTRY, ImageCache
+from unlearn.data.decode import decode, fit
+from unlearn.data.selection import RowSet
+from unlearn.errors import DataError
+
+
+class Images:
+    """Random access to the images of one RowSet. Safe from many threads.
+
+    size: every image is cut to (size, size, 3); None: images have the sides that they are stored with.
+    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps what is handed out, so an image cut to
+    size takes 3 * size**2 bytes whatever it was before; where a crop is drawn afresh in every epoch, images must be
+    kept whole (size=None), since a crop of an image that was scaled before has other pixels.
+    """
+
+    def __init__(self, rows: RowSet, data: config.Data, cache: ImageCache, size: int | None = None):
+        self.set, self.data, self.cache, self.size = rows, data, cache, size
+        self.bad: dict[int, str] = {}
+        self._kept: dict[int, bytes | np.ndarray] = {}
+        self._offered: set[int] = set()  # row groups whose images were offered to the cache
+        self._locks = [threading.Lock() for _ in rows.manifest.groups]
+        self._lock = threading.Lock()
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ValueError, OSError on damage."""
+        found = self.read(row)
+        if isinstance(found, np.ndarray):
+            return found
+        image = decode(found)
+        if self.size is not None:
+            image = fit(image, self.size)
+        if self.data.cache == "decoded":
+            self._keep(row, image)
+        return image
+
+    def sound(self, row: int) -> np.ndarray:
+        """The decoded image of a row, or of the row that stands in for it where it is damaged."""
+        while True:
+            try:
+                return self[row]
+            except (ValueError, OSError) as e:
+                row = self.skip(row, e)
+
+    def read(self, row: int) -> bytes | memoryview | np.ndarray:
+        """The decoded image of a row where the cache has it, else its bytes as they are stored."""
+        found = self._kept.get(row)
+        if found is not None:
+            return found
+        manifest = self.set.manifest
+        group = int(np.searchsorted(manifest.starts, row, side="right") - 1)
+        with self._locks[group]:
+            if row in self._kept:  # by a thread that had the lock before
+                return self._kept[row]
+            stored = self.cache.row_groups.get((manifest.uri, group), lambda: self._row_group(group))
+            if self.data.cache != "none" and group not in self._offered:
+                self._offer(group, stored)
+            return stored[row - int(manifest.starts[group])]
+
+    def _row_group(self, group: int) -> tuple[list[memoryview], int]:
+        """(the stored images of a row group, bytes that they hold)."""
+        table = self.set.manifest.read(group, ["image"])
+        return list(shards.images(table)), table.get_total_buffer_size() + ENTRY * len(table)
+
+    def _offer(self, group: int, stored: list[memoryview]) -> None:
+        """Copy the chosen rows of a row group into the cache while it has room, so that it is not read again for them.
+
+        Copies, since a view into the row group would keep all of it in memory.
+        """
+        first = int(self.set.manifest.starts[group])
+        low, high = np.searchsorted(self.set.rows, (first, first + len(stored)))
+        if all(self._keep(other, bytes(stored[other - first])) for other in self.set.rows[low:high].tolist()):
+            self.cache.row_groups.drop((self.set.manifest.uri, group))
+        self._offered.add(group)
+
+    def _keep(self, row: int, entry: bytes | np.ndarray) -> bool:
+        """Put an image into the cache, a decoded one in place of the stored one; whether the row is in it now."""
+        with self._lock:
+            former = self._kept.get(row)
+            if self.cache.admit(_bytes(entry) - _bytes(former)):
+                self._kept[row] = entry
+            return row in self._kept
+
+    def skip(self, row: int, error: Exception) -> int:
+        """Count a damaged image; the row that stands in for it. Raises DataError past the limit."""
+        with self._lock:
+            if row not in self.bad:
+                self.bad[row] = selection.name_row(self.set.manifest, row)
+            if len(self.bad) > self.data.max_bad_images or len(self.bad) == len(self.set):
+                names = ", ".join(list(self.bad.values())[:5])
+                raise DataError(
+                    f"{len(self.bad)} image(s) of {self.set.manifest.uri} do not decode: {names} ({str(error)[:80]}). "
+                    f"Mend them, or raise data.max_bad_images (now {self.data.max_bad_images})"
+                )
+        return int(self.set.rows[(np.searchsorted(self.set.rows, row) + 1) % len(self.set)])
+
+
+def _bytes(entry: bytes | np.ndarray | None) -> int:
+    """Bytes of memory that one kept image takes."""
+    if entry is None:
+        return 0
+    return ENTRY + (entry.nbytes if isinstance(entry, np.ndarray) else len(entry))
