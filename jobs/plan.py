@@ -27,7 +27,7 @@ def dry_run(
 
 def _too_large(made: Report) -> str:
     row, gib = made.rows[0], 2**30
-    held = row.estimate.total + (0 if made.device.cuda else row.estimate.host)
+    held = row.estimate.total + (0 if made.device.cuda else row.estimate.host + made.caches)
     said = (
         f"a worker needs {held / gib:.3g} GiB at its worst moment ({row.strategy}, micro-batch {made.run.micro_batch}); "
         f"of the {made.device.memory / gib:.3g} GiB of {made.device.name} {search.USABLE:.0%} can be used: "

@@ -12,13 +12,15 @@ from support.peaks import STEP, held, peaks, recorded
 
 from jobs.demo import demo_config
 from unlearn import config, views
-from unlearn.data import order
-from unlearn.data.loader import Batch
+from unlearn.data import cache, order, selection
+from unlearn.data.loader import Batch, Loader
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.methods import base as methods
-from unlearn.models import base
+from unlearn.models import base, weights
 from unlearn.planning import cost, footprint, memory, report, search
 from unlearn.planning.memory import Strategy
+from unlearn.run import resolve
+from unlearn.training import latents
 from unlearn.training.engine import Objective, TorchEngine
 
 # Parameters large enough that ZeRO-3 shares them out, and few activations.
@@ -184,9 +186,6 @@ def test_a_first_stage_counts_each_step_or_once(tmp_path):
 
 
 def test_sizes_and_kinds_of_gpus():
-    assert [report.parse_size(s) for s in ("80GiB", "1.5 g", "512MB", "1000")] == [80 << 30, 3 << 29, 512 << 20, 1000]
-    with pytest.raises(ConfigError, match="write it as 80GiB"):
-        report.parse_size("large")
     run = demo_config(overrides=["cluster.gpus_per_worker=1", "training.dtype=bf16"])
     found = report.device(run, gpu="h200")
     assert (found.memory, found.peak, found.share) == (141 << 30, 989e12, 0.35)
@@ -195,6 +194,63 @@ def test_sizes_and_kinds_of_gpus():
         assert cost.known(name) == key  # as users, Ray and the driver name them
     with pytest.raises(ConfigError, match="known: H100"):
         report.device(run, gpu="abacus")
+    with pytest.raises(ConfigError, match="--memory large: write it as 80GiB"):
+        report.device(run, "large")
+
+
+@pytest.mark.parametrize("kept", ["encoded", "decoded", "none"])
+def test_the_image_cache_is_what_a_worker_then_holds(tmp_path, kept):
+    run = run_for(tmp_path, f"data.cache={kept}", "data.forget={classes: [1], limit: 300}", "data.retain={classes: [2], limit: 900}")
+    sets, free = selection.sets(run.data, run.seed), 1 << 30
+    loader = Loader(run, sets, 4, 32)
+    for images in loader.images.values():
+        for row in images.set.rows.tolist():
+            images.sound(row)
+    real, need = loader.images["retain"].cache.bytes, memory.caches(run, sets, free)
+    assert need == pytest.approx(real, rel=0.1), (need, real)
+    assert memory.caches(run, sets, need // 2) == need // 2 and memory.caches(run, None, free) == free
+
+
+def test_what_nobody_can_tell_of_the_caches_is_their_limit(tmp_path):
+    run = run_for(tmp_path, "data.cache=decoded", "data.augment=crop_flip")
+    assert memory.caches(run, selection.sets(run.data, run.seed), 1 << 30) == 1 << 30
+
+
+def test_the_latent_cache_is_what_a_worker_then_holds(tmp_path):
+    run = run_for(tmp_path, "model={family: mage, variant: mage_nano_32}", f"data.latent_cache={tmp_path}/latents", "data.latent_views=2",
+                  "data.forget={classes: [1], limit: 30}", "data.retain={classes: [2], limit: 30}")  # fmt: skip
+    resolved, model = resolve(run), weights.build(run.model)
+    caches = latents.filled(resolved, model, model.take_first_stage(footprint.CPU), footprint.CPU, lambda row: None)
+    for each in caches.values():
+        for row in each.set.rows.tolist():
+            each(row, 0)
+    need = memory.caches(run, resolved.sets, 1 << 30)
+    assert need == caches["retain"]._loaded.bytes > 0 and memory.caches(run, resolved.sets, 100) == 100
+
+
+def test_the_caches_of_a_cpu_worker_must_fit_too(tmp_path):
+    run = run_for(tmp_path, *TWO)
+    size = int(search.Search(run, 1, cuda=False).row(Strategy(2)).estimate.total / search.USABLE) + (1 << 20)
+    assert search.Search(run, size, cuda=False, caches=1 << 19).row(Strategy(2)).fits
+    assert not search.Search(run, size, cuda=False, caches=2 << 20).row(Strategy(2)).fits
+    assert search.Search(run, size, cuda=True, caches=2 << 20).row(Strategy(2)).fits
+
+
+def test_the_limit_of_the_caches_is_planned_as_it_will_be(tmp_path, monkeypatch):
+    monkeypatch.setattr(report.sizes, "host_memory", lambda: 16 << 30)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def planned(*overrides: str, **told: str) -> int:
+        run = run_for(tmp_path, *overrides)
+        return report._cache_limit(run, report.device(run, **told))
+
+    assert planned("cluster.workers=1") == cache.limit(run_for(tmp_path).data, 1) == 2 << 30
+    assert planned("cluster.workers=4") == cache.limit(run_for(tmp_path).data, 4) == 1 << 30
+    assert planned(size="1GiB") == 256 << 20
+    assert planned("cluster.gpus_per_worker=1", gpu="H100") == cache.DEFAULT  # whose host is not here
+    assert planned("data.cache_bytes=3MiB", size="1GiB") == 3 << 20
+    # Data that is not here takes the limit.
+    assert report.report(run_for(tmp_path, "data.train=/nowhere", "data.cache_bytes=3MiB")).caches == 3 << 20
 
 
 def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F811
@@ -215,6 +271,7 @@ def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # no
     path = written("training.engine=deepspeed", "cluster.workers=2")
     code, out, _ = told("plan", path)
     assert code == 0 and "ZeRO 3" in out and "FLOPs of a step" in out and "advice: as it is" in out
+    assert "image cache" in out
     code, out, _ = told("run", path, "--dry-run")
     assert code == 0 and "forget: 12 images" in out and "nothing was written" in out
     assert not (tmp_path / "run").exists()

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from unlearn import config
+from unlearn.data import cache
+from unlearn.data.selection import RowSet
+from unlearn.methods import base as methods
 from unlearn.planning import footprint
 from unlearn.planning.footprint import Footprint
 from unlearn.training.engine import BUCKET
@@ -75,6 +78,27 @@ def estimate(found: Footprint, strategy: Strategy, precision: str, workers: int,
     moments = _moments(found, strategy, size, workers, accumulation, cuda)
     worst = max(moments, key=lambda moment: sum(moment.values()))
     return MemoryEstimate({**parts, **worst, "first_stage": found.first_stage}, host)
+
+
+def caches(run: config.RunConfig, sets: dict[str, RowSet] | None, limit: int) -> int:
+    """Bytes on the host that the caches of one worker come to: what the data takes, at most `limit`.
+
+    sets: None where the data is not here, and the limit has to do."""
+    if sets is None:
+        return limit
+    options, method = footprint.shape(run.model), methods.create(run.method)
+    latent = 0
+    if run.data.latent_cache:
+        with footprint.fake():
+            student, _, first_stage, _ = footprint.models(run, options, method)
+            if first_stage is not None:
+                latent = footprint.first_batch(run, method, student, first_stage, 1).images.nbytes
+    if latent:
+        return min(limit, latent * run.data.latent_views * sum(map(len, sets.values())))
+    needed = cache.needed_bytes(sets, run.data, options.image_size)
+    # Where single images do not all have room, row groups take the rest.
+    room = limit if run.data.cache == "none" else cache.ImageCache(limit).room
+    return limit if needed is None or needed > room else needed
 
 
 def _sharded(group: footprint.Group, workers: int) -> int:

@@ -1,11 +1,10 @@
 """What a run needs and what it costs, before it starts."""
 
-import os
-import re
 from dataclasses import dataclass
-from pathlib import Path
 
-from unlearn import config
+from unlearn import config, sizes
+from unlearn.data import cache
+from unlearn.data.selection import RowSet
 from unlearn.errors import ConfigError, DataError, StorageError, WeightsError
 from unlearn.methods import base as methods
 from unlearn.models import base
@@ -14,7 +13,6 @@ from unlearn.planning.cost import Cost, Work
 from unlearn.planning.memory import Strategy
 from unlearn.run import resolve
 
-UNITS = {"": 1, "k": 1, "m": 2, "g": 3, "t": 4}
 # Share of the peak that a run is expected to reach where nobody says better.
 MFU = {"cuda": 0.35, "cpu": 0.5}
 # Assumed where GPUs are asked for and none can be seen.
@@ -39,7 +37,8 @@ class Device:
 class Report:
     """rows: strategies to run, the config's first. advice: (strategy, micro-batch) to take, or None where nothing fits.
 
-    host: bytes that a worker takes on the host while it starts; sizes: images of each set, where the data is there.
+    host: bytes that a worker takes on the host while it starts; caches: those that its caches come to there;
+    sizes: images of each set, where the data is there.
     """
 
     run: config.RunConfig
@@ -47,6 +46,7 @@ class Report:
     rows: list[search.Row]
     advice: tuple[Strategy, int] | None
     host: int
+    caches: int
     sizes: dict[str, int] | None
     work: Work
     cost: Cost
@@ -67,11 +67,14 @@ def report(run: config.RunConfig, size: str | None = None, gpu: str | None = Non
     """
     methods.create(run.method).check(base.adapter(run.model.family))
     found = device(run, size, gpu, mfu)
-    made = search.Search(run, found.memory, found.cuda)
-    sizes, steps, measured = _data(run)
-    work = cost.work(run, sizes, steps, measured)
+    sets, steps, measured = _data(run)
+    caches = memory.caches(run, sets, _cache_limit(run, found))
+    made = search.Search(run, found.memory, found.cuda, caches)
+    images = None if sets is None else {name: len(rows) for name, rows in sets.items()}
+    work = cost.work(run, images, steps, measured)
     return Report(
-        run, found, made.table(), made.advice(), made.starting(), sizes, work, cost.cost(run, work, found.peak, found.plain, found.share)
+        run, found, made.table(), made.advice(), made.starting(), caches, images, work,
+        cost.cost(run, work, found.peak, found.plain, found.share),
     )  # fmt: skip
 
 
@@ -80,7 +83,7 @@ def device(run: config.RunConfig, size: str | None = None, gpu: str | None = Non
     import torch
 
     if not run.cluster.gpus_per_worker:
-        held = parse_size(size) if size else _host() // run.cluster.workers
+        held = _size(size) if size else sizes.host_memory() // run.cluster.workers
         rate = cost.cpu_peak(run.training.threads, run.cluster.workers)
         return Device("CPU", False, held, rate, rate, mfu or MFU["cpu"], size is None)
     here = torch.cuda.is_available() and not gpu
@@ -88,32 +91,32 @@ def device(run: config.RunConfig, size: str | None = None, gpu: str | None = Non
     known = cost.known(name)
     if known is None and not here:
         raise ConfigError(f"--gpu {name}: not known; known: {', '.join(cost.MEMORY)}")
-    held = parse_size(size) if size else torch.cuda.get_device_properties(0).total_memory if here else cost.MEMORY[known] << 30
+    held = _size(size) if size else torch.cuda.get_device_properties(0).total_memory if here else cost.MEMORY[known] << 30
     peak, plain = (cost.gpu_peak(known, dtype) if known else cost.gpu_measured(dtype) for dtype in (run.training.dtype, "fp32"))
     return Device(name if here else known, True, held, peak, plain, mfu or MFU["cuda"], here)
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "80GiB", "24g", "512 MiB"."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if not found:
-        raise ConfigError(f"--memory {text}: write it as 80GiB or 512MiB")
-    return int(float(found[1]) * 1024 ** UNITS[found[2]]) if found[2] else int(float(found[1]))
+def _size(text: str) -> int:
+    try:
+        return sizes.parse(text)
+    except ValueError as e:
+        raise ConfigError(f"--memory {text}: {e}") from None
 
 
-def _host() -> int:
-    """Bytes of this machine's memory, or of what its control group may use."""
-    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    told = limit.read_text().strip() if limit.is_file() else "max"
-    return min(whole, int(told)) if told.isdigit() else whole
+def _cache_limit(run: config.RunConfig, found: Device) -> int:
+    """The limit of a worker's caches. Where no key says it, it depends on the host, which is known where it is the device, or is here."""
+    if run.data.cache_bytes is not None:
+        return run.data.cache_bytes
+    if found.cuda and not found.seen:
+        return cache.DEFAULT
+    return cache.default_limit(sizes.host_memory() // run.cluster.workers if found.cuda else found.memory)
 
 
-def _data(settings: config.RunConfig) -> tuple[dict[str, int] | None, int | None, int | None]:
-    """(images of each set, steps, images that the evaluation sees); None for what hangs on data that is not there."""
+def _data(settings: config.RunConfig) -> tuple[dict[str, RowSet] | None, int | None, int | None]:
+    """(the sets, steps, images that the evaluation sees); None for what hangs on data that is not there."""
     try:
         run = resolve(settings)
     except (DataError, StorageError, WeightsError):
         return None, settings.training.steps, None
     measured = sum(map(len, run.measured.values())) if run.measured else None
-    return {name: len(rows) for name, rows in run.sets.items()}, run.steps, measured
+    return run.sets, run.steps, measured

@@ -31,10 +31,13 @@ class Row:
 
 
 class Search:
-    """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes lie elsewhere."""
+    """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes lie elsewhere.
 
-    def __init__(self, run: config.RunConfig, size: int, cuda: bool):
-        self.run, self.size, self.cuda = run, size, cuda
+    caches: bytes of a worker's caches on the host.
+    """
+
+    def __init__(self, run: config.RunConfig, size: int, cuda: bool, caches: int = 0):
+        self.run, self.size, self.cuda, self.caches = run, size, cuda, caches
         self.usable = int(USABLE * size)
         self._measured = functools.cache(lambda rows, precision, checkpointing: footprint.measure(run, rows, precision, checkpointing))
 
@@ -97,7 +100,7 @@ class Search:
         return (4 * found.trained.count if found.teacher.count else 0) + models * found.whole
 
     def _fits(self, needed: MemoryEstimate) -> bool:
-        held = needed.total if self.cuda else max(needed.total + needed.host, self.starting())
+        held = needed.total if self.cuda else max(needed.total + needed.host + self.caches, self.starting())
         return held <= self.usable
 
 
