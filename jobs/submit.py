@@ -129,7 +129,7 @@ def wait(
     or message changes; retries: how often it is resumed after it failed. Raises UnlearnError where nobody answers any more."""
     from unlearn.training import metrics
 
-    last, row, misses = None, None, 0
+    last, row, misses, follower = None, None, 0, None
     while True:
         try:
             job, misses = place.get(id), 0
@@ -143,9 +143,10 @@ def wait(
             told(job)
             last = job
         try:
-            found = metrics.read(job.run_dir)[-1:] or metrics.latents(job.run_dir)
-            if found and found[0] != row and job.state not in ("queued", "starting"):
-                row = found[0]
+            follower = follower or metrics.Follower(job.run_dir)
+            found = follower.newest()
+            if found and found != row and job.state not in ("queued", "starting"):
+                row = found
                 progress(row)
         except (StorageError, ValueError):  # a picture of progress; the run folder may be out of reach from here
             pass
