@@ -155,7 +155,7 @@ def wait(
     failed. Raises UnlearnError where nobody answers any more."""
     from unlearn.training import metrics
 
-    last, row, warned, misses, moved = None, None, "", 0, time.monotonic()
+    last, row, warned, misses, moved, follower = None, None, "", 0, time.monotonic(), None
     while True:
         try:
             job, misses = place.get(id), 0
@@ -172,9 +172,10 @@ def wait(
             told(job)
             last, moved = job, time.monotonic()
         try:
-            found = metrics.read(job.run_dir)[-1:] or metrics.latents(job.run_dir)
-            if found and found[0] != row and job.state not in ("queued", "starting"):
-                row, moved = found[0], time.monotonic()
+            follower = follower or metrics.Follower(job.run_dir)
+            newest = follower.newest()
+            if newest and newest != row and job.state not in ("queued", "starting"):
+                row, moved = newest, time.monotonic()
                 progress(row)
         except (StorageError, ValueError):  # a picture of progress; the run folder may be out of reach from here
             pass

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -321,8 +322,11 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
         torch.testing.assert_close(tensors[name], tensor, atol=1e-6, rtol=1e-6)
     assert options["tokens"] == text["shared.prompt"].shape[1] and options["image_size"] == (256 if kind == "flux" else 32)
     met = pipeline._encoded.cache_info()
-    pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})  # as the teacher does
+    other = pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})[0]  # as the teacher does
     assert pipeline._encoded.cache_info().misses == met.misses
+    assert all(tensors[n].data_ptr() != other[n].data_ptr() for n in text)
+    shutil.copytree(tmp_path / "theirs", tmp_path / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert pipeline.options(tmp_path / "shape") == (home, options)
     empty = pipeline.read(tmp_path / "theirs", {})[0]
     # without a prompt SDXL is given zeros
     assert not torch.equal(empty["shared.prompt"], tensors["shared.prompt"]) and (kind == "xl") == (not empty["shared.prompt"].any())
@@ -338,6 +342,7 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     again, same = pipeline.read(tmp_path / "ours", {})
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], t) for n, t in tensors.items())
     assert same["network"] == options["network"] | {"dropout": 0.0} or same["network"] == options["network"]
+    assert pipeline.options(tmp_path / "ours")[1] == same
     with pytest.raises(WeightsError, match="has no text_encoder, which model.options.prompt needs"):
         pipeline.read(tmp_path / "ours", {"prompt": "a cat"})
     (tmp_path / "ours" / pipeline.PROMPT_FILE).unlink()

@@ -161,6 +161,10 @@ def test_saved_and_loaded_it_is_the_same_model(shape, tmp_path):
     back = weights.build(config.Model(family=model.family, weights=str(tmp_path)))
     assert back.options == model.options and back.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
+    # also what is in no file: buffers that are computed, and what may be trained
+    assert all(torch.equal(t, dict(back.named_buffers())[n]) for n, t in model.named_buffers())
+    assert [(n, p.requires_grad, p.dtype) for n, p in back.named_parameters()] == [(n, p.requires_grad, p.dtype) for n, p in model.named_parameters()]
+    assert not any(t.is_meta for t in (*back.parameters(), *back.buffers()))
 
 
 @shapes

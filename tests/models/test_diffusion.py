@@ -280,6 +280,7 @@ def test_folders_of_diffusers_are_loaded(folder, tmp_path):
     for name in ("one", "parts", "bin"):
         built = weights.build(config.Model(weights=str(tmp_path / name), **settings))
         assert built.options.image_size == SIDE and torch.equal(built.training_loss(images, view, 4), wanted)
+        assert weights.options(config.Model(weights=str(tmp_path / name), **settings)) == built.options
 
 
 def test_folders_that_do_not_fit_are_told(folder, tmp_path):

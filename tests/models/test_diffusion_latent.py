@@ -9,6 +9,7 @@ from support.models import SMALL
 
 from unlearn import config, views
 from unlearn.data.loader import Batch
+from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.models import weights
 from unlearn.models.diffusion import adapter as diffusion
@@ -106,7 +107,7 @@ def test_a_saved_transformer_is_loaded_with_another_cut(tmp_path):
         assert torch.equal(model.training_loss(inputs, view, 3), other.training_loss(inputs, view, 3))
 
 
-def test_a_pipeline_folder_goes_out_and_in(tmp_path):
+def test_a_pipeline_folder_goes_out_and_in(tmp_path, s3):
     model = build(UNET, 4, vae=KL, grid=8, scheduler={"num_train_timesteps": 100, "beta_schedule": "scaled_linear"})
     model.to_folder(tmp_path / "out")
     back = weights.build(config.Model(family="diffusion", weights=str(tmp_path / "out"), options={"image_size": SIDE, "grid": 8}))
@@ -118,6 +119,11 @@ def test_a_pipeline_folder_goes_out_and_in(tmp_path):
     with torch.no_grad():
         inputs = model.inputs(images, view)
         assert torch.equal(model.training_loss(inputs, view, 1), back.training_loss(inputs, view, 1))
+    there = config.Model(family="diffusion", weights=s3, options={"image_size": SIDE, "grid": 8})
+    for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
+        Storage(s3).write(path.relative_to(tmp_path / "out").as_posix(), path.read_bytes())
+    assert weights.options(there) == back.options and weights.fingerprint(s3) == weights.fingerprint(str(tmp_path / "out"))
+    assert all(torch.equal(t, found[n]) for n, t in weights.build(there).state_dict().items())
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -37,7 +37,10 @@ def folder(theirs, tmp_path):
 
 
 def build(folder):
-    return weights.build(config.Model(weights=str(folder)))
+    model = config.Model(weights=str(folder))
+    built = weights.build(model)
+    assert weights.options(model) == built.options
+    return built
 
 
 def inputs():

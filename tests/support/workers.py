@@ -3,13 +3,16 @@
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.multiprocessing
 
 from unlearn import config
+from unlearn.registry import METHODS
 from unlearn.run import Run, resolve
 
 
@@ -19,18 +22,36 @@ def together(runs: list[config.RunConfig], workers: int, kill_at: int | None = N
     kill_at: the last worker kills itself with SIGKILL when it has computed this step; kill_in: as it reports the step, or
     while the step is saved, "written" between its file and COMMIT, "committed" right after COMMIT.
     """
+    in_group(_train, workers, [resolve(run) for run in runs], workers, kill_at, kill_in)
+
+
+def in_group(call: Callable, workers: int, *arguments) -> None:
+    """call(rank, *arguments) in each of `workers` processes that form a group. Raises what one of them raises."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Forked from a process that has imported what is slow to import.
     multiprocessing.set_forkserver_preload(["deepspeed", "unlearn.training.loop", "tensorboardX"])
+    # Configurations are read where they are unpickled: after the methods of this test are known.
+    methods, pickled = dict(METHODS.entries), pickle.dumps((call, arguments))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            _process, (workers, str(Path(folder) / "meet"), [resolve(run) for run in runs], kill_at, kill_in), workers, start_method="forkserver"
+            _process, (workers, str(Path(folder) / "meet"), methods, pickled), workers, start_method="forkserver"
         )
 
 
-def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, kill_in) -> None:
+def _process(rank: int, workers: int, meeting: str, methods: dict[str, str], pickled: bytes) -> None:
     import torch.distributed as dist
 
+    METHODS.entries.update(methods)
+    call, arguments = pickle.loads(pickled)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    call(rank, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _train(rank: int, runs: list[Run], workers: int, kill_at, kill_in) -> None:
     from unlearn.training.checkpoint import Checkpoints
     from unlearn.training.loop import worker
 
@@ -56,11 +77,5 @@ def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, ki
         save(self, fragments, state, rank, gather_or_die, *more)
 
     Checkpoints.save = watched
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
     for run in runs:
-        worker(run, report)
-    dist.barrier()
-    dist.destroy_process_group()
+        worker(run.with_workers(workers), report)

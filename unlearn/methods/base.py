@@ -70,16 +70,17 @@ class Method:
     def combine(self, gradients: Gradients, dot: Callable[[list, list], torch.Tensor]) -> list[torch.Tensor]:
         """For `gradients_apart`: the gradient that is stepped with, of those of each term over the whole global batch.
 
-        dot: the inner product of two gradients over all parameters, a scalar on the device.
+        gradients: float32, a list in the same order for each term; `weights` are not applied. What comes back is clipped like
+        any other. dot: the inner product of two such lists over all parameters, a scalar on the device.
         """
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What the method must remember between steps; it is kept in every checkpoint."""
+        """What the method must remember between steps, the same on every rank; it is kept in every checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave, perhaps on another device; it was before the first step, or is of the step it goes on from."""
 
 
 def method_class(name: str) -> type[Method]:

@@ -13,7 +13,6 @@ import torch
 from unlearn import config, views
 from unlearn.data import order
 from unlearn.data.loader import Loader
-from unlearn.data.storage import Storage
 from unlearn.errors import TrainingError
 from unlearn.methods import base as methods
 from unlearn.models import weights
@@ -58,21 +57,23 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
         engine = make_engine(settings, method, student, first_stage, device, run.sources)
         if method.sample_size():
             method.prepare(_sample(engine, loader, method.sample_size()))
+        remembered = saved.method if saved else {name: t.clone() for name, t in method.state_dict().items()}
         with _told(settings, engine):
             _dry_run_step(engine, loader, settings)
+        method.load_state_dict(remembered)
         if saved:
             saved.restore(engine.fragments(), start)
-    with _told(settings, engine):
-        train(run, engine, loader, checkpoints, start, student, method, report)
+    metrics = MetricsLog(run.folder, start) if engine.rank == 0 else contextlib.nullcontext()
+    with _told(settings, engine), metrics as log:
+        train(run, engine, loader, checkpoints, start, student, method, report, log)
 
 
 def train(
     run: Run, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, student: Adapter, method: methods.Method,
-    report: Report,
+    report: Report, log: MetricsLog | None,
 ) -> None:  # fmt: skip
-    """Steps start .. run.steps: fetch, compute, update, log, save."""
+    """Steps start .. run.steps: fetch, compute, update, log, save. log: of rank 0."""
     settings, stop = run.settings, run.steps
-    log = MetricsLog(run.folder, start) if engine.rank == 0 else None
     batches = _weighted(settings, engine, loader.batches(_numbers(settings, engine, start, stop), pin=engine.device.type == "cuda"))
     window = _Window(settings, engine, student, method)
     for step in range(start + 1, stop + 1):
@@ -80,7 +81,7 @@ def train(
         window.add(engine.step(mine, learning_rate(settings.training, step - 1, stop)))
         if step % settings.training.log_every == 0 or step == stop:
             row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(settings.training, step - 1, stop)}
-            row |= {"bad_images": _bad_images(settings, engine, loader), "workers": engine.workers}
+            row |= {"bad_images": _bad_images(engine, loader, log), "workers": engine.workers}
             if log:
                 log.add(row)
             report(row)
@@ -89,9 +90,7 @@ def train(
             with window.paused():
                 if log:
                     log.flush()  # first, so that a committed checkpoint has all its rows
-                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather)
-    if log:
-        log.close()
+                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather, method.state_dict())
 
 
 def learning_rate(settings: config.Training, step: int, stop: int) -> float:
@@ -143,14 +142,14 @@ def _sample(engine: Engine, loader: Loader, count: int) -> torch.Tensor:
     return torch.cat([engine.objective.on(loader.batch(n), engine.device, torch.float32).images for n in numbers])
 
 
-def _bad_images(settings: config.RunConfig, engine: Engine, loader: Loader) -> int:
+def _bad_images(engine: Engine, loader: Loader, log: MetricsLog | None) -> int:
     """Damaged images that all workers have met; their ids go to bad_images.json in the run folder."""
     met: dict[str, set[str]] = {}
     for found in engine.gather(loader.bad_images):
         for name, ids in found.items():
             met.setdefault(name, set()).update(ids)
-    if met and engine.rank == 0:
-        Storage(settings.run_dir).write("bad_images.json", json.dumps({name: sorted(ids) for name, ids in met.items()}).encode())
+    if met and log:
+        log.attach("bad_images.json", json.dumps({name: sorted(ids) for name, ids in met.items()}).encode())
     return sum(map(len, met.values()))
 
 

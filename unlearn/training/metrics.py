@@ -1,9 +1,11 @@
-"""What a run says while it trains: metrics.jsonl and TensorBoard events in the run folder, rewritten whole."""
+"""What a run says while it trains: metrics.jsonl and TensorBoard events in the run folder."""
 
 import contextlib
 import json
+import logging
 import resource
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from unlearn.data.storage import Storage
+from unlearn.data.storage import Storage, told
 from unlearn.errors import StorageError
+
+log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 # What a run says before its first row: {"latents": row groups whose latents are made, "of": row groups in all}.
@@ -22,45 +26,145 @@ PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12
 
 
 class MetricsLog:
-    """Rows of one run. A resumed run keeps the rows up to the step it goes on from."""
+    """Rows of one run. A thread of its own publishes them, so that training never waits for the storage; it tries again what fails.
 
-    def __init__(self, run_dir: str, start: int, every: float = 2):
+    A resumed run keeps the rows up to the step it goes on from. every: seconds between two publications at least. patience:
+    seconds that `flush` and `close` wait for a storage that fails.
+    """
+
+    def __init__(self, run_dir: str, start: int, every: float = 2, patience: float = 60):
         from tensorboardX import SummaryWriter
 
-        self._storage, self._every, self._last = Storage(run_dir), every, 0.0
-        self.rows = [row for row in read(run_dir) if row["step"] <= start]
+        self._storage, self._every, self._patience = Storage(run_dir), every, patience
+        kept = [row for row in read(run_dir) if row["step"] <= start]
+        self._text = b"".join(_line(row) for row in kept)  # of all rows; the thread alone changes it
         self._temporary = None if self._storage.is_local() else tempfile.TemporaryDirectory()
         self._folder = self._temporary.name if self._temporary else self._storage.where("tensorboard")
         self._board = SummaryWriter(self._folder, purge_step=start or None)
+        self._attached: dict[str, bytes] = {}
+        self._sent: dict[str, bytes | int] = {}  # file beside the rows -> what of it is published: its content, or its size
+        self._published = 0  # bytes of the text; 0: what stands there is to be written anew
+        self._rows: list[dict] = []  # that the thread has not seen
+        self._waiting = self._closed = False
+        self._added = self._done = 0  # rows, and how many of them are published
+        self._error: BaseException | None = None  # of the last attempt
+        self._broken: BaseException | None = None  # what ended the thread
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close(self._patience if error is None else min(5, self._patience))
+        except StorageError:
+            if error is None:
+                raise
 
     def add(self, row: dict) -> None:
-        self.rows.append(row)
-        for key, value in row.items():
-            if key != "step":
-                self._board.add_scalar(key, value, row["step"])
-        if time.monotonic() - self._last > self._every:
-            self.flush()
+        with self._changed:
+            self._rows.append(row)
+            self._added += 1
+            self._changed.notify_all()
 
-    def flush(self) -> None:
-        """Publish what there is."""
-        self._storage.write(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self._board.flush()
-        if self._temporary:
-            for path in Path(self._folder).iterdir():
-                self._storage.write(f"tensorboard/{path.name}", path.read_bytes())
-        self._last = time.monotonic()
+    def attach(self, name: str, data: bytes) -> None:
+        """Publish a small file of the run folder together with the next row."""
+        self._attached[name] = data
 
-    def close(self) -> None:
-        self.flush()
-        self._board.close()
-        if self._temporary:
-            self._temporary.cleanup()
+    def flush(self, patience: float | None = None) -> None:
+        """Wait until all rows are published. Raises StorageError where the storage fails for too long."""
+        with self._changed:
+            wanted, self._waiting = self._added, True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._done >= wanted or self._broken, self._patience if patience is None else patience)
+            self._waiting = False
+            if self._done < wanted:
+                raise self._error or StorageError(f"{self._storage.where(METRICS)}: the storage has not answered for long")
+
+    def close(self, patience: float | None = None) -> None:
+        """Publish what is left, and end. Raises StorageError as `flush` does."""
+        try:
+            self.flush(patience)
+        finally:
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
+            self._thread.join(timeout=5)  # it is a daemon: where the storage hangs, it is left behind
+            self._board.close()
+            if self._temporary:
+                self._temporary.cleanup()
+
+    def _publish(self) -> None:
+        """What the thread does, until it is told to end."""
+        pause = 0.0
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or (self._waiting and not self._error), pause)
+                    self._changed.wait_for(lambda: self._closed or self._done < self._added)
+                    if self._closed:
+                        return
+                    rows, self._rows, seen, failed = self._rows, [], self._added, self._error is not None
+                began, error = time.monotonic(), None
+                self._take(rows)
+                try:
+                    self._send()
+                except StorageError as e:
+                    error = e
+                    if not failed:
+                        log.warning("the metrics of this run cannot be published now, and are kept to be tried again: %s", e)
+                # Less often where it takes long: S3 is sent the whole file.
+                pause = max(self._every, 10 * (time.monotonic() - began)) if error is None else self._every
+                with self._changed:
+                    self._error, self._done = error, self._done if error else seen
+                    self._changed.notify_all()
+        except BaseException as e:
+            with self._changed:
+                self._error = self._broken = e
+                self._changed.notify_all()
+
+    def _take(self, rows: list[dict]) -> None:
+        for row in rows:
+            self._text += _line(row)
+            for key, value in row.items():
+                if key != "step":
+                    self._board.add_scalar(key, value, row["step"])
+
+    def _send(self) -> None:
+        with told(self._storage.where(METRICS)):
+            path = Path(self._storage.where(METRICS))
+            if self._storage.is_local() and self._published and path.is_file() and path.stat().st_size == self._published:
+                with open(path, "ab") as file:
+                    file.write(self._text[self._published :])
+            else:
+                self._storage.write(METRICS, self._text)
+            self._published = len(self._text)
+            for name, data in list(self._attached.items()):
+                if self._sent.get(name) != data:
+                    self._storage.write(name, data)
+                    self._sent[name] = data
+            self._board.flush()
+            for path in Path(self._folder).iterdir() if self._temporary else ():
+                if (size := path.stat().st_size) != self._sent.get(path.name):
+                    self._storage.write(f"tensorboard/{path.name}", path.read_bytes())
+                    self._sent[path.name] = size
+
+
+def _line(row: dict) -> bytes:
+    return json.dumps(row).encode() + b"\n"
 
 
 def read(run_dir: str) -> list[dict]:
     """The rows that a run has published so far."""
     storage = Storage(run_dir)
-    return [json.loads(line) for line in storage.read(METRICS).splitlines()] if storage.is_file(METRICS) else []
+    return _rows(storage.read(METRICS)) if storage.is_file(METRICS) else []
+
+
+def _rows(text: bytes) -> list[dict]:
+    """A last line without its end is still being written."""
+    return [json.loads(line) for line in text[: text.rfind(b"\n") + 1].splitlines()]
 
 
 def latents(run_dir: str) -> list[dict]:
@@ -69,15 +173,46 @@ def latents(run_dir: str) -> list[dict]:
     return [json.loads(storage.read(LATENTS))] if storage.is_file(LATENTS) else []
 
 
+class Follower:
+    """Follows a run from outside; of its rows only what is new is read."""
+
+    def __init__(self, run_dir: str):
+        self.run_dir, self._storage = run_dir, Storage(run_dir)
+        self._newest: dict | None = None
+        self._end, self._last = 0, b""  # bytes that were read, and the last line of them
+
+    def newest(self) -> dict | None:
+        """The newest row, or before there is one how far the latents are. Raises StorageError and ValueError."""
+        self._newest = next(reversed(self.rows()), self._newest)
+        return self._newest if self._newest else next(iter(latents(self.run_dir)), None)
+
+    def rows(self) -> list[dict]:
+        """The rows that are new since the last call; all of them, where a resumed run has written them anew."""
+        if not self._storage.is_file(METRICS):
+            return []
+        with told(self._storage.where(METRICS)), self._storage.open(METRICS) as file:
+            if file.size() == self._end:
+                return []
+            start = self._end - len(self._last)
+            text = file.read_at(file.size() - start, start) if file.size() > start else b""
+            if not text.startswith(self._last):
+                self._end, self._last, text = 0, b"", file.read_at(file.size(), 0)
+        whole = text[len(self._last) : text.rfind(b"\n") + 1]
+        if whole:
+            self._end += len(whole)
+            self._last = whole.splitlines(keepends=True)[-1]
+        return _rows(whole)
+
+
 def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: float = 1) -> None:
     """Until `work` is done, call `progress` with the newest row of a run as it appears in the run's storage."""
-    last, done = None, False
+    follower, last, done = Follower(run_dir), None, False
     while not done:
         done = bool(wait([work], timeout=every).done)
-        with contextlib.suppress(StorageError):  # a picture of progress is not worth a run
-            found = read(run_dir)[-1:] or latents(run_dir)
-            if found and found[0] != last:
-                last = found[0]
+        with contextlib.suppress(StorageError, ValueError):  # a picture of progress is not worth a run
+            found = follower.newest()
+            if found and found != last:
+                last = found
                 progress(last)
 
 

@@ -1,0 +1,38 @@
+"""How much memory of its own a process takes while something is done; mapped files count as far as they were written to."""
+
+import gc
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def private() -> int:
+    """Bytes of this process's memory that no file holds."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Anonymous:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("the kernel does not tell private memory")
+
+
+def peak(call: Callable[[], Any]) -> tuple[Any, int]:
+    """(what the call gives, bytes by which private memory had grown at the worst moment)."""
+    gc.collect()
+    before = most = private()
+    done = threading.Event()
+
+    def watch():
+        nonlocal most
+        while not done.is_set():
+            most = max(most, private())
+            time.sleep(0.002)
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    try:
+        value = call()
+    finally:
+        done.set()
+        watching.join()
+    return value, max(most, private()) - before
