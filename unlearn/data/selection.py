@@ -87,7 +87,8 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
 def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
     """Checks the conditions against the manifest; reads no shard. Raises ConfigError."""
     spans = np.array([manifest.shards[s].row_groups[g].labels for s, g in manifest.groups]).reshape(-1, 2)
-    span = (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, -1)
+    held = spans[np.diff(manifest.starts) > 0].astype(np.int64)  # those of empty row groups mean nothing
+    span = (int(held[:, 0].min()), int(held[:, 1].max())) if len(held) else (0, -1)
     labels = None if rows.classes is None else {_label(manifest, span, c, f"data.{what}.classes") for c in rows.classes}
     unwanted = {_label(manifest, span, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
     columns = {"label"}
@@ -97,10 +98,10 @@ def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
         if "subject" not in manifest.columns:
             raise ConfigError(f"data.{what}.subjects: the shards at {manifest.uri} have no column `subject`")
         columns.add("subject")
-    groups = np.arange(len(spans))
+    groups = np.flatnonzero(np.diff(manifest.starts))
     if labels is not None:  # only row groups whose label range can hold one of the labels
         ordered = np.array(sorted(labels))
-        low, high = np.searchsorted(ordered, spans[:, 0]), np.searchsorted(ordered, spans[:, 1], side="right")
+        low, high = np.searchsorted(ordered, held[:, 0]), np.searchsorted(ordered, held[:, 1], side="right")
         groups = groups[low < high]
     return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()))
 
@@ -145,9 +146,10 @@ def identity(manifest: shards.Manifest, table: pa.Table) -> list[str]:
     if "id" in table.column_names:
         return table["id"].to_pylist()
     rows = table["row"].to_numpy()
-    firsts = np.array([manifest.starts[i] for i, (_, g) in enumerate(manifest.groups) if g == 0])
-    which = np.searchsorted(firsts, rows, side="right") - 1
-    return [f"{manifest.shards[s].path}:{row - firsts[s]}" for s, row in zip(which, rows, strict=True)]
+    # A shard may have no row group at all, so the shard of a row is found through its row group, never by counting.
+    firsts = {s: int(manifest.starts[i]) for i, (s, g) in enumerate(manifest.groups) if g == 0}
+    which = [manifest.groups[i][0] for i in manifest.group_of(rows)]
+    return [f"{manifest.shards[s].path}:{row - firsts[s]}" for s, row in zip(which, rows.tolist(), strict=True)]
 
 
 def name_row(manifest: shards.Manifest, row: int) -> str:

@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group: its rows, its bytes in the file, the smallest and largest label, sha256 of those bytes."""
+    """One row group: its rows, its bytes in the file, the smallest and largest label ((0, -1) without rows), sha256 of those bytes."""
 
     rows: int
     offset: int
@@ -230,7 +230,7 @@ def _describe_group(parquet: pq.ParquetFile, file: pa.NativeFile, g: int, where:
         raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
     if column.null_count:
         raise DataError(f"{where}: {column.null_count} row(s) of row group {g} have no label; give every row one")
-    labels = pc.min_max(column).as_py()
+    labels = pc.min_max(column).as_py() if len(column) else {"min": 0, "max": -1}
     file.seek(offset)
     digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
     return RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest)
