@@ -109,7 +109,8 @@ def test_retain_is_the_rest_and_a_proxy_stands_in_its_role(tiny_shards, no_ids):
     assert sets(tiny_shards) == {"retain": list(range(48))}
     assert sets(tiny_shards, forget=forget, proxy={"classes": ["cat"]})["retain"] == list(range(24, 36))
     other = selection.sets(config.Data(train=tiny_shards, forget=forget, proxy={}, proxy_data=no_ids), 0)
-    assert len(other["retain"]) == 43 and other["retain"].manifest.uri == no_ids
+    # Without five that are forgotten: they are the same images.
+    assert len(other["retain"]) == 38 and other["retain"].manifest.uri == no_ids
 
 
 @pytest.mark.parametrize(
@@ -149,7 +150,7 @@ def test_overlap_is_found_between_copies_of_the_same_shards(tiny_shards, tmp_pat
 def test_describe_names_no_image(tiny_shards):
     found = selection.sets(config.Data(train=tiny_shards, forget={"classes": [2], "limit": 3}), 0)
     about = selection.describe(found)
-    assert about["forget"] == {"images": 3, "classes": [2], "manifest": shards.load(tiny_shards).hash}
+    assert about["forget"] == {"images": 3, "classes": ["cat"], "manifest": shards.load(tiny_shards).hash}
     assert about["retain"]["images"] == 45 and "img" not in str(about)
 
 
