@@ -86,7 +86,7 @@ class ViewSpec(Part):
 class Rows(Part):
     """Which rows of the shards form a set. All given conditions must hold; none given selects every row."""
 
-    classes: list[int | str] | None = Field(default=None, description="labels, or names from the manifest")
+    classes: list[int | str] | None = Field(default=None, description="labels (numbers), or names (text) as `unlearn shards inspect` tells them")
     exclude_classes: list[int | str] | None = Field(default=None, description="rows of these classes are left out")
     ids: list[str] | None = Field(default=None, description="row ids (column `id`, else `shard:row`)")
     subjects: list[str] | None = Field(default=None, description="values of the column `subject`")
@@ -98,10 +98,12 @@ class Data(Part):
     """Where the images are and which of them play which role."""
 
     train: Location = Field(description="folder of shards with a manifest: a path, s3://bucket/prefix or embedded:NAME")
+    split: str | None = Field(default=None, description="where the folder of `train` holds several splits: the one that is meant")
     forget: Rows | None = None
     retain: Rows | None = None
     proxy: Rows | None = Field(default=None, description="images that take the retain role where the retain data is gone")
     proxy_data: Location | None = Field(default=None, description="shards of the proxy set, when not those of `train`")
+    proxy_split: str | None = Field(default=None, description="as `split`, of the proxy set")
     cache: Literal["none", "encoded", "decoded"] = Field(
         default="encoded", description="images that a worker keeps in memory: as they are stored (encoded), or cut to size (decoded)"
     )
@@ -181,6 +183,7 @@ class Evaluation(Part):
     """What is measured after training."""
 
     data: Location | None = Field(default=None, description="held-out shards; none = data.train, on the training images")
+    split: str | None = Field(default=None, description="the split that is measured, where a folder holds several")
     views: list[ViewSpec] = Field(
         default_factory=lambda: [ViewSpec(size=0.5), ViewSpec(size=0.25), ViewSpec(kind="random", size=0.5)], min_length=1
     )
@@ -268,7 +271,8 @@ SCHEMA = 2
 NOT_HASHED: dict[str | None, tuple[str, ...]] = {
     None: ("cluster", "run_dir", "evaluation", "name"),
     "model": ("weights", "first_stage"),
-    "data": ("train", "proxy_data", "cache", "cache_bytes", "decode_threads", "read_ahead", "max_bad_images", "latent_cache"),
+    "data": ("train", "split", "proxy_data", "proxy_split", "cache", "cache_bytes", "decode_threads", "read_ahead", "max_bad_images",
+             "latent_cache"),
     "training": ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
                  "activation_checkpointing"),
 }  # fmt: skip
@@ -310,7 +314,7 @@ def _contradictions(run: RunConfig) -> Iterator[str]:
         yield "training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more"
     if d.retain is not None and d.proxy is not None:
         yield "data: give retain or proxy, not both: the proxy set takes the retain role"
-    if d.proxy_data and d.proxy is None:
+    if (d.proxy_data or d.proxy_split) and d.proxy is None:
         yield "data.proxy_data is given without data.proxy: say which rows of it to use"
 
 

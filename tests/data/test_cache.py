@@ -20,7 +20,7 @@ from unlearn.data.cache import ENTRY, ImageCache, Recent
 from unlearn.data.images import Images
 from unlearn.data.loader import Loader
 
-LIMIT, SLACK = 2 << 20, 6 << 20
+LIMIT, SLACK = 2 << 20, 12 << 20
 # For each configuration, prints how many bytes more than after a first look the process had at most in three epochs.
 READER = """
 import json, sys

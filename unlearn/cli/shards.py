@@ -27,38 +27,56 @@ def build(
     inspect(dest)
 
 
+Split = Annotated[str | None, typer.Option(help="the split that is meant, where the folder holds files of several")]
+
+
 @app.command()
-def index(uri: Annotated[str, typer.Argument(help="folder of .parquet files with `image` and `label`")]):
-    """Write the manifest of shards that exist already; nothing is converted."""
+def index(
+    uri: Annotated[str, typer.Argument(help="folder of .parquet files with images and labels, or ids, or subjects")],
+    split: Split = None,
+    image_column: Annotated[str | None, typer.Option(help="column of the images, when not `image`")] = None,
+    label_column: Annotated[str | None, typer.Option(help="column of the labels, when not `label`; none: go without")] = None,
+    id_column: Annotated[str | None, typer.Option(help="column of the ids, when not `id`; none: go without")] = None,
+    subject_column: Annotated[str | None, typer.Option(help="column of the subjects, when not `subject`; none: go without")] = None,
+    classes: Annotated[str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")] = None,
+):
+    """Write the manifest of shards that exist already; nothing is converted.
+
+    Example: `unlearn shards index s3://bucket/cifar100 --split train --label-column fine_label`
+    """
+    from unlearn.data import classes as class_lists
     from unlearn.data import shards
 
-    shards.index(uri)
-    inspect(uri)
+    columns = {"image": image_column, "label": label_column, "id": id_column, "subject": subject_column}
+    given = {role: column for role, column in columns.items() if column is not None}
+    shards.index(uri, split, given, class_lists.read(classes) if classes else None)
+    inspect(uri, split)
 
 
 @app.command()
 def verify(
     uri: Annotated[str, typer.Argument(help="folder of shards")],
     threads: Annotated[int, typer.Option(help="decoding threads")] = 4,
+    split: Split = None,
 ):
     """Check every checksum and decode every image; names what is damaged and exits with 2."""
     from unlearn.cli.console import out, progress
     from unlearn.data import checking
 
     with progress("verifying") as advance:
-        rows = checking.verify(uri, threads, lambda done, total: advance(done, total, "images"))
+        rows = checking.verify(uri, threads, lambda done, total: advance(done, total, "images"), split)
     out.print(f"{uri}: {rows} images, every checksum and every image is good", soft_wrap=True)
 
 
 @app.command()
-def inspect(uri: Annotated[str, typer.Argument(help="folder of shards")]):
+def inspect(uri: Annotated[str, typer.Argument(help="folder of shards")], split: Split = None):
     """Tell what shards hold: images, bytes, classes, columns."""
     from rich.table import Table
 
     from unlearn.cli.console import out
     from unlearn.data import checking
 
-    about = checking.inspect(uri)
+    about = checking.inspect(uri, split)
     table = Table("", "", box=None, show_header=False)
     for key, value in about.items():
         table.add_row(key, str(value))

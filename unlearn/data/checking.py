@@ -1,6 +1,7 @@
 """Look at shards as they are stored: every checksum, every image, and what they hold."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,17 +12,21 @@ from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import DataError
 
 
-def verify(uri: str, threads: int = 4, progress: Callable[[int, int], None] = lambda done, total: None) -> int:
+def verify(
+    uri: str, threads: int = 4, progress: Callable[[int, int], None] = lambda done, total: None, split: str | None = None
+) -> int:  # fmt: skip
     """Check sizes and checksums of all shards and decode all images; the number of images.
 
+    Shards without a manifest are read and decoded; there is nothing that their bytes could be compared with.
     Raises DataError that names every damaged shard, else the first damaged images and how many there are.
     """
-    manifest, wrong = shards.load(uri), []
+    manifest, wrong = shards.find(uri, split), []
+    image = manifest.names.get("image", "image")
     bad: list[int] = []
     first = 0
     with ThreadPoolExecutor(threads) as pool:
         for shard in manifest.shards:
-            for encoded in _images(Storage(uri), shard, wrong):
+            for encoded in _images(Storage(uri), shard, image, wrong):
                 bad += [first + i for i, good in enumerate(pool.map(_decodes, encoded)) if not good]
                 first += len(encoded)
                 progress(first, manifest.rows)
@@ -33,25 +38,24 @@ def verify(uri: str, threads: int = 4, progress: Callable[[int, int], None] = la
     return manifest.rows
 
 
-def inspect(uri: str) -> dict[str, object]:
-    """What the shards at `uri` hold, in words."""
-    manifest = shards.load(uri)
-    values = manifest.table(["label"])["label"].value_counts()
-    counts = dict(zip(values.field("values").to_pylist(), values.field("counts").to_pylist(), strict=True))
-    name = dict(enumerate(manifest.classes))
-    some = [f"{name.get(label, label)} ({count})" for label, count in sorted(counts.items())]
+def inspect(uri: str, split: str | None = None) -> dict[str, object]:
+    """What the shards at `uri` hold, in words; they need no manifest."""
+    manifest = shards.find(uri, split)
+    labels = manifest.table(["label"])["label"].to_pylist() if "label" in manifest.columns else []
+    counts = Counter(labels)
+    some = [f"{manifest.class_name(label) if label < len(manifest.classes) else label} ({count})" for label, count in sorted(counts.items())]
     size = sum(s.bytes for s in manifest.shards)
     return {
         "images": manifest.rows,
         "bytes": f"{size:,} ({size / max(1, manifest.rows):,.0f} an image)",
         "shards": f"{len(manifest.shards)} with {len(manifest.groups)} row groups",
-        "columns": ", ".join(manifest.columns),
-        "classes": f"{len(counts)}: {', '.join(some[:20])}{', ...' if len(some) > 20 else ''}",
+        "columns": ", ".join(f"{role} ({manifest.names[role]})" if role in manifest.names else role for role in manifest.columns),
+        "classes": f"{len(counts)}: {', '.join(some[:20])}{', ...' if len(some) > 20 else ''}" if counts else "none",
         "hash": manifest.hash,
     }
 
 
-def _images(storage: Storage, shard: shards.Shard, wrong: list[str]) -> Iterator[list[memoryview]]:
+def _images(storage: Storage, shard: shards.Shard, column: str, wrong: list[str]) -> Iterator[list[memoryview]]:
     """The images of each row group of a shard that is what the manifest says; else `wrong` is told why it is not."""
     if not storage.is_file(shard.path):
         wrong.append(f"{shard.path} is missing")
@@ -62,7 +66,8 @@ def _images(storage: Storage, shard: shards.Shard, wrong: list[str]) -> Iterator
             return
         with shards.parquet(Storage(path.parent), path.name) as file:
             for g in range(len(shard.row_groups)):
-                yield list(shards.images(file.read_row_group(g, columns=["image"])))
+                table = file.read_row_group(g, columns=[column])
+                yield list(shards.images(table.rename_columns(["image"])))
 
 
 def _damage(path: Path, shard: shards.Shard) -> str | None:

@@ -5,25 +5,27 @@ from dataclasses import replace
 import numpy as np
 
 from unlearn import config
-from unlearn.data import order, selection, shards
+from unlearn.data import classes, order, selection, shards
 from unlearn.data.selection import RowSet
+from unlearn.errors import ConfigError
 
 
 def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, RowSet]:
     """{"forget": ..., "retain": ...} to measure on, each cut to evaluation.limit, drawn with the seed.
 
     trained: the training sets. Without evaluation.data they are measured (a proxy in the retain role). With it: the held-out
-    rows of the same classes. What held-out shards cannot have is measured on the training images: a set chosen by ids or
+    rows of the same classes, which are found by name wherever there are names. What held-out shards cannot have is measured on the training images: a set chosen by ids or
     subjects, and a forget set that no class describes. Retain is by its classes, or every held-out row that is not forgotten.
     """
-    manifest = shards.load(settings.evaluation.data) if settings.evaluation.data else None
+    manifest = _manifest(settings)
+    train = trained["forget" if "forget" in trained else "retain"].manifest
     measured: dict[str, RowSet] = {}
     forget, retain = settings.data.forget, settings.data.retain or config.Rows()
     if forget is not None:
         by_class = forget.classes is not None or forget.exclude_classes is not None
-        chosen = _same_classes(manifest, forget, settings.seed, "forget") if manifest and by_class else None
+        chosen = _same_classes(manifest, train, forget, settings.seed, "forget") if manifest and by_class else None
         measured["forget"] = chosen or trained["forget"]
-    chosen = _same_classes(manifest, retain, settings.seed, "retain") if manifest else None
+    chosen = _same_classes(manifest, train, retain, settings.seed, "retain") if manifest else None
     if chosen and forget is not None and measured["forget"].manifest is manifest:
         keep = ~np.isin(chosen.rows, measured["forget"].rows)
         chosen = replace(chosen, rows=chosen.rows[keep], labels=chosen.labels[keep])
@@ -31,11 +33,38 @@ def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, Ro
     return {name: _limit(rows, settings.evaluation.limit, settings.seed) for name, rows in measured.items()}
 
 
-def _same_classes(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -> RowSet | None:
-    """The held-out rows of the same classes; None where the rows were named one by one."""
+def _manifest(settings: config.RunConfig) -> shards.Manifest | None:
+    data, split = settings.evaluation.data, settings.evaluation.split
+    return shards.load(data or settings.data.train, split) if data or split else None
+
+
+def _same_classes(manifest: shards.Manifest, train: shards.Manifest, rows: config.Rows, seed: int, what: str) -> RowSet | None:
+    """The held-out rows of the same classes; None where the rows were named one by one.
+
+    Raises ConfigError, which names it, for a class that the held-out shards do not have or that cannot be found there.
+    """
     if rows.ids is not None or rows.subjects is not None:
         return None
-    return selection.select(manifest, config.Rows(classes=rows.classes, exclude_classes=rows.exclude_classes), seed, what)
+    wanted = _labels(manifest, train, rows.classes, f"data.{what}.classes")
+    unwanted = _labels(manifest, train, rows.exclude_classes, f"data.{what}.exclude_classes")
+    if wanted and None in wanted.values():
+        missing = next(name for name, label in wanted.items() if label is None)
+        raise ConfigError(f"evaluation.data: {manifest.uri} has no class {missing!r}, which data.{what} names; measure on data that has it")
+    conditions = config.Rows(
+        classes=None if wanted is None else list(wanted.values()),
+        exclude_classes=None if unwanted is None else [label for label in unwanted.values() if label is not None],
+    )
+    return selection.select(manifest, conditions, seed, what)
+
+
+def _labels(
+    manifest: shards.Manifest, train: shards.Manifest, named: list[int | str] | None, where: str
+) -> dict[str, int | None] | None:  # fmt: skip
+    """{class: its held-out label, or None where there is none} of the classes that a condition names."""
+    if named is None:
+        return None
+    labels = [selection.label(train, one, where) for one in named]
+    return {train.class_name(label): classes.translated(label, train, manifest, f"evaluation.data, {where}") for label in labels}
 
 
 def _limit(rows: RowSet, limit: int | None, seed: int) -> RowSet:

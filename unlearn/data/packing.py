@@ -17,6 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unlearn.data import shards
+from unlearn.data.classes import ordered
+from unlearn.data.columns import with_class_names
 from unlearn.data.storage import Storage, told
 from unlearn.errors import DataError
 
@@ -45,10 +47,10 @@ def build(
     with (_folder if path.is_dir() else _tar)(path, wanted) as (names, read):
         if not names:
             raise DataError(f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else ""))
-        classes = sorted({_class(n) for n in names})
+        classes = ordered({_class(n) for n in names})
         labels = {c: i for i, c in enumerate(classes)}
         # Sorted by class, so that a row group holds few labels and a selection reads few row groups.
-        names.sort(key=lambda n: (_class(n), n))
+        names.sort(key=lambda n: (labels[_class(n)], n))
         records = ({"image": read(n), "label": labels[_class(n)], "id": n} for n in names)
         return write(records, dest, classes, rows_per_group, shard_bytes, lambda rows: progress(rows, len(names)))
 
@@ -61,7 +63,7 @@ def write(
     storage = Storage(dest)
     if any(n.endswith(".parquet") or n == shards.MANIFEST for n in storage.files()):
         raise DataError(f"{dest}: holds shards already; give an empty folder")
-    groups, described, written = _groups(records, rows_per_group), [], 0
+    groups, described, written = _groups(records, rows_per_group, classes), [], 0
     for first in groups:
         name, size = f"shard-{len(described):05d}.parquet", 0
         with storage.writing(name) as path:
@@ -73,23 +75,21 @@ def write(
                     if size >= shard_bytes:
                         break
             described.append(shards.describe(path, name, storage.where(name)))
-    manifest = shards.collect(storage.uri, described, classes)
-    shards.save(manifest)
-    return manifest
+    return shards.save(*shards.collect(storage.uri, described, classes))
 
 
-def _groups(records: Iterable[Record], rows: int) -> Iterator[pa.Table]:
+def _groups(records: Iterable[Record], rows: int, classes: list[str]) -> Iterator[pa.Table]:
     batch: list[Record] = []
     for record in records:
         batch.append(record)
         if len(batch) == rows:
-            yield _table(batch)
+            yield _table(batch, classes)
             batch = []
     if batch:
-        yield _table(batch)
+        yield _table(batch, classes)
 
 
-def _table(batch: list[Record]) -> pa.Table:
+def _table(batch: list[Record], classes: list[str]) -> pa.Table:
     columns = {
         "image": [{"bytes": r["image"], "path": r["id"]} for r in batch],
         "label": [r["label"] for r in batch],
@@ -97,7 +97,8 @@ def _table(batch: list[Record]) -> pa.Table:
     }
     if "subject" in batch[0]:
         columns["subject"] = [r["subject"] for r in batch]
-    return pa.table(columns, pa.schema([shards.SCHEMA.field(name) for name in columns]))
+    schema = pa.schema([shards.SCHEMA.field(name) for name in columns])
+    return pa.table(columns, with_class_names(schema, classes))
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Which rows are the forget, the retain and the proxy set."""
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,13 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from unlearn import config
-from unlearn.data import order, shards
+from unlearn.data import classes, duplicates, order, shards
 from unlearn.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,), both int64."""
+    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,), both int64; labels -1 where there are none."""
 
     manifest: shards.Manifest
     rows: np.ndarray
@@ -55,7 +58,7 @@ def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -
 
     Raises ConfigError for a class, id or subject that the shards do not have, and for an empty set.
     """
-    return _select([_wanted(manifest, rows, what)], seed)[0]
+    return _select([_wanted(manifest, rows, what)], seed)[0][0]
 
 
 def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
@@ -64,49 +67,104 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
     A config without `retain` and `proxy` retains every row that is not forgotten. Each shard is opened once at most.
     Raises ConfigError on an overlap.
     """
-    manifest = shards.load(data.train)
+    manifest = shards.load(data.train, data.split)
     wanted: dict[str, _Wanted] = {}
     if data.forget is not None:
         wanted["forget"] = _wanted(manifest, data.forget, "forget")
     if data.proxy is not None:
-        other = shards.load(data.proxy_data) if data.proxy_data not in (None, data.train) else manifest
+        same = (data.proxy_data or data.train, data.proxy_split or data.split) == (data.train, data.split)
+        other = manifest if same else shards.load(data.proxy_data or data.train, data.proxy_split)
+        _no_foreign_number(data.proxy, other, manifest)
         wanted["retain"] = _wanted(other, data.proxy, "proxy")
     else:
         wanted["retain"] = _wanted(manifest, data.retain or config.Rows(), "retain")
-    found = dict(zip(wanted, _select(list(wanted.values()), seed), strict=True))
+    if "forget" in wanted and all("id" in one.manifest.columns for one in wanted.values()):
+        for one in wanted.values():  # to find an image that stands twice
+            one.columns.add("id")
+    chosen = _select(list(wanted.values()), seed)
+    found = {name: rows for name, (rows, _) in zip(wanted, chosen, strict=True)}
+    ids = {name: held for name, (_, held) in zip(wanted, chosen, strict=True)}
     if data.forget is not None and data.proxy is None and data.retain is None:
         every = found["retain"]
         keep = ~np.isin(every.rows, found["forget"].rows)
         if not keep.any():
             raise ConfigError("data.forget selects every image: nothing is left to retain; give data.retain or data.proxy")
         found["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
+        ids["retain"] = ids["retain"].filter(pa.array(keep)) if ids["retain"] is not None else None
     _no_overlap(found)
+    if "forget" in found:
+        found["retain"] = _without_forgotten(found, ids)
     return found
+
+
+def _without_forgotten(found: dict[str, RowSet], ids: dict[str, pa.ChunkedArray | None]) -> RowSet:
+    """The retain set without images that stand in the forget set too, under another row number: by their id, or their bytes."""
+    forget, retain = found["forget"], found["retain"]
+    twice = np.zeros(len(retain), bool)
+    if ids["forget"] is not None and ids["retain"] is not None:
+        twice = pc.is_in(ids["retain"], ids["forget"].combine_chunks()).to_numpy().astype(bool)
+    by_id = int(twice.sum())
+    twice |= duplicates.in_both((forget.manifest, forget.rows), (retain.manifest, retain.rows))
+    if not twice.any():
+        return retain
+    what = f"{twice.sum()} of {len(retain)} retain images are forget images too ({by_id} by id, {twice.sum() - by_id} by their bytes alone)"
+    if twice.all():
+        log.warning("data: %s: they stay in the retain set, which would be empty without them", what)
+        return retain
+    log.warning("data: %s: they are kept out of the retain set", what)
+    return RowSet(retain.manifest, retain.rows[~twice], retain.labels[~twice])
+
+
+def _no_foreign_number(rows: config.Rows, other: shards.Manifest, train: shards.Manifest) -> None:
+    """Raises ConfigError where a proxy class is given by a number that means another class in `train`."""
+    for number in (c for c in (*(rows.classes or ()), *(rows.exclude_classes or ())) if not isinstance(c, str)):
+        if other.classes and train.classes and other.class_name(number) != train.class_name(number):
+            raise ConfigError(
+                f"data.proxy: label {number} is {other.class_name(number)!r} in {other.uri} and {train.class_name(number)!r} in {train.uri}; "
+                f"give the class by its name"
+            )
 
 
 def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
     """Checks the conditions against the manifest; reads no shard. Raises ConfigError."""
-    spans = np.array([manifest.shards[s].row_groups[g].labels for s, g in manifest.groups]).reshape(-1, 2)
-    span = (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, -1)
-    labels = None if rows.classes is None else {_label(manifest, span, c, f"data.{what}.classes") for c in rows.classes}
-    unwanted = {_label(manifest, span, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
-    columns = {"label"}
+    held = _spans(manifest)
+    span = _span(held)
+    if "label" not in manifest.columns and (rows.classes is not None or rows.exclude_classes is not None or rows.per_class is not None):
+        raise ConfigError(f"data.{what}: the shards at {manifest.uri} have no labels; choose rows by ids or subjects")
+    labels = None if rows.classes is None else {classes.label(manifest, span, c, f"data.{what}.classes") for c in rows.classes}
+    unwanted = {classes.label(manifest, span, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
+    columns = {"label"} & set(manifest.columns)
     if rows.ids is not None and "id" in manifest.columns:
         columns.add("id")
     if rows.subjects is not None:
         if "subject" not in manifest.columns:
             raise ConfigError(f"data.{what}.subjects: the shards at {manifest.uri} have no column `subject`")
         columns.add("subject")
-    groups = np.arange(len(spans))
+    groups = np.flatnonzero(np.diff(manifest.starts))
     if labels is not None:  # only row groups whose label range can hold one of the labels
         ordered = np.array(sorted(labels))
-        low, high = np.searchsorted(ordered, spans[:, 0]), np.searchsorted(ordered, spans[:, 1], side="right")
+        low, high = np.searchsorted(ordered, held[:, 0]), np.searchsorted(ordered, held[:, 1], side="right")
         groups = groups[low < high]
     return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()))
 
 
-def _select(wanted: list[_Wanted], seed: int) -> list[RowSet]:
-    """One RowSet for each; what several of them want of one manifest is read together."""
+def label(manifest: shards.Manifest, value: int | str, where: str) -> int:
+    """The label of a class by its name or label. Raises ConfigError where there is no such class, or several."""
+    return classes.label(manifest, _span(_spans(manifest)), value, where)
+
+
+def _spans(manifest: shards.Manifest) -> np.ndarray:
+    """(n, 2): the smallest and the largest label of each row group that has rows."""
+    spans = np.array([manifest.shards[s].row_groups[g].labels for s, g in manifest.groups]).reshape(-1, 2)
+    return spans[np.diff(manifest.starts) > 0].astype(np.int64)
+
+
+def _span(spans: np.ndarray) -> tuple[int, int]:
+    return (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, -1)
+
+
+def _select(wanted: list[_Wanted], seed: int) -> list[tuple[RowSet, pa.ChunkedArray | None]]:
+    """(rows, their ids where the set wants that column) for each; what several of them want of one manifest is read together."""
     columns: dict[int, set[str]] = {}
     groups: dict[int, set[int]] = {}
     for one in wanted:
@@ -117,9 +175,11 @@ def _select(wanted: list[_Wanted], seed: int) -> list[RowSet]:
     return [_chosen(one, tables[id(one.manifest)], seed) for one in wanted]
 
 
-def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> RowSet:
+def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.ChunkedArray | None]:
     """The rows of a table that meet the conditions; it may hold rows of other labels, and more columns."""
     rows, what = wanted.conditions, wanted.what
+    if "label" not in table.column_names:
+        table = table.append_column("label", pa.array(np.full(len(table), -1)))
     if rows.ids is not None:
         table = table.append_column("key", pa.array(identity(wanted.manifest, table), pa.string()))
     table = _only(table, "label", wanted.labels, None)
@@ -131,13 +191,14 @@ def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> RowSet:
     if rows.per_class is not None:
         keep = [_draw(np.flatnonzero(labels == c), rows.per_class, seed, int(c)) for c in np.unique(labels)]
         kept = np.sort(np.concatenate(keep)) if keep else np.arange(0)
-        chosen, labels = chosen[kept], labels[kept]
+        table, chosen, labels = table.take(kept), chosen[kept], labels[kept]
     if rows.limit is not None:
         kept = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
-        chosen, labels = chosen[kept], labels[kept]
+        table, chosen, labels = table.take(kept), chosen[kept], labels[kept]
     if not len(chosen):
         raise ConfigError(f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions")
-    return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64))
+    ids = table["id"] if "id" in wanted.columns else None
+    return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64)), ids
 
 
 def identity(manifest: shards.Manifest, table: pa.Table) -> list[str]:
@@ -145,16 +206,16 @@ def identity(manifest: shards.Manifest, table: pa.Table) -> list[str]:
     if "id" in table.column_names:
         return table["id"].to_pylist()
     rows = table["row"].to_numpy()
-    firsts = np.array([manifest.starts[i] for i, (_, g) in enumerate(manifest.groups) if g == 0])
-    which = np.searchsorted(firsts, rows, side="right") - 1
-    return [f"{manifest.shards[s].path}:{row - firsts[s]}" for s, row in zip(which, rows, strict=True)]
+    # A shard may have no row group at all, so the shard of a row is found through its row group, never by counting.
+    firsts = {s: int(manifest.starts[i]) for i, (s, g) in enumerate(manifest.groups) if g == 0}
+    which = [manifest.groups[i][0] for i in manifest.group_of(rows)]
+    return [f"{manifest.shards[s].path}:{row - firsts[s]}" for s, row in zip(which, rows.tolist(), strict=True)]
 
 
 def name_row(manifest: shards.Manifest, row: int) -> str:
     """The id of one row, for messages."""
     group = int(manifest.group_of(np.array([row]))[0])
-    columns = ["id"] if "id" in manifest.columns else ["label"]
-    table = manifest.table(columns, [group])
+    table = manifest.table(["id"] if "id" in manifest.columns else [], [group])
     return identity(manifest, table)[row - int(manifest.starts[group])]
 
 
@@ -168,21 +229,6 @@ def _no_overlap(found: dict[str, RowSet]) -> None:
         raise ConfigError(
             f"data: forget and retain overlap in {len(both)} image(s), for example {names}; an image can only be in one of them"
         )
-
-
-def _label(manifest: shards.Manifest, span: tuple[int, int], value: int | str, where: str) -> int:
-    """The label of a class by its name or label. span: the smallest and the largest label there are."""
-    if isinstance(value, str):
-        if value not in manifest.classes:
-            raise ConfigError(f"{where}: no class {value!r} in {manifest.uri}; it has {_some(manifest.classes)}")
-        return manifest.classes.index(value)
-    if not span[0] <= value <= span[1]:
-        raise ConfigError(f"{where}: no class {value} in {manifest.uri}; labels run from {span[0]} to {span[1]}")
-    return value
-
-
-def _some(names: list[str]) -> str:
-    return ("labels without names: use numbers" if not names else ", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
 
 
 def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
@@ -210,8 +256,8 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 
 
 def describe(found: dict[str, RowSet]) -> dict[str, dict]:
-    """Counts by set, for logs and reports: no id and no image."""
+    """Counts and classes (by name where they have one) of each set, for logs and reports: no id and no image."""
     return {
-        name: {"images": len(s), "classes": [int(c) for c in np.unique(s.labels)], "manifest": s.manifest.hash}
+        name: {"images": len(s), "classes": [s.manifest.class_name(int(c)) for c in np.unique(s.labels) if c >= 0], "manifest": s.manifest.hash}
         for name, s in found.items()
     }

@@ -1,16 +1,15 @@
 """Parquet shards and their manifest.
 
-A shard is Parquet as image data sets on hubs have it: `image` (struct<bytes, path> or binary), `label` (integer), and
-optionally `id` and `subject` (strings). `manifest.json` beside the shards lists every row group with its rows, bytes,
-label range and checksum. Rows are numbered through all shards, in the manifest's order.
+A shard is Parquet as image data sets on hubs have it: `image` (struct<bytes, path> or binary), `label` (whole numbers or
+text), and optionally `id` and `subject`; `columns.py` says what else is understood. `manifest.json` beside the shards lists
+every row group with its rows, bytes, label range and checksums. A folder with several splits has a manifest for each.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from functools import cached_property
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,234 +17,270 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from unlearn.data import classes as class_lists
+from unlearn.data import columns as roles
+from unlearn.data import duplicates
+from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard, extent, opened, parquet, short
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
+__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "load",
+           "look", "parquet", "save", "split_of"]  # fmt: skip
+
 MANIFEST = "manifest.json"
-READERS = 8  # files that are read at the same time for their labels and ids
-SCHEMA = pa.schema(
-    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "id": pa.string(), "subject": pa.string()}
-)
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """One row group: its rows, its bytes in the file, the smallest and largest label, sha256 of those bytes."""
+class Described:
+    """What is to be known of one shard before those beside it are known.
 
-    rows: int
-    offset: int
-    bytes: int
-    labels: tuple[int, int]
-    sha256: str
+    columns: {role: column}. classes: names of its labels, or [] where they are numbers without names. text: whether its labels
+    are those names themselves. labels: the labels of each row group, once each. images: checksum of each image.
+    """
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One Parquet file; `sha256` is of the whole file."""
-
-    path: str
-    bytes: int
-    sha256: str
-    row_groups: list[RowGroup]
-
-
-Described = tuple[Shard, list[str], list[str]]  # a shard, the columns it has, the class names that its schema carries
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a folder of shards holds. classes: name of label i, or empty where the names are not known."""
-
-    uri: str
-    columns: list[str]
+    shard: Shard
+    columns: dict[str, str]
     classes: list[str]
-    shards: list[Shard]
-
-    @cached_property
-    def groups(self) -> list[tuple[int, int]]:
-        """(shard, row group within it) of every row group."""
-        return [(s, g) for s, shard in enumerate(self.shards) for g in range(len(shard.row_groups))]
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Number of the first row of every row group, and at the end the number of rows."""
-        return np.cumsum([0, *(self.shards[s].row_groups[g].rows for s, g in self.groups)])
-
-    @property
-    def rows(self) -> int:
-        return int(self.starts[-1])
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 of the content, wherever it is stored."""
-        content = {k: v for k, v in asdict(self).items() if k != "uri"}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def group_of(self, rows: np.ndarray) -> np.ndarray:
-        """The row group of each row."""
-        return np.searchsorted(self.starts, rows, side="right") - 1
-
-    def read(self, group: int, columns: list[str]) -> pa.Table:
-        """Columns of one row group. Raises DataError where the shard is not what the manifest says."""
-        s, g = self.groups[group]
-        return self._read(s, [g], columns)
-
-    def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
-        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
-
-        Every file is opened once, several at a time. Raises DataError where a shard is not what the manifest says.
-        """
-        groups = range(len(self.groups)) if groups is None else list(groups)
-        wanted: dict[int, list[int]] = {}  # shard -> its row groups
-        for s, g in (self.groups[group] for group in groups):
-            wanted.setdefault(s, []).append(g)
-        if not wanted:
-            return pa.schema([*(SCHEMA.field(name) for name in columns), pa.field("row", pa.int64())]).empty_table()
-        with ThreadPoolExecutor(READERS) as pool:
-            tables = dict(zip(wanted, pool.map(lambda s: self._read(s, wanted[s], columns), wanted), strict=True))
-        parts, taken = [], dict.fromkeys(wanted, 0)
-        for group in groups:  # in the order that is asked for, which may go to and fro between files
-            s, g = self.groups[group]
-            rows = self.shards[s].row_groups[g].rows
-            numbers = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
-            parts.append(tables[s].slice(taken[s], rows).append_column("row", numbers))
-            taken[s] += rows
-        return pa.concat_tables(parts, promote_options="permissive")
-
-    def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
-        """Columns of these row groups of one shard, in this order."""
-        shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
-        with parquet(Storage(self.uri), shard.path) as file:
-            known = shard.row_groups
-            if file.num_row_groups != len(known) or any(file.metadata.row_group(g).num_rows != known[g].rows for g in groups):
-                raise DataError(f"{where}: not the file of the manifest; run `unlearn shards verify {self.uri}`")
-            try:
-                return file.read_row_groups(groups, columns=columns)
-            except (pa.ArrowException, OSError) as e:
-                error = e
-            for g in groups:
-                try:
-                    file.read_row_group(g, columns=columns)
-                except (pa.ArrowException, OSError) as e:
-                    raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
-        raise DataError(f"{where}: unreadable ({_short(error)}); try again") from None
-
-    def __getstate__(self) -> dict:
-        """What is pickled: not what is quickly computed again."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("groups", "starts")}
+    text: bool
+    labels: list[np.ndarray]
+    images: np.ndarray
 
 
 def images(table: pa.Table) -> Iterator[memoryview]:
     """The encoded images of a table read with column `image`; an empty view where the image is null."""
     for chunk in table.column("image").chunks:
-        column = chunk.field("bytes") if pa.types.is_struct(chunk.type) else chunk
-        for value in column:
+        for value in roles.encoded(chunk):
             buffer = value.as_buffer() if value.is_valid else None
             yield memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
 
 
-def load(uri: str) -> Manifest:
-    """Read a manifest. Raises DataError, StorageError."""
+def load(uri: str, split: str | None = None) -> Manifest:
+    """Read the manifest of a folder, or of one split of it. Raises DataError, StorageError."""
     storage = Storage(uri)
-    if not storage.is_file(MANIFEST):
+    if split is None and not storage.is_file(MANIFEST):
+        there = [n[len("manifest-") : -len(".json")] for n in storage.files() if re.fullmatch(r"manifest-[\w.-]+\.json", n)]
+        if len(there) > 1:
+            raise DataError(f"{uri}: holds several splits: {', '.join(there)}; say which with `split`")
+        split = there[0] if there else None
+    name = manifest_name(split)
+    if not storage.is_file(name):
+        option = f" --split {split}" if split else ""
         raise DataError(
-            f"{uri}: no {MANIFEST} there. Shards you already have: `unlearn shards index {uri}`; images: `unlearn shards build SRC {uri}`"
+            f"{uri}: no {name} there. Shards you already have: `unlearn shards index {uri}{option}`; "
+            f"images: `unlearn shards build SRC {uri}`"
         )
+    data = storage.read(name)
+    if not _is_ours(data):
+        raise DataError(f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`")
     try:
-        tree = json.loads(storage.read(MANIFEST))
+        tree = json.loads(data)
         shards = [
             Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
             for s in tree["shards"]
         ]
-        manifest = Manifest(storage.uri, tree["columns"], tree["classes"], shards)
-        if tree["hash"] != manifest.hash:
+        known = Manifest(storage.uri, tree["columns"], tree["classes"], shards, tree.get("names", {}), tree.get("images", ""), split)
+        if outside := [s.path for s in shards if s.path.startswith("/") or ".." in s.path.split("/")]:
+            raise ValueError(f"{outside[0]!r} leads out of the folder")
+        if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
-        return manifest
-    except (ValueError, KeyError, TypeError) as e:
-        raise DataError(f"{uri}/{MANIFEST} is damaged ({_short(e)}): make it anew with `unlearn shards index {uri}`") from None
+        return known
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise DataError(f"{uri}/{name} is damaged ({short(e)}): make it anew with `unlearn shards index {uri}`") from None
 
 
-def index(uri: str) -> Manifest:
-    """Make the manifest of shards that are already there, and write it. Nothing is converted."""
+def index(
+    uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
+) -> Manifest:  # fmt: skip
+    """Make the manifest of shards that are already there, and write it. Nothing is converted; every page is read once.
+
+    split: take only the files of that split. columns: {role: column} where a column has a name of its own. classes: names
+    of the labels 0, 1, ...; by default those that the shards carry, or the manifest before this one.
+    Raises DataError for shards that cannot be used, and where a manifest.json of another program stands.
+    """
     storage = Storage(uri)
-    names = [n for n in storage.files() if n.endswith(".parquet")]
-    if not names:
-        raise DataError(f"{uri}: no .parquet file there")
+    name = manifest_name(split)
+    if storage.is_file(name) and not _is_ours(storage.read(name)):
+        raise DataError(f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own")
+    found, checksums = look(uri, split, columns, classes)
+    return save(found, checksums)
+
+
+def find(uri: str, split: str | None = None) -> Manifest:
+    """The manifest of a folder, or, where it has none, what its shards are found to hold; nothing is written."""
+    storage = Storage(uri)
+    names = [n for n in storage.files() if re.fullmatch(r"manifest(-[\w.-]+)?\.json", n) and _is_ours(storage.read(n))]
+    wanted = manifest_name(split)
+    if wanted in names or (split is None and names):
+        return load(uri, split)
+    return look(uri, split)[0]
+
+
+def look(
+    uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
+) -> tuple[Manifest, np.ndarray]:  # fmt: skip
+    """(manifest of the shards that are there, checksum of each image); arguments and errors are those of `index`."""
+    storage = Storage(uri)
+    names = _of_split(storage, split)
+    try:
+        before = load(uri, split)
+    except DataError:
+        before = None
+    given = columns or (before.names if before else {})
     described = []
     for name in names:
         with local_copy(storage.where(name)) as path:
-            described.append(describe(path, name, storage.where(name)))
-    manifest = collect(storage.uri, described)
-    save(manifest)
+            described.append(describe(path, name, storage.where(name), given))
+    if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
+        if not any(d.classes for d in described):
+            classes = before.classes  # earlier versions wrote the names in the manifest alone
+    found, checksums = collect(storage.uri, described, classes)
+    return replace(found, split=split), checksums
+
+
+def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> tuple[Manifest, np.ndarray]:
+    """(manifest of shards that `describe` has described, checksum of each image). classes: instead of the shards' own names.
+
+    Raises DataError where files of one folder contradict each other.
+    """
+    for role in roles.ROLES:
+        called = {d.columns[role]: d.shard.path for d in described if role in d.columns}
+        if len(called) > 1:
+            (one, first), (other, second) = list(called.items())[:2]
+            raise DataError(f"{uri}: the {role} is column `{one}` of {first} and `{other}` of {second}: write them alike, or index them apart")
+    columns = [role for role in roles.ROLES if all(role in d.columns for d in described)]
+    filled = [d for d in described if len(d.images)]
+    if "label" not in columns and any("label" in d.columns for d in filled):
+        lacking = next(d for d in filled if "label" not in d.columns)
+        raise DataError(f"{uri}/{lacking.shard.path}: has no label, and files beside it have: write them alike, or index them apart")
+    names = {role: d.columns[role] for d in described for role in columns if d.columns[role] != role}
+    classes = classes or None
+    lists = {f"{uri}/{d.shard.path}": d.classes if classes is None or d.text else classes for d in filled}
+    common = class_lists.common(lists, any(d.text for d in filled), classes)
+    shards = []
+    for d in described:
+        own = class_lists.mapping(lists.get(f"{uri}/{d.shard.path}", []), common)
+        spans = [_span(found, own) for found in d.labels]
+        groups = [replace(group, labels=span) for group, span in zip(d.shard.row_groups, spans, strict=True)]
+        same = d.text or own == list(range(len(own)))
+        shards.append(replace(d.shard, row_groups=groups, labels=[] if same else own))
+    checksums = np.concatenate([d.images for d in described]) if described else np.empty(0, np.uint64)
+    return Manifest(uri, columns, common, shards, names), checksums
+
+
+def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
+    """Write the manifest beside the shards, and the checksums of their images; the manifest as it is written."""
+    storage = Storage(manifest.uri)
+    if checksums is not None:
+        manifest = replace(manifest, images=duplicates.write(storage, manifest.split, checksums))
+    storage.write(manifest_name(manifest.split), json.dumps(manifest.tree() | {"hash": manifest.hash}, indent=1).encode())
     return manifest
 
 
-def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> Manifest:
-    """The manifest of shards that `describe` has described; classes: instead of the names that the shards carry."""
-    columns = [c for c in SCHEMA.names if all(c in has for _, has, _ in described)]
-    classes = next((names for _, _, names in described if names), []) if classes is None else classes
-    return Manifest(uri, columns, classes, [shard for shard, _, _ in described])
-
-
-def save(manifest: Manifest) -> None:
-    """Write manifest.json beside the shards."""
-    tree = {k: v for k, v in asdict(manifest).items() if k != "uri"} | {"hash": manifest.hash}
-    Storage(manifest.uri).write(MANIFEST, json.dumps(tree, indent=1).encode())
-
-
-def parquet(storage: Storage, name: str) -> pq.ParquetFile:
-    """Open a shard. Raises DataError where it is not Parquet."""
-    return _parquet(storage.open(name), storage.where(name), pre_buffer=not storage.is_local())
-
-
-def describe(path: Path, name: str, where: str) -> Described:
-    """What the manifest is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError."""
-    with told(where), pa.memory_map(str(path)) as file, _parquet(file, where) as parquet, open(path, "rb") as whole:
+def describe(path: Path, name: str, where: str, given: dict[str, str] | None = None) -> Described:
+    """What there is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError."""
+    with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
-        image = schema.field("image").type if "image" in schema.names else None
-        if image is None or not (pa.types.is_binary(image) or pa.types.is_large_binary(image) or pa.types.is_struct(image)):
-            raise DataError(f"{where}: needs a column `image` (binary, or struct with `bytes`); found {schema.names}")
-        if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
-            raise DataError(f"{where}: needs an integer column `label`; found {schema.names}")
-        groups = [_describe_group(parquet, file, g, where) for g in range(parquet.num_row_groups)]
-        shard = Shard(name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), groups)
-    return shard, [c for c in SCHEMA.names if c in schema.names], _class_names(schema)
+        try:
+            columns = roles.find(parquet, name, given or {}, where)
+        except (pa.ArrowException, OSError) as e:
+            raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
+        found = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]
+        shard = Shard(name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, _, _ in found])
+    labels = [values for _, values, _ in found]
+    text = any(values.dtype.kind == "O" for values in labels)
+    if text:
+        classes = class_lists.ordered({str(value) for values in labels for value in values})
+        place = {value: i for i, value in enumerate(classes)}
+        labels = [np.array([place[value] for value in values], np.int64) for values in labels]
+    else:
+        classes = roles.class_names(schema, columns["label"]) if columns.get("label") in schema.names else []
+    return Described(shard, columns, classes, text, labels, np.concatenate([np.empty(0, np.uint64), *(sums for *_, sums in found)]))
 
 
-def _parquet(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.ParquetFile:
+def _describe_group(
+    parquet: pq.ParquetFile, file: pa.NativeFile, g: int, columns: dict[str, str], name: str, where: str
+) -> tuple[RowGroup, np.ndarray, np.ndarray]:  # fmt: skip
+    """(row group with labels still unknown, its labels once each, checksum of each image)."""
+    rows, offset, size = extent(parquet, g)
+    at = f"{where}, row group {g}"
+    inside = [column for column in columns.values() if column in parquet.schema_arrow.names]
     try:
-        return pq.ParquetFile(file, pre_buffer=pre_buffer)
+        table = parquet.read_row_group(g, columns=inside)
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{where}: truncated, or not Parquet ({_short(e)}); restore the shard") from None
-
-
-def _describe_group(parquet: pq.ParquetFile, file: pa.NativeFile, g: int, where: str) -> RowGroup:
-    meta = parquet.metadata.row_group(g)
-    chunks = [meta.column(c) for c in range(meta.num_columns)]
-    offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
-    size = sum(c.total_compressed_size for c in chunks)
-    try:
-        column = parquet.read_row_group(g, columns=["label"])["label"]
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{where}, row group {g}: unreadable ({_short(e)}); restore the shard") from None
-    if column.null_count:
-        raise DataError(f"{where}: {column.null_count} row(s) of row group {g} have no label; give every row one")
-    labels = pc.min_max(column).as_py()
+        raise DataError(f"{at}: unreadable ({short(e)}); restore the shard") from None
+    found = {
+        role: roles.values(table[column] if column in inside else roles.of_path(name, column, role, rows, where), role, at)
+        for role, column in columns.items()
+    }
+    labels = np.empty(0, np.int64)
+    if "label" in found:
+        labels = pc.unique(found["label"]).to_numpy(zero_copy_only=False)
+        if labels.dtype != object and len(labels) and labels.min() < 0:
+            raise DataError(
+                f"{at}: label {labels.min()}, and labels are 0 or more. Rows of a test split without labels are often marked so: "
+                f"leave that file out, choose a split with --split, or go without labels (--label-column {roles.NONE})"
+            )
+    if found.get("id") is not None and found["id"].null_count:
+        raise DataError(f"{at}: {found['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}")
     file.seek(offset)
     digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
-    return RowGroup(meta.num_rows, offset, size, (labels["min"], labels["max"]), digest)
+    checks = {role: roles.checksum(column.chunks) for role, column in found.items()}
+    sums = np.array([duplicates.checksum(image) for image in images(pa.table({"image": found["image"]}))], np.uint64)
+    return RowGroup(rows, offset, size, (0, -1), digest, checks), labels, sums
 
 
-def _class_names(schema: pa.Schema) -> list[str]:
-    """Names in the metadata that Hugging Face's `datasets` writes for a ClassLabel."""
-    text = (schema.metadata or {}).get(b"huggingface")
-    if not text:
-        return []
+def _span(labels: np.ndarray, own: list[int]) -> tuple[int, int]:
+    """The smallest and the largest label of a row group, as the folder has them."""
+    mapped = [own[label] if label < len(own) else int(label) for label in labels.tolist()]
+    return (min(mapped), max(mapped)) if mapped else (0, -1)
+
+
+def manifest_name(split: str | None) -> str:
+    if split is not None and not re.fullmatch(r"[\w.-]+", split):
+        raise DataError(f"{split!r} is no name of a split")
+    return f"manifest-{split}.json" if split else MANIFEST
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file belongs to by its name (`train-00000-of-00002.parquet`) or its folder (`train/`, `split=train/`)."""
+    *folders, file = name.split("/")
+    if hub := re.match(r"(.+)-\d{5,}-of-\d{5,}", file):
+        return hub[1]
+    first = re.split(r"[-_.]", file)[0].lower()
+    inner = next((f.removeprefix("split=") for f in reversed(folders) if f.lower().removeprefix("split=") in SPLITS), None)
+    return inner or (first if first in SPLITS else None)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file is data: Parquet by its suffix, and not hidden or temporary by the name of a part of its path."""
+    parts = name.split("/")
+    return parts[-1].lower().endswith((".parquet", ".pq")) and not any(part.startswith((".", "_")) for part in parts)
+
+
+def _of_split(storage: Storage, split: str | None) -> list[str]:
+    names = [n for n in storage.files() if is_shard(n)]
+    if not names:
+        raise DataError(f"{storage.uri}: no .parquet file there")
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{storage.uri}: the name of a file is not UTF-8: {name.encode(errors='replace').decode()}; rename it") from None
+    there = sorted({split_of(n) or "(none)" for n in names})
+    if split is not None:
+        if split not in there:
+            raise DataError(f"{storage.uri}: no files of a split {split}; there are {', '.join(there)}")
+        return [n for n in names if split_of(n) == split]
+    if len(there) > 1:
+        raise DataError(f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of one split")
+    return names
+
+
+def _is_ours(data: bytes) -> bool:
+    """Whether a manifest is of this program, whole or damaged. An empty file is: it can be written over."""
     try:
-        return json.loads(text)["info"]["features"]["label"]["names"]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]
+        tree = json.loads(data or b'{"shards": 0, "columns": 0}')
+        return isinstance(tree, dict) and "shards" in tree and "columns" in tree
+    except (ValueError, RecursionError):
+        return data.lstrip().startswith(b'{\n "columns": [')

@@ -108,5 +108,4 @@ class Comparison:
         """The class of each row of the picture grid."""
         kept, _ = self.pixels(name, self.picture_rows(name))
         rows = self.sets[name]
-        names, numbers = rows.manifest.classes, rows.labels[kept].tolist()
-        return [names[label] if label < len(names) else f"class {label}" for label in numbers]
+        return [rows.manifest.class_name(label) for label in rows.labels[kept].tolist()]

@@ -1,0 +1,238 @@
+"""What a folder of shards holds: its row groups, their checksums, and reading them.
+
+Rows are numbered through all shards, in the manifest's order.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from unlearn.data import columns as roles
+from unlearn.data.storage import Storage
+from unlearn.errors import DataError
+
+READERS = 8  # files that are read at the same time for their labels and ids
+SCHEMA = pa.schema(
+    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "id": pa.string(), "subject": pa.string()}
+)
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """One row group: its rows, its bytes in the file, the smallest and largest label ((0, -1) without rows), sha256 of those bytes.
+
+    checks: checksum of the values of each column as `columns.checksum` gives it; none in older manifests.
+    """
+
+    rows: int
+    offset: int
+    bytes: int
+    labels: tuple[int, int]
+    sha256: str
+    checks: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One Parquet file; `sha256` is of the whole file. labels: the folder's label for each of the file's; empty: they are the same."""
+
+    path: str
+    bytes: int
+    sha256: str
+    row_groups: list[RowGroup]
+    labels: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds. columns: the roles that its columns fill; classes: name of label i, or empty where the
+    names are not known; names: {role: column} where a column is not called as its role.
+
+    images: sha256 of the file of image checksums (see duplicates.py). split: the part of the folder that this is, if not all.
+    """
+
+    uri: str
+    columns: list[str]
+    classes: list[str]
+    shards: list[Shard]
+    names: dict[str, str] = field(default_factory=dict)
+    images: str = ""
+    split: str | None = None
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """(shard, row group within it) of every row group."""
+        return [(s, g) for s, shard in enumerate(self.shards) for g in range(len(shard.row_groups))]
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Number of the first row of every row group, and at the end the number of rows."""
+        return np.cumsum([0, *(self.shards[s].row_groups[g].rows for s, g in self.groups)])
+
+    @property
+    def rows(self) -> int:
+        return int(self.starts[-1])
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 of the content, wherever it is stored. What a manifest may lack counts only where it is there."""
+        content = self.tree()
+        content.pop("images", None)
+        for shard in content["shards"]:
+            for group in shard["row_groups"]:
+                group.pop("checks", None)
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def tree(self) -> dict:
+        """As plain values, without its place and what is empty by default."""
+        tree = {key: value for key, value in asdict(self).items() if key not in ("uri", "split")}
+        for part, keys in [(tree, ("names", "images")), *((s, ("labels",)) for s in tree["shards"]),
+                           *((g, ("checks",)) for s in tree["shards"] for g in s["row_groups"])]:  # fmt: skip
+            for key in keys:
+                if not part[key]:
+                    del part[key]
+        return tree
+
+    def group_of(self, rows: np.ndarray) -> np.ndarray:
+        """The row group of each row."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    @cached_property
+    def repeated(self) -> Counter:
+        """How often each class name stands in the list, where more than once."""
+        return Counter({name: count for name, count in Counter(self.classes).items() if count > 1})
+
+    def class_name(self, label: int) -> str:
+        """The name of a class, with its label where another has the same name; `class LABEL` where it has none."""
+        if not 0 <= label < len(self.classes):
+            return f"class {label}"
+        name = self.classes[label]
+        return f"{name} ({label})" if name in self.repeated else name
+
+    def read(self, group: int, columns: list[str]) -> pa.Table:
+        """Columns of one row group. Raises DataError where the shard is not what the manifest says."""
+        s, g = self.groups[group]
+        return self._read(s, [g], columns)
+
+    def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
+        """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
+
+        Every file is opened once, several at a time. Raises DataError where a shard is not what the manifest says.
+        """
+        groups = range(len(self.groups)) if groups is None else list(groups)
+        wanted: dict[int, list[int]] = {}  # shard -> its row groups
+        for s, g in (self.groups[group] for group in groups):
+            wanted.setdefault(s, []).append(g)
+        if not wanted:
+            return pa.schema([*(SCHEMA.field(name) for name in columns), pa.field("row", pa.int64())]).empty_table()
+        if not columns:
+            numbers = np.concatenate([np.arange(self.starts[group], self.starts[group + 1]) for group in groups])
+            return pa.table({"row": numbers})
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = dict(zip(wanted, pool.map(lambda s: self._read(s, wanted[s], columns), wanted), strict=True))
+        parts, taken = [], dict.fromkeys(wanted, 0)
+        for group in groups:  # in the order that is asked for, which may go to and fro between files
+            s, g = self.groups[group]
+            rows = self.shards[s].row_groups[g].rows
+            numbers = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
+            parts.append(tables[s].slice(taken[s], rows).append_column("row", numbers))
+            taken[s] += rows
+        return pa.concat_tables(parts, promote_options="permissive")
+
+    def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
+        """Columns of these row groups of one shard, in this order, checked against the manifest."""
+        shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
+        with parquet(Storage(self.uri), shard.path) as file:
+            known = shard.row_groups
+            for g in groups:
+                if file.num_row_groups != len(known) or extent(file, g) != (known[g].rows, known[g].offset, known[g].bytes):
+                    raise DataError(f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify {self.uri}`")
+            stored = {role: self.names.get(role, role) for role in columns}
+            inside = [column for column in stored.values() if column in file.schema_arrow.names]
+            table = _rows(file, groups, inside, where)
+        found = {}
+        for role, column in stored.items():
+            if column in inside:
+                found[role] = table[column]
+            else:
+                found[role] = roles.of_path(shard.path, column, role, sum(known[g].rows for g in groups), where)
+            if role != "image":
+                found[role] = roles.values(found[role], role, where)
+        first = 0
+        for g in groups:
+            for role, column in found.items():
+                part = column.slice(first, known[g].rows).chunks
+                part = [roles.encoded(chunk) for chunk in part] if role == "image" else part
+                if role in known[g].checks and roles.checksum(part) != known[g].checks[role]:
+                    raise DataError(
+                        f"{where}, row group {g}: the {role}s are not those of the manifest: the shard was replaced or is damaged; "
+                        f"restore it, or make the manifest anew with `unlearn shards index {self.uri}`"
+                    )
+            first += known[g].rows
+        if "label" in found:
+            found["label"] = self._own(shard, found["label"], where)
+        return pa.table(found)
+
+    def _own(self, shard: Shard, labels: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+        """The folder's labels for those of a file."""
+        if pa.types.is_string(labels.type):
+            labels = pc.index_in(labels, pa.array(self.classes, pa.string())).cast(pa.int64())
+        elif shard.labels:
+            own = pa.array(shard.labels, pa.int64())
+            inside = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(own)))
+            labels = pc.take(own, pc.if_else(inside, labels, None))
+        if labels.null_count:
+            raise DataError(f"{where}: a label that the manifest does not know; run `unlearn shards index {self.uri}`")
+        return labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels])
+
+    def __getstate__(self) -> dict:
+        """What is pickled: not what is quickly computed again."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("groups", "starts", "repeated")}
+
+
+def parquet(storage: Storage, name: str) -> pq.ParquetFile:
+    """Open a shard. Raises DataError where it is not Parquet."""
+    return opened(storage.open(name), storage.where(name), pre_buffer=not storage.is_local())
+
+
+def opened(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(file, pre_buffer=pre_buffer)
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{where}: truncated, or not Parquet ({short(e)}); restore the shard") from None
+
+
+def extent(file: pq.ParquetFile, g: int) -> tuple[int, int, int]:
+    """(rows, offset, bytes) of a row group, as the file's footer has them."""
+    meta = file.metadata.row_group(g)
+    chunks = [meta.column(c) for c in range(meta.num_columns)]
+    # A column chunk that holds no dictionary says so with None, and some writers with 0.
+    offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
+    return meta.num_rows, offset, sum(c.total_compressed_size for c in chunks)
+
+
+def _rows(file: pq.ParquetFile, groups: list[int], columns: list[str], where: str) -> pa.Table:
+    """Columns of these row groups. Raises DataError that names the first one that cannot be read."""
+    try:
+        return file.read_row_groups(groups, columns=columns)
+    except (pa.ArrowException, OSError) as e:
+        error = e
+    for g in groups:
+        try:
+            file.read_row_group(g, columns=columns)
+        except (pa.ArrowException, OSError) as e:
+            raise DataError(f"{where}, row group {g}: unreadable ({short(e)}); restore the shard") from None
+    raise DataError(f"{where}: unreadable ({short(error)}); try again") from None
+
+
+def short(error: Exception) -> str:
+    return " ".join(str(error).split())[:120]
