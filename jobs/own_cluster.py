@@ -20,7 +20,7 @@ from unlearn.errors import ClusterError
 # The cluster's folder, for its processes: see jobs/rendezvous.py.
 FOLDER = "UNLEARN_RAY_FOLDER"
 PREFIX, LOCK = "unl-ray-", "owner"
-LONGEST = 24  # characters of the path above it: a socket's path has 107 at most, and Ray adds 83
+LONGEST = 22  # characters of the path above it: a socket's path has 107 at most, and Ray adds 85 with ours
 
 
 @contextlib.contextmanager
@@ -45,8 +45,10 @@ def _environment(folder: Path) -> dict[str, str]:
     """What Ray's processes inherit. The token is in no file, on no command line, and in no runtime environment, which Ray logs."""
     loopback = _loopback()
     return {
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_DISABLE_IMPORT_WARNING": "1",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, FOLDER: str(folder),
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, FOLDER: str(folder), "RAY_DISABLE_IMPORT_WARNING": "1",
+        # Ray sets these and leaves them behind.
+        "RAY_USAGE_STATS_ENABLED": "0", "PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT", ""),
     }  # fmt: skip
 
 

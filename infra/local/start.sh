@@ -50,7 +50,8 @@ chmod 700 "$temporary"
 
 # A tenth of the memory, at most 4 GiB: images go from Parquet to the workers past Ray's object store.
 store=$(awk '/^MemTotal/ {b = $2 * 1024 / 10; printf "%.0f", (b < 4 * 2^30) ? b : 4 * 2^30}' /proc/meminfo)
-settings=(--block --disable-usage-stats --temp-dir "$temporary/ray" --object-store-memory "$store")
+# The agent that starts jobs has a fixed port in Ray, and is silently without one where another cluster on this machine has it.
+settings=(--block --disable-usage-stats --temp-dir "$temporary/ray" --object-store-memory "$store" --dashboard-agent-listen-port 0)
 if [ -n "$join" ]; then
     settings+=(--address "$join")
 else

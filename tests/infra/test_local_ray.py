@@ -73,8 +73,8 @@ def local_ray(tmp_path):
 
 def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local_ray):
     run, home, temporary = local_ray
-    port, dashboard, *others = map(str, free_ports(9))
-    names = ["ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port",
+    port, dashboard, *others = map(str, free_ports(8))
+    names = ["ray-client-server-port", "dashboard-agent-grpc-port", "metrics-export-port",
              "runtime-env-agent-port", "node-manager-port", "object-manager-port"]  # fmt: skip
     options = [f"--{name}={value}" for name, value in zip(names, others, strict=True)]
     start = ["--port", port, "--dashboard-port", dashboard, *options, "--num-cpus=1"]
