@@ -52,7 +52,8 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         token.read()  # one that cannot be sent makes Ray abort this process
     try:
-        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+        with signals.kept():
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError:
         raise ClusterError(f"{address} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file") from None
     except (ConnectionError, RuntimeError, ValueError) as e:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from unlearn import signals
 from unlearn.errors import ClusterError
 
 # The cluster's folder, for its processes: see jobs/rendezvous.py.
@@ -30,7 +31,7 @@ def started(runtime_env: dict) -> Iterator[None]:
 
     with _folder() as folder, _authenticated(_environment(folder)):
         try:
-            with _loopback_as_it_is():
+            with signals.kept(), _loopback_as_it_is():
                 ray.init(
                     address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=runtime_env,
                     object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,

@@ -5,12 +5,14 @@ A task is a class that is built once in each worker, with the arguments it is gi
 
 import contextlib
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from unlearn import config
+from unlearn import config, signals
+from unlearn import log as logs
 from unlearn.errors import ClusterError, UnlearnError
 
 AHEAD = 4  # pieces that each worker has waiting, so that it works on while the driver computes
@@ -24,8 +26,8 @@ Map = Callable[[Iterable[Any]], Iterator[Any]]
 def pool(task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool) -> Iterator[Map]:
     """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own.
 
-    here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on with fewer workers (cluster.min_workers) is given fewer.
-    The arguments are sent to the cluster once. Raises UnlearnError as the task does, and ClusterError where a worker dies too
+    here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on with
+    fewer workers (cluster.min_workers) is given fewer. The arguments are sent to the cluster once. Raises UnlearnError as the task does, and ClusterError where a worker dies too
     often or the cluster has too little.
     """
     if workers == 1 and (here or not on_cluster(cluster)):
@@ -47,10 +49,11 @@ def pool(task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: co
         kind = ray.remote(
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_restarts=RETRIES, max_task_retries=RETRIES
         )(_Actor)
-        shared = ray.put(arguments)
-        actors = [kind.remote(task, shared) for _ in range(min(workers, room(cluster)))]
+        # In a list, which a worker looks into once. Ray cannot start an actor again whose own arguments lie in its object store.
+        shared = [ray.put(arguments)]
+        actors = [kind.remote(task, logs.level(), number) for number in range(min(workers, room(cluster)))]
         try:
-            yield lambda pieces: _in_order(actors, pieces)
+            yield lambda pieces: _in_order(actors, shared, pieces)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -65,21 +68,25 @@ def on_cluster(cluster: config.Cluster) -> bool:
 class _Actor:
     """A task in a process of its own. A mistake of the user comes back as a value, to be told once and not retried."""
 
-    def __init__(self, task: Callable, arguments: tuple):
-        self.task, self.arguments, self.call = task, arguments, None
+    def __init__(self, task: Callable, level: str, number: int):
+        logs.start_worker(level, worker=number, host=socket.gethostname())
+        signals.show_stacks()
+        self.task, self.call = task, None
 
-    def run(self, piece: Any) -> tuple[bool, Any]:
+    def run(self, shared: list, piece: Any) -> tuple[bool, Any]:
+        import ray
+
         try:
-            self.call = self.call or self.task(*self.arguments)
+            self.call = self.call or self.task(*ray.get(shared[0]))
             return True, self.call(piece)
         except UnlearnError as e:
             return False, str(e)
 
 
-def _in_order(actors: list, pieces: Iterable[Any]) -> Iterator[Any]:
+def _in_order(actors: list, shared: list, pieces: Iterable[Any]) -> Iterator[Any]:
     ahead: deque = deque()
     for number, piece in enumerate(pieces):
-        ahead.append(actors[number % len(actors)].run.remote(piece))
+        ahead.append(actors[number % len(actors)].run.remote(shared, piece))
         if len(ahead) == AHEAD * len(actors):
             yield _result(ahead.popleft())
     while ahead:

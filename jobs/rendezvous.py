@@ -15,9 +15,11 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 from jobs.own_cluster import FOLDER
 
 
-def torch_config(backend: str) -> TorchConfig:
-    """For the connected cluster. backend: gloo or nccl."""
-    return FileRendezvous(backend=backend, folder=folder) if (folder := os.environ.get(FOLDER)) else TorchConfig(backend=backend)
+def torch_config(backend: str, timeout: int) -> TorchConfig:
+    """For the connected cluster. backend: gloo or nccl; timeout: seconds that a collective operation may take."""
+    if folder := os.environ.get(FOLDER):
+        return FileRendezvous(backend=backend, timeout_s=timeout, folder=folder)
+    return TorchConfig(backend=backend, timeout_s=timeout)
 
 
 @dataclass

@@ -11,6 +11,7 @@ of a job to their logs and show it in their API. So a run folder that cannot be 
 reaches) is good only for a configuration that names none: that one goes as an environment variable.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -20,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request, State, warning_line
-from unlearn import config
+from unlearn import config, lease
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
 
@@ -107,6 +108,9 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
         return mine, False
     if busy := next((job for job in known if job.live and job.run_dir == sent.run_dir), None):
         raise ClusterError(f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir")
+    with contextlib.suppress(StorageError):  # out of reach from here: the job itself is refused, as where its owner is elsewhere
+        if (owner := lease.owner_of(sent.run_dir)) and owner.gone() is False:
+            raise ClusterError(f"{sent.run_dir} is in use by {owner}: wait until it ends, or give another run_dir")
     return place.start(_stored(sent, settings, place)), True
 
 

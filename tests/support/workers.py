@@ -6,7 +6,9 @@ import os
 import pickle
 import signal
 import tempfile
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch.multiprocessing
@@ -16,17 +18,22 @@ from unlearn.registry import METHODS
 from unlearn.run import Run, resolve
 
 
-def together(runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report") -> None:
+def together(
+    runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report", sign: signal.Signals | None = signal.SIGKILL
+) -> None:  # fmt: skip
     """Train the runs one after another in `workers` processes. Raises what a worker raises.
 
-    kill_at: the last worker kills itself with SIGKILL when it has computed this step; kill_in: as it reports the step, or
-    while the step is saved, "written" between its file and COMMIT, "committed" right after COMMIT.
+    kill_at: the last worker kills itself when it has computed this step; kill_in: as it reports the step, or while the step is
+    saved, "written" between its file and COMMIT, "committed" right after COMMIT; sign: the signal, None to sleep for ever.
     """
-    in_group(_train, workers, [resolve(run) for run in runs], workers, kill_at, kill_in)
+    in_group(_train, workers, [resolve(run) for run in runs], workers, kill_at, kill_in, sign, timeout=runs[0].cluster.timeout)
 
 
-def in_group(call: Callable, workers: int, *arguments) -> None:
-    """call(rank, *arguments) in each of `workers` processes that form a group. Raises what one of them raises."""
+def in_group(call: Callable, workers: int, *arguments, timeout: float = 600) -> None:
+    """call(rank, *arguments) in each of `workers` processes that form a group. Raises what one of them raises.
+
+    timeout: seconds that a collective operation may take.
+    """
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Forked from a process that has imported what is slow to import.
     multiprocessing.set_forkserver_preload(["deepspeed", "unlearn.training.loop", "tensorboardX"])
@@ -34,30 +41,31 @@ def in_group(call: Callable, workers: int, *arguments) -> None:
     methods, pickled = dict(METHODS.entries), pickle.dumps((call, arguments))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            _process, (workers, str(Path(folder) / "meet"), methods, pickled), workers, start_method="forkserver"
+            _process, (workers, str(Path(folder) / "meet"), methods, pickled, timeout), workers, start_method="forkserver"
         )
 
 
-def _process(rank: int, workers: int, meeting: str, methods: dict[str, str], pickled: bytes) -> None:
+def _process(rank: int, workers: int, meeting: str, methods: dict[str, str], pickled: bytes, timeout: float) -> None:
     import torch.distributed as dist
 
     METHODS.entries.update(methods)
     call, arguments = pickle.loads(pickled)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=limit)
     call(rank, *arguments)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _train(rank: int, runs: list[Run], workers: int, kill_at, kill_in) -> None:
+def _train(rank: int, runs: list[Run], workers: int, kill_at, kill_in, sign) -> None:
     from unlearn.training.checkpoint import Checkpoints
     from unlearn.training.loop import worker
 
     def die_at(step: int, where: str) -> None:
         if (step, where, rank) == (kill_at, kill_in, workers - 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sign) if sign else time.sleep(3600)
 
     def report(row: dict) -> None:
         die_at(row["step"], "report")
