@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from jobs import token
 from jobs.own_cluster import started, variables
-from unlearn import config
+from unlearn import config, signals
 from unlearn.errors import ClusterError
 
 # Set for the workers before Ray starts them. Page faults are dear in small allocations that come and go every step.
