@@ -20,6 +20,7 @@ class Proxy:
     def __init__(self, server: str):
         self.requests: list[tuple[str, str]] = []
         self.faults: dict[str, list[str | None]] = {}
+        self.sent: list[tuple[str, int]] = []  # (path, bytes) of every answer
         self.go = threading.Event()
         self._listening = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, urlsplit(server).netloc))
         self._listening.daemon_threads = True
@@ -28,6 +29,10 @@ class Proxy:
     def count(self, method: str, ending: str = "") -> int:
         """Requests by that method for a name that ends so."""
         return sum(m == method and unquote(p.partition("?")[0]).endswith(ending) for m, p in list(self.requests))
+
+    def bytes(self, ending: str) -> int:
+        """Bytes of the answers for names that end so."""
+        return sum(size for path, size in list(self.sent) if unquote(path.partition("?")[0]).endswith(ending))
 
     def fault(self, method: str) -> str | None:
         return self.faults[method].pop(0) if self.faults.get(method) else None
@@ -69,6 +74,7 @@ def _handler(proxy: Proxy, server: str) -> type[BaseHTTPRequestHandler]:
             if fault == "lost":
                 self.close_connection = True
                 return
+            proxy.sent.append((self.path, len(data)))
             kept = [(k, v) for k, v in found.getheaders() if k.lower() not in HOP_BY_HOP]
             self.answer(found.status, kept, data)
 

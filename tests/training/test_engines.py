@@ -3,11 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.methods import TOYS
 from support.runs import export, tiny_config, worker
-from support.workers import together
+from support.workers import in_group, together
 
+from unlearn.data.loader import Loader
+from unlearn.methods import base as methods
 from unlearn.models import weights
-from unlearn.training import metrics
+from unlearn.registry import METHODS
+from unlearn.run import Run, resolve
+from unlearn.training import loop, metrics
 
 STAGES = [f"training.zero_stage={stage}" for stage in range(4)]
 OPTIONS = ["training.activation_checkpointing=true", "training.offload_optimizer=true"]
@@ -74,3 +79,27 @@ def test_gradient_is_clipped(trained, tiny_shards, tiny_model, tmp_path):
     tight, free = (load_file(f"{export(r)}/weights.safetensors") for r in (plain, loose))
     assert min(row["grad_norm"] for row in metrics.read(plain.run_dir)) > 0.05
     assert not all(torch.allclose(tight[n], free[n], atol=2e-5) for n in free)
+
+
+def _a_step_that_must_not_be(rank: int, runs: list[Run]) -> None:
+    for run in runs:
+        student = weights.build(run.settings.model, run.settings.seed)
+        engine = loop.make_engine(run.settings, methods.create(run.settings.method), student, None, torch.device("cpu"))
+        loader = Loader(run.settings, run.sets, student.grid, student.options.image_size)
+        before = [f.master().clone() for f in engine.fragments()], [p.detach().clone() for p in student.parameters()]
+        with pytest.raises(RuntimeError, match="the gradient norm is not finite"):
+            engine.step((loader.batch(n) for n in range(run.settings.accumulation)), 1e-2)
+        after = [f.master() for f in engine.fragments()], list(student.parameters())
+        for a, b in zip(before, after, strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), run.settings.training
+
+
+def test_no_engine_takes_a_step_whose_gradient_is_not_finite(tiny_shards, tiny_model, tmp_path, monkeypatch):
+    """Its loss is. The weights are afterwards what they were, also without ZeRO, where DeepSpeed itself does not look."""
+    monkeypatch.setattr(METHODS, "entries", METHODS.entries | TOYS)
+    options = [f"training.dtype={dtype}" for dtype in ("fp32", "bf16")]
+    cases = [(*SHARDED, stage, option) for stage in STAGES for option in options]
+    runs = [resolve(tiny_config(tmp_path / "run", tiny_shards, tiny_model, *COMMON, "method.name=toy_endless", *case)) for case in cases]
+    in_group(_a_step_that_must_not_be, 2, runs)
+    plain = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *COMMON, "method.name=toy_endless")
+    _a_step_that_must_not_be(0, [resolve(plain)])

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.methods import TOYS
 from support.runs import export, tiny_config, worker
-from support.workers import together
+from support.workers import in_group, together
 
 from unlearn.data import shards
-from unlearn.errors import CheckpointError
-from unlearn.training import metrics
+from unlearn.data.storage import Storage
+from unlearn.errors import CheckpointError, StorageError
+from unlearn.registry import METHODS
+from unlearn.training import checkpoint, metrics, ranks
 from unlearn.training.checkpoint import Checkpoints
+from unlearn.training.fragments import OPTIMIZER_STATE, Fragment
 
 STEPS = 5
 SHARDED = ["training.engine=deepspeed", "training.micro_batch_size=2", f"training.steps={STEPS}", "training.checkpoint_every=2"]
@@ -55,7 +59,7 @@ def resumed(whole, tmp_path_factory):
 @pytest.mark.parametrize(("step", "where"), KILLS)
 def test_killed_at_any_step_and_resumed_is_the_same_run(whole, resumed, stage, step, where):
     run = resumed[stage, step, where]
-    assert not list(Path(run.run_dir).rglob(".part-*"))
+    assert not list(Path(run.run_dir).rglob("*.part"))
     assert weights_of(run) == weights_of(whole[stage])
     assert [row["step"] for row in metrics.read(run.run_dir)] == [*range(1, STEPS + 1)]
 
@@ -156,7 +160,6 @@ def test_a_checkpoint_of_another_config_or_other_data_is_refused(tiny_run, tiny_
 
 def test_run_folder_on_s3(tiny_run, s3):
     """Checkpoints, metrics, TensorBoard and the exported model live on S3, and a stopped run goes on from there."""
-    from unlearn.data.storage import Storage
     from unlearn.models import weights
 
     whole, run = tiny_run(), tiny_run(f"run_dir={s3}/run")
@@ -175,3 +178,213 @@ def test_run_folder_on_s3(tiny_run, s3):
     names = Storage(run.run_dir).files()
     assert "metrics.jsonl" in names and "checkpoints/step-00000004/COMMIT" in names
     assert any(n.startswith("tensorboard/events") for n in names)
+
+
+STRANGE = (
+    ".DS_Store", "notes.txt", "step-abc/COMMIT", "step-7/COMMIT", "step-000000009/COMMIT", "old/step-00000002/COMMIT",
+    "step-00000009/sub/COMMIT", "step-00000001/notes.txt", "step-00000001.bak/COMMIT",
+)  # fmt: skip
+
+
+def test_what_is_no_checkpoint_is_left_alone(tiny_run, place):
+    run = tiny_run(f"run_dir={place}", "training.keep_checkpoints=1")
+    for name in STRANGE:
+        Storage(place).write(f"checkpoints/{name}", b"mine")
+    Storage(place).write("checkpoints/step-00000001/rank-00000-of-00001.safetensors", b"never committed")
+    assert Checkpoints(place, 1).steps() == []
+    worker(run)
+    assert Checkpoints(place, 1).steps() == [4]
+    names = {name.removeprefix("checkpoints/") for name in Storage(place).files("checkpoints")}
+    assert names == {*STRANGE, "step-00000004/COMMIT", "step-00000004/rank-00000-of-00001.safetensors"}
+    assert all(Storage(place).read(f"checkpoints/{name}") == b"mine" for name in STRANGE)
+    worker(run)  # goes on from the one that there is, and has nothing to do
+
+
+def test_a_folder_that_a_stranger_shares_loses_what_is_ours(tiny_run):
+    run = tiny_run("training.keep_checkpoints=1", "training.checkpoint_every=1")
+    folder = Path(run.run_dir, "checkpoints/step-00000001")
+
+    def leave(row):
+        if row["step"] == 2:
+            (folder / "notes.txt").write_text("mine")
+
+    worker(run, leave)
+    assert [p.name for p in folder.iterdir()] == ["notes.txt"] and Checkpoints(run.run_dir, 1).steps() == [4]
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda tree: tree["state"].pop("step"), "step missing or unknown"),
+    (lambda tree: tree["state"].update(epoch=3), "epoch missing or unknown"),
+    (lambda tree: tree.update(later=1), "later missing or unknown"),
+    (lambda tree: tree["state"].update(step=2), "it is of step 2"),
+    (lambda tree: tree["state"].update(step="4"), "it is of step 4"),
+    (lambda tree: tree["state"].update(data=3), "is damaged"),
+    (lambda tree: tree.update(state=[1]), "is damaged"),
+    (lambda tree: tree.update(files=["rank-00000-of-00001.safetensors"]), "is damaged"),
+    (lambda tree: tree["files"].update({"../../secret": {"bytes": 1, "sha256": ""}}), "secret missing or unknown"),
+    (lambda tree: tree["files"].update({"rank-00001-of-00002.safetensors": {"bytes": 1, "sha256": ""}}), "rank-00001-of-00002.safetensors is missing"),
+])  # fmt: skip
+def test_a_commit_that_cannot_be_used_is_told(tiny_run, change, message):
+    run = tiny_run()
+    worker(run)
+    commit = Path(run.run_dir, "checkpoints/step-00000004/COMMIT")
+    tree = json.loads(commit.read_text())
+    change(tree)
+    commit.write_text(json.dumps(tree))
+    for call in (worker, export):
+        with pytest.raises(CheckpointError, match=f"step-00000004.*{message}.*delete that folder"):
+            call(run)
+
+
+def _ranks_agree(rank: int, run_dir: str) -> None:
+    checkpoints = Checkpoints(run_dir, 2)
+    if rank == 1:  # another listing than that of rank 0: a storage that is late, a folder deleted meanwhile
+        Checkpoints.steps = lambda self: [2]
+        Checkpoints._commit = None
+    assert checkpoints.newest() == STEPS
+    read, checked = [], checkpoint._whole
+    checkpoint._whole = lambda path, about: read.append(path.name) or checked(path, about)
+    with checkpoints.open(STEPS) as saved:
+        assert saved.names()
+    assert ranks.on_this_machine() == (rank, 2) and len(read) == 1
+    assert sorted(name for names in ranks.gather(read) for name in names) == [f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)]
+
+    def fail():
+        raise StorageError("out of reach")
+
+    with pytest.raises(StorageError, match="out of reach"):
+        ranks.from_first(fail)
+    ranks.gather(None)
+    file = Path(run_dir, "checkpoints", f"step-{STEPS:08d}", "rank-00001-of-00002.safetensors")
+    if rank == 0:
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    ranks.gather(None)
+    with pytest.raises(CheckpointError, match="rank-00001-of-00002.safetensors is damaged"), checkpoints.open(STEPS):
+        pass
+
+
+def test_all_ranks_take_what_rank_0_chose_and_check_a_file_once_a_machine(whole, tmp_path):
+    shutil.copytree(whole[2].run_dir, tmp_path / "run")
+    in_group(_ranks_agree, 2, str(tmp_path / "run"))
+
+
+class Recorder:
+    """A file of tensors that notes how many elements are read of it."""
+
+    def __init__(self, file, read: dict[str, int]):
+        self.file, self.read = file, read
+
+    def get_slice(self, key):
+        held, kind = self.file.get_slice(key), key.partition("/")[0]
+
+        class Slice:
+            def __getitem__(_, part):
+                self.read[kind] = self.read.get(kind, 0) + part.stop - part.start
+                return held[part]
+
+        return Slice()
+
+
+def test_a_rank_reads_its_pieces_alone(whole):
+    """Of the optimizer's state nothing but the elements of its fragments; these may be cut as another number of workers has them."""
+    read = {}
+    with Checkpoints(whole[2].run_dir, 2).open(STEPS) as saved:
+        saved._pieces = {k: [(at, n, Recorder(f, read), key) for at, n, f, key in pieces] for k, pieces in saved._pieces.items()}
+        sizes = {name: saved.count("weights", name) for name in saved.names()}
+        total = sum(sizes.values())
+        flats = {name: torch.nn.Parameter(torch.zeros(n)) for name, n in sizes.items()}
+        optimizer = torch.optim.AdamW(flats.values(), fused=False)
+        for p in flats.values():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        cuts = [(name, n // 3, n - n // 3 - n // 4) for name, n in sizes.items()]
+        mine = [Fragment(name, start, count, flats[name], start, optimizer) for name, start, count in cuts]
+        saved.restore(mine, STEPS)
+        assert read == {kind: sum(count for *_, count in cuts) for kind in ("weights", *OPTIMIZER_STATE)} and read["exp_avg"] < total / 2
+        for name, start, count in cuts:
+            for kind in ("weights", *OPTIMIZER_STATE):
+                all_of_it = torch.empty(sizes[name])
+                saved.read(all_of_it, kind, name)
+                found = flats[name].detach() if kind == "weights" else optimizer.state[flats[name]][kind]
+                assert torch.equal(found[start : start + count], all_of_it[start : start + count])
+        with pytest.raises(CheckpointError, match="exp_avg of .* ends before element"):
+            saved.read(torch.empty(5), "exp_avg", saved.names()[0], sizes[saved.names()[0]] - 4)
+        with pytest.raises(CheckpointError, match="has a gap at element 0"):
+            files = {id(f.file): f.file for pieces in saved._pieces.values() for _, _, f, _ in pieces}
+            checkpoint.Saved([list(files.values())[1]], {}, "here")
+
+
+def test_resuming_holds_no_second_copy_of_the_checkpoint(tmp_path):
+    """The weights go from the mapped file into the model; whole tensors are never put together."""
+    from support.memory import peak
+    from support.models import TINY
+
+    from unlearn import config
+    from unlearn.models import weights
+
+    model = weights.build(config.Model(options=TINY | {"width": 512, "depth": 4}))
+    trained = [(n, p) for n, p in model.named_parameters() if n.startswith("encoder.")]
+    optimizer = torch.optim.AdamW([p for _, p in trained])
+    for _, p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    halves = [
+        Fragment(n, start, count, p, start, optimizer)
+        for n, p in trained for start, count in ((0, p.numel() // 2), (p.numel() // 2, p.numel() - p.numel() // 2))
+    ]  # fmt: skip
+    state = checkpoint.TrainerState(1, 8, "", {}, 1)
+    checkpoints = Checkpoints(str(tmp_path), 2)
+    _, saving = peak(lambda: checkpoints.save(halves, state, 0, ranks.gather))
+    size = sum(p.numel() * 4 for _, p in trained)
+
+    def resume():
+        with checkpoints.open(1) as saved:
+            saved.weights(model)
+            saved.restore(halves, 1)
+
+    _, resuming = peak(resume)
+    assert saving < 0.3 * size and resuming < 0.3 * size
+
+
+def test_what_a_method_remembers_is_in_the_checkpoint(tiny_run, tiny_shards, tiny_model, tmp_path, monkeypatch):
+    """Resumed on plain torch and on two workers, with another number of workers too, it goes on as if it had not stopped."""
+    monkeypatch.setattr(METHODS, "entries", METHODS.entries | TOYS)
+    options = ["method.name=toy_remembering", "training.steps=6", "training.schedule=constant", "training.micro_batch_size=4"]
+    whole = tiny_run(*options)
+    worker(whole)
+    stopped = whole.model_copy(update={"run_dir": str(tmp_path / "stopped")})
+    shutil.copytree(whole.run_dir, stopped.run_dir)
+    shutil.rmtree(Path(stopped.run_dir, "checkpoints/step-00000006"))
+    folder = Path(stopped.run_dir, "checkpoints/step-00000004")
+    with Checkpoints(stopped.run_dir, 2).open(4) as saved:
+        assert int(saved.method["steps"]) == 4 and saved.method["size"].min() > 0  # the dry-run step is not among them
+    assert "method.safetensors" in json.loads((folder / "COMMIT").read_text())["files"]
+    worker(stopped)
+    assert weights_of(stopped) == weights_of(whole)
+
+    sharded = [*options, "training.engine=deepspeed", "cluster.workers=2", "training.zero_stage=1"]
+    pair, again = (tiny_config(tmp_path / name, tiny_shards, tiny_model, *sharded) for name in ("pair", "again"))
+    together([pair], 2)
+    shutil.copytree(pair.run_dir, again.run_dir)
+    shutil.rmtree(Path(again.run_dir, "checkpoints/step-00000006"))
+    together([again], 2)
+    assert weights_of(again) == weights_of(pair)
+
+    # Control: with a method that forgets it ends elsewhere, and a file that was changed is found.
+    forgets = whole.model_copy(update={"run_dir": str(tmp_path / "forgets")})
+    shutil.copytree(whole.run_dir, forgets.run_dir)
+    shutil.rmtree(Path(forgets.run_dir, "checkpoints/step-00000006"))
+    monkeypatch.setattr("support.methods.Remembering.load_state_dict", lambda self, state: None)
+    worker(forgets)
+    assert weights_of(forgets) != weights_of(whole)
+    (folder / "method.safetensors").write_bytes(b"other")
+    with pytest.raises(CheckpointError, match="method.safetensors is damaged"), Checkpoints(stopped.run_dir, 2).open(4):
+        pass
+
+
+def test_a_method_without_state_writes_none(tiny_run):
+    run = tiny_run()
+    worker(run)
+    assert not list(Path(run.run_dir).rglob("method.safetensors"))

@@ -71,7 +71,8 @@ class MetricsLog:
 
     def attach(self, name: str, data: bytes) -> None:
         """Publish a small file of the run folder together with the next row."""
-        self._attached[name] = data
+        with self._changed:
+            self._attached[name] = data
 
     def flush(self, patience: float | None = None) -> None:
         """Wait until all rows are published. Raises StorageError where the storage fails for too long."""
@@ -107,10 +108,11 @@ class MetricsLog:
                     if self._closed:
                         return
                     rows, self._rows, seen, failed = self._rows, [], self._added, self._error is not None
+                    attached = dict(self._attached)
                 began, error = time.monotonic(), None
                 self._take(rows)
                 try:
-                    self._send()
+                    self._send(attached)
                 except StorageError as e:
                     error = e
                     if not failed:
@@ -132,7 +134,7 @@ class MetricsLog:
                 if key != "step":
                     self._board.add_scalar(key, value, row["step"])
 
-    def _send(self) -> None:
+    def _send(self, attached: dict[str, bytes]) -> None:
         with told(self._storage.where(METRICS)):
             path = Path(self._storage.where(METRICS))
             if self._storage.is_local() and self._published and path.is_file() and path.stat().st_size == self._published:
@@ -141,7 +143,7 @@ class MetricsLog:
             else:
                 self._storage.write(METRICS, self._text)
             self._published = len(self._text)
-            for name, data in list(self._attached.items()):
+            for name, data in attached.items():
                 if self._sent.get(name) != data:
                     self._storage.write(name, data)
                     self._sent[name] = data
@@ -183,8 +185,8 @@ class Follower:
 
     def newest(self) -> dict | None:
         """The newest row, or before there is one how far the latents are. Raises StorageError and ValueError."""
-        self._newest = next(reversed(self.rows()), self._newest)
-        return self._newest if self._newest else next(iter(latents(self.run_dir)), None)
+        self.rows()
+        return self._newest or next(iter(latents(self.run_dir)), None)
 
     def rows(self) -> list[dict]:
         """The rows that are new since the last call; all of them, where a resumed run has written them anew."""
@@ -201,7 +203,9 @@ class Follower:
         if whole:
             self._end += len(whole)
             self._last = whole.splitlines(keepends=True)[-1]
-        return _rows(whole)
+        rows = _rows(whole)
+        self._newest = rows[-1] if rows else self._newest
+        return rows
 
 
 def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: float = 1) -> None:
