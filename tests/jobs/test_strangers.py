@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +124,10 @@ def test_who_has_not_the_token_is_refused(training):
         "wrong": client(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
         "right": client(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=training.token()),
     }
+    [agent] = [p for p in training.processes().values() if p.name() == "ray::RuntimeEnvAgent"]  # it installs what it is told to
+    [port] = {c.laddr.port for c in listening(agent)}
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/get_or_create_runtime_env", data=b"", timeout=60)
     said = {who: process.communicate(timeout=300)[0] for who, process in clients.items()}
     assert clients["right"].returncode == 0 and "it ran" in said["right"], said["right"]
     for who in ("none", "wrong"):
