@@ -50,22 +50,10 @@ class ResidualBlock(nn.Module):
         return h + (x if self.same else self.nin_shortcut(h))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution; after them, where `upsample` is set, twice the side and a convolution."""
-
-    def __init__(self, inside: int, outside: int, count: int, groups: int):
-        super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(inside if n == 0 else outside, outside, groups) for n in range(count))
-        self.upsample: nn.ModuleDict | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 def _levels(inside: tuple[int, ...], outside: tuple[int, ...], count: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(Level(i, o, count, groups) for i, o in zip(inside, outside, strict=True))
+    """For each resolution {"block": its residual blocks}."""
+    blocks = ([ResidualBlock(o if n else i, o, groups) for n in range(count)] for i, o in zip(inside, outside, strict=True))
+    return nn.ModuleList(nn.ModuleDict({"block": nn.ModuleList(level)}) for level in blocks)
 
 
 def _middle(width: int, groups: int) -> nn.ModuleDict:
@@ -86,7 +74,9 @@ class MageEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for number, level in enumerate(self.down):
-            x = level(F.avg_pool2d(x, 2) if number else x)
+            x = F.avg_pool2d(x, 2) if number else x
+            for block in level.get_submodule("block").children():
+                x = block(x)
         x = self.mid["block_2"](self.mid["block_1"](x))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -100,15 +90,18 @@ class MageDecoder(nn.Module):
         self.mid = _middle(channels[-1], groups)
         self.up = _levels((*channels[1:], channels[-1]), channels, layers, groups)
         for level, width in zip(self.up[1:], channels[1:], strict=True):
-            level.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+            level.add_module("upsample", nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)}))
         self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         x = self.mid["block_2"](self.mid["block_1"](x))
-        for level in reversed(self.up):
-            x = level(x)
+        for number, level in reversed(list(enumerate(self.up))):
+            for block in level.get_submodule("block").children():
+                x = block(x)
+            if number:
+                x = level.get_submodule("upsample.conv")(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 

@@ -112,7 +112,7 @@ def _moments(found: Footprint, strategy: Strategy, size: int, workers: int, accu
             bucket = bucket + size * _gathered(found, cuda)
     if strategy.offload:
         bucket = bucket + 2 * size * found.trained.largest
-        kept, update["gradients"] = np.zeros_like(grads) if strategy.stage > 1 else kept, 0
+        kept, update["gradients"] = np.zeros_like(grads) if (strategy.stage or 0) > 1 else kept, 0
     at = int(np.argmax(activations + kept + bucket))
     within = {"gradients": int(kept[at]), "activations": int(activations[at]), "buckets": int(bucket[at])}
     return [within, update]

@@ -163,7 +163,10 @@ def whole(config: dict[str, Any]) -> Autoencoder:
     kind = config.get("class")
     if kind not in AUTOENCODERS:
         raise ValueError(f"vae.class {kind!r} is not known; known: {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[kind](**{name: value for name, value in config.items() if name != "class"})
+    settings = {name: value for name, value in config.items() if name != "class"}
+    if kind == "AutoencoderTiny":  # diffusers saves this key with it, but does not take it
+        settings.pop("block_out_channels", None)
+    return AUTOENCODERS[kind](**settings)
 
 
 def split(config: dict[str, Any]) -> tuple[FirstStage, LatentDecoder]:
