@@ -8,7 +8,9 @@ import typer
 from unlearn.cli.options import Gpu, Memory, Mfu, Set, load
 from unlearn.errors import UnlearnError
 
-Configs = Annotated[list[str], typer.Argument(help="YAML files, or folders of runs (path or s3://)", metavar="CONFIG...")]
+Configs = Annotated[
+    list[str], typer.Argument(help="YAML files, or folders of runs (path or s3://)", metavar="CONFIG...")
+]
 
 
 def plan(
@@ -18,10 +20,10 @@ def plan(
     gpu: Gpu = None,
     mfu: Mfu = None,
 ):
-    """Say what a run needs of every worker's memory, by ZeRO stage, how long it takes, and which stage and micro-batch to take.
+    """Say how much memory a worker needs by ZeRO stage, how long a run takes, and what stage and micro-batch to take.
 
-    Nothing is computed and no weight is read: a ViT-H takes seconds. Where weights or data are not here, model.variant says the
-    shape.
+    Nothing is computed and no weight is read: a ViT-H takes seconds. Where the weights are not here, model.variant says
+    the shape.
 
     Example: `unlearn plan jobs/configs/mae_vit_large_imagenet.yaml --gpu H200`
     """
@@ -95,13 +97,25 @@ def _cost(report):
     table.add_row("FLOPs of a step", f"{work.step + work.first_stage:.3g}, {work.images} images")
     if work.steps:
         table.add_row("FLOPs of the run", f"{(work.step + work.first_stage) * work.steps:.3g}, {work.steps:,} steps")
-    table.add_row("expected", f"{cost.images:,.0f} images/s, {cost.step:.3g} s a step, at {device.share:.0%} of {device.peak:.3g} FLOP/s a worker")
+    table.add_row(
+        "expected",
+        f"{cost.images:,.0f} images/s, {cost.step:.3g} s a step, "
+        f"at {device.share:.0%} of {device.peak:.3g} FLOP/s a worker",
+    )
     table.add_row("at the floor", f"{cost.floor:,.0f} images/s")
     if cost.total is None:
         table.add_row("time", "unknown: the data is not here, and epochs are passes over it")
     else:
-        parts = {"start": cost.start, "latent cache": cost.once, "training": cost.training, "evaluation": cost.evaluation}
-        table.add_row("time", f"{span(cost.total)}: " + ", ".join(f"{name} {span(value)}" for name, value in parts.items() if value))
+        parts = {
+            "start": cost.start,
+            "latent cache": cost.once,
+            "training": cost.training,
+            "evaluation": cost.evaluation,
+        }
+        table.add_row(
+            "time",
+            f"{span(cost.total)}: " + ", ".join(f"{name} {span(value)}" for name, value in parts.items() if value),
+        )
     return table
 
 

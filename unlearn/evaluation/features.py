@@ -1,11 +1,12 @@
 """Feature networks: a name in the config and weights on this machine; feature vectors and class scores of images.
 
     efficientnet_lite0   ImageNet weights that come with the Python package; features_weights is not looked at
-    inception            the Inception of 2015-12-05 that FID is defined with; give its state dict (torchvision's names, 1,008
-                         classes) as evaluation.features_weights
+    inception            the Inception of 2015-12-05 that FID is defined with; give its state dict (torchvision's names,
+                         1,008 classes) as evaluation.features_weights
     clip, clip:ARCH      an image tower of open_clip (ViT-H-14 where no ARCH is named); give its state dict likewise
 
-Nothing is downloaded and nothing is unpickled. Figures of different networks cannot be compared, so every table names its network.
+Nothing is downloaded and nothing is unpickled. Figures of different networks cannot be compared, so every table names
+its network.
 """
 
 import importlib.util
@@ -37,8 +38,15 @@ class FeatureNetwork(nn.Module):
     std: torch.Tensor
 
     def __init__(
-        self, name: str, body: nn.Module, head: nn.Module | None, size: int, mean: Sequence[float], std: Sequence[float], resize: str
-    ):  # fmt: skip
+        self,
+        name: str,
+        body: nn.Module,
+        head: nn.Module | None,
+        size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        resize: str,
+    ):
         super().__init__()
         self.name, self.body, self.head, self.size, self.resize = name, body, head, size, resize
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -49,7 +57,7 @@ class FeatureNetwork(nn.Module):
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(features (B, width), class scores (B, classes) or None) of RGB images (B, 3, S, S): uint8, or float in [0, 1]."""
+        """(features (B, width), class scores (B, classes) or None) of RGB images (B, 3, S, S), uint8 or in 0 .. 1."""
         parts = images.split(CPU_BATCH if images.device.type == "cpu" else len(images))
         features = torch.cat([self.body(self._prepare(part)) for part in parts])
         return features, None if self.head is None else self.head(features)
@@ -85,7 +93,9 @@ def check(name: str, weights_uri: str | None) -> None:
 def _given(name: str, weights_uri: str | None) -> str:
     """`weights_uri`, which must be given. Raises WeightsError."""
     if weights_uri is None:
-        raise WeightsError(f"evaluation.features {name} brings no weights: give its file as evaluation.features_weights")
+        raise WeightsError(
+            f"evaluation.features {name} brings no weights: give its file as evaluation.features_weights"
+        )
     return weights_uri
 
 

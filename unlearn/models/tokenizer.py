@@ -14,8 +14,8 @@ from torch import nn
 from unlearn.models import folders, weights
 from unlearn.views import View
 
-# Beginnings of names in a public tokenizer -> the names in our model that replace them. The codebook is in our model twice, since
-# the first stage is taken away before training.
+# Beginnings of names in a public tokenizer -> the names in our model that replace them. The codebook is in our model
+# twice, since the first stage is taken away before training.
 TOKENIZER_NAMES = {
     "encoder.": ["first_stage.encoder."],
     "quant_conv.": ["first_stage.quant_conv."],
@@ -52,8 +52,11 @@ class ResidualBlock(nn.Module):
 
 def _levels(inside: tuple[int, ...], outside: tuple[int, ...], count: int, groups: int) -> nn.ModuleList:
     """For each resolution {"block": its residual blocks}."""
-    blocks = ([ResidualBlock(o if n else i, o, groups) for n in range(count)] for i, o in zip(inside, outside, strict=True))
-    return nn.ModuleList(nn.ModuleDict({"block": nn.ModuleList(level)}) for level in blocks)
+
+    def blocks(i: int, o: int) -> nn.ModuleList:
+        return nn.ModuleList(ResidualBlock(o if n else i, o, groups) for n in range(count))
+
+    return nn.ModuleList(nn.ModuleDict({"block": blocks(i, o)}) for i, o in zip(inside, outside, strict=True))
 
 
 def _middle(width: int, groups: int) -> nn.ModuleDict:
@@ -136,7 +139,7 @@ def projection(o, inside: int, outside: int) -> nn.Module:
 
 
 class Range(nn.Module):
-    """Normalised images to the range that the tokenizer takes, [0, 1] for `mage` and [-1, 1] for `diffusers`; and the inverse."""
+    """Normalised images to the tokenizer's range, [0, 1] for `mage` and [-1, 1] for `diffusers`; and the inverse."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -157,8 +160,8 @@ class Range(nn.Module):
 class Tokenizer(nn.Module):
     """(normalised images, view) to tokens, int64 (B, 2, L).
 
-    First those of the image with its hole filled with the mean colour, which know nothing of what is hidden; then those of
-    the whole image, which training has to predict.
+    First those of the image with its hole filled with the mean colour, which know nothing of what is hidden; then those
+    of the whole image, which training has to predict.
     """
 
     every: torch.Tensor
@@ -194,8 +197,8 @@ def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 def loss(first_stage: Tokenizer, decoder, images: torch.Tensor) -> torch.Tensor:
     """The loss that a tokenizer is trained with (arXiv 1711.00937), a scalar.
 
-    It is the squared error of the normalised images, plus that of codes to latents, plus a quarter of that of latents to codes.
-    decoder: has a copy of the codebook, and `paint`, from codes (B, C, G, G) to images.
+    It is the squared error of the normalised images, plus that of codes to latents, plus a quarter of that of latents
+    to codes. decoder: has a copy of the codebook, and `paint`, from codes (B, C, G, G) to images.
     """
     latents = first_stage.latents(images)
     vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
@@ -229,7 +232,7 @@ def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a tokenizer in our names, from a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
+    """Tensors of a tokenizer with our names, from a folder of ours or of diffusers, or a file. Raises WeightsError."""
     if path.is_dir() and (path / weights.CARD).is_file():
         tensors = weights.tensors(path / weights.WEIGHTS, str(path))
         return {name: tensor for name, tensor in tensors.items() if name.startswith(TOKENIZER_TENSORS)}

@@ -1,4 +1,4 @@
-"""How much arithmetic a run is, and about how long it takes: FLOPs by the model's own formula, time by the device's peak."""
+"""How much arithmetic a run is, by the model's own formula, and about how long it takes, by the device's peak."""
 
 import os
 import time
@@ -16,7 +16,8 @@ from unlearn.planning import footprint
 from unlearn.planning.shape import model_options
 from unlearn.training.metrics import PEAK
 
-# FLOP/s of one device in float32 without tensor cores, from the makers' data sheets; those in bfloat16 are in metrics.PEAK.
+# FLOP/s of one device in float32 without tensor cores, from the makers' data sheets; those in bfloat16 are in
+# metrics.PEAK.
 PEAK_FP32 = {"H100 80GB HBM3": 67e12, "H200": 67e12, "A100": 19.5e12, "L40S": 91.6e12, "B200": 80e12}
 # GiB of one device, for planning where there is none.
 GPU_MEMORY = {"H100 80GB HBM3": 80, "H200": 141, "A100-80G": 80, "A100": 40, "L40S": 48, "B200": 180}
@@ -34,9 +35,10 @@ VIEW_SIZES = 5
 class Work:
     """The arithmetic of a run, in FLOPs of all workers together.
 
-    step: of one optimizer step. first_stage: of the frozen first stage in one step. once: of filling the latent cache.
-    evaluation: of the whole evaluation; None where there is none or its images are not here. All but `step` are in float32.
-    images: number of images of a step. steps: of the run; None where epochs refer to data that is not here.
+    step: of one optimizer step. The others are in float32:
+    first_stage: of the frozen first stage in one step. once: of filling the latent cache.
+    evaluation: of the whole evaluation; None where there is none or its images are not here.
+    images: how many a step has. steps: of the run; None where epochs refer to data that is not here.
     """
 
     step: float
@@ -65,11 +67,14 @@ class Cost:
 
 
 def work(
-    settings: config.RunConfig, sizes: dict[str, int] | None = None, steps: int | None = None, measured: int | None = None,
+    settings: config.RunConfig,
+    sizes: dict[str, int] | None = None,
+    steps: int | None = None,
+    measured: int | None = None,
     options: base.ModelOptions | None = None,
-) -> Work:  # fmt: skip
-    """sizes: images of each set; steps: of the run; measured: images that the evaluation sees; all None where the data is not
-    here. options: the model's shape, where it is known already."""
+) -> Work:
+    """sizes: images of each set; steps: of the run; measured: images that the evaluation sees; all None where the data
+    is not here. options: the model's shape, where it is known already."""
     options, method = options or model_options(settings.model)[0], methods.create(settings.method)
     with footprint.fake():
         model = base.adapter(settings.model.family)(options)
@@ -93,33 +98,45 @@ def work(
     cached = settings.data.latent_cache is not None and first_stage is not None
     images = settings.training.batch_size
     return Work(
-        step=images * each, first_stage=0 if cached else images * to_inputs, images=images,
-        once=to_inputs * settings.data.latent_views * sum((sizes or {}).values()) if cached else 0, evaluation=evaluation, steps=steps,
-    )  # fmt: skip
+        step=images * each,
+        first_stage=0 if cached else images * to_inputs,
+        images=images,
+        once=to_inputs * settings.data.latent_views * sum((sizes or {}).values()) if cached else 0,
+        evaluation=evaluation,
+        steps=steps,
+    )
 
 
-def _evaluation_flops(settings: config.RunConfig, options: base.ModelOptions, to_inputs: float, forward: float) -> float:
-    """FLOPs for one image of the evaluation: its features, and for each view and generator a reconstruction and its features."""
+def _evaluation_flops(
+    settings: config.RunConfig, options: base.ModelOptions, to_inputs: float, forward: float
+) -> float:
+    """FLOPs for one image: its features, and for each view and generator a reconstruction with its features."""
     kind = settings.evaluation.features.partition(":")[0]
     if kind not in FEATURE_FLOPS:
-        raise ConfigError(f"evaluation.features: no network {settings.evaluation.features!r}; known: {', '.join(FEATURE_FLOPS)}")
+        raise ConfigError(
+            f"evaluation.features: no network {settings.evaluation.features!r}; known: {', '.join(FEATURE_FLOPS)}"
+        )
     steps = next((getattr(options, name) for name in STEP_OPTIONS if hasattr(options, name)), 1)
     reconstructions = len(settings.evaluation.views) * (3 if settings.evaluation.oracle else 2)
     return FEATURE_FLOPS[kind] + reconstructions * (to_inputs + forward * steps + FEATURE_FLOPS[kind])
 
 
 def cost(settings: config.RunConfig, work: Work, peak: float, plain: float, share: float) -> Cost:
-    """peak: FLOP/s of one worker's device, plain: in float32; share: of the peak that is reached (MFU, which does not count what
-    activation checkpointing computes again)."""
+    """peak: FLOP/s of one worker's device, plain: in float32; share: of the peak that is reached (MFU, which does not
+    count what activation checkpointing computes again)."""
     rate, slow = (each * share * settings.cluster.workers for each in (peak, plain))
     units = methods.method_class(settings.method.name).units
     repeated = (units + 1) / units if settings.training.activation_checkpointing and units else 1
     step = work.step / rate * repeated + work.first_stage / slow
     return Cost(
-        step=step, training=None if work.steps is None else work.steps * step, once=work.once / slow,
-        evaluation=None if work.evaluation is None else work.evaluation / slow, start=START_SECONDS[settings.training.engine],
-        images=work.images / step, floor=work.images / (share * (work.step / rate + work.first_stage / slow)),
-    )  # fmt: skip
+        step=step,
+        training=None if work.steps is None else work.steps * step,
+        once=work.once / slow,
+        evaluation=None if work.evaluation is None else work.evaluation / slow,
+        start=START_SECONDS[settings.training.engine],
+        images=work.images / step,
+        floor=work.images / (share * (work.step / rate + work.first_stage / slow)),
+    )
 
 
 def known_gpu(name: str) -> str | None:
@@ -152,7 +169,11 @@ def cpu_peak(threads: int, workers: int, seconds: float = 0.3) -> float:
 
 def _product(side: int, device: torch.device, dtype: torch.dtype, seconds: float) -> float:
     """The best FLOP/s of products of two square matrices, repeated for so many seconds."""
-    a, b, best = torch.rand(side, side, device=device, dtype=dtype), torch.rand(side, side, device=device, dtype=dtype), 0.0
+    a, b, best = (
+        torch.rand(side, side, device=device, dtype=dtype),
+        torch.rand(side, side, device=device, dtype=dtype),
+        0.0,
+    )
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         start = time.perf_counter()
@@ -167,5 +188,8 @@ def _encoder_flops(model: base.Adapter, spec: config.ViewSpec) -> float:
     """FLOPs of the encoder for one image, the mean over the sizes that this kind of view draws."""
     low, high = spec.size if isinstance(spec.size, tuple) else (spec.size, spec.size)
     sizes = np.linspace(low, high, VIEW_SIZES if low < high else 1)
-    drawn = [views.draw([config.ViewSpec(kind=spec.kind, size=float(size))], model.grid, 1, order.generator(0)) for size in sizes]
+    drawn = [
+        views.draw([config.ViewSpec(kind=spec.kind, size=float(size))], model.grid, 1, order.generator(0))
+        for size in sizes
+    ]
     return float(np.mean([model.flops(view) for view in drawn]))

@@ -1,7 +1,7 @@
 """What one micro-batch keeps in memory, measured without computing it.
 
-The student's forward and backward run on fake tensors, which have shapes and no data, and every allocation is counted. For a
-ViT-H that takes seconds, and hardly any memory.
+The student's forward and backward run on fake tensors, which have shapes and no data, and every allocation is counted.
+For a ViT-H that takes seconds, and hardly any memory.
 """
 
 import contextlib
@@ -34,8 +34,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Group:
-    """Numbers of elements of some parameters. count: of all; small: of those that ZeRO-3 keeps whole on every rank; largest: of
-    the largest one."""
+    """Elements of some parameters: of all, of those that ZeRO-3 keeps whole on each rank (small), of the largest."""
 
     count: int
     small: int
@@ -44,11 +43,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Footprint:
-    """trained, frozen: the student's parameters that are trained, and the others. teacher: its parameters. buffers, first_stage:
-    bytes. whole: bytes of the model as it is built, with decoder and first stage, in float32.
+    """trained, frozen: the student's parameters that are trained, and its others. teacher: the teacher's parameters.
+    buffers, first_stage: bytes. whole: bytes of the model as it is built, with decoder and first stage, in float32.
 
-    curve: (n, 4), a row for each operation of forward and backward: bytes of activations and other temporary tensors; bytes of
-    the gradients computed so far; elements of the teacher's and of the student's parameters used so far.
+    curve: (n, 4), a row for each operation of forward and backward: bytes of activations and other temporary tensors;
+    bytes of the gradients computed so far; elements of the teacher's and of the student's parameters used so far.
     """
 
     trained: Group
@@ -61,12 +60,16 @@ class Footprint:
 
 
 def measure(
-    settings: config.RunConfig, micro_batch: int, precision: str, checkpointing: bool, options: base.ModelOptions | None = None
+    settings: config.RunConfig,
+    micro_batch: int,
+    precision: str,
+    checkpointing: bool,
+    options: base.ModelOptions | None = None,
 ) -> Footprint:
     """The footprint of `micro_batch` rows under the view that hides least.
 
-    precision: "fp32"; "autocast", float32 weights and bfloat16 arithmetic; "bf16", bfloat16 weights. options: the model's shape,
-    where it is known already.
+    precision: "fp32"; "autocast", float32 weights and bfloat16 arithmetic; "bf16", bfloat16 weights. options: the
+    model's shape, where it is known already.
     """
     options, method = options or model_options(settings.model)[0], methods.create(settings.method)
     with fake():
@@ -91,7 +94,9 @@ def measure(
             frozen=_group([p for p in student.parameters() if id(p) not in trained_ids]),
             teacher=_group(teacher.parameters() if teacher is not None else []),
             buffers=_bytes(student.buffers()) + _bytes(teacher.buffers() if teacher is not None else []),
-            first_stage=0 if first_stage is None or settings.data.latent_cache else _bytes((*first_stage.parameters(), *first_stage.buffers())),
+            first_stage=0
+            if first_stage is None or settings.data.latent_cache
+            else _bytes((*first_stage.parameters(), *first_stage.buffers())),
             whole=whole,
             curve=np.array(allocations.curve, dtype=np.int64),
         )
@@ -105,13 +110,15 @@ def fake() -> Iterator[None]:
             yield
     finally:
         for name, module in list(sys.modules.items()):
-            if name.startswith("unlearn.models.") or any(where.startswith(f"{name}:") for where in MODELS.entries.values()):
+            if name.startswith("unlearn.models.") or any(
+                where.startswith(f"{name}:") for where in MODELS.entries.values()
+            ):
                 for value in list(vars(module).values()):
                     getattr(value, "cache_clear", int)()
 
 
 def models(settings: config.RunConfig, options: base.ModelOptions, method: methods.Method):
-    """(student, teacher or None, first stage or None) as a worker has them on its device, and the bytes of a whole model."""
+    """(student, teacher or None, first stage or None) as on a worker's device, and the bytes of a whole model."""
     cls = base.adapter(settings.model.family)
     student, teacher = cls(options), cls(options).requires_grad_(False) if method.needs_teacher else None
     whole = _bytes((*student.parameters(), *student.buffers()))
@@ -140,19 +147,21 @@ def first_batch(
             images = first_stage(student.normalise(images), view)
         images = images.half() if images.is_floating_point() else images.to(torch.int16)
     if method.sample_size():
-        method.prepare(student.normalise(images) if images.dtype == torch.uint8 and first_stage is None else images.float())
+        method.prepare(
+            student.normalise(images) if images.dtype == torch.uint8 and first_stage is None else images.float()
+        )
     return Batch(images, view, retain, settings.seed)
 
 
 class _Seedless(TorchFunctionMode):
-    """Drops the generator from every call: not every operation on fake tensors takes one, and there are no numbers to draw."""
+    """Drops the generator from every call: not every operation on fake tensors takes one."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return func(*args, **{name: value for name, value in (kwargs or {}).items() if name != "generator"})
 
 
 class _Allocations(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, until it is freed; parameters and buffers are not counted."""
+    """Counts the bytes of every storage from its operation until it is freed, but those of parameters and buffers."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, trained: list[nn.Parameter]):
         super().__init__()

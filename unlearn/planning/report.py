@@ -27,8 +27,8 @@ GPU = "H100 80GB HBM3"
 
 @dataclass(frozen=True)
 class Device:
-    """What one worker computes on. memory: bytes. peak: FLOP/s, plain: in float32. share: of the peak that is expected. guessed:
-    whether its kind is a guess."""
+    """What one worker computes on. memory: bytes. peak: FLOP/s, plain: in float32. share: of the peak that is expected.
+    guessed: whether its kind is a guess."""
 
     name: str
     cuda: bool
@@ -43,8 +43,8 @@ class Device:
 class Report:
     """rows: strategies, the config's first. advice: (strategy, micro-batch) to take, or None where nothing fits.
 
-    host: bytes that a worker takes on the host while it starts. sizes: images of each set, where the data is here. notes:
-    sentences that a reader of the figures must know.
+    host: bytes that a worker takes on the host while it starts. sizes: images of each set, where the data is here.
+    notes: sentences that a reader of the figures must know.
     """
 
     settings: config.RunConfig
@@ -66,11 +66,13 @@ class Report:
         return [f"--set {key}={str(value).lower()}" for key, value in wanted.items() if now.get(key) != value]
 
 
-def report(settings: config.RunConfig, size: str | None = None, gpu: str | None = None, mfu: float | None = None) -> Report:
+def report(
+    settings: config.RunConfig, size: str | None = None, gpu: str | None = None, mfu: float | None = None
+) -> Report:
     """Everything that can be said of a run before it starts; no weight is read.
 
-    size: memory of one worker's device; gpu: its kind; mfu: the share of its peak that is reached. Raises ConfigError for a size
-    or a kind that is not understood, WeightsError where nothing says the model's shape.
+    size: memory of one worker's device; gpu: its kind; mfu: the share of its peak that is reached. Raises ConfigError
+    for a size or a kind that is not understood, WeightsError where nothing says the model's shape.
     """
     methods.create(settings.method).check(base.adapter(settings.model.family))
     options, note = model_options(settings.model)
@@ -86,26 +88,34 @@ def report(settings: config.RunConfig, size: str | None = None, gpu: str | None 
     return Report(settings, worker, table, advice, host, sizes, work, seconds, notes)
 
 
-def device(settings: config.RunConfig, size: str | None = None, gpu: str | None = None, mfu: float | None = None) -> Device:
+def device(
+    settings: config.RunConfig, size: str | None = None, gpu: str | None = None, mfu: float | None = None
+) -> Device:
     """What the run's workers compute on: as given, as found on this machine, or GPU."""
     import torch
 
     training, cluster = settings.training, settings.cluster
     if not cluster.gpus_per_worker:
-        held = parse_size(size) if size else _host_memory() // cluster.workers
+        capacity = parse_size(size) if size else _host_memory() // cluster.workers
         rate = cost.cpu_peak(training.threads, cluster.workers)
-        return Device("CPU", False, held, rate, rate, mfu or MFU["cpu"], False)
+        return Device("CPU", False, capacity, rate, rate, mfu or MFU["cpu"], False)
     here = torch.cuda.is_available() and not gpu
     name = torch.cuda.get_device_name() if here else gpu or GPU
     known = cost.known_gpu(name)
     if known is None and not here:
         raise ConfigError(f"--gpu {name}: not known; known: {', '.join(cost.GPU_MEMORY)}")
     if size:
-        held = parse_size(size)
+        capacity = parse_size(size)
     else:
-        held = cost.GPU_MEMORY[known] << 30 if known and not here else torch.cuda.get_device_properties(0).total_memory
-    peak, plain = (cost.gpu_peak(known, dtype) if known else cost.gpu_measured(dtype) for dtype in (training.dtype, "fp32"))
-    return Device(known if known and not here else name, True, held, peak, plain, mfu or MFU["cuda"], not here and not gpu)
+        capacity = (
+            cost.GPU_MEMORY[known] << 30 if known and not here else torch.cuda.get_device_properties(0).total_memory
+        )
+    peak, plain = (
+        cost.gpu_peak(known, dtype) if known else cost.gpu_measured(dtype) for dtype in (training.dtype, "fp32")
+    )
+    return Device(
+        known if known and not here else name, True, capacity, peak, plain, mfu or MFU["cuda"], not here and not gpu
+    )
 
 
 def parse_size(text: str) -> int:

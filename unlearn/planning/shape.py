@@ -16,8 +16,8 @@ from unlearn.models import base, weights
 def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
     """(the shape that a config asks for, a note where its weights are not here).
 
-    No weight is read, only what is written beside them of their shape; where they are missing or out of reach, model.variant
-    says it. Raises WeightsError where nothing does, ConfigError.
+    No weight is read, only the options that lie beside the weights. Where these are missing or out of reach the shape
+    is that of model.variant. Raises WeightsError where there is none, ConfigError.
     """
     recorded, absent = None, []
     if model.weights:
@@ -30,14 +30,20 @@ def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
             absent.append(f"model.weights {model.weights}")
     if model.first_stage and not _is_there(model.first_stage):
         absent.append(f"model.first_stage {model.first_stage}")
-    shape = "that of model.weights" if recorded else f"model.variant {model.variant}" if model.variant else "the family's default"
+    shape = (
+        "that of model.weights"
+        if recorded
+        else f"model.variant {model.variant}"
+        if model.variant
+        else "the family's default"
+    )
     note = f"not here: {', '.join(absent)}; the shape planned for is {shape}" if absent else None
     return base.options(model, recorded), note
 
 
 def _recorded(uri: str, model: config.Model) -> dict[str, Any] | None:
-    """The options that lie beside the weights; None for a file of weights, which says nothing. Raises StorageError where no
-    weights can be reached, WeightsError for damaged or other ones."""
+    """The options that lie beside the weights; None for a file of weights, which says nothing. Raises StorageError
+    where no weights can be reached, WeightsError for damaged or other ones."""
     storage, cls = Storage(uri), base.adapter(model.family)
     if storage.is_file():
         return None
