@@ -9,29 +9,36 @@ from unlearn.planning.report import Report, report
 
 
 def dry_run(
-    settings: config.RunConfig, resume: bool = False, size: str | None = None, gpu: str | None = None, mfu: float | None = None
-) -> Report:  # fmt: skip
-    """Check what `unlearn run` would check and whether it would fit; nothing is written and nothing trained.
+    settings: config.RunConfig,
+    resume: bool = False,
+    size: str | None = None,
+    gpu: str | None = None,
+    mfu: float | None = None,
+) -> Report:
+    """Check what `unlearn run` would check, and whether it would fit; nothing is written and nothing is trained.
 
-    size, gpu, mfu: as unlearn.planning.report takes them. Raises UnlearnError: as `jobs.train.ready`, and where the cluster has
-    too little.
+    size, gpu, mfu: as for unlearn.planning.report. Raises UnlearnError as `jobs.train.ready` does, and where the
+    cluster has too little.
     """
     train.ready(settings, resume)
     cluster = settings.cluster
     kind = reach(cluster, cluster.min_workers or cluster.workers) if settings.training.engine == "deepspeed" else None
-    made = report(settings, size, gpu or kind, mfu)
-    if not made.rows[0].fits:
-        raise ConfigError(_too_large(made))
-    return made
+    planned = report(settings, size, gpu or (kind if cluster.gpus_per_worker else None), mfu)
+    if not planned.rows[0].fits:
+        raise ConfigError(_too_large(planned))
+    return planned
 
 
-def _too_large(made: Report) -> str:
-    row, gib = made.rows[0], 2**30
-    held = row.estimate.total + (0 if made.device.cuda else row.estimate.host + made.caches)
-    said = (
-        f"a worker needs {held / gib:.3g} GiB at its worst moment ({row.strategy}, micro-batch {made.run.micro_batch}); "
-        f"of the {made.device.memory / gib:.3g} GiB of {made.device.name} {search.USABLE:.0%} can be used: "
+def _too_large(planned: Report) -> str:
+    row, gib = planned.rows[0], 2**30
+    needed = row.estimate.total + (0 if planned.device.cuda else row.estimate.host + planned.caches)
+    message = (
+        f"a worker needs {needed / gib:.3g} GiB at its worst moment ({row.strategy}, micro-batch "
+        f"{planned.settings.micro_batch}); "
+        f"of the {planned.device.memory / gib:.3g} GiB of {planned.device.name} {search.USABLE:.0%} can be used: "
     )
-    if made.advice is None:
-        return said + "nothing that can be set here makes it fit; take more or larger devices, or fewer workers a machine"
-    return said + f"add {' '.join(made.change())}"
+    if planned.advice is None:
+        remedy = "nothing that can be set here makes it fit; take more or larger devices, or fewer workers a machine"
+    else:
+        remedy = f"add {' '.join(planned.change())}"
+    return message + remedy

@@ -17,6 +17,7 @@ from unlearn.models import base, folders, weights
 from unlearn.models.diffusion import adapter as diffusion
 from unlearn.models.diffusion import unet
 from unlearn.models.diffusion.shapes import LINEAR
+from unlearn.planning.shape import model_options
 
 OPTIONS = SMALL["diffusion_pixel"][1]
 NETWORK = {name: value for name, value in OPTIONS["network"].items() if name != "class"}
@@ -280,7 +281,7 @@ def test_folders_of_diffusers_are_loaded(folder, tmp_path):
     for name in ("one", "parts", "bin"):
         built = weights.build(config.Model(weights=str(tmp_path / name), **settings))
         assert built.options.image_size == SIDE and torch.equal(built.training_loss(images, view, 4), wanted)
-        assert weights.options(config.Model(weights=str(tmp_path / name), **settings)) == built.options
+        assert model_options(config.Model(weights=str(tmp_path / name), **settings))[0] == built.options
 
 
 def test_folders_that_do_not_fit_are_told(folder, tmp_path):

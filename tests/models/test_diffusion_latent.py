@@ -14,6 +14,7 @@ from unlearn.errors import ConfigError
 from unlearn.models import weights
 from unlearn.models.diffusion import adapter as diffusion
 from unlearn.models.diffusion import autoencoder, unet_condition
+from unlearn.planning.shape import model_options
 
 UNET, FLUX = SMALL["diffusion_latent"][1], SMALL["diffusion_flux"][1]
 SIDE, GRID = 32, 4
@@ -122,7 +123,7 @@ def test_a_pipeline_folder_goes_out_and_in(tmp_path, s3):
     there = config.Model(family="diffusion", weights=s3, options={"image_size": SIDE, "grid": 8})
     for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
         Storage(s3).write(path.relative_to(tmp_path / "out").as_posix(), path.read_bytes())
-    assert weights.options(there) == back.options and weights.fingerprint(s3) == weights.fingerprint(str(tmp_path / "out"))
+    assert model_options(there)[0] == back.options and weights.fingerprint(s3) == weights.fingerprint(str(tmp_path / "out"))
     assert all(torch.equal(t, found[n]) for n, t in weights.build(there).state_dict().items())
 
 

@@ -20,6 +20,7 @@ from unlearn.data import node_cache
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, StorageError, WeightsError
 from unlearn.models import base, tensor_files, weights
+from unlearn.planning.shape import model_options
 
 MODEL = config.Model(options=TINY)
 
@@ -228,7 +229,7 @@ def test_of_other_files_too_there_are_no_two_copies(large, tmp_path, kind):
         torch.save(tensors, tmp_path / "w.pth")
     else:
         save_file({n: t.bfloat16() for n, t in tensors.items()}, tmp_path / "w.safetensors")
-    options = weights.options(config.Model(weights=folder)).model_dump()
+    options = model_options(config.Model(weights=folder))[0].model_dump()
     uri = tmp_path / ("w.pth" if kind == "pth" else "w.safetensors")
     _, built = peak(lambda: build(uri, options=options))
     assert built < (0.1 if kind == "pth" else 1.2) * size
@@ -319,7 +320,7 @@ def test_the_shape_is_told_without_the_tensors(proxied, s3):
     model = weights.build(MODEL, seed=5)
     weights.write(model, s3, {})
     before = len(proxied.requests)
-    assert weights.options(config.Model(weights=s3)) == model.options
+    assert model_options(config.Model(weights=s3))[0] == model.options
     assert not any(path.partition("?")[0].endswith("weights.safetensors") and method == "GET" for method, path in proxied.requests[before:])
     named = config.Model(variant="vit_nano_patch4_32", weights="s3://nowhere/at/all")
-    assert weights.options(named) == base.options(config.Model(variant="vit_nano_patch4_32"))
+    assert model_options(named)[0] == base.options(config.Model(variant="vit_nano_patch4_32"))

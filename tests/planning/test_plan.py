@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from jobs.demo import demo_config
 from unlearn import config, views
 from unlearn.data import cache, order, selection
 from unlearn.data.loader import Batch, Loader
-from unlearn.errors import ConfigError, WeightsError
+from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import base, weights
 from unlearn.planning import cost, footprint, memory, report, search
 from unlearn.planning.memory import Strategy
+from unlearn.planning.shape import model_options
 from unlearn.run import resolve
 from unlearn.training import latents
 from unlearn.training.engine import Objective, TorchEngine
@@ -156,7 +158,7 @@ def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib, 
 def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     """Two views of equal chance; a routed teacher's forward beside the student's three units."""
     run = run_for(tmp_path, "train_views=[{kind: centre, size: 0.5}, {kind: random, size: [0.25, 0.75]}]")
-    model = base.adapter("mae")(weights.options(run.model))
+    model = base.adapter("mae")(model_options(run.model)[0])
     kinds = [[0.5], [0.25, 0.375, 0.5, 0.625, 0.75]]
     means = []
     for kind, sizes in zip(("centre", "random"), kinds, strict=True):
@@ -188,10 +190,11 @@ def test_a_first_stage_counts_each_step_or_once(tmp_path):
 def test_sizes_and_kinds_of_gpus():
     run = demo_config(overrides=["cluster.gpus_per_worker=1", "training.dtype=bf16"])
     found = report.device(run, gpu="h200")
-    assert (found.memory, found.peak, found.share) == (141 << 30, 989e12, 0.35)
+    assert (found.memory, found.peak, found.share, found.guessed) == (141 << 30, 989e12, 0.35, False)
+    assert report.device(run).guessed == (not torch.cuda.is_available())
     assert report.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
     for name, key in (("H100", "H100 80GB HBM3"), ("A100", "A100"), ("a100-80g", "A100-80G"), ("NVIDIA L40S", "L40S"), ("L4", None)):
-        assert cost.known(name) == key  # as users, Ray and the driver name them
+        assert cost.known_gpu(name) == key  # as users, Ray and the driver name them
     with pytest.raises(ConfigError, match="known: H100"):
         report.device(run, gpu="abacus")
     with pytest.raises(ConfigError, match="--memory large: write it as 80GiB"):
@@ -258,15 +261,6 @@ def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F8
     assert "the inputs of mage are tokens" in refused(told, "plan", vqgan)
 
 
-def test_weights_that_are_not_there_have_no_shape(tmp_path):
-    (tmp_path / "model.json").write_text("{")
-    with pytest.raises(WeightsError, match="model.json is damaged"):
-        weights.options(config.Model(weights=str(tmp_path)))
-    with pytest.raises(WeightsError, match="no weights at"):
-        weights.options(config.Model(weights="/nowhere"))
-    assert weights.options(config.Model(weights="/nowhere", variant="vit_large_patch16")).width == 1024
-
-
 def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # noqa: F811  the fixture
     path = written("training.engine=deepspeed", "cluster.workers=2")
     code, out, _ = told("plan", path)
@@ -277,6 +271,25 @@ def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # no
     assert not (tmp_path / "run").exists()
     code, out, _ = told("plan", written("data.train=/nowhere", "training.steps=null", "training.epochs=2"))
     assert code == 0 and "unknown: the data is not here" in out
+    code, out, _ = told("plan", path, "--gpu", "H200")
+    assert code == 0 and "note: --gpu H200 is not looked at: cluster.gpus_per_worker is 0" in " ".join(out.split())
+
+
+def test_what_the_data_at_hand_says_is_planned_also_without_the_rest(tiny_run, tmp_path):
+    """Weights are not read, and evaluation data that is not here leaves the training's figures."""
+    whole = report.report(tiny_run("training.steps=null", "training.epochs=2"))
+    assert whole.sizes == {"forget": 12, "retain": 36} and whole.work.steps == 18 and whole.work.evaluation > 0 and not whole.notes
+    shutil.copytree(whole.settings.model.weights, tmp_path / "model", ignore=lambda folder, names: ["weights.safetensors"])
+    assert report.report(tiny_run("training.steps=null", "training.epochs=2", f"model.weights={tmp_path}/model")).sizes == whole.sizes
+    missing = ["model.weights=/nowhere", "model.variant=vit_nano_patch4_32", "evaluation.data=/nowhere/else"]
+    part = report.report(tiny_run("training.steps=null", "training.epochs=2", *missing))
+    assert part.sizes == whole.sizes and part.work.steps == 18 and part.work.evaluation is None
+    assert part.notes == ["not here: model.weights /nowhere; the shape planned for is model.variant vit_nano_patch4_32"]
+
+
+def test_a_feature_network_that_nobody_knows_is_told(tiny_run):
+    with pytest.raises(ConfigError, match="evaluation.features: no network 'resnet'; known: efficientnet_lite0"):
+        report.report(tiny_run("evaluation.features=resnet"))
 
 
 def test_dry_run_refuses_what_would_not_run(told, written):  # noqa: F811

@@ -1,4 +1,4 @@
-"""The commands that list families and methods, and convert a model for other libraries: `unlearn models`, `methods`, `convert`."""
+"""`unlearn models` and `methods`, which list what there is, and `convert`, which writes a model for other libraries."""
 
 from typing import Annotated
 
@@ -22,7 +22,9 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="print a JSON li
     table = Table("family", "variant", "image", "encoder", "decoder", "first stage", box=None)
     for shape in shapes():
         counts = (shape.encoder, shape.decoder, shape.first_stage)
-        table.add_row(shape.family, shape.variant, f"{shape.image_size} px", *(f"{n / 1e6:,.1f} M" if n else "-" for n in counts))
+        table.add_row(
+            shape.family, shape.variant, f"{shape.image_size} px", *(f"{n / 1e6:,.1f} M" if n else "-" for n in counts)
+        )
     out.print(table)
 
 
@@ -50,7 +52,7 @@ def convert(
     family: Annotated[str | None, typer.Option(help="the family, where the weights do not say it")] = None,
     variant: Annotated[str | None, typer.Option(help="the named shape, where the weights do not say it")] = None,
 ):
-    """Write a model as other libraries read it: a folder of diffusers (diffusion) or transformers (mae), a public file (migan).
+    """Write a model for other libraries: a folder of diffusers (diffusion) or transformers (mae), or a file (migan).
 
     Example: `unlearn convert runs/half/model half-diffusers`
     """

@@ -1,36 +1,59 @@
 """What a run needs, as tables: `unlearn plan` and `unlearn run --dry-run`."""
 
 from dataclasses import replace
+from typing import Annotated
 
-from unlearn.cli.options import Config, Gpu, Memory, Mfu, Set, load
+import typer
+
+from unlearn.cli.options import Gpu, Memory, Mfu, Set, load
+from unlearn.errors import UnlearnError
+
+Configs = Annotated[
+    list[str], typer.Argument(help="YAML files, or folders of runs (path or s3://)", metavar="CONFIG...")
+]
 
 
 def plan(
-    config: Config,
+    configs: Configs,
     overrides: Set = [],  # noqa: B006  read only
     memory: Memory = None,
     gpu: Gpu = None,
     mfu: Mfu = None,
 ):
-    """Say what a run needs of every worker's memory, by ZeRO stage, how long it takes, and which stage and micro-batch to take.
+    """Say how much memory a worker needs by ZeRO stage, how long a run takes, and what stage and micro-batch to take.
 
-    Nothing is computed and no weight is read: a ViT-H takes seconds.
+    Nothing is computed and no weight is read: a ViT-H takes seconds. Where the weights are not here, model.variant says
+    the shape.
 
     Example: `unlearn plan jobs/configs/mae_vit_large_imagenet.yaml --gpu H200`
     """
+    from unlearn.cli.console import out
     from unlearn.planning.report import report
 
-    show(report(load(config, overrides), memory, gpu, mfu))
+    if len(configs) == 1:
+        return show(report(load(configs[0], overrides), memory, gpu, mfu))
+    failures = []
+    for source in configs:
+        out.print(f"== {source}", soft_wrap=True)
+        try:
+            show(report(load(source, overrides), memory, gpu, mfu))
+        except UnlearnError as e:
+            failures.append(f"{source}: {e}")
+    if failures:
+        raise UnlearnError("\n".join(failures))
 
 
 def show(report) -> None:
     """Print a Report of unlearn/planning."""
     from unlearn.cli.console import out
 
-    run, device = report.run, report.device
-    kind = device.name if device.seen or not device.cuda else f"{device.name} (assumed: --gpu or --memory says otherwise)"
-    how = f"{run.training.dtype}, micro-batch {run.micro_batch}" + (", checkpointing" if run.training.activation_checkpointing else "")
-    out.print(f"{run.cluster.workers} worker(s), {kind}, {size(device.memory)} each; {how}", soft_wrap=True)
+    settings, device = report.settings, report.device
+    kind = f"{device.name} (assumed: --gpu and --memory say otherwise)" if device.guessed else device.name
+    how = f"{settings.training.dtype}, micro-batch {settings.micro_batch}"
+    how += ", checkpointing" if settings.training.activation_checkpointing else ""
+    out.print(f"{settings.cluster.workers} worker(s), {kind}, {size(device.memory)} each; {how}", soft_wrap=True)
+    for note in report.notes:
+        out.print(f"note: {note}", soft_wrap=True)
     out.print(_memory(report))
     out.print(_cost(report))
     if report.advice is None:
@@ -75,13 +98,25 @@ def _cost(report):
     table.add_row("FLOPs of a step", f"{work.step + work.first_stage:.3g}, {work.images} images")
     if work.steps:
         table.add_row("FLOPs of the run", f"{(work.step + work.first_stage) * work.steps:.3g}, {work.steps:,} steps")
-    table.add_row("expected", f"{cost.images:,.0f} images/s, {cost.step:.3g} s a step, at {device.share:.0%} of {device.peak:.3g} FLOP/s a worker")
+    table.add_row(
+        "expected",
+        f"{cost.images:,.0f} images/s, {cost.step:.3g} s a step, "
+        f"at {device.share:.0%} of {device.peak:.3g} FLOP/s a worker",
+    )
     table.add_row("at the floor", f"{cost.floor:,.0f} images/s")
     if cost.total is None:
         table.add_row("time", "unknown: the data is not here, and epochs are passes over it")
     else:
-        parts = {"start": cost.start, "latent cache": cost.once, "training": cost.training, "evaluation": cost.evaluation}
-        table.add_row("time", f"{span(cost.total)}: " + ", ".join(f"{name} {span(value)}" for name, value in parts.items() if value))
+        parts = {
+            "start": cost.start,
+            "latent cache": cost.once,
+            "training": cost.training,
+            "evaluation": cost.evaluation,
+        }
+        table.add_row(
+            "time",
+            f"{span(cost.total)}: " + ", ".join(f"{name} {span(value)}" for name, value in parts.items() if value),
+        )
     return table
 
 

@@ -25,6 +25,7 @@ def distance(embedding: Embedding, target: Embedding, relative: bool = False) ->
     relative: each level's error is divided by the mean square of its target.
     """
     if isinstance(embedding, torch.Tensor):
+        assert isinstance(target, torch.Tensor), "both are of one encoder"
         dtype = torch.promote_types(embedding.dtype, torch.float32)
         target = target.to(dtype)
         error = (embedding.to(dtype) - target).square().mean()
@@ -92,6 +93,7 @@ class EncoderL2(Method):
         if self.options.noise == "batch":
             noise = noise * batch.images.std() + batch.images.mean()
         elif self.options.noise == "dataset":
+            assert self._mix is not None and self._mean is not None, "`prepare` is called before the first step"
             mixed = torch.einsum("dc,nchw->ndhw", self._mix.to(noise), noise)
             noise = mixed + self._mean.to(noise)
         if (self.options.noise_region or student.noise_region) == "hole":

@@ -1,4 +1,4 @@
-"""The contract that every family of generators meets. A family is one file with one Adapter, and one line in registry.MODELS."""
+"""The contract that every family of generators meets: one file with one Adapter, and one line in registry.MODELS."""
 
 import functools
 from collections.abc import Callable
@@ -51,16 +51,16 @@ class CheckpointedModule(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A generator D(E(x)). Subclasses set `encoder` (E) and `decoder` (D), which share no parameter, and if they need them
+    """A generator D(E(x)). Subclasses set `encoder` (E) and `decoder` (D), which share no parameter, and where needed
 
-    shared: what encoder and decoder both use (the embedding of time). Never trained, or the decoder would change with it.
-    first_stage: turns images into what the encoder takes, called as first_stage(images, view): a tokenizer, a VAE. Never
-        trained together with the encoder.
+    shared: what encoder and decoder both use (the embedding of time). Never trained, or the decoder would change too.
+    first_stage: turns images into what the encoder takes, called as first_stage(images, view): a tokenizer, a VAE.
+        Never trained together with the encoder.
 
-    Images are (B, 3, S, S); "normalised" means (pixel / 255 - mean) / std. "Inputs" are what the encoder takes, one row for
-    each image: normalised images where there is no first stage. Everything random in a forward pass comes from its `seed`,
-    so that teacher and student draw the same. A parameter may only be used inside the forward of the module that owns it:
-    under ZeRO-3 it is empty at any other time.
+    Images are (B, 3, S, S); "normalised" means (pixel / 255 - mean) / std. "Inputs" are what the encoder takes, one row
+    for each image: normalised images where there is no first stage. Everything random in a forward pass comes from its
+    `seed`, so that teacher and student draw the same. A parameter may only be used inside the forward of the module
+    that owns it: under ZeRO-3 it is empty at any other time.
     """
 
     family: ClassVar[str]
@@ -112,7 +112,7 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def first_stage_loss(self, images: torch.Tensor) -> torch.Tensor:
-        """The loss that the first stage is trained with, a scalar; only of families whose first stage can be trained here."""
+        """The loss of the first stage, a scalar; only of families whose first stage can be trained here."""
         raise NotImplementedError
 
     def flops(self, view: View) -> int:
@@ -125,7 +125,7 @@ class Adapter(nn.Module):
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Rename the tensors of a public checkpoint to our names; tensors that have our names already are returned as they are."""
+        """The tensors of a public checkpoint with our names; those that have our names already stay as they are."""
         return tensors
 
     @classmethod
@@ -146,14 +146,12 @@ class Adapter(nn.Module):
 
     @classmethod
     def _no_folder(cls, folder: Path) -> WeightsError:
-        return WeightsError(
-            f"{folder}: family {cls.family} reads no folders of other libraries; give a folder with model.json, or a file"
-        )
+        return WeightsError(f"{folder}: family {cls.family} knows no such folder; give one with model.json, or a file")
 
     @classmethod
     def placed(cls, tensors: dict[str, torch.Tensor], options: ModelOptions) -> dict[str, torch.Tensor]:
-        """Tensors in our names, moved between encoder and decoder as these options split them: for families whose options
-        say where the encoder ends."""
+        """Tensors in our names, moved between encoder and decoder as these options split them: for families whose
+        options say where the encoder ends."""
         return tensors
 
     @classmethod
@@ -165,7 +163,7 @@ class Adapter(nn.Module):
         raise WeightsError(f"model.first_stage: family {cls.family} has no frozen first stage")
 
     def to_folder(self, folder: Path) -> None:
-        """Write the model in the format of the library it comes from. Raises WeightsError where there is no such format."""
+        """Write the model in the format of the library it comes from. Raises WeightsError where there is none."""
         raise WeightsError(f"family {self.family} has no other format than ours")
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -191,16 +189,16 @@ class Adapter(nn.Module):
         self.decoder = None
 
     def take_first_stage(self, device: torch.device) -> nn.Module | None:
-        """Return the first stage, on this device, and remove it here: it is not trained, sharded or saved with the model."""
+        """Return the first stage, on this device, and remove it: it is not trained, sharded or saved with the model."""
         first_stage, self.first_stage = self.first_stage, None
         return first_stage if first_stage is None else first_stage.to(device).requires_grad_(False).eval()
 
     def stock_noise(self, first_stage: nn.Module, seed: int) -> None:
-        """Called with the first stage before training: a family whose noise must pass through it prepares that noise here."""
+        """Called before training: a family whose noise must pass through the first stage prepares that noise here."""
 
 
 def count_flops(forward: Callable[[], object]) -> int:
-    """FLOPs (a multiply-add is 2) of a call, as torch counts them; modules and inputs on the meta device cost nothing."""
+    """FLOPs (a multiply-add is 2) of a call, as torch counts them; on the meta device counting costs nothing."""
     # torch counts attention only where it is computed as plain matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
@@ -221,22 +219,27 @@ def adapter(family: str) -> type[Adapter]:
 def options(model: config.Model, recorded: dict[str, Any] | None = None) -> ModelOptions:
     """The shape that a config asks for. Raises ConfigError.
 
-    Later values win: the variant's, those `recorded` beside the weights (which must agree with the variant's), the config's own.
+    Later values win: the variant's, those `recorded` beside the weights, which must not contradict them, the config's.
     """
     cls, recorded = adapter(model.family), recorded or {}
     if model.variant and model.variant not in cls.variants:
-        raise ConfigError(f"model.variant: {model.family} has no variant {model.variant!r}; known: {', '.join(cls.variants)}")
+        raise ConfigError(
+            f"model.variant: {model.family} has no variant {model.variant!r}; known: {', '.join(cls.variants)}"
+        )
     named = dict(cls.variants[model.variant]) if model.variant else {}
     for key in named.keys() & recorded.keys() - model.options.keys():
         if _contradict(named[key], recorded[key]):
             raise ConfigError(
-                f"model.variant {model.variant} has another {key} than {model.weights} was made with: leave model.variant out"
+                f"model.variant {model.variant} has another {key} than {model.weights} was made with: "
+                "leave model.variant out"
             )
     try:
         return cls.Options.model_validate(named | recorded | model.options)
     except ValidationError as e:
         error = e.errors()[0]
-        raise ConfigError(f"model.options.{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}") from None
+        raise ConfigError(
+            f"model.options.{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}"
+        ) from None
 
 
 def _contradict(named: Any, recorded: Any) -> bool:

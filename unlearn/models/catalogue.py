@@ -1,6 +1,6 @@
 """The named shapes of all families and the parameters of their parts, read from catalogue.json without importing torch.
 
-    python -m unlearn.models.catalogue      writes catalogue.json again, after a variant was added or changed
+`python -m unlearn.models.catalogue` writes catalogue.json again, after a variant was added or changed.
 """
 
 import json
@@ -14,7 +14,7 @@ FILE = Path(__file__).with_name("catalogue.json")
 
 @dataclass(frozen=True)
 class NamedShape:
-    """image_size: pixels a side. encoder, decoder, first_stage: numbers of parameters, 0 where there is no such part."""
+    """image_size: pixels a side. encoder, decoder, first_stage: numbers of parameters, 0 where there is none."""
 
     family: str
     variant: str
@@ -25,7 +25,7 @@ class NamedShape:
 
 
 def shapes() -> list[NamedShape]:
-    """The variants of every registered family; those of a family that is not in catalogue.json are counted from the models."""
+    """The variants of every registered family; those of a family that catalogue.json lacks are counted."""
     recorded = [NamedShape(**row) for row in json.loads(FILE.read_text())]
     known = {family: [shape for shape in recorded if shape.family == family] for family in MODELS}
     return [shape for family in MODELS for shape in known[family] or counted(family)]

@@ -1,4 +1,4 @@
-"""Masked autoencoder (arXiv 2111.06377): a ViT that encodes visible patches only, and a light ViT that fills in the rest.
+"""Masked autoencoder (arXiv 2111.06377): a ViT that encodes visible patches, and a light ViT that fills in the rest.
 
 Shapes: B images, V visible of L = G x G patches, P pixels a patch side, W encoder width, D decoder width.
 """
@@ -32,7 +32,9 @@ class MAEOptions(vit.ViTOptions):
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         for width in (self.width, self.decoder_width):
             if width % 4:
-                raise ValueError(f"width {width} must be a multiple of 4: a quarter each for sine and cosine of row and column")
+                raise ValueError(
+                    f"width {width} must be a multiple of 4: a quarter each for sine and cosine of row and column"
+                )
         return self
 
 
@@ -198,7 +200,7 @@ class MaskedAutoencoder(base.Adapter):
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The layout of facebookresearch/mae: `decoder_*` and `mask_token` are the decoder's, the rest the encoder's."""
+        """The names of facebookresearch/mae: `decoder_*` and `mask_token` are the decoder's, the rest the encoder's."""
         if any(name.startswith("encoder.") for name in tensors):
             return tensors
         renamed = {}

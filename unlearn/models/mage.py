@@ -1,4 +1,4 @@
-"""MAGE (arXiv 2211.09117): a VQ-GAN tokenizer, a ViT that encodes the visible tokens, and one that guesses the hidden ones.
+"""MAGE (arXiv 2211.09117): a VQ-GAN tokenizer, a ViT that encodes visible tokens, and one that predicts hidden ones.
 
 Shapes: B images, V visible of L = G x G tokens, W encoder width, D decoder width, N codes.
 """
@@ -34,17 +34,22 @@ MAGE_NAMES = {
     "mlm_layer.bias": ["decoder.head.bias"],
 }
 # Beginnings of names in such a checkpoint that its own model never uses.
-UNUSED_NAMES = ("cls_token", "pos_embed", "mask_token", "patch_embed.", "decoder_pos_embed", "decoder_pred.", "token_emb.position_ids")
+UNUSED_NAMES = (
+    "cls_token", "pos_embed", "mask_token", "patch_embed.", "decoder_pos_embed", "decoder_pred.",
+    "token_emb.position_ids",
+)  # fmt: skip
 
 
 class MAGEOptions(vit.ViTOptions):
     """Defaults are those of MAGE's ViT-B.
 
-    codes, code_width: of the tokenizer's codebook. vocabulary: how many tokens have an embedding: the codes, then others.
-    class_token: the token at the place of the class; the last token is unused here.
-    tokenizer: its architecture, see unlearn.models.tokenizer. channels: of its levels; each level but the last halves the
-    side. layers: residual blocks a level. latent_channels, mid_attention: of a `diffusers` tokenizer only.
-    decoding_steps: of `reconstruct`. temperature: of the noise added when tokens are chosen; 0 chooses the likeliest.
+    codes, code_width: of the tokenizer's codebook.
+    vocabulary: how many tokens have an embedding: the codes first, then others; the last one is unused here.
+    class_token: the token at the place of the class.
+    tokenizer: its architecture, see unlearn.models.tokenizer.
+    channels: of the tokenizer's levels; each level but the last halves the side. layers: residual blocks of a level.
+    latent_channels, mid_attention: of a `diffusers` tokenizer only.
+    decoding_steps: of `reconstruct`. temperature: of the noise added when it chooses tokens; 0 chooses the likeliest.
     """
 
     image_size: int = 256
@@ -71,9 +76,14 @@ class MAGEOptions(vit.ViTOptions):
             raise ValueError(f"channels {self.channels} must be multiples of norm_groups {self.norm_groups}")
         patch = 1 << (len(self.channels) - 1)
         if self.image_size % patch:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of {patch}, the side of one of the tokenizer's codes")
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of {patch}, the side of one of the tokenizer's codes"
+            )
         if not self.codes <= self.class_token < self.vocabulary:
-            raise ValueError(f"class_token {self.class_token} must lie after the {self.codes} codes, in the vocabulary of {self.vocabulary}")
+            raise ValueError(
+                f"class_token {self.class_token} must lie after the {self.codes} codes, in the vocabulary of "
+                f"{self.vocabulary}"
+            )
         if self.decoding_steps < 1 or self.temperature < 0:
             raise ValueError("decoding_steps must be 1 or more, temperature 0 or more")
         return self
@@ -103,9 +113,9 @@ class Encoder(base.CheckpointedModule):
 class Decoder(nn.Module):
     """(embedding (B, 1 + V, W), visible (B, V)) to the logits of the token at every place, (B, L, vocabulary).
 
-    MAGE's logits are products with the encoder's token embedding. Here `head` is a copy of that embedding, so that training
-    the encoder does not change the decoder. The tokenizer's own decoder, from codes to pixels, is here too and never trained
-    together with the rest.
+    MAGE's logits are products with the encoder's token embedding. Here `head` is a copy of that embedding, so that
+    training the encoder does not change the decoder. The tokenizer's own decoder, from codes to pixels, is here too and
+    never trained together with the rest.
     """
 
     def __init__(self, o: MAGEOptions):
@@ -150,13 +160,13 @@ class MaskedGenerativeEncoder(base.Adapter):
         "mage_vit_base": {},
         "mage_vit_large": {"width": 1024, "depth": 24, "heads": 16, "decoder_width": 1024},
         "mage_nano_32": {
-            "image_size": 32, "width": 96, "depth": 4, "heads": 4, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4,
-            "codes": 256, "code_width": 16, "vocabulary": 257, "class_token": 256,
+            "image_size": 32, "width": 96, "depth": 4, "heads": 4, "decoder_width": 64, "decoder_depth": 2,
+            "decoder_heads": 4, "codes": 256, "code_width": 16, "vocabulary": 257, "class_token": 256,
             "channels": (8, 16, 32), "layers": 1, "norm_groups": 4,
         },
         "mage_micro_64": {
-            "image_size": 64, "width": 192, "depth": 6, "heads": 4, "decoder_width": 128, "decoder_depth": 3, "decoder_heads": 4,
-            "codes": 512, "code_width": 32, "vocabulary": 513, "class_token": 512,
+            "image_size": 64, "width": 192, "depth": 6, "heads": 4, "decoder_width": 128, "decoder_depth": 3,
+            "decoder_heads": 4, "codes": 512, "code_width": 32, "vocabulary": 513, "class_token": 512,
             "channels": (16, 32, 64, 64), "layers": 1, "norm_groups": 8,
         },
     }  # fmt: skip
@@ -178,7 +188,12 @@ class MaskedGenerativeEncoder(base.Adapter):
         encoder, decoder = self.encoder, self.decoder
         vit.initialise_linear(encoder)
         vit.initialise_linear(decoder)
-        for weight in (encoder.word_embeddings.weight, encoder.position_embeddings.weight, decoder.pos_embed, decoder.head.weight):
+        for weight in (
+            encoder.word_embeddings.weight,
+            encoder.position_embeddings.weight,
+            decoder.pos_embed,
+            decoder.head.weight,
+        ):
             nn.init.normal_(weight, std=0.02)
         for part in self._tokenizer_parts():
             part.requires_grad_(False)
@@ -223,7 +238,8 @@ class MaskedGenerativeEncoder(base.Adapter):
             noise = _gumbel((self.grid**2, o.codes), generator).to(logits.device)
             chosen = (logits + o.temperature * noise).argmax(2)
             certainty = logits.log_softmax(2).gather(2, chosen[..., None])[..., 0]
-            certainty = certainty + o.temperature * (1 - done) * _gumbel((self.grid**2,), generator).to(certainty.device)
+            noise = _gumbel((self.grid**2,), generator).to(logits.device)
+            certainty = certainty + o.temperature * (1 - done) * noise
             tokens = torch.where(seen, tokens, chosen)
             left = min(math.floor(hidden * math.cos(math.pi / 2 * done)), hidden - step - 1) if done < 1 else 0
             ranked = certainty.masked_fill(seen, torch.inf).argsort(dim=1, descending=True, stable=True)
@@ -235,12 +251,13 @@ class MaskedGenerativeEncoder(base.Adapter):
         """Tokens of images of standard Gaussian noise, drawn from those that `stock_noise` has made."""
         if self._noise_tokens is None:
             raise RuntimeError("no tokens of noise are in stock: call stock_noise with the first stage first")
-        rows = torch.randint(len(self._noise_tokens), (len(inputs),), generator=generator, device=self._noise_tokens.device)
-        return self._noise_tokens[rows].expand(-1, 2, -1)
+        tokens = self._noise_tokens
+        rows = torch.randint(len(tokens), (len(inputs),), generator=generator, device=tokens.device)
+        return tokens[rows].expand(-1, 2, -1)
 
     @torch.no_grad()
     def stock_noise(self, first_stage: nn.Module, seed: int) -> None:
-        """Make the tokens of NOISE_IMAGES images of noise, (NOISE_IMAGES, 1, L); the same for the same seed on any device."""
+        """Make the tokens of NOISE_IMAGES images of noise, (NOISE_IMAGES, 1, L): the same on any device."""
         assert isinstance(first_stage, tokenizer.Tokenizer)
         generator, side = torch.Generator().manual_seed(seed), self.options.image_size
         device = first_stage.codebook.weight.device
@@ -263,10 +280,11 @@ class MaskedGenerativeEncoder(base.Adapter):
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The layout of LTH14/mage. Its tokenizer is in the same file under `vqgan.`, or comes from model.first_stage."""
+        """The names of LTH14/mage. The tokenizer is in it under `vqgan.`, or comes from model.first_stage."""
         if any(name.startswith("encoder.") for name in tensors):
             return tensors
-        ours = tokenizer.from_public({n.removeprefix("vqgan."): t for n, t in tensors.items() if n.startswith("vqgan.")})
+        vqgan = {n.removeprefix("vqgan."): t for n, t in tensors.items() if n.startswith("vqgan.")}
+        ours = tokenizer.from_public(vqgan)
         for name, tensor in tensors.items():
             prefix = next((p for p in MAGE_NAMES if name.startswith(p)), None)
             if prefix is not None:

@@ -1,7 +1,7 @@
 """MI-GAN (ICCV 2023): a small convolutional inpainting generator, an encoder with skips and a synthesis network.
 
-A block is named by the resolution that it works at when the image has `resolution` pixels a side. A smaller image runs through
-the same blocks, each at a proportionally smaller resolution.
+A block is named by the resolution that it works at when the image has `resolution` pixels a side. A smaller image runs
+through the same blocks, each at a proportionally smaller resolution.
 Shapes: B images of S x S pixels; block b{R} works at R * S / resolution pixels a side.
 """
 
@@ -24,7 +24,8 @@ PUBLIC_FILE = "migan.safetensors"
 class MIGANOptions(base.ModelOptions):
     """Defaults are those of the model trained on Places2 at 512 pixels.
 
-    resolution: pixels a side of the images it was made for; image_size: of the images it is used on, resolution / 1, 2 or 4.
+    resolution: pixels a side of the images it was made for.
+    image_size: pixels a side of the images it is used on: the resolution, half or a quarter of it.
     channel_base, channel_max: a block b{R} is min(channel_base / R, channel_max) channels wide.
     """
 
@@ -41,7 +42,9 @@ class MIGANOptions(base.ModelOptions):
         if self.resolution < 8 or self.resolution & (self.resolution - 1):
             raise ValueError(f"resolution {self.resolution} must be a power of two, 8 or more")
         if self.image_size not in [self.resolution // d for d in (1, 2, 4)]:
-            raise ValueError(f"image_size {self.image_size} must be the resolution {self.resolution}, half or a quarter of it")
+            raise ValueError(
+                f"image_size {self.image_size} must be the resolution {self.resolution}, half or a quarter of it"
+            )
         if self.image_size % self.grid:
             raise ValueError(f"image_size {self.image_size} is not a multiple of grid {self.grid}")
         if self.channel_base < self.resolution:
@@ -58,13 +61,13 @@ class MIGANOptions(base.ModelOptions):
 
 
 def activate(x: torch.Tensor) -> torch.Tensor:
-    """Leaky ReLU times sqrt 2, clamped to +-256. In place after the first step: the backward pass needs no value in between."""
+    """Leaky ReLU times sqrt 2, clamped to +-256; in place where the backward pass does not need the value."""
     return F.hardtanh_(F.leaky_relu(x, 0.2).mul_(math.sqrt(2)), -256, 256)
 
 
 @functools.cache
 def _fir(channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The low-pass filter (1, 3, 3, 1) in both directions, of sum 1, for a depthwise convolution: (channels, 1, 4, 4)."""
+    """The low-pass filter (1, 3, 3, 1) in both directions, with sum 1: depthwise, (channels, 1, 4, 4)."""
     # A tensor made in inference mode could not be used for training later.
     with torch.inference_mode(False):
         line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device) / 8
@@ -145,7 +148,7 @@ class Encoder(base.CheckpointedModule):
 
 
 class SynthesisBlock(nn.Module):
-    """(x, skip, RGB so far) to (x, RGB) at twice the size; the first block keeps the size and has neither RGB nor noise."""
+    """(x, skip, RGB so far) to (x, RGB) at twice the size; the first block keeps the size and is given no RGB."""
 
     def __init__(self, o: MIGANOptions, resolution: int):
         super().__init__()
@@ -155,7 +158,9 @@ class SynthesisBlock(nn.Module):
         self.conv2 = SeparableConv(width, width, noise=noise)
         self.torgb = nn.Conv2d(width, 3, 1)
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor, rgb: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x: torch.Tensor, skip: torch.Tensor, rgb: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.conv2(self.conv1(x) + skip)
         own = self.torgb(x)
         return x, own if rgb is None else upsample(rgb) + own
@@ -227,8 +232,8 @@ class MIGAN(base.Adapter):
     def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         """Mean absolute error in the hole, in normalised pixels.
 
-        The public weights were trained against a discriminator as well; that is not repeated here, so a model trained from
-        nothing fills holes with blur.
+        The public weights were trained against a discriminator as well; that is not repeated here, so a model trained
+        from nothing fills holes with blur.
         """
         error = (self.decoder(self.encode(inputs, view)) - inputs).float().abs()
         hole = view.pixel_mask(inputs.shape[-1])

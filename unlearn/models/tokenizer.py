@@ -14,8 +14,8 @@ from torch import nn
 from unlearn.models import folders, tensor_files, weights
 from unlearn.views import View
 
-# Beginnings of names in a public tokenizer -> the names in our model that replace them. The codebook is in our model twice, since
-# the first stage is taken away before training.
+# Beginnings of names in a public tokenizer -> the names in our model that replace them. The codebook is in our model
+# twice, since the first stage is taken away before training.
 TOKENIZER_NAMES = {
     "encoder.": ["first_stage.encoder."],
     "quant_conv.": ["first_stage.quant_conv."],
@@ -50,22 +50,13 @@ class ResidualBlock(nn.Module):
         return h + (x if self.same else self.nin_shortcut(h))
 
 
-class Level(nn.Module):
-    """The residual blocks of one resolution; after them, where `upsample` is set, twice the side and a convolution."""
-
-    def __init__(self, inside: int, outside: int, count: int, groups: int):
-        super().__init__()
-        self.block = nn.ModuleList(ResidualBlock(inside if n == 0 else outside, outside, groups) for n in range(count))
-        self.upsample: nn.ModuleDict | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for block in self.block:
-            x = block(x)
-        return x if self.upsample is None else self.upsample["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 def _levels(inside: tuple[int, ...], outside: tuple[int, ...], count: int, groups: int) -> nn.ModuleList:
-    return nn.ModuleList(Level(i, o, count, groups) for i, o in zip(inside, outside, strict=True))
+    """For each resolution {"block": its residual blocks}."""
+
+    def blocks(i: int, o: int) -> nn.ModuleList:
+        return nn.ModuleList(ResidualBlock(o if n else i, o, groups) for n in range(count))
+
+    return nn.ModuleList(nn.ModuleDict({"block": blocks(i, o)}) for i, o in zip(inside, outside, strict=True))
 
 
 def _middle(width: int, groups: int) -> nn.ModuleDict:
@@ -86,7 +77,9 @@ class MageEncoder(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         for number, level in enumerate(self.down):
-            x = level(F.avg_pool2d(x, 2) if number else x)
+            x = F.avg_pool2d(x, 2) if number else x
+            for block in level.get_submodule("block").children():
+                x = block(x)
         x = self.mid["block_2"](self.mid["block_1"](x))
         return self.conv_out(F.silu(self.norm_out(x)))
 
@@ -100,15 +93,18 @@ class MageDecoder(nn.Module):
         self.mid = _middle(channels[-1], groups)
         self.up = _levels((*channels[1:], channels[-1]), channels, layers, groups)
         for level, width in zip(self.up[1:], channels[1:], strict=True):
-            level.upsample = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
+            level.add_module("upsample", nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)}))
         self.norm_out = nn.GroupNorm(groups, channels[0], eps=1e-6)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
         x = self.mid["block_2"](self.mid["block_1"](x))
-        for level in reversed(self.up):
-            x = level(x)
+        for number, level in reversed(list(enumerate(self.up))):
+            for block in level.get_submodule("block").children():
+                x = block(x)
+            if number:
+                x = level.get_submodule("upsample.conv")(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -143,7 +139,7 @@ def projection(o, inside: int, outside: int) -> nn.Module:
 
 
 class Range(nn.Module):
-    """Normalised images to the range that the tokenizer takes, [0, 1] for `mage` and [-1, 1] for `diffusers`; and the inverse."""
+    """Normalised images to the tokenizer's range, [0, 1] for `mage` and [-1, 1] for `diffusers`; and the inverse."""
 
     mean: torch.Tensor
     std: torch.Tensor
@@ -164,8 +160,8 @@ class Range(nn.Module):
 class Tokenizer(nn.Module):
     """(normalised images, view) to tokens, int64 (B, 2, L).
 
-    First those of the image with its hole filled with the mean colour, which know nothing of what is hidden; then those of
-    the whole image, which training has to predict.
+    First those of the image with its hole filled with the mean colour, which know nothing of what is hidden; then those
+    of the whole image, which training has to predict.
     """
 
     every: torch.Tensor
@@ -201,8 +197,8 @@ def distances(vectors: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
 def loss(first_stage: Tokenizer, decoder, images: torch.Tensor) -> torch.Tensor:
     """The loss that a tokenizer is trained with (arXiv 1711.00937), a scalar.
 
-    It is the squared error of the normalised images, plus that of codes to latents, plus a quarter of that of latents to codes.
-    decoder: has a copy of the codebook, and `paint`, from codes (B, C, G, G) to images.
+    It is the squared error of the normalised images, plus that of codes to latents, plus a quarter of that of latents
+    to codes. decoder: has a copy of the codebook, and `paint`, from codes (B, C, G, G) to images.
     """
     latents = first_stage.latents(images)
     vectors = latents.permute(0, 2, 3, 1).flatten(0, 2)
@@ -236,7 +232,7 @@ def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a tokenizer in our names, from a folder of ours, a folder of diffusers, or a file. Raises WeightsError."""
+    """Tensors of a tokenizer with our names, from a folder of ours or of diffusers, or a file. Raises WeightsError."""
     if path.is_dir() and (path / weights.CARD).is_file():
         tensors = tensor_files.load(path / weights.WEIGHTS, str(path))
         return {name: tensor for name, tensor in tensors.items() if name.startswith(TOKENIZER_TENSORS)}

@@ -1,4 +1,4 @@
-"""Masked autoencoders as transformers' ViTMAEForPreTraining saves them: a folder of config.json and model.safetensors."""
+"""Masked autoencoders as transformers' ViTMAEForPreTraining saves them: config.json and model.safetensors."""
 
 import json
 import re
@@ -10,13 +10,13 @@ import torch
 from unlearn.errors import WeightsError
 from unlearn.models import tensor_files
 
-# Their name of a part of a block -> ours: first those in released files, then those of transformers 5 in memory. Here q, k and
-# v are one tensor.
+# Their name of a part of a block -> ours: those in released files, then those of transformers 5 in memory.
 _BLOCK = {
     "attention.output.dense": "attn.proj", "attention.o_proj": "attn.proj",
     "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
     "layernorm_before": "norm1", "layernorm_after": "norm2",
 }  # fmt: skip
+# Their names of q, k and v -> the place in the one tensor that holds all three here.
 _QKV = {"attention.attention.query": 0, "attention.attention.key": 1, "attention.attention.value": 2,
         "attention.q_proj": 0, "attention.k_proj": 1, "attention.v_proj": 2}  # fmt: skip
 _REST = {
@@ -30,11 +30,14 @@ _REST = {
     "decoder.decoder_norm": "decoder.norm",
     "decoder.decoder_pred": "decoder.pred",
 }
-_LAYER = re.compile(r"(vit|decoder)\.(?:encoder\.layer|layers|decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)\.(weight|bias)")
+_LAYER = re.compile(
+    r"(vit|decoder)\.(?:encoder\.layer|layers|decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.+)\.(weight|bias)"
+)
 _OPTIONS = {
     "image_size": "image_size", "patch_size": "patch_size", "width": "hidden_size", "depth": "num_hidden_layers",
-    "heads": "num_attention_heads", "decoder_width": "decoder_hidden_size", "decoder_depth": "decoder_num_hidden_layers",
-    "decoder_heads": "decoder_num_attention_heads", "norm_eps": "layer_norm_eps",
+    "heads": "num_attention_heads", "decoder_width": "decoder_hidden_size",
+    "decoder_depth": "decoder_num_hidden_layers", "decoder_heads": "decoder_num_attention_heads",
+    "norm_eps": "layer_norm_eps",
 }  # fmt: skip
 
 
@@ -43,8 +46,11 @@ def options(folder: Path) -> dict[str, Any]:
     settings = _json(folder / "config.json")
     if settings.get("model_type") != "vit_mae":
         raise WeightsError(f"{folder}: config.json is of a {settings.get('model_type')!r}, not of a ViTMAE")
-    if settings.get("qkv_bias") is False or settings.get("num_channels", 3) != 3 or settings.get("hidden_act", "gelu") != "gelu":
-        raise WeightsError(f"{folder}: a ViTMAE without qkv_bias, with other than 3 channels or without GELU is not supported")
+    other = settings.get("num_channels", 3) != 3 or settings.get("hidden_act", "gelu") != "gelu"
+    if settings.get("qkv_bias") is False or other:
+        raise WeightsError(
+            f"{folder}: a ViTMAE without qkv_bias, with other than 3 channels or without GELU is not supported"
+        )
     try:
         values = {ours: settings[theirs] for ours, theirs in _OPTIONS.items()}
         values["norm_pix_loss"] = bool(settings.get("norm_pix_loss"))
@@ -56,7 +62,7 @@ def options(folder: Path) -> dict[str, Any]:
         raise WeightsError(f"{folder}: encoder and decoder have different MLP ratios, which is not supported")
     if (folder / "preprocessor_config.json").is_file():
         images = _json(folder / "preprocessor_config.json")
-        values |= {ours: images[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in images}
+        values |= {ours: images[f"image_{ours}"] for ours in ("mean", "std") if f"image_{ours}" in images}
     return values
 
 
@@ -93,9 +99,10 @@ def write(model, folder: Path) -> None:
     tensor_files.save(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     settings = {theirs: getattr(o, ours) for ours, theirs in _OPTIONS.items()}
     settings |= {
-        "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], "hidden_act": "gelu", "qkv_bias": True, "num_channels": 3,
-        "intermediate_size": int(o.width * o.mlp_ratio), "decoder_intermediate_size": int(o.decoder_width * o.mlp_ratio),
-        "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "mask_ratio": 0.75, "norm_pix_loss": o.norm_pix_loss,
+        "model_type": "vit_mae", "architectures": ["ViTMAEForPreTraining"], "hidden_act": "gelu", "qkv_bias": True,
+        "num_channels": 3, "intermediate_size": int(o.width * o.mlp_ratio),
+        "decoder_intermediate_size": int(o.decoder_width * o.mlp_ratio), "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "mask_ratio": 0.75, "norm_pix_loss": o.norm_pix_loss,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
     images = {"image_processor_type": "ViTImageProcessor", "size": {"height": o.image_size, "width": o.image_size},

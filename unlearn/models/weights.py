@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import torch
 from unlearn import config
 from unlearn.data.node_cache import node_copy
 from unlearn.data.s3 import Facts
-from unlearn.data.storage import Storage, download
+from unlearn.data.storage import Storage
 from unlearn.errors import StorageError, WeightsError
 from unlearn.models import base, tensor_files
 
@@ -143,18 +143,6 @@ def start(cls: type[base.Adapter], model: config.Model, sources: Sources) -> tup
     return cls.from_public(_tensors(source)), source.card.get("options")
 
 
-def options(model: config.Model, sources: Sources | None = None) -> base.ModelOptions:
-    """The shape that a config asks for; of the weights only what says their shape is read. Raises WeightsError, ConfigError."""
-    found = None
-    if model.weights and not model.variant:
-        source = (sources or {}).get(model.weights) or _look(model.weights)
-        found = source.card.get("options")
-        if source.kind == "folder":
-            with _described(source) as folder:
-                found = base.adapter(model.family).options_from_folder(folder, dict(model.options))
-    return base.options(model, found)
-
-
 def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, card) of a folder of ours or of one file; the card is empty where there is none."""
     source = _look(uri)
@@ -169,17 +157,6 @@ def _tensors(source: Source) -> dict[str, torch.Tensor]:
 
 def _no_weights(uri: str) -> WeightsError:
     return WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
-
-
-@contextlib.contextmanager
-def _described(source: Source) -> Iterator[Path]:
-    """A folder of another library; of a remote one only its small files, which say what it holds."""
-    storage = Storage(source.uri)
-    if storage.is_local():
-        yield source.path()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        yield download(storage, [n for n, facts in source.files.items() if facts.size < SMALL], Path(folder))
 
 
 def card(storage: Storage) -> dict[str, Any]:

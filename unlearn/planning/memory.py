@@ -15,6 +15,7 @@ from unlearn.data.selection import RowSet
 from unlearn.methods import base as methods
 from unlearn.planning import footprint
 from unlearn.planning.footprint import Footprint
+from unlearn.planning.shape import model_options
 from unlearn.training.engine import BUCKET
 
 # Elements that ZeRO-3 gathers ahead at once, and those it keeps gathered at most (DeepSpeed's defaults).
@@ -86,7 +87,7 @@ def caches(run: config.RunConfig, sets: dict[str, RowSet] | None, limit: int) ->
     sets: None where the data is not here, and the limit has to do."""
     if sets is None:
         return limit
-    options, method = footprint.shape(run.model), methods.create(run.method)
+    options, method = model_options(run.model)[0], methods.create(run.method)
     latent = 0
     if run.data.latent_cache:
         with footprint.fake():
@@ -136,7 +137,7 @@ def _moments(found: Footprint, strategy: Strategy, size: int, workers: int, accu
             bucket = bucket + size * _gathered(found, cuda)
     if strategy.offload:
         bucket = bucket + 2 * size * found.trained.largest
-        kept, update["gradients"] = np.zeros_like(grads) if strategy.stage > 1 else kept, 0
+        kept, update["gradients"] = np.zeros_like(grads) if (strategy.stage or 0) > 1 else kept, 0
     at = int(np.argmax(activations + kept + bucket))
     within = {"gradients": int(kept[at]), "activations": int(activations[at]), "buckets": int(bucket[at])}
     return [within, update]

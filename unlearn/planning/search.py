@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from unlearn import config
 from unlearn.methods import base as methods
+from unlearn.models import base
 from unlearn.planning import footprint, memory
 from unlearn.planning.footprint import Footprint
 from unlearn.planning.memory import MemoryEstimate, Strategy
@@ -33,13 +34,15 @@ class Row:
 class Search:
     """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes lie elsewhere.
 
-    caches: bytes of a worker's caches on the host.
+    caches: bytes of a worker's caches on the host. options: the model's shape, where it is known already.
     """
 
-    def __init__(self, run: config.RunConfig, size: int, cuda: bool, caches: int = 0):
+    def __init__(self, run: config.RunConfig, size: int, cuda: bool, caches: int = 0, options: base.ModelOptions | None = None):
         self.run, self.size, self.cuda, self.caches = run, size, cuda, caches
         self.usable = int(USABLE * size)
-        self._measured = functools.cache(lambda rows, precision, checkpointing: footprint.measure(run, rows, precision, checkpointing))
+        self._measured = functools.cache(
+            lambda rows, precision, checkpointing: footprint.measure(run, rows, precision, checkpointing, options)
+        )
 
     @property
     def rows(self) -> int:
@@ -59,19 +62,19 @@ class Search:
 
     def estimate(self, strategy: Strategy, micro_batch: int) -> MemoryEstimate:
         """What a worker needs. A micro-batch's allocations grow with its rows, so two sizes tell of all."""
-        base, precision = self.run.micro_batch, memory.precision(self.run, strategy)
-        first = self._measured(base, precision, strategy.checkpointing)
-        if micro_batch != base:
-            first = _scaled(first, self._measured(2 * base, precision, strategy.checkpointing), micro_batch / base)
+        asked, precision = self.run.micro_batch, memory.precision(self.run, strategy)
+        first = self._measured(asked, precision, strategy.checkpointing)
+        if micro_batch != asked:
+            first = _scaled(first, self._measured(2 * asked, precision, strategy.checkpointing), micro_batch / asked)
         workers = 1 if strategy.stage is None else self.run.cluster.workers
         return memory.estimate(first, strategy, precision, workers, max(1, self.rows // micro_batch), self.cuda)
 
     def largest(self, strategy: Strategy) -> int:
         """The largest micro-batch that fits, of those that divide a worker's rows; 0 where none does."""
-        base, least = self.run.micro_batch, 2 if methods.method_class(self.run.method.name).needs_forget and self.run.training.forget_fraction else 1
-        whole = self._fits(self.estimate(strategy, base))
-        sizes = [n for n in range(least, self.rows + 1) if self.rows % n == 0 and (n > base if whole else n < base)]
-        found, low, high = base if whole else 0, 0, len(sizes)
+        asked, least = self.run.micro_batch, 2 if methods.method_class(self.run.method.name).needs_forget and self.run.training.forget_fraction else 1
+        whole = self._fits(self.estimate(strategy, asked))
+        sizes = [n for n in range(least, self.rows + 1) if self.rows % n == 0 and (n > asked if whole else n < asked)]
+        found, low, high = asked if whole else 0, 0, len(sizes)
         while low < high:
             middle = (low + high) // 2
             if self._fits(self.estimate(strategy, sizes[middle])):

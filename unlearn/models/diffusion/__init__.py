@@ -1,1 +1,1 @@
-"""Diffusion models that fill in holes, in the space of pixels or of latents, on networks and schedulers of diffusers."""
+"""Diffusion models that fill in holes, on pixels or on latents, with networks and schedulers of diffusers."""

@@ -1,10 +1,11 @@
-"""Diffusion models that fill in holes: networks and schedulers of diffusers, on pixels or on the latents of an autoencoder.
+"""Diffusion models that fill in holes, on pixels or on an autoencoder's latents: networks and schedulers of diffusers.
 
-The encoder is the network's way down and its middle (of a transformer the first blocks). The embedding compared is every level
-that the encoder hands to the decoder. On pixels (Palette, arXiv 2111.05826) the network sees [condition, noisy image]: the image
-with Gaussian noise in its hole, and the image with y_t in its hole, where y_t is what is hidden, with noise added. On latents it
-sees y_t of the whole image, the hole, and the latents of the image with a grey hole.
-Shapes: B images of S x S pixels. Noise is added to C channels of h x w: 3 of S x S for pixels, or an autoencoder's latents.
+The encoder is the network's way down and its middle (of a transformer the first blocks). The embedding compared is
+every level that the encoder hands to the decoder. On pixels (Palette, arXiv 2111.05826) the network sees [condition,
+noisy image]: the image with Gaussian noise in its hole, and the image with y_t in its hole, where y_t is what is
+hidden, with noise added. On latents it sees y_t of the whole image, the hole, and the latents of the image with a grey
+hole.
+Shapes: B images of S x S pixels. Noise is added to C channels of h x w: 3 of S x S for pixels, or those of latents.
 """
 
 from pathlib import Path
@@ -51,8 +52,9 @@ class DiffusionOptions(base.ModelOptions):
         if reason := networks.mismatch(self.network, self.vae):
             raise ValueError(reason)
         _, f = autoencoder.noised_space(self.vae)
+        halvings = networks.NETWORKS[self.network["class"]].halvings(self.network)
         for parts, what in (
-            (f * 2 ** networks.NETWORKS[self.network["class"]].halvings(self.network), "what the network divides a side by"),
+            (f * 2**halvings, "what the network divides a side by"),
             (f * self.grid, f"{f} times the grid of views" if f > 1 else "the grid of views"),
         ):
             if self.image_size % parts:
@@ -63,8 +65,8 @@ class DiffusionOptions(base.ModelOptions):
 class Diffusion(base.Adapter):
     """The embedding compared is the list of all levels that the network's encoder hands to its decoder.
 
-    Inputs are images (B, 3, S, S), or latents (B, 2 C, h, w): those of the images, then those of the images with a grey hole.
-    Timesteps, noise and the noise of the condition are drawn from the forward's seed; each row has its own.
+    Inputs are images (B, 3, S, S), or latents (B, 2 C, h, w): those of the images, then those of the images with a grey
+    hole. Timesteps, noise and the noise of the condition are drawn from the forward's seed; each row has its own.
     """
 
     family = "diffusion"
@@ -88,16 +90,21 @@ class Diffusion(base.Adapter):
                 self.first_stage, latent_decoder = autoencoder.split(options.vae)
                 self.decoder.add_module("back", latent_decoder)
         except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as e:
-            raise ConfigError(f"model.options: diffusers cannot build this network and scheduler: {str(e).splitlines()[0]}") from None
+            raise ConfigError(
+                f"model.options: diffusers cannot build this network and scheduler: {str(e).splitlines()[0]}"
+            ) from None
         if options.sampling_steps > self.noising.count:
-            raise ConfigError(f"model.options.sampling_steps {options.sampling_steps} is more than the scheduler's {self.noising.count} timesteps")
+            raise ConfigError(
+                f"model.options.sampling_steps {options.sampling_steps} is more than the scheduler's "
+                f"{self.noising.count} timesteps"
+            )
         self.layout = networks.module(options.network["class"]).layout
         self.shared.requires_grad_(False)
         self._initialise()
         self._flops: int | None = None
 
     def _initialise(self):
-        # `shared` is never trained, not even in pretraining: random features of time, as large as the blocks' activations.
+        # `shared` is never trained, not even in pretraining: random features of time, as large as activations are.
         for module in self.shared.modules():
             if isinstance(module, nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
@@ -121,7 +128,7 @@ class Diffusion(base.Adapter):
         return self.encoder(sample, *self.shared(t, inputs.dtype))
 
     def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
-        """Mean squared error of what the network predicts (noise, velocity or image): in the hole, or over all latents."""
+        """Mean squared error of the prediction (noise, velocity or image): in the hole, or over all latents."""
         sample, t, target = self._noised(inputs, view, seed)
         error = self._predict(sample, t).to(target.dtype) - target
         if self.latent:
@@ -131,7 +138,7 @@ class Diffusion(base.Adapter):
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
-        """Sampled in `options.sampling_steps`, from the same noise for every image: a row does not depend on its batch."""
+        """Sampled from the same noise for every image, so that a row does not depend on its batch."""
         hole = view.pixel_mask(images.shape[-1])
         known = torch.where(hole, 0, images)
         known = self.first_stage.latents(known) if self.latent else known
@@ -192,7 +199,7 @@ class Diffusion(base.Adapter):
 
     @classmethod
     def first_stage_from(cls, path: Path) -> dict[str, torch.Tensor]:
-        """An autoencoder: the folder of a pipeline of diffusers or of an autoencoder alone, or one with TAEF2's two files."""
+        """An autoencoder: a pipeline's folder of diffusers, one of the autoencoder alone, or one with TAEF2's files."""
         return autoencoder.first_stage_from(path)
 
     @classmethod
@@ -214,7 +221,9 @@ class Diffusion(base.Adapter):
         if (folder / "model_index.json").is_file():
             options["scheduler"] = folders.public(folders.config(folder / "scheduler" / "scheduler_config.json"))
         elif "scheduler" not in chosen:
-            raise WeightsError(f"{folder} does not say how noise is added: give the pipeline's folder, or model.options.scheduler")
+            raise WeightsError(
+                f"{folder} does not say how noise is added: give the pipeline's folder, or model.options.scheduler"
+            )
         size = network.get("sample_size")
         return {**options, "image_size": size} if isinstance(size, int) else options
 
@@ -225,7 +234,8 @@ class Diffusion(base.Adapter):
         config = {"sample_size": self.options.image_size, **networks.arguments(self.options.network)}
         whole = diffusers.UNet2DModel(**config)
         whole.load_state_dict(networks.module(networks.PIXEL_UNET).to_public(self.state_dict()), assign=True)
-        diffusers.DDPMPipeline(whole, noising.scheduler("DDPMScheduler", self.options.scheduler)).save_pretrained(folder)
+        scheduler = noising.scheduler("DDPMScheduler", self.options.scheduler)
+        diffusers.DDPMPipeline(whole, scheduler).save_pretrained(folder)
 
 
 def _is_latent(folder: Path) -> bool:
@@ -246,8 +256,8 @@ def _noising(options: DiffusionOptions) -> noising.DiscreteNoising | flow.FlowMa
 
 
 def _noise(clean: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Standard Gaussian noise twice, each in the shape of `clean`: the condition's, and eps. A row's noise does not depend on how
-    many rows there are."""
+    """Standard Gaussian noise twice, each in the shape of `clean`: the condition's, and eps. A row's noise does not
+    depend on how many rows there are."""
     rows, channels, *size = clean.shape
     generator = _generator(seed, 0, clean.device)
     both = torch.randn(rows, 2 * channels, *size, generator=generator, device=clean.device, dtype=clean.dtype)
@@ -256,5 +266,6 @@ def _noise(clean: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _generator(seed: int, stream: int, device: torch.device) -> torch.Generator:
-    """A generator for each purpose (`stream`). None of them is that of the method's noise, which is seeded with `seed` itself."""
-    return torch.Generator(device).manual_seed(int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+    """A generator for each purpose (`stream`); none is that of the method's noise, whose seed is `seed` itself."""
+    drawn = np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(drawn >> np.uint64(1)))

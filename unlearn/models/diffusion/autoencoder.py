@@ -1,7 +1,8 @@
-"""Variational autoencoders in two halves: the first stage, whose latents a diffusion model works on, and the decoder of latents.
+"""Variational autoencoders in two halves: the first stage, which makes a diffusion model's latents, and their decoder.
 
-Shapes: B images of S x S pixels in [-1, 1], C latent channels, h = S / f latents a side. Known are diffusers' AutoencoderKL
-(Stable Diffusion, SDXL, Flux), its AutoencoderTiny, and TAEF2, the tiny autoencoder of FLUX.2. Both halves are frozen.
+Shapes: B images of S x S pixels in [-1, 1], C latent channels, h = S / f latents a side. Known are diffusers'
+AutoencoderKL (Stable Diffusion, SDXL, Flux), its AutoencoderTiny, and TAEF2, the tiny autoencoder of FLUX.2. Both
+halves are frozen.
 """
 
 import functools
@@ -27,8 +28,8 @@ AUTOENCODER_NAMES = {
 # The names of all our tensors that an autoencoder fills begin with one of these.
 AUTOENCODER_TENSORS = ("first_stage.", "decoder.back.")
 TAEF2_FILES = {half: f"taef2_{half}.safetensors" for half in ("encoder", "decoder")}
-# 1 / the standard deviation of TAEF2's latents of 200 SUN photographs at 128 px, over all channels (of single channels it is
-# 0.61 to 1.05); their mean is 0.06.
+# 1 / the standard deviation of TAEF2's latents of 200 SUN photographs at 128 px, over all channels (of single channels
+# it is 0.61 to 1.05); their mean is 0.06.
 TAEF2_SCALE = 1 / 0.853
 
 
@@ -77,11 +78,12 @@ class TAEF2(nn.Module):
             return [nn.Upsample(scale_factor=2), conv(width, width, bias=False)]
 
         self.encoder = nn.Sequential(
-            conv(3, width), *blocks(1), down(), *blocks(3), down(), *blocks(3), down(), *blocks(3, True), conv(width, latent_channels)
-        )
+            conv(3, width), *blocks(1), down(), *blocks(3), down(), *blocks(3), down(), *blocks(3, True),
+            conv(width, latent_channels),
+        )  # fmt: skip
         self.decoder = nn.Sequential(
-            Clamp(), conv(latent_channels, width), nn.ReLU(), *blocks(3, True), *up(), *blocks(3), *up(), *blocks(3), *up(), *blocks(1),
-            conv(width, 3),
+            Clamp(), conv(latent_channels, width), nn.ReLU(), *blocks(3, True), *up(), *blocks(3), *up(), *blocks(3),
+            *up(), *blocks(1), conv(width, 3),
         )  # fmt: skip
 
 
@@ -112,7 +114,7 @@ AUTOENCODERS: dict[str, type[Autoencoder]] = {
 
 
 class FirstStage(nn.Module):
-    """(normalised images, view) to [latents of the images, latents of the images with a grey hole] (B, 2 C, h, w), float32.
+    """(normalised images, view) to the latents of [the images, the images with a grey hole], (B, 2 C, h, w) float32.
 
     They are the means of the latents' distribution, not samples. The first half depends on what the hole hides.
     """
@@ -128,7 +130,7 @@ class FirstStage(nn.Module):
         return torch.cat([self._image_latents(images), self.latents(grey)], dim=1)
 
     def _image_latents(self, images: torch.Tensor) -> torch.Tensor:
-        """The latents of whole images, remembered: the latent cache asks for the same images under one view after the other."""
+        """The latents of whole images, kept: the latent cache asks for the same images under each of its views."""
         if images.is_inference():  # such a tensor has no version that would show a change
             return self.latents(images)
         if self._last is None or self._last[0] is not images or self._last[1] != images._version:
@@ -163,19 +165,22 @@ def whole(config: dict[str, Any]) -> Autoencoder:
     kind = config.get("class")
     if kind not in AUTOENCODERS:
         raise ValueError(f"vae.class {kind!r} is not known; known: {', '.join(AUTOENCODERS)}")
-    return AUTOENCODERS[kind](**{name: value for name, value in config.items() if name != "class"})
+    settings = {name: value for name, value in config.items() if name != "class"}
+    if kind == "AutoencoderTiny":  # diffusers saves this key with it, but does not take it
+        settings.pop("block_out_channels", None)
+    return AUTOENCODERS[kind](**settings)
 
 
 def split(config: dict[str, Any]) -> tuple[FirstStage, LatentDecoder]:
     """The frozen halves of the autoencoder of a config. Raises ValueError."""
-    made = whole(config)
-    return FirstStage(made).requires_grad_(False), LatentDecoder(made).requires_grad_(False)
+    autoencoder = whole(config)
+    return FirstStage(autoencoder).requires_grad_(False), LatentDecoder(autoencoder).requires_grad_(False)
 
 
 def noised_space(config: dict[str, Any] | None) -> tuple[int, int]:
-    """(C, f): the channels that noise is added to, and the pixels along a side of each of their values. Raises ValueError.
+    """(C, f): the channels that noise is added to, and the pixels along a side of each of their values.
 
-    config: of the autoencoder; None: a model on pixels.
+    Raises ValueError. config: of the autoencoder; None: a model on pixels.
     """
     return (3, 1) if config is None else _latent_space(json.dumps(config, sort_keys=True))
 
@@ -192,7 +197,7 @@ def _latent_space(config: str) -> tuple[int, int]:
 
 
 def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An autoencoder's own names to ours; unknown names are kept, so that filling the model reports them as unexpected."""
+    """An autoencoder's own names to ours; unknown names are kept, so that filling the model reports them."""
     ours = {}
     for name, tensor in tensors.items():
         prefix = next((p for p in AUTOENCODER_NAMES if name.startswith(p)), None)
@@ -209,8 +214,8 @@ def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def first_stage_from(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of both halves, in our names, from a local folder: of a pipeline or an autoencoder of diffusers, or with TAEF2's
-    two files. Raises WeightsError."""
+    """Tensors of both halves, in our names, from a local folder: of a pipeline or an autoencoder of diffusers, or with
+    TAEF2's two files. Raises WeightsError."""
     halves = {half: path / name for half, name in TAEF2_FILES.items()}
     if any(file.is_file() for file in halves.values()):
         missing = [file.name for file in halves.values() if not file.is_file()]
@@ -221,6 +226,7 @@ def first_stage_from(path: Path) -> dict[str, torch.Tensor]:
     home = path / "vae" if (path / "model_index.json").is_file() else path
     if not (home / "config.json").is_file():
         raise WeightsError(
-            f"{path} holds no autoencoder: give a folder of diffusers with a vae, or one with {' and '.join(TAEF2_FILES.values())}"
+            f"{path} holds no autoencoder: give a folder of diffusers with a vae, or one with "
+            + " and ".join(TAEF2_FILES.values())
         )
     return from_public(folders.tensors(home))

@@ -1,7 +1,7 @@
 """Flow matching (arXiv 2210.02747, as Flux uses it): how noise is added to images, and the sampler that removes it.
 
-x_s = (1 - s) x + s eps, and the network predicts the velocity eps - x. Its timestep is t = 1000 s. The interface is that of
-`noising.DiscreteNoising`.
+x_s = (1 - s) x + s eps, and the network predicts the velocity eps - x. Its timestep is t = 1000 s. The interface is
+that of `noising.DiscreteNoising`.
 """
 
 import functools
@@ -18,7 +18,7 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 class FlowMatching:
-    """config: of a FlowMatchEulerDiscreteScheduler. tokens: of an image; Flux shifts its timesteps towards noise by it."""
+    """config: of a FlowMatchEulerDiscreteScheduler. tokens: of an image; the more, the noisier Flux's timesteps are."""
 
     prediction = "flow"
 
@@ -29,7 +29,9 @@ class FlowMatching:
         slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
         self.mu = slope * (tokens - c.base_image_seq_len) + c.base_shift if c.use_dynamic_shifting else None
         if c.time_shift_type != "exponential" or c.invert_sigmas or c.stochastic_sampling:
-            raise ValueError(f"{SCHEDULER}: only exponential time shifts, no inverted sigmas and no stochastic sampling are known")
+            raise ValueError(
+                f"{SCHEDULER}: only exponential time shifts, no inverted sigmas and no stochastic sampling are known"
+            )
         # s is replaced by shift s / (1 + (shift - 1) s), in training and in sampling.
         self.shift = c.shift if self.mu is None else math.exp(self.mu)
 
@@ -48,14 +50,14 @@ class FlowMatching:
         return eps - clean
 
     def sampler(self, kind: str, steps: int, device: torch.device):
-        """Euler's method over `steps` timesteps, from noise down; `kind`, the class of other models' samplers, is not looked at."""
-        made = noising.scheduler(SCHEDULER, self.config)
-        made.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=self.mu, device=device)
-        return made
+        """Euler's method over `steps` timesteps, from noise down. `kind` is for other models' samplers."""
+        sampler = noising.scheduler(SCHEDULER, self.config)
+        sampler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).tolist(), mu=self.mu, device=device)
+        return sampler
 
 
 @functools.cache
 def _checked(config: str):
-    """The config of a scheduler, as JSON, with diffusers' defaults. Raises ValueError and TypeError as diffusers does."""
+    """The config of a scheduler, given as JSON, with diffusers' defaults. Raises ValueError and TypeError."""
     with unset_fake_temporarily():  # the scheduler reads values of its tensors, which fake tensors do not have
         return noising.scheduler(SCHEDULER, json.loads(config)).config

@@ -1,7 +1,8 @@
 """Inpainting transformers of the FLUX.1-Fill kind (diffusers' FluxTransformer2DModel), cut between two of their blocks.
 
-The blocks follow one another: first those with two streams (image and text), then those with one. The first `encoder_blocks` of
-them are the encoder. They are diffusers' own blocks, so the parts compute what the whole model computes.
+The blocks follow one another: first those with two streams (image and text), then those with one. The first
+`encoder_blocks` of them are the encoder. They are diffusers' own blocks, so the parts compute what the whole model
+computes.
 Shapes: B images, C latent channels, h x w latents, N = h/2 * w/2 image tokens, T tokens of the prompt, W width.
 """
 
@@ -19,7 +20,11 @@ from unlearn.models.diffusion.networks import PROMPT_TENSORS
 from diffusers import FluxTransformer2DModel  # isort: skip
 
 # Part of our model -> the names of diffusers' submodules in it, besides the blocks.
-PARTS = {"encoder": ("x_embedder",), "decoder": ("norm_out", "proj_out"), "shared": ("time_text_embed", "context_embedder")}
+PARTS = {
+    "encoder": ("x_embedder",),
+    "decoder": ("norm_out", "proj_out"),
+    "shared": ("time_text_embed", "context_embedder"),
+}
 BLOCK_KINDS = ("transformer_blocks", "single_transformer_blocks")  # in the order in which they are computed
 GUIDANCE = 30.0  # the guidance strength that diffusers' FLUX.1-Fill pipeline gives by default
 PACK = 2  # latents along each side of a token
@@ -27,7 +32,7 @@ _BLOCK = re.compile(rf"(?:encoder\.|decoder\.)?({'|'.join(BLOCK_KINDS)})\.(\d+)\
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,) in 0..1000, dtype) to (embedding of time, guidance and pooled prompt (B, W), prompt (B, T, W))."""
+    """(timesteps (B,) in 0..1000, dtype) to (emb of time, guidance and pooled prompt (B, W), prompt (B, T, W))."""
 
     prompt: torch.Tensor
     pooled: torch.Tensor
@@ -111,14 +116,19 @@ def _positions(text: int, image: int, device: torch.device) -> torch.Tensor:
 
 
 def layout(noisy: torch.Tensor, known: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The encoder's sample (B, 2 C + f², h, w): noisy latents, latents of the image with a grey hole, every pixel of the hole.
+    """The encoder's sample (B, 2 C + f², h, w): noisy latents, latents of the image with a grey hole, every pixel of
+    the hole.
 
     noisy, known: (B, C, h, w). hidden: (B, 1, f h, f w) pixels, true in the hole.
     """
-    return torch.cat([noisy, known, F.pixel_unshuffle(hidden.to(noisy.dtype), hidden.shape[-1] // noisy.shape[-1])], dim=1)
+    return torch.cat(
+        [noisy, known, F.pixel_unshuffle(hidden.to(noisy.dtype), hidden.shape[-1] // noisy.shape[-1])], dim=1
+    )
 
 
-def split(config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None = None) -> tuple[Encoder, Decoder, Conditioning]:
+def split(
+    config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None = None
+) -> tuple[Encoder, Decoder, Conditioning]:
     """The three parts of the network that diffusers builds from this config. Raises ValueError.
 
     tokens: of the prompt. encoder_blocks: how many blocks the encoder has, by default half of them.
@@ -129,12 +139,14 @@ def split(config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None 
     count = len(whole.transformer_blocks) + len(whole.single_transformer_blocks)
     stop = count // 2 if encoder_blocks is None else encoder_blocks
     if not 0 < stop < count:
-        raise ValueError(f"encoder_blocks {stop}: of the {count} blocks some must be the encoder's and some the decoder's")
+        raise ValueError(
+            f"encoder_blocks {stop}: of the {count} blocks some must be the encoder's and some the decoder's"
+        )
     return Encoder(whole, stop), Decoder(whole, stop), Conditioning(whole, tokens)
 
 
 def from_public(tensors: dict[str, torch.Tensor], encoder_blocks: int | None = None) -> dict[str, torch.Tensor]:
-    """diffusers' names, or ours of another cut, to ours; unknown names are kept, so that filling the model reports them."""
+    """diffusers' names, or ours of another cut, to ours; unknown ones stay, so that filling the model reports them."""
     matches = {name: _BLOCK.fullmatch(name) for name in tensors}
     numbers = {(BLOCK_KINDS.index(match[1]), int(match[2])) for match in matches.values() if match}
     stop = len(numbers) // 2 if encoder_blocks is None else encoder_blocks
@@ -155,4 +167,6 @@ def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our names to diffusers'; only tensors of the network itself, neither the prompt nor the VAE."""
     public = {name: name.partition(".")[2] for name in tensors if name not in PROMPT_TENSORS}
     words = {part: (*words, *BLOCK_KINDS) for part, words in PARTS.items()}
-    return {theirs: tensors[n] for n, theirs in public.items() if theirs.split(".")[0] in words.get(n.partition(".")[0], ())}
+    return {
+        theirs: tensors[n] for n, theirs in public.items() if theirs.split(".")[0] in words.get(n.partition(".")[0], ())
+    }

@@ -1,4 +1,4 @@
-"""The networks of diffusers that the family `diffusion` knows: which file splits each of them, and which ones can fill in holes."""
+"""The networks of diffusers that the family `diffusion` knows: what splits each, and which can fill in holes."""
 
 import importlib
 import inspect
@@ -17,16 +17,19 @@ from unlearn.models.diffusion import autoencoder
 import diffusers  # isort: skip
 
 PIXEL_UNET, LATENT_UNET, TRANSFORMER = "UNet2DModel", "UNet2DConditionModel", "FluxTransformer2DModel"
-# The buffers of `shared` that hold the prompt's embedding: in diffusers they are no part of the model, but given with every call.
+# The buffers of `shared` that hold the prompt's embedding: in diffusers they are no part of the model, but given with
+# every call.
 PROMPT_TENSORS: tuple[str, ...] = ("shared.prompt", "shared.pooled")
 
 
 class Network(NamedTuple):
     """What must be known of one of diffusers' classes.
 
-    file: the module here that splits it. folder: where a pipeline keeps it. channels: from an autoencoder's (C, f) to the
-    channels that the network takes and returns, C latent channels and f pixels along a latent's side. halvings: from the
-    network's config to how often it halves a side. options: the DiffusionOptions that `split` needs besides the config.
+    file: the module here that splits it. folder: where a pipeline keeps it.
+    channels: from an autoencoder's (C, f) to the channels that the network takes and returns; C latent channels, f
+        pixels along a latent's side.
+    halvings: from the network's config to how often it halves a side.
+    options: the DiffusionOptions that `split` needs besides the config.
     """
 
     file: str
@@ -43,7 +46,8 @@ def _halvings(config: dict[str, Any]) -> int:
 NETWORKS = {
     PIXEL_UNET: Network("unlearn.models.diffusion.unet", "unet", lambda c, f: (2 * c, c), _halvings),
     LATENT_UNET: Network(
-        "unlearn.models.diffusion.unet_condition", "unet", lambda c, f: (2 * c + 1, c), _halvings, ("tokens", "image_size")
+        "unlearn.models.diffusion.unet_condition", "unet", lambda c, f: (2 * c + 1, c), _halvings,
+        ("tokens", "image_size"),
     ),
     TRANSFORMER: Network(
         "unlearn.models.diffusion.flux", "transformer", lambda c, f: (4 * (2 * c + f * f), 4 * c), lambda config: 1,
@@ -54,7 +58,8 @@ LATENT_NETWORKS = (LATENT_UNET, TRANSFORMER)
 
 
 def module(kind: str) -> ModuleType:
-    """The file that splits networks of this class: Encoder, Decoder, Conditioning, layout, split, from_public, to_public."""
+    """The file that splits networks of this class: Encoder, Decoder, Conditioning, layout, split, from_public,
+    to_public."""
     return importlib.import_module(NETWORKS[kind].file)
 
 
@@ -64,7 +69,7 @@ def arguments(network: dict[str, Any]) -> dict[str, Any]:
 
 
 def split(network: dict[str, Any], options: Any) -> tuple[CheckpointedModule, nn.Module, nn.Module]:
-    """(encoder, decoder, shared) of a network. options: DiffusionOptions, or whatever has those that the network needs."""
+    """(encoder, decoder, shared) of a network. options: DiffusionOptions, of which it uses its `Network.options`."""
     kind = network["class"]
     return module(kind).split(arguments(network), **{name: getattr(options, name) for name in NETWORKS[kind].options})
 
@@ -86,7 +91,7 @@ def mismatch(network: dict[str, Any], vae: dict[str, Any] | None) -> str | None:
     needed = NETWORKS[kind].channels(*autoencoder.noised_space(vae))
     if channels not in (needed, (needed[0], None)):
         return (
-            f"the {kind} takes {channels[0]} channels and gives {channels[1]}: one that fills in holes takes {needed[0]} and "
-            f"gives {needed[1]}"
+            f"the {kind} takes {channels[0]} channels and gives {channels[1]}: one that fills in holes takes "
+            f"{needed[0]} and gives {needed[1]}"
         )
     return None

@@ -1,4 +1,4 @@
-"""How noise is added to what a diffusion model learns to restore, and the sampler that removes it; both as diffusers' schedulers do."""
+"""How noise is added to images and latents, and the sampler that removes it; both as diffusers' schedulers do."""
 
 import functools
 import json
@@ -12,22 +12,24 @@ import diffusers  # isort: skip
 
 
 def scheduler(kind: str, config: dict[str, Any]) -> Any:
-    """A scheduler of this class of diffusers, from the config of any scheduler; what the class does not know is left out."""
+    """A scheduler of this class of diffusers, from the config of any scheduler; unknown keys of it are left out."""
     return getattr(diffusers, kind).from_config(config)
 
 
 class DiscreteNoising:
     """y_t = sqrt(a_t) y + sqrt(1 - a_t) eps, with a_t the scheduler's alphas_cumprod, t = 0 .. T - 1.
 
-    config: of a diffusers scheduler, as its scheduler_config.json holds it. bounded: whether y is within -1 .. 1, as pixels
-    are, so that a sampler may clip it. Raises ValueError where diffusers cannot use the config.
+    config: of a diffusers scheduler, as its scheduler_config.json holds it. bounded: whether y is within -1 .. 1, as
+    pixels are, so that a sampler may clip it. Raises ValueError where diffusers cannot use the config.
     """
 
     def __init__(self, config: dict[str, Any], bounded: bool = True):
         self.config, self.bounded = config, bounded
         self.count, self.prediction, _ = _table(json.dumps(config, sort_keys=True))
         if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(f"scheduler.prediction_type {self.prediction!r}: epsilon, v_prediction and sample are known")
+            raise ValueError(
+                f"scheduler.prediction_type {self.prediction!r}: epsilon, v_prediction and sample are known"
+            )
 
     def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform timesteps (rows,)."""
@@ -54,9 +56,9 @@ class DiscreteNoising:
         """
         # "leading" spacing would start below the last timestep, where the model expects to see something of the image.
         unclipped = {} if self.bounded else {"clip_sample": False, "thresholding": False}
-        made = scheduler(kind, {**self.config, "timestep_spacing": "trailing", **unclipped})
-        made.set_timesteps(steps, device=device)
-        return made
+        sampler = scheduler(kind, {**self.config, "timestep_spacing": "trailing", **unclipped})
+        sampler.set_timesteps(steps, device=device)
+        return sampler
 
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), in shapes that multiply `like`."""
@@ -69,8 +71,8 @@ class DiscreteNoising:
 def _table(config: str) -> tuple[int, str, torch.Tensor]:
     """(timesteps, prediction type, alphas_cumprod) of a scheduler's config, as JSON."""
     with torch.device("cpu"):  # the result is cached, and the first caller may be building a model on the meta device
-        made = scheduler("DDPMScheduler", json.loads(config))
-    return made.config.num_train_timesteps, made.config.prediction_type, made.alphas_cumprod
+        ddpm = scheduler("DDPMScheduler", json.loads(config))
+    return ddpm.config.num_train_timesteps, ddpm.config.prediction_type, ddpm.alphas_cumprod
 
 
 @functools.cache

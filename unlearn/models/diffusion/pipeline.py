@@ -1,7 +1,8 @@
 """Pipeline folders of diffusers for latent diffusion that fills in holes: Stable Diffusion 1 and 2, SDXL, FLUX.1-Fill.
 
-Read are the network, the autoencoder, the scheduler, and one prompt's embedding by the text encoders. The embedding is computed
-once and kept with the model, so the text encoders themselves are never on a device; they are not trained, so they are not written.
+The network, the autoencoder and the scheduler are read, and the text encoders' embedding of one prompt. The embedding
+is computed once and kept with the model, so the text encoders are never on a device. They are not trained, so they are
+not written.
 """
 
 import contextlib
@@ -55,9 +56,12 @@ def options(folder: Path) -> dict[str, Any]:
     except ValueError as e:
         raise WeightsError(f"{folder}/vae: {str(e).splitlines()[0]}") from None
     return {
-        "network": network, "vae": vae, "scheduler": folders.public(folders.config(folder / "scheduler" / "scheduler_config.json")),
-        "image_size": factor * _side(network), "tokens": _tokens(folder, network),
-    }  # fmt: skip
+        "network": network,
+        "vae": vae,
+        "scheduler": folders.public(folders.config(folder / "scheduler" / "scheduler_config.json")),
+        "image_size": factor * _side(network),
+        "tokens": _tokens(folder, network),
+    }
 
 
 def _side(network: dict[str, Any]) -> int:
@@ -97,7 +101,8 @@ def _no_prompt(network: dict[str, Any]) -> dict[str, torch.Tensor]:
 def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, torch.Tensor]:
     """What the folder's text encoders make of a prompt, (1, T, D) and pooled (1, P): with our names, in float32.
 
-    A folder without text encoders gives the embedding that was written with it, or zeros. Raises WeightsError and MissingExtra.
+    Without text encoders it is the embedding that was written into the folder, or zeros. Raises WeightsError and
+    MissingExtra.
     """
     if not _has_text_encoders(folder):
         if prompt:
@@ -113,16 +118,17 @@ def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, t
 
 
 @functools.lru_cache(maxsize=4)
-def _encoded(folder: str, files: tuple, pipeline: Any, prompt: str) -> dict[str, torch.Tensor]:
-    """Cached for the next model of this process, the teacher. `files`, with their times, show whether the folder has changed."""
+def _encoded(folder: str, files: tuple, pipeline_class: Any, prompt: str) -> dict[str, torch.Tensor]:
+    """Cached for the next model of this process, the teacher. `files`, with times, show whether the folder changed."""
     # None for every part that is not needed here; it would be loaded otherwise.
-    rest = {name: None for name in inspect.signature(pipeline).parameters if name not in (*TEXT, "force_zeros_for_empty_prompt")}
-    plain, half = (list(Path(folder).glob(f"text_encoder*/model{kind}*")) for kind in (".safetensors", ".fp16.safetensors"))
+    wanted = (*TEXT, "force_zeros_for_empty_prompt")
+    rest: dict[str, Any] = {name: None for name in inspect.signature(pipeline_class).parameters if name not in wanted}
+    plain, half = (list(Path(folder).glob(f"text_encoder*/model{kind}.safetensors*")) for kind in ("", ".fp16"))
     try:
         with torch.no_grad(), _quiet():
-            rest |= {"variant": "fp16" if half and not plain else None, "dtype": torch.float32, "low_cpu_mem_usage": False}
-            made = pipeline.from_pretrained(folder, **rest, local_files_only=True)
-            return _embedded(made, prompt)
+            rest |= {"variant": "fp16" if half and not plain else None}
+            rest |= {"dtype": torch.float32, "low_cpu_mem_usage": False}
+            return _embedded(pipeline_class.from_pretrained(folder, **rest, local_files_only=True), prompt)
     except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:
         raise WeightsError(f"{folder}: its text encoders cannot be used: {' '.join(str(e).split())[:300]}") from None
 
@@ -171,7 +177,8 @@ def _pipeline_class(network: dict[str, Any]) -> Any:
 
 
 def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
-    """Write a pipeline folder that diffusers' own class loads. It has no text encoders; diffusers takes those of another folder:
+    """Write a pipeline folder that diffusers' own class loads. It has no text encoders; diffusers takes those of
+    another folder:
 
     Pipeline.from_pretrained(folder, text_encoder=..., tokenizer=...). tensors: the model's. Raises WeightsError.
     """
@@ -187,7 +194,8 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
     parts = {home: getattr(diffusers, kind)(**{**size, **networks.arguments(network)}), "vae": autoencoder.whole(vae)}
     parts[home].load_state_dict(networks.module(kind).to_public(tensors), assign=True)
     parts["vae"].load_state_dict(autoencoder.to_public(tensors), assign=True)
-    parts["scheduler"] = noising.scheduler(flow.SCHEDULER if kind == TRANSFORMER else "DDIMScheduler", options.scheduler)
+    scheduler = flow.SCHEDULER if kind == TRANSFORMER else "DDIMScheduler"
+    parts["scheduler"] = noising.scheduler(scheduler, options.scheduler)
     cls = _pipeline_class(network)
     wanted = inspect.signature(cls).parameters
     if "safety_checker" in wanted:

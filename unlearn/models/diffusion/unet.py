@@ -1,7 +1,7 @@
 """diffusers' UNet2DModel in three parts: the way down (encoder), the way up (decoder), the embedding of time.
 
-The parts are diffusers' own blocks, so Decoder(Encoder(x)) computes what UNet2DModel computes. Every network of the family
-`diffusion` is a file like this one, with Encoder, Decoder, Conditioning, layout, split, from_public, to_public.
+The parts are diffusers' own blocks, so Decoder(Encoder(x)) computes what UNet2DModel computes. Every network of the
+family `diffusion` is a file like this one, with Encoder, Decoder, Conditioning, layout, split, from_public, to_public.
 """
 
 import functools
@@ -26,14 +26,16 @@ PARTS = {
 
 
 class Encoder(CheckpointedModule):
-    """(sample (B, C, H, W), emb (B, E), context) to levels: every skip in the order in which it is computed, then the middle.
+    """(sample (B, C, H, W), emb (B, E), context) to levels: every skip in the order in which it is computed, then the
+    middle.
 
     The skips are the outputs of conv_in, of every ResNet block and of every downsampler: all that the decoder is given.
     """
 
     def __init__(self, whole: UNet2DModel):
         super().__init__()
-        self.conv_in, self.down_blocks, self.mid_block = whole.conv_in, whole.down_blocks, whole.get_submodule("mid_block")
+        self.conv_in, self.down_blocks = whole.conv_in, whole.down_blocks
+        self.mid_block = whole.get_submodule("mid_block")
         self.centre = whole.config["center_input_sample"]
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor, context: None = None) -> list[torch.Tensor]:
@@ -89,7 +91,9 @@ def split(config: dict[str, Any]) -> tuple[Encoder, Decoder, Conditioning]:
     whole = UNet2DModel(**{**config, "dropout": 0.0})
     c = whole.config
     if c["time_embedding_type"] != "positional" or whole.class_embedding is not None or whole.mid_block is None:
-        raise ValueError("only a UNet2DModel with positional time embedding, no class embedding and a middle block is known")
+        raise ValueError(
+            "only a UNet2DModel with positional time embedding, no class embedding and a middle block is known"
+        )
     if any("Skip" in kind for kind in (*c["down_block_types"], *c["up_block_types"])):
         raise ValueError("blocks with a skip of the image (SkipDownBlock2D ...) are not known")
     return Encoder(whole), Decoder(whole), Conditioning(whole)

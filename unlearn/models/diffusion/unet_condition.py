@@ -1,8 +1,9 @@
 """Inpainting networks of the Stable Diffusion kind (diffusers' UNet2DConditionModel), cut after the middle block.
 
-The blocks are diffusers' own, so the two halves compute what the whole model computes, and tensors keep its names behind
-`encoder.`, `decoder.` and `shared.`.
-Shapes: B images, C latent channels, h x w latents, T tokens of the prompt, D their width, E width of the embedding of time.
+The blocks are diffusers' own, so the two halves compute what the whole model computes, and tensors keep its names
+behind `encoder.`, `decoder.` and `shared.`.
+Shapes: B images, C latent channels, h x w latents, T tokens of the prompt, D their width, E width of the embedding of
+time.
 """
 
 from typing import Any
@@ -42,7 +43,8 @@ class Conditioning(nn.Module):
 
     def __init__(self, model: UNet2DConditionModel, tokens: int, image_size: int):
         super().__init__()
-        self.time_proj, self.time_embedding, self.time_embed_act = model.time_proj, model.time_embedding, model.time_embed_act
+        self.time_proj, self.time_embedding = model.time_proj, model.time_embedding
+        self.time_embed_act = model.time_embed_act
         config = model.config
         width = config["cross_attention_dim"]
         self.register_buffer("prompt", torch.zeros(1, tokens, width if isinstance(width, int) else width[0]))
@@ -51,7 +53,8 @@ class Conditioning(nn.Module):
             self.add_time_proj, self.add_embedding = model.add_time_proj, model.add_embedding
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
             self.register_buffer("pooled", torch.zeros(1, pooled))
-            self.register_buffer("sizes", torch.tensor([image_size, image_size, 0, 0, image_size, image_size]), persistent=False)
+            sizes = torch.tensor([image_size, image_size, 0, 0, image_size, image_size])
+            self.register_buffer("sizes", sizes, persistent=False)
 
     def forward(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         emb = self.time_embedding(self.time_proj(t).to(dtype))
@@ -73,7 +76,8 @@ class Encoder(CheckpointedModule):
 
     def __init__(self, model: UNet2DConditionModel):
         super().__init__()
-        self.conv_in, self.down_blocks, self.mid_block = model.conv_in, model.down_blocks, model.get_submodule("mid_block")
+        self.conv_in, self.down_blocks = model.conv_in, model.down_blocks
+        self.mid_block = model.get_submodule("mid_block")
 
     def forward(self, sample: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
         set_checkpointing(self, self.activation_checkpointing)
@@ -122,9 +126,12 @@ def split(config: dict[str, Any], tokens: int = 77, image_size: int = 512) -> tu
     whole = UNet2DConditionModel(**{**config, "dropout": 0.0})
     c = whole.config
     wrong = [f"{name} {c[name]!r}" for name, value in _PLAIN.items() if c[name] != value]
-    if c["addition_embed_type"] not in (None, "text_time") or wrong or whole.mid_block is None or whole.conv_norm_out is None:
+    lacking = whole.mid_block is None or whole.conv_norm_out is None
+    if c["addition_embed_type"] not in (None, "text_time") or wrong or lacking:
         wrong.append(f"addition_embed_type {c['addition_embed_type']!r}, mid_block_type {c['mid_block_type']!r}")
-        raise ValueError(f"only a UNet2DConditionModel of the Stable Diffusion 1, 2 and XL kinds is known, not {', '.join(wrong)}")
+        raise ValueError(
+            f"only a UNet2DConditionModel of the Stable Diffusion 1, 2 and XL kinds is known, not {', '.join(wrong)}"
+        )
     return Encoder(whole), Decoder(whole), Conditioning(whole, tokens, image_size)
 
 
@@ -136,4 +143,6 @@ def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our names to diffusers'; only tensors of the network itself, neither the prompt nor the VAE."""
     public = {name: name.partition(".")[2] for name in tensors if name not in PROMPT_TENSORS}
-    return {theirs: tensors[n] for n, theirs in public.items() if theirs.split(".")[0] in PARTS.get(n.partition(".")[0], ())}
+    return {
+        theirs: tensors[n] for n, theirs in public.items() if theirs.split(".")[0] in PARTS.get(n.partition(".")[0], ())
+    }
