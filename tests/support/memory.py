@@ -1,4 +1,4 @@
-"""How much memory of its own a process takes while something is done; mapped files count as far as they were written to."""
+"""How much memory of its own a process takes while something is done; of mapped files what was written to."""
 
 import gc
 import threading

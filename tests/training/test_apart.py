@@ -1,4 +1,4 @@
-"""Methods that are given the gradient of each term: in every engine they train as in plain torch, and as float64 has it."""
+"""Methods that are given the gradient of each term train in every engine as in plain torch, and as float64 has it."""
 
 import dataclasses
 from pathlib import Path
@@ -24,7 +24,13 @@ from unlearn.training.engine import Objective, TorchEngine, check
 
 SHARDED = ["training.engine=deepspeed", "cluster.workers=2"]
 # Two micro-batches a worker and step, clipped at every step, a learning rate that changes.
-COMMON = ["training.micro_batch_size=2", "training.clip=0.05", "training.warmup_steps=2", "training.steps=4", "method.alpha=0.7"]
+COMMON = [
+    "training.micro_batch_size=2",
+    "training.clip=0.05",
+    "training.warmup_steps=2",
+    "training.steps=4",
+    "method.alpha=0.7",
+]
 # Three micro-batches of two workers: one of them computes one that counts for nothing.
 UNEVEN = ["training.batch_size=12", "training.micro_batch_size=4"]
 CASES = [
@@ -50,12 +56,19 @@ def trained(toys, tiny_shards, tiny_model, tmp_path_factory):
     """{case: (its run, the run on plain torch that it must equal)}: for the weighted sum that of the usual path."""
     folder, plain, cases = tmp_path_factory.mktemp("apart"), {}, {}
     for number, case in enumerate(CASES):
-        same = tuple(o.replace("toy_sum", "encoder_l2") for o in case if o.startswith(("method.", "training.dtype", *(u[:18] for u in UNEVEN))))
+        same = tuple(
+            o.replace("toy_sum", "encoder_l2")
+            for o in case
+            if o.startswith(("method.", "training.dtype", *(u[:18] for u in UNEVEN)))
+        )
         if same not in plain:
             plain[same] = tiny_config(folder / f"plain-{len(plain)}", tiny_shards, tiny_model, *COMMON, *same)
             worker(plain[same])
         workers = ["cluster.workers=3"] if UNEVEN[0] in case else []
-        cases[case] = tiny_config(folder / f"case-{number}", tiny_shards, tiny_model, *COMMON, *SHARDED, *workers, *case), plain[same]
+        cases[case] = (
+            tiny_config(folder / f"case-{number}", tiny_shards, tiny_model, *COMMON, *SHARDED, *workers, *case),
+            plain[same],
+        )
     together([run for run, _ in cases.values()], workers=2)
     return cases
 
@@ -80,23 +93,35 @@ def same(run: config.RunConfig, plain: config.RunConfig) -> None:
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_on_plain_torch_too_the_sum_is_the_usual_path(trained, tiny_shards, tiny_model, tmp_path, dtype):
-    plain = next(p for run, p in trained.values() if p.method.name == "encoder_l2" and p.training.dtype == dtype and p.training.batch_size == 8)
-    apart = tiny_config(tmp_path / "apart", tiny_shards, tiny_model, *COMMON, "method.name=toy_sum", f"training.dtype={dtype}")
+    plain = next(
+        p
+        for run, p in trained.values()
+        if p.method.name == "encoder_l2" and p.training.dtype == dtype and p.training.batch_size == 8
+    )
+    apart = tiny_config(
+        tmp_path / "apart", tiny_shards, tiny_model, *COMMON, "method.name=toy_sum", f"training.dtype={dtype}"
+    )
     worker(apart)
     same(apart, plain)
 
 
 def test_the_comparison_can_fail(trained):
     """Control: the projected gradient is another than the sum."""
-    rows = {run.method.name: metrics.read(run.run_dir)[0]["grad_norm"] for run, _ in trained.values() if run.training.dtype == "fp32"}
+    rows = {
+        run.method.name: metrics.read(run.run_dir)[0]["grad_norm"]
+        for run, _ in trained.values()
+        if run.training.dtype == "fp32"
+    }
     assert rows["toy_projected"] != pytest.approx(rows["toy_sum"], rel=1e-2)
 
 
 def test_what_is_stepped_with_is_what_float64_has(toys):
-    """A projection of two micro-batches' gradients, of which one counts more than the other, computed anew in float64."""
+    """A projection of two micro-batches' gradients, of which one counts more, computed anew in float64."""
     method = Projected(Projected.Options(name="toy_projected"))
     student, teacher = (weights.build(config.Model(options=TINY), seed) for seed in (1, 2))
-    batches = [dataclasses.replace(batch_for(student), seed=seed, weight=weight) for seed, weight in ((5, 1.5), (6, 0.5))]
+    batches = [
+        dataclasses.replace(batch_for(student), seed=seed, weight=weight) for seed, weight in ((5, 1.5), (6, 0.5))
+    ]
     settings = config.Training(engine="torch", steps=1, clip=0)
     for model in (student, teacher):
         model.drop_decoder()
@@ -104,7 +129,9 @@ def test_what_is_stepped_with_is_what_float64_has(toys):
     doubles = [weights.build(config.Model(options=TINY), seed).double() for seed in (1, 2)]
     engine = TorchEngine(Objective(student, method, teacher), method.trainable(student), settings, torch.device("cpu"))
     taken = []
-    engine.optimizer.register_step_pre_hook(lambda *_: taken.extend(p.grad.clone() for p in student.encoder.parameters()))
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: taken.extend(p.grad.clone() for p in student.encoder.parameters())
+    )
     engine.step(batches, 1e-3)
 
     trained, sums = list(doubles[0].encoder.parameters()), {}
@@ -116,7 +143,9 @@ def test_what_is_stepped_with_is_what_float64_has(toys):
         found = doubles[0].encode(batch.images.double(), batch.view, batch.seed)
         for name, rows in (("retain", slice(0, batch.retain)), ("forget", slice(batch.retain, None))):
             loss = ((found - target)[rows] ** 2).mean() * batch.weight / 2
-            gradient = np.concatenate([g.flatten().numpy() for g in torch.autograd.grad(loss, trained, retain_graph=True)])
+            gradient = np.concatenate(
+                [g.flatten().numpy() for g in torch.autograd.grad(loss, trained, retain_graph=True)]
+            )
             sums[name] = sums.get(name, 0) + gradient
     retain, forget = sums["retain"], sums["forget"]
     expected = retain + forget - retain * (forget @ retain) / (retain @ retain)
@@ -142,7 +171,9 @@ def test_a_term_that_no_parameter_enters_has_no_gradient():
 
 def test_zero_3_is_refused_before_anything_starts(toys, tiny_run):
     settings = tiny_run("method.name=toy_sum", *SHARDED, "training.zero_stage=3")
-    with pytest.raises(ConfigError, match="training.zero_stage 3: toy_sum needs the gradient of each term .*set zero_stage 2 or lower"):
+    with pytest.raises(
+        ConfigError, match="training.zero_stage 3: toy_sum needs the gradient of each term .*set zero_stage 2 or lower"
+    ):
         train.check(settings)
     check(settings.training.model_copy(update={"zero_stage": 2}), methods.create(settings.method))
     check(settings.training, methods.create(tiny_run().method))

@@ -1,4 +1,6 @@
-"""Files of tensors: read by memory map, written one tensor after the other. No file is in memory whole, and nothing is unpickled.
+"""Files of tensors: read by memory map, written one tensor after the other. No file is in memory whole.
+
+Nothing is unpickled.
 """
 
 import argparse
@@ -28,7 +30,7 @@ _TYPES = {
 
 
 def load(path: Path, uri: str) -> dict[str, torch.Tensor]:
-    """The tensors of a local .safetensors or .pth file, mapped: they take memory where they are written to, and no sooner.
+    """The tensors of a local .safetensors or .pth file, mapped: they take memory where they are written to.
 
     uri: names the file in messages. Raises WeightsError.
     """
@@ -51,7 +53,10 @@ def load(path: Path, uri: str) -> dict[str, torch.Tensor]:
 
 
 def save(
-    tensors: Mapping[str, torch.Tensor], path: Path, floats: torch.dtype | None = None, metadata: dict[str, str] | None = None
+    tensors: Mapping[str, torch.Tensor],
+    path: Path,
+    floats: torch.dtype | None = None,
+    metadata: dict[str, str] | None = None,
 ) -> str:
     """Write a safetensors file; its sha256. Of one tensor at a time there is a copy, where it needs one to be written.
 
@@ -85,7 +90,7 @@ def _contents(header: bytes, tensors: Iterator[torch.Tensor]) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def without_data() -> Iterator[None]:
-    """Modules made in here by this thread have parameters on the meta device, to be given by `assign`; their buffers are real."""
+    """Modules made in here by this thread have parameters on the meta device, for `assign`; their buffers are real."""
     thread = threading.get_ident()
 
     def empty(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
@@ -113,7 +118,8 @@ def check(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -
     if wrong:
         more = f" and {len(wrong) - 12} more" if len(wrong) > 12 else ""
         raise WeightsError(
-            f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}. Give the model.variant or model.options of these weights."
+            f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}. "
+            "Give the model.variant or model.options of these weights."
         )
 
 

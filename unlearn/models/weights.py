@@ -1,5 +1,5 @@
-"""Load and save weights: our folders (weights.safetensors + model.json), public checkpoints (.pth, .safetensors), and the
-folders of other libraries (diffusers, transformers).
+"""Load and save weights: our folders (weights.safetensors + model.json), public checkpoints (.pth, .safetensors), and
+the folders of other libraries (diffusers, transformers).
 
 Nothing is unpickled: .pth files are read with weights_only=True.
 """
@@ -35,7 +35,7 @@ class Source:
     """What the storage says of weights, looked up once, by the driver, for all processes that read them.
 
     kind: "file", one file of tensors; "ours", a folder with CARD and WEIGHTS; "folder", one of another library.
-    files: those that belong to it, relative to `uri`; "" is the file itself. card: what a folder of ours says of itself.
+    files: those that belong to it, relative to `uri`; "" is the file itself. card: what a folder of ours says.
     fingerprint: sha256 of the file of tensors, or of all files of a folder of another library; "" where nobody asked.
     """
 
@@ -46,7 +46,7 @@ class Source:
     fingerprint: str = ""
 
     def path(self) -> Path:
-        """Where it can be read, on this machine: a file or a folder, as `kind` says. A remote one is fetched once a machine."""
+        """Where it can be read on this machine: a file or a folder, as `kind` says. It is fetched once a machine."""
         return node_copy(self.uri, self.files)
 
     def tensors(self) -> Path:
@@ -70,7 +70,9 @@ def locate(uri: str) -> Source:
     else:
         digest = _sha256(source.tensors())
     if source.card.get("sha256", digest.hexdigest()) != digest.hexdigest():
-        raise WeightsError(f"{uri}/{WEIGHTS} is not the file that {CARD} beside it was written with: export the model again")
+        raise WeightsError(
+            f"{uri}/{WEIGHTS} is not the file that {CARD} beside it was written with: export the model again"
+        )
     return replace(source, fingerprint=digest.hexdigest())
 
 
@@ -103,7 +105,7 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
     """The model that a config names, on CPU in float32, in eval mode; without weights it is initialised from `seed`.
 
     sources: what has been looked up already. decoder: whether it is wanted; left out it takes no memory.
-    Weights are mapped from their file where they are float32: they take memory of this process where they are written to.
+    Weights in float32 are mapped from their file: they take memory of this process where they are written to.
     """
     cls, sources = base.adapter(model.family), sources or {}
     held, found = start(cls, model, sources) if model.weights else ({}, None)
@@ -121,7 +123,9 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
         held = held | first_stage
     if model.weights:
         if built.first_stage is not None and not any(n.startswith("first_stage.") for n in held):
-            raise WeightsError(f"{model.weights} lacks the frozen first stage of {model.family}: name its weights in model.first_stage")
+            raise WeightsError(
+                f"{model.weights} lacks the frozen first stage of {model.family}: name its weights in model.first_stage"
+            )
         tensor_files.check(built, held, model.weights)
     if not decoder:
         built.drop_decoder()
@@ -130,7 +134,9 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
     return built.eval()
 
 
-def start(cls: type[base.Adapter], model: config.Model, sources: Sources) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+def start(
+    cls: type[base.Adapter], model: config.Model, sources: Sources
+) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
     """(tensors in our names, the options found beside them or None)."""
     uri = model.weights or ""
     source = sources.get(uri) or _look(uri)
@@ -200,7 +206,7 @@ def family(uri: str) -> str:
 
 
 def write(model: base.Adapter, uri: str, card: dict[str, Any]) -> None:
-    """Write the model as a folder of ours, in float32; `card` adds to what the folder says of itself (where it comes from)."""
+    """Write the model as a folder of ours, in float32; `card` adds to what the folder says of itself."""
     storage = Storage(uri)
     with storage.writing(WEIGHTS) as path:
         digest = tensor_files.save(model.state_dict(), path, floats=torch.float32)

@@ -11,7 +11,9 @@ from unlearn.training import ranks
 
 
 class TermGradients:
-    """Float32 means of the terms' gradients over the micro-batches of all ranks; each term's takes as much memory as the weights.
+    """Float32 means of the terms' gradients over the micro-batches of all ranks.
+
+    Each term's takes as much memory as the trained weights in float32.
 
     count: micro-batches of this rank.
     """

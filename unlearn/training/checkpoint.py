@@ -37,7 +37,7 @@ _FRAGMENTS = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 
 @dataclass(frozen=True)
 class TrainerState:
-    """All of the trainer's state beside weights, optimizer and method: order, views and noise are functions of the step."""
+    """The trainer's state beside weights, optimizer and method: order, views and noise are functions of the step."""
 
     step: int
     samples: int
@@ -103,8 +103,13 @@ class Checkpoints:
         if rank == 0:
             folder = _folder(state.step)
             if missing := [n for n in files if not self.storage.is_file(f"{folder}/{n}")]:
-                raise CheckpointError(f"{self.storage.where(folder)}: {missing[0]} is not there: run_dir must be shared by all nodes, as s3:// is")
-            self.storage.write(f"{folder}/{COMMIT}", json.dumps({"state": asdict(state), "files": files}, indent=1).encode())
+                raise CheckpointError(
+                    f"{self.storage.where(folder)}: {missing[0]} is not there: "
+                    "run_dir must be shared by all nodes, as s3:// is"
+                )
+            self.storage.write(
+                f"{folder}/{COMMIT}", json.dumps({"state": asdict(state), "files": files}, indent=1).encode()
+            )
             self._prune()
         gather(None)  # nobody runs on before the checkpoint exists
 
@@ -115,18 +120,24 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def open(self, step: int) -> Iterator["Saved"]:
-        """A committed checkpoint at hand; of a remote one each machine has a copy meanwhile. All ranks call it together.
+        """A committed checkpoint; of a remote one each machine has a copy meanwhile. All ranks call it together.
 
-        Its files are read whole once a machine for their checksums, each by one of its ranks. Raises CheckpointError on all
-        ranks where one is damaged.
+        Its files are read whole once a machine for their checksums, each by one of its ranks. Raises CheckpointError
+        on all ranks where one is damaged.
         """
         where = self.storage.where(_folder(step))
         commit, objects = ranks.from_first(lambda: self._found(step))
         folder = node_copy(where, objects)
         mine, count = ranks.on_this_machine()
-        damaged = [name for n, name in enumerate(sorted(commit.files)) if n % count == mine and not _whole(folder / name, commit.files[name])]
+        damaged = [
+            name
+            for n, name in enumerate(sorted(commit.files))
+            if n % count == mine and not _whole(folder / name, commit.files[name])
+        ]
         for name in (name for names in ranks.gather(damaged) for name in names):
-            raise CheckpointError(f"{where}/{name} is damaged (checksum): delete that folder to go on from the one before")
+            raise CheckpointError(
+                f"{where}/{name} is damaged (checksum): delete that folder to go on from the one before"
+            )
         with contextlib.ExitStack() as stack:
             stack.callback(release, folder)
             names = [name for name in commit.files if name != METHOD]
@@ -142,7 +153,9 @@ class Checkpoints:
         commit, storage = self._commit(step), Storage(self.storage.where(_folder(step)))
         listed = dict.fromkeys(storage.files()) if storage.is_local() else storage.objects()
         if missing := [name for name in commit.files if name not in listed]:
-            raise CheckpointError(f"{storage.where(missing[0])} is missing: delete that folder to go on from the checkpoint before")
+            raise CheckpointError(
+                f"{storage.where(missing[0])} is missing: delete that folder to go on from the checkpoint before"
+            )
         return commit, None if storage.is_local() else {name: listed[name] for name in commit.files}
 
     def _commit(self, step: int) -> Commit:
@@ -152,12 +165,21 @@ class Checkpoints:
             told = {**tree["state"], "data": dict(tree["state"]["data"])}
             files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in tree["files"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
-            raise CheckpointError(f"{where} is damaged: delete that folder to go on from the checkpoint before") from None
+            raise CheckpointError(
+                f"{where} is damaged: delete that folder to go on from the checkpoint before"
+            ) from None
         known = {field.name for field in fields(TrainerState)}
         strange = [*(told.keys() ^ known), *(tree.keys() - {"state", "files"}), *(n for n in files if not _ours(n))]
         if strange or told["step"] != step:
-            why = f"{', '.join(sorted(map(str, strange)))} missing or unknown" if strange else f"it is of step {told['step']}"
-            raise CheckpointError(f"{where} is not of this version or not of this place ({why}): delete that folder to go on from the one before")
+            why = (
+                f"{', '.join(sorted(map(str, strange)))} missing or unknown"
+                if strange
+                else f"it is of step {told['step']}"
+            )
+            raise CheckpointError(
+                f"{where} is not of this version or not of this place ({why}): "
+                "delete that folder to go on from the one before"
+            )
         return Commit(TrainerState(**told), files)
 
     def _listed(self) -> dict[int, set[str]]:
@@ -169,7 +191,7 @@ class Checkpoints:
         return found
 
     def _prune(self) -> None:
-        """Delete all but the newest, COMMIT first, and older ones that were never committed; nothing that is not ours."""
+        """Delete all but the newest, COMMIT first, and older ones never committed; nothing that is not ours."""
         kept = self.steps()[-self.keep :]
         for step, names in self._listed().items():
             if step < kept[0]:
@@ -212,7 +234,10 @@ class Saved:
         return sum(count for _, count, _, _ in self._pieces.get((kind, name), ()))
 
     def read(self, target: torch.Tensor, kind: str, name: str, start: int = 0) -> None:
-        """Copy elements from `start` on of a saved tensor into `target` (n,). Raises CheckpointError where there are not so many."""
+        """Copy elements from `start` on of a saved tensor into `target` (n,).
+
+        Raises CheckpointError where there are not so many.
+        """
         stop = start + len(target)
         if self.count(kind, name) < stop:
             raise CheckpointError(f"{self.where}: {kind} of {name} ends before element {stop}")
@@ -226,7 +251,9 @@ class Saved:
         own = dict(module.named_parameters())
         for name in self.names():
             if name not in own or own[name].numel() != self.count("weights", name):
-                raise CheckpointError(f"{self.where}: {name} ({self.count('weights', name)} elements) does not fit the model")
+                raise CheckpointError(
+                    f"{self.where}: {name} ({self.count('weights', name)} elements) does not fit the model"
+                )
             self.read(own[name].data.view(-1), "weights", name)
 
     def restore(self, fragments: list[Fragment], step: int) -> None:

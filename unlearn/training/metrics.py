@@ -26,10 +26,10 @@ PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12
 
 
 class MetricsLog:
-    """Rows of one run. A thread of its own publishes them, so that training never waits for the storage; it tries again what fails.
+    """Rows of one run. A thread publishes them, so that training never waits for the storage, and tries again.
 
-    A resumed run keeps the rows up to the step it goes on from. every: seconds between two publications at least. patience:
-    seconds that `flush` and `close` wait for a storage that fails.
+    A resumed run keeps the rows up to the step it goes on from. every: seconds between two publications at least.
+    patience: seconds that `flush` and `close` wait for a storage that fails.
     """
 
     def __init__(self, run_dir: str, start: int, every: float = 2, patience: float = 60):
@@ -42,7 +42,9 @@ class MetricsLog:
         self._folder = self._temporary.name if self._temporary else self._storage.where("tensorboard")
         self._board = SummaryWriter(self._folder, purge_step=start or None)
         self._attached: dict[str, bytes] = {}
-        self._sent: dict[str, bytes | int] = {}  # file beside the rows -> what of it is published: its content, or its size
+        self._sent: dict[
+            str, bytes | int
+        ] = {}  # file beside the rows -> what of it is published: its content, or its size
         self._published = 0  # bytes of the text; 0: what stands there is to be written anew
         self._rows: list[dict] = []  # that the thread has not seen
         self._waiting = self._closed = False
@@ -79,10 +81,14 @@ class MetricsLog:
         with self._changed:
             wanted, self._waiting = self._added, True
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._done >= wanted or self._broken, self._patience if patience is None else patience)
+            self._changed.wait_for(
+                lambda: self._done >= wanted or self._broken, self._patience if patience is None else patience
+            )
             self._waiting = False
             if self._done < wanted:
-                raise self._error or StorageError(f"{self._storage.where(METRICS)}: the storage has not answered for long")
+                raise self._error or StorageError(
+                    f"{self._storage.where(METRICS)}: the storage has not answered for long"
+                )
 
     def close(self, patience: float | None = None) -> None:
         """Publish what is left, and end. Raises StorageError as `flush` does."""
@@ -116,7 +122,9 @@ class MetricsLog:
                 except StorageError as e:
                     error = e
                     if not failed:
-                        log.warning("the metrics of this run cannot be published now, and are kept to be tried again: %s", e)
+                        log.warning(
+                            "the metrics of this run cannot be published now, and are kept to be tried again: %s", e
+                        )
                 # Less often where it takes long: S3 is sent the whole file.
                 pause = max(self._every, 10 * (time.monotonic() - began)) if error is None else self._every
                 with self._changed:
@@ -137,7 +145,12 @@ class MetricsLog:
     def _send(self, attached: dict[str, bytes]) -> None:
         with told(self._storage.where(METRICS)):
             path = Path(self._storage.where(METRICS))
-            if self._storage.is_local() and self._published and path.is_file() and path.stat().st_size == self._published:
+            if (
+                self._storage.is_local()
+                and self._published
+                and path.is_file()
+                and path.stat().st_size == self._published
+            ):
                 with open(path, "ab") as file:
                     file.write(self._text[self._published :])
             else:
