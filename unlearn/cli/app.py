@@ -24,23 +24,24 @@ app.add_typer(jobs.app, name="jobs")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; exits with 0, with 2 on a user's mistake, with 130 on Ctrl-C."""
+    """Run the command line; exits with 0, and with 2 on a user's mistake."""
     try:
         app(argv)
     except UnlearnError as e:
-        from rich.markup import escape
+        from unlearn.cli.console import error
 
-        from unlearn.cli.console import err
-
-        err.print(f"[red]error:[/] {escape(str(e))}", soft_wrap=True)
+        error(str(e))
         sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False):
+def root(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="tell the stations of a run; twice: more (see UNLEARN_LOG)")] = 0,
+):
     from unlearn.cli.console import show_log
 
-    show_log()
+    show_log(verbose)
     if version:
         typer.echo(f"unlearn {__version__}")
         raise typer.Exit

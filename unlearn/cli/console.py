@@ -2,10 +2,14 @@
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
+from rich.markup import escape
+
+from unlearn import log
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False, markup=False)  # class names and paths may hold brackets
@@ -17,13 +21,13 @@ Advance = Callable[[int, int, str], None]
 @contextlib.contextmanager
 def progress(what: str, every: float = 10) -> Iterator[Advance]:
     """A bar on a terminal; elsewhere one line at most every `every` seconds, and one at the end."""
-    if not err.is_terminal:
+    if log.is_json() or not err.is_terminal:
         last = [time.monotonic()]
 
         def line(done: int, total: int, note: str) -> None:
             if done >= total or time.monotonic() - last[0] >= every:
                 last[0] = time.monotonic()
-                err.print(f"{what} {done}/{total}  {note}", soft_wrap=True)
+                say(f"{what} {done}/{total}  {note}".rstrip())
 
         yield line
         return
@@ -50,22 +54,37 @@ def training_note(row: dict) -> str:
     return "  ".join(parts)
 
 
+def say(text: str, level: int = logging.INFO) -> None:
+    """A line for the user on standard error; where the log is JSON, a record of it."""
+    if log.is_json():
+        logging.getLogger(__name__).log(level, " ".join(text.split()))
+    else:
+        err.print(text, soft_wrap=True, markup=False)
+
+
 def warn(text: str) -> None:
-    err.print(f"[yellow]warning:[/] {text}", soft_wrap=True)
+    logging.getLogger(__name__).warning(text)
 
 
-class _Shown(logging.Handler):
+def error(text: str) -> None:
+    """What ends the command."""
+    logging.getLogger(__name__).error(text)
+
+
+class _Sentences(logging.Handler):
     """Shows the project's own log as what it is: sentences for the user."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from rich.markup import escape
-
-        colour = "yellow" if record.levelno >= logging.WARNING else "dim"
+        colour = "red" if record.levelno > logging.WARNING else "yellow" if record.levelno == logging.WARNING else "dim"
         err.print(f"[{colour}]{record.levelname.lower()}:[/] {escape(record.getMessage())}", soft_wrap=True)
 
 
-def show_log() -> None:
-    """Show warnings of the library on the terminal."""
-    for name in ("unlearn", "jobs"):
-        logging.getLogger(name).handlers = [_Shown()]
-        logging.getLogger(name).propagate = False
+def show_log(verbose: int = 0) -> None:
+    """Show the log of library and drivers on standard error, as UNLEARN_LOG says. Raises ConfigError."""
+    log.start(_Sentences(), "warning")  # which also shows what is wrong with UNLEARN_LOG
+    level, format = log.wanted(verbose)
+    if format == "json":
+        log.start(log.JsonLines(), level)
+        sys.excepthook = lambda kind, e, trace: logging.getLogger("unlearn").error("%s: %s", kind.__name__, e, exc_info=(kind, e, trace))
+    else:
+        log.start(_Sentences(), level)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from unlearn.cli.options import Config, Set, load
+from unlearn.signals import Stopped
 
 app = typer.Typer(no_args_is_help=True, help="List, follow, stop, resume and forget jobs that `unlearn submit` has started.")
 
@@ -160,14 +161,12 @@ def _follow(place, id: str, retries: int) -> None:
 
 @contextmanager
 def _interruptible(hint: str):
-    """On Ctrl-C say that the job is not the watcher, and exit with 130."""
+    """Where the watcher is asked to stop, say that it is not the job."""
     try:
         yield
-    except KeyboardInterrupt:
-        from unlearn.cli.console import err
-
-        err.print(f"\n{hint}", soft_wrap=True, markup=False)
-        raise typer.Exit(130) from None
+    except Stopped as e:
+        e.hint = hint
+        raise
 
 
 def _time(seconds: float | None) -> str:

@@ -1,16 +1,18 @@
 """The commands that train and measure: `unlearn run`, `pretrain`, `evaluate`, `report`, `demo`."""
 
 import contextlib
-import sys
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unlearn import signals
 from unlearn.cli.options import Config, Gpu, Memory, Mfu, Resume, Set, ShowForget, load, warned
 
 if TYPE_CHECKING:
     from unlearn.config import RunConfig
+    from unlearn.lease import Lease
     from unlearn.run import Run
 
 
@@ -26,9 +28,10 @@ def run(
     settings = load(config, overrides)
     if dry_run:
         return _dry_run(settings, resume, memory, gpu, mfu)
-    trained = _train(settings, resume)
-    if trained.measured:  # a method that has no original has nothing to compare with
-        _evaluate(trained, show_forget)
+    with _owned(settings, "run") as lease:
+        trained = _train(settings, resume, lease)
+        if trained.measured:  # a method that has no original has nothing to compare with
+            _evaluate(trained, show_forget, lease)
 
 
 def pretrain(
@@ -42,7 +45,9 @@ def pretrain(
     Example: `unlearn pretrain jobs/configs/pretrain_fashion.yaml`
     """
     method = "pretrain_first_stage" if first_stage else "pretrain"
-    _train(load(config, [*overrides, f"method={{name: {method}}}"]), resume)
+    settings = load(config, [*overrides, f"method={{name: {method}}}"])
+    with _owned(settings, "pretrain") as lease:
+        _train(settings, resume, lease)
 
 
 def evaluate(config: Config, overrides: Set = [], show_forget: ShowForget = False):  # noqa: B006  read only
@@ -50,9 +55,11 @@ def evaluate(config: Config, overrides: Set = [], show_forget: ShowForget = Fals
 
     Example: `unlearn evaluate runs/half --set evaluation.limit=500`
     """
-    from unlearn.run import resolve
+    settings = load(config, overrides)
+    with _owned(settings, "evaluate") as lease, _measuring(settings):
+        from unlearn.run import resolve
 
-    _evaluate(resolve(load(config, overrides), measured=True), show_forget)
+        _evaluate(resolve(settings, measured=True), show_forget, lease)
 
 
 def report(config: Config, show_forget: ShowForget = False):
@@ -60,11 +67,15 @@ def report(config: Config, show_forget: ShowForget = False):
 
     Example: `unlearn report runs/half --show-forget`
     """
-    from jobs.evaluate import write_report
     from unlearn.cli.console import out
-    from unlearn.run import resolve
 
-    out.print(f"report: {write_report(resolve(load(config, []), measured=True), show_forget)}", soft_wrap=True)
+    settings = load(config, [])
+    with _owned(settings, "report"):
+        from jobs.evaluate import write_report
+        from unlearn.run import resolve
+
+        written = write_report(resolve(settings, measured=True), show_forget)
+    out.print(f"report: {written}", soft_wrap=True)
 
 
 def demo(
@@ -82,29 +93,33 @@ def demo(
     """
     from jobs.demo import demo_config
 
-    trained = _train(warned(demo_config(data, model, forget, run_dir, overrides)), resume)
-    _evaluate(trained, data is None if show_forget is None else show_forget)
+    settings = warned(demo_config(data, model, forget, run_dir, overrides))
+    with _owned(settings, "demo") as lease:
+        trained = _train(settings, resume, lease)
+        _evaluate(trained, data is None if show_forget is None else show_forget, lease)
 
 
-def _train(settings: "RunConfig", resume: bool) -> "Run":
-    from jobs import train as job
-    from unlearn.cli.console import out, progress, training
+def _train(settings: "RunConfig", resume: bool, lease: "Lease") -> "Run":
+    with _training(settings):
+        from jobs import train as job
+        from unlearn.cli.console import out, progress, training
 
-    with _resumable(settings), progress("training") as advance:
-        prepared = job.prepare(settings, resume)
-        model = job.train(prepared, lambda row: advance(*training(row)))
+        with progress("training") as advance:
+            prepared = job.prepare(settings, resume)
+            model = job.train(prepared, lambda row: advance(*training(row)), lease.check)
     out.print(f"model: {model}", soft_wrap=True)
     return prepared
 
 
-def _evaluate(trained: "Run", show_forget: bool) -> None:
-    from jobs import evaluate as job
-    from unlearn.cli.console import out, progress
-    from unlearn.data.storage import Storage
-    from unlearn.evaluation.report import NAME, table
+def _evaluate(trained: "Run", show_forget: bool, lease: "Lease") -> None:
+    with _measuring(trained.settings):
+        from jobs import evaluate as job
+        from unlearn.cli.console import out, progress
+        from unlearn.data.storage import Storage
+        from unlearn.evaluation.report import NAME, table
 
-    with _resumable(trained.settings, measuring=True), progress("evaluating") as advance:
-        metrics = job.evaluate(trained, lambda done, total: advance(done, total, ""), show_forget)
+        with progress("evaluating") as advance:
+            metrics = job.evaluate(trained, lambda done, total: advance(done, total, ""), show_forget, lease.check)
     out.print(table(metrics))
     out.print(f"report: {Storage(trained.folder).where(NAME)}", soft_wrap=True)
 
@@ -122,21 +137,47 @@ def _dry_run(settings: "RunConfig", resume: bool, memory: str | None, gpu: str |
 
 
 @contextlib.contextmanager
-def _resumable(settings: "RunConfig", measuring: bool = False) -> Iterator[None]:
-    """On Ctrl-C say how to go on, and exit with 130."""
+def _owned(settings: "RunConfig", command: str) -> Iterator["Lease"]:
+    """The run folder is this process's until the command is over."""
+    from jobs.owner import owned
+
+    with owned(settings.run_dir, command) as lease:
+        yield lease
+
+
+@contextlib.contextmanager
+def _training(settings: "RunConfig") -> Iterator[None]:
+    """Where the process is asked to stop, say how to go on."""
     try:
         yield
-    except KeyboardInterrupt:
-        from unlearn.cli.console import err
+    except signals.Stopped as e:
+        from unlearn.data.storage import Storage
+        from unlearn.errors import StorageError
         from unlearn.training.checkpoint import Checkpoints
 
-        if measuring:
-            err.print(f"\nstopped: the model is there; measure it with\n  unlearn evaluate {settings.run_dir}", soft_wrap=True)
-            sys.exit(130)
-        steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
-        saved = f"step {steps[-1]} is saved; go on with" if steps else "no checkpoint was written yet; start again with"
+        try:
+            steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
+            if not steps and not Storage(settings.run_dir).is_file("config.yaml"):
+                raise  # nothing was written yet
+        except StorageError:  # out of reach: --resume finds what there is
+            steps = []
         command = "pretrain" if settings.method.name.startswith("pretrain") else "run"
         command += " --first-stage" if settings.method.name == "pretrain_first_stage" else ""
-        resume = " --resume" if steps else ""
-        err.print(f"\nstopped: {saved}\n  unlearn {command} {settings.run_dir}{resume}", soft_wrap=True)
-        sys.exit(130)
+        saved = f"step {steps[-1]} is saved" if steps else "no checkpoint was written yet"
+        e.hint = f"{saved}; {_again(f'unlearn {command} {settings.run_dir} --resume')}"
+        raise
+
+
+@contextlib.contextmanager
+def _measuring(settings: "RunConfig") -> Iterator[None]:
+    """The same while a model is measured."""
+    try:
+        yield
+    except signals.Stopped as e:
+        e.hint = f"the model is there; {_again(f'unlearn evaluate {settings.run_dir}')}"
+        raise
+
+
+def _again(command: str) -> str:
+    job = os.environ.get(signals.JOB)
+    return f"go on with: {f'unlearn jobs resume {job}' if job else command}"
