@@ -7,7 +7,7 @@ import socket
 import warnings
 from collections.abc import Iterator
 
-from unlearn import config
+from unlearn import config, signals
 from unlearn.errors import ClusterError
 
 # Set for the workers before Ray starts them. Page faults are dear in small allocations that come and go every step.
@@ -28,7 +28,8 @@ def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
 
     mine = not ray.is_initialized()
     if mine:
-        _connect(cluster, workers)
+        with signals.kept():
+            _connect(cluster, workers)
     try:
         _check(cluster, workers)
         yield

@@ -1,6 +1,7 @@
 """Evaluate: measure a run over its workers, and write metrics.json and report.html; behind `unlearn evaluate` and `unlearn report`."""
 
 import json
+import logging
 import time
 from collections.abc import Callable
 
@@ -11,23 +12,36 @@ from unlearn.evaluation import comparison, measure, report
 from unlearn.run import Run
 from unlearn.training import metrics
 
+log = logging.getLogger(__name__)
+
 RESULTS = "metrics.json"
 
 
-def evaluate(run: Run, progress: Callable[[int, int], None] = lambda done, total: None, show_forget: bool = False) -> dict:
+def evaluate(
+    run: Run, progress: Callable[[int, int], None] = lambda done, total: None, show_forget: bool = False,
+    check: Callable[[], None] = lambda: None,
+) -> dict:  # fmt: skip
     """Measure every generator on every set under every view; write metrics.json and the report. Returns what is in metrics.json.
 
-    The figures do not depend on the number of workers. show_forget: whether the report holds pictures of forget images.
-    Raises UnlearnError.
+    The figures do not depend on the number of workers. show_forget: whether the report holds pictures of forget images; check:
+    asked with every progress and before anything is written; what it raises ends the measuring. Raises UnlearnError.
     """
     began = time.perf_counter()
     models = comparison.generators(run.settings)
+    log.info("measuring %s on %s", ", ".join(models), ", ".join(f"{name} ({len(rows)} images)" for name, rows in run.measured.items()))
+
+    def checked(done: int, total: int) -> None:
+        check()
+        progress(done, total)
+
     with _workers(run, models) as mapped:
-        document, grids = measure.evaluate(run, models, mapped, _pictured(run, show_forget), progress)
+        document, grids = measure.evaluate(run, models, mapped, _pictured(run, show_forget), checked)
+    check()
     document["seconds"]["total"] = round(time.perf_counter() - began, 3)
     document["training_seconds"] = _training_seconds(run)
     Storage(run.folder).write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
-    report.write(run, document, grids)
+    uri = report.write(run, document, grids)
+    log.info("measured in %.0f s: %s", document["seconds"]["total"], uri)
     return document
 
 

@@ -5,12 +5,14 @@ A task is a class that is built once in each worker, with the arguments it is gi
 
 import contextlib
 import os
+import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from unlearn import config
+from unlearn import config, signals
+from unlearn import log as logs
 from unlearn.errors import ClusterError, UnlearnError
 
 AHEAD = 4  # pieces that each worker has waiting, so that it works on while the driver computes
@@ -48,7 +50,7 @@ def pool(task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: co
             num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_restarts=RETRIES, max_task_retries=RETRIES
         )(_Actor)
         shared = ray.put(arguments)
-        actors = [kind.remote(task, shared) for _ in range(min(workers, room(cluster)))]
+        actors = [kind.remote(task, shared, logs.level(), number) for number in range(min(workers, room(cluster)))]
         try:
             yield lambda pieces: _in_order(actors, pieces)
         finally:
@@ -65,7 +67,9 @@ def on_cluster(cluster: config.Cluster) -> bool:
 class _Actor:
     """A task in a process of its own. A mistake of the user comes back as a value, to be told once and not retried."""
 
-    def __init__(self, task: Callable, arguments: tuple):
+    def __init__(self, task: Callable, arguments: tuple, level: str, number: int):
+        logs.start_worker(level, worker=number, host=socket.gethostname())
+        signals.show_stacks()
         self.task, self.arguments, self.call = task, arguments, None
 
     def run(self, piece: Any) -> tuple[bool, Any]:

@@ -6,6 +6,7 @@ Ray cluster, the code. Never the value of a secret. The same request is the same
 submission finds the first, and one after a failure goes on in its run folder.
 """
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from jobs.backends.base import CONFIG, Backend, Job, Request, State
-from unlearn import config
+from unlearn import config, lease
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
 
@@ -98,6 +99,9 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
         return mine, False
     if busy := next((job for job in known if job.live and job.run_dir == sent.run_dir), None):
         raise ClusterError(f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir")
+    with contextlib.suppress(StorageError):  # out of reach from here: the job itself is refused, as where its owner is elsewhere
+        if (owner := lease.owner_of(sent.run_dir)) and owner.gone() is False:
+            raise ClusterError(f"{sent.run_dir} is in use by {owner}: wait until it ends, or give another run_dir")
     if sent.source == sent.run_dir:  # too large for a variable: the run folder carries it
         Storage(sent.run_dir).write("config.yaml", sent.config.encode())
     return place.start(sent), True

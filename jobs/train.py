@@ -1,13 +1,14 @@
 """Train: check, train on Ray or in one process, export; behind `unlearn run` and `unlearn pretrain`."""
 
 import logging
+import socket
 import tempfile
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 
 from jobs.cluster import check_machine, connected
-from unlearn import config
+from jobs.owner import how_to_go_on
+from unlearn import config, signals
+from unlearn import log as logs
 from unlearn.data.storage import Storage
 from unlearn.errors import CheckpointError, ClusterError, ConfigError, StorageError, TrainingError, UnlearnError
 from unlearn.evaluation import features
@@ -62,6 +63,10 @@ def prepare(settings: config.RunConfig, resume: bool = False) -> Run:
     Raises UnlearnError as `ready` does, and where the run folder cannot be written.
     """
     run = ready(settings, resume)
+    sets = {name: f"{len(rows)} images (manifest {rows.manifest.hash[:12]})" for name, rows in run.sets.items()}
+    measured = {f"{name} to measure": f"{len(rows)} images" for name, rows in run.measured.items()}
+    about = ", ".join(f"{name} {what}" for name, what in (sets | measured).items())
+    log.info("%s resolved: config %s, %s steps, %s", settings.name, settings.hash()[:12], run.steps, about)
     Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode())
     return run
 
@@ -76,7 +81,7 @@ def ready(settings: config.RunConfig, resume: bool = False) -> Run:
     steps = checkpoints.steps()
     if steps and not resume:
         raise CheckpointError(
-            f"{settings.run_dir} holds a run that has come to step {steps[-1]}: add --resume to go on, or give another run_dir"
+            f"{settings.run_dir} holds a run that has come to step {steps[-1]}: {how_to_go_on()}, or give another run_dir"
         )
     if steps:
         checkpoints.state(steps[-1]).check(run, settings.run_dir)
@@ -84,27 +89,40 @@ def ready(settings: config.RunConfig, resume: bool = False) -> Run:
     return run
 
 
-def train(run: Run, progress: Progress = lambda row: None) -> str:
-    """Train and export a prepared run, going on from its newest checkpoint. Returns the URI of the model folder."""
+def train(run: Run, progress: Progress = lambda row: None, check: Callable[[], None] = lambda: None) -> str:
+    """Train and export a prepared run, going on from its newest checkpoint. Returns the URI of the model folder.
+
+    check: asked again and again; where it raises UnlearnError, as a lease that is lost does, the run is stopped and that is raised.
+    """
     if run.settings.training.engine == "torch":
-        worker(run, progress)
+
+        def report(row: dict) -> None:
+            check()
+            progress(row)
+
+        worker(run, report)
     else:
-        _on_ray(run, progress)
-    return export(run)
+        _on_ray(run, progress, check)
+    check()
+    uri = export(run)
+    log.info("exported %s", uri)
+    return uri
 
 
-def _on_ray(run: Run, progress: Progress) -> None:
+def _on_ray(run: Run, progress: Progress, check: Callable[[], None]) -> None:
     cluster = run.settings.cluster
     with connected(cluster, cluster.min_workers or cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
         import ray.train
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
+
+        from jobs.trainer import StoppableTrainer
 
         storage = Storage(run.folder)
         storage.delete(FAILURE)
-        trainer = TorchTrainer(
+        trainer = StoppableTrainer(
             _worker,
-            train_loop_config={"run": run},
-            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            train_loop_config={"run": run, "log": logs.level()},
+            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=cluster.timeout),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,
@@ -116,18 +134,17 @@ def _on_ray(run: Run, progress: Progress) -> None:
                 failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
             ),
         )  # fmt: skip
-        # In a thread, since in the main thread Ray Train takes Ctrl-C for itself and ends the process without a word.
-        work = Future()
-        threading.Thread(target=_into, args=(work, trainer.fit), daemon=True).start()
-        metrics.follow(run.folder, work, _telling_of_losses(cluster, progress))
+        log.info("%s workers on Ray", cluster.workers)
         try:
-            work.result()
+            with trainer.fitting(check) as work:
+                metrics.follow(run.folder, work, _telling_of_losses(cluster, progress))
+                work.result()
             _tell_failure(storage)
         except ray.train.TrainingFailedError as e:
             _tell_failure(storage)
             raise ClusterError(
                 f"the workers failed more than cluster.max_failures ({cluster.max_failures}) times: {_last_line(e)}; "
-                "the last checkpoint is good: add --resume to go on"
+                f"the last checkpoint is good: {how_to_go_on()}"
             ) from e
 
 
@@ -152,13 +169,6 @@ def _tell_failure(storage: Storage) -> None:
         raise TrainingError(storage.read(FAILURE).decode()) from None
 
 
-def _into(work: Future, call: Callable) -> None:
-    try:
-        work.set_result(call())
-    except BaseException as e:
-        work.set_exception(e)
-
-
 def _worker(settings: dict) -> None:
     """What each Ray Train worker runs. A mistake of the user is written down, so that it is told once and not retried."""
     import warnings
@@ -167,6 +177,8 @@ def _worker(settings: dict) -> None:
     import ray.train
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logs.start_worker(settings["log"], rank=ray.train.get_context().get_world_rank(), host=socket.gethostname())
+    signals.show_stacks()
     run: Run = settings["run"]
     run = run.with_workers(ray.train.get_context().get_world_size())  # fewer where nodes were lost and cluster.min_workers allows it
     storage = Storage(run.folder)
@@ -174,7 +186,7 @@ def _worker(settings: dict) -> None:
         return  # the mistake of another worker, or of this one before Ray started it again: the driver tells it
     try:
         worker(run, ray.train.report)
-    except StorageError:
+    except (StorageError, ClusterError):
         raise  # may pass by itself: tried again
     except UnlearnError as e:
         storage.write(FAILURE, str(e).encode())

@@ -150,6 +150,9 @@ class Cluster(Part):
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     max_failures: int = Field(default=3, ge=-1, description="worker failures to recover from; -1 = without end")
+    timeout: Positive = Field(
+        default=1800, description="seconds that the workers wait for one of them; then it is named, and counts as a failure"
+    )
 
 
 class Evaluation(Part):

@@ -6,6 +6,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from unlearn.log import message
+from unlearn.signals import JOB
+
 # The environment variables in which the configuration, and the names that must be set there, reach a job.
 FORMER_DRIVERS = {"jobs.train": "run", "jobs.evaluate": "evaluate"}
 CONFIG, REQUIRED = "UNLEARN_CONFIG", "UNLEARN_REQUIRED_ENV"
@@ -61,7 +64,7 @@ class Request:
     @property
     def variables(self) -> dict[str, str]:
         """The job's environment beyond what is there."""
-        found = {CONFIG: self.config} if self.source == f"env:{CONFIG}" else {}
+        found = {JOB: self.id} | ({CONFIG: self.config} if self.source == f"env:{CONFIG}" else {})
         return found | ({REQUIRED: ",".join(self.env)} if self.env else {})
 
     def dump(self) -> str:
@@ -114,6 +117,12 @@ def next_attempt(id: str, before: list[str]) -> str:
 
 def error_line(log: str) -> str:
     """The line that says why a driver ended: its message to the user, else the last one."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    lines = [_said(line.strip()) for line in log.splitlines() if line.strip()]
     told = [line for line in lines if line.startswith("error:")]
     return (told or lines or [""])[-1][:500]
+
+
+def _said(line: str) -> str:
+    """A line as it reads where it is not JSON."""
+    found = message(line)
+    return f"{found[0]}: {found[1]}" if found else line

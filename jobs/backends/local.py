@@ -79,7 +79,7 @@ class Local:
         stopped = (folder / "stopped").exists()
         if code == "0":
             state, message = State.SUCCEEDED, ""
-        elif code and (stopped or code == "130"):
+        elif code and (stopped or code in ("130", "143")):
             state, message = State.STOPPED, ""
         elif code:
             state, message = State.FAILED, f"exit code {code}: {error_line(_text(folder / 'log', process.get('log', 0)))}"

@@ -64,7 +64,7 @@ def test_values_of_secrets_do_not_travel(tiny_run):
 def test_a_configuration_too_large_for_a_variable_travels_in_the_run_folder(tiny_run, tmp_path, monkeypatch):
     ids = [f"image-{i:06d}" for i in range(9000)]
     sent = submit.request(tiny_run(f"data.forget={{ids: {ids}}}"))
-    assert sent.command[3] == sent.run_dir and sent.variables == {}
+    assert sent.command[3] == sent.run_dir and sent.variables == {"UNLEARN_JOB": sent.id}
     monkeypatch.setattr(Local, "_spawn", lambda *_: {"pid": 1, "started": "never", "host": "x"})
     job, _ = submit.submit(Local(tmp_path / "jobs"), sent)
     assert config.load(Path(job.run_dir, "config.yaml")).data.forget.ids == ids

@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch.multiprocessing
@@ -13,22 +15,24 @@ from unlearn import config
 from unlearn.run import Run, resolve
 
 
-def together(runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report") -> None:
+def together(
+    runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report", sign: signal.Signals | None = signal.SIGKILL
+) -> None:  # fmt: skip
     """Train the runs one after another in `workers` processes. Raises what a worker raises.
 
-    kill_at: the last worker kills itself with SIGKILL when it has computed this step; kill_in: as it reports the step, or
-    while the step is saved, "written" between its file and COMMIT, "committed" right after COMMIT.
+    kill_at: the last worker kills itself when it has computed this step; kill_in: as it reports the step, or while the step is
+    saved, "written" between its file and COMMIT, "committed" right after COMMIT; sign: the signal, None to sleep for ever.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
     # Forked from a process that has imported what is slow to import.
     multiprocessing.set_forkserver_preload(["deepspeed", "unlearn.training.loop", "tensorboardX"])
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            _process, (workers, str(Path(folder) / "meet"), [resolve(run) for run in runs], kill_at, kill_in), workers, start_method="forkserver"
+            _process, (workers, str(Path(folder) / "meet"), [resolve(run) for run in runs], kill_at, kill_in, sign), workers, start_method="forkserver"
         )
 
 
-def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, kill_in) -> None:
+def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, kill_in, sign) -> None:
     import torch.distributed as dist
 
     from unlearn.training.checkpoint import Checkpoints
@@ -36,7 +40,7 @@ def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, ki
 
     def die_at(step: int, where: str) -> None:
         if (step, where, rank) == (kill_at, kill_in, workers - 1):
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sign) if sign else time.sleep(3600)
 
     def report(row: dict) -> None:
         die_at(row["step"], "report")
@@ -59,7 +63,8 @@ def _process(rank: int, workers: int, meeting: str, runs: list[Run], kill_at, ki
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers)
+    timeout = timedelta(seconds=runs[0].settings.cluster.timeout)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=workers, timeout=timeout)
     for run in runs:
         worker(run, report)
     dist.barrier()

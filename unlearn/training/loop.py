@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,11 +20,14 @@ from unlearn.methods import base as methods
 from unlearn.models import weights
 from unlearn.models.base import Adapter
 from unlearn.run import Run
-from unlearn.training import latents
+from unlearn.training import heartbeat, latents
 from unlearn.training import teacher as teachers
 from unlearn.training.checkpoint import Checkpoints, TrainerState
 from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
+from unlearn.training.heartbeat import Heartbeat
 from unlearn.training.metrics import MetricsLog, mfu, peak_memory
+
+logger = logging.getLogger(__name__)
 
 # Called with every logged row, on every rank.
 Report = Callable[[dict], None]
@@ -32,8 +36,14 @@ Report = Callable[[dict], None]
 def worker(run: Run, report: Report = lambda row: None) -> None:
     """Train this process's share of a run, going on from its newest checkpoint where there is one.
 
-    Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed.
+    Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed. Raises ClusterError, which
+    names a rank that is missing, where a collective fails.
     """
+    with heartbeat.beating(run.settings.cluster.timeout) as heart:
+        _work(run, report, heart)
+
+
+def _work(run: Run, report: Report, heart: Heartbeat) -> None:
     settings = run.settings
     torch.set_num_threads(settings.training.threads)
     device = torch.device("cuda", torch.cuda.current_device()) if settings.cluster.gpus_per_worker else torch.device("cpu")
@@ -56,6 +66,7 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
         if saved:
             saved.weights(student)
         engine = make_engine(settings, method, student, first_stage, device)
+        heart.limit_groups()
         if method.sample_size():
             method.prepare(_sample(engine, loader, method.sample_size()))
         with _told(settings, engine):
@@ -63,19 +74,22 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
         if saved:
             saved.restore(engine.fragments(), start)
     with _told(settings, engine):
-        train(run, engine, loader, checkpoints, start, student, method, report)
+        train(run, engine, loader, checkpoints, start, student, method, report, heart)
 
 
 def train(
     run: Run, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, student: Adapter, method: methods.Method,
-    report: Report,
+    report: Report, heart: Heartbeat,
 ) -> None:  # fmt: skip
     """Steps start .. run.steps: fetch, compute, update, log, save."""
     settings, stop = run.settings, run.steps
     log = MetricsLog(run.folder, start) if engine.rank == 0 else None
     batches = _weighted(settings, engine, loader.batches(_numbers(settings, engine, start, stop), pin=engine.device.type == "cuda"))
     window = _Window(settings, engine, student, method)
+    if log:
+        logger.info("%s at step %s of %s", f"resumed from the checkpoint of step {start}," if start else "starts", start + 1, stop)
     for step in range(start + 1, stop + 1):
+        heart.at(f"step {step}")
         mine = window.watch(itertools.islice(batches, settings.accumulation))
         window.add(engine.step(mine, learning_rate(settings.training, step - 1, stop)))
         if step % settings.training.log_every == 0 or step == stop:
@@ -86,10 +100,13 @@ def train(
             report(row)
         if step % settings.training.checkpoint_every == 0 or step == stop:
             state = TrainerState(step, step * settings.training.batch_size, settings.hash(), run.origin, engine.workers)
+            heart.at(f"the checkpoint of step {step}")
             with window.paused():
                 if log:
                     log.flush()  # first, so that a committed checkpoint has all its rows
                 checkpoints.save(engine.fragments(), state, engine.rank, engine.gather)
+            if log:
+                logger.info("checkpoint of step %s committed", step)
     if log:
         log.close()
 

@@ -1,0 +1,26 @@
+"""The owner of a run folder: this process, from before anything is read in it until the command is over."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+from unlearn import lease, signals
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def owned(run_dir: str, command: str) -> Iterator[lease.Lease]:
+    """Own the run folder for the length of a command of `unlearn`, which others are told. Raises LeaseError where another process
+    owns it, and at the end where it was lost; ask the lease before what must not be written then."""
+    job = os.environ.get(signals.JOB)
+    what = f"unlearn {command}" + (f" (job {job})" if job else "")
+    with lease.held(run_dir, what, say=lambda text: log.warning("%s", text)) as held:
+        yield held
+
+
+def how_to_go_on() -> str:
+    """What the user does where a run has stopped, in a message."""
+    job = os.environ.get(signals.JOB)
+    return f"`unlearn jobs resume {job}` goes on" if job else "add --resume to go on"

@@ -1,0 +1,144 @@
+"""Who is waited for: where each rank of a process group is, kept in the group's store.
+
+A collective that times out says only that somebody is missing. So every rank writes what it does at every step, without a wait
+for the device, and a thread of it writes that it lives; a rank whose collective has failed writes that as well. Who has not, a
+moment later, is missing: it hangs elsewhere, or its process has stopped or died.
+"""
+
+import contextlib
+import faulthandler
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
+
+from unlearn.errors import ClusterError
+
+log = logging.getLogger(__name__)
+
+EVERY = 2.0  # seconds between two beats
+ANSWER = 10.0  # seconds that the others have to find out that their collective has failed, too
+STALLED = 0.8  # share of the timeout after which it is said that nothing moves: NCCL ends the process when all of it is over
+
+
+class Heartbeat:
+    """Of one rank; in a process without a group it only says when nothing moves. timeout: seconds, of the group's collectives."""
+
+    def __init__(self, timeout: float):
+        self.timeout, self.group = timeout, dist.is_available() and dist.is_initialized()
+        self.rank, self.workers = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
+        self._over, self._state = threading.Event(), "waits"
+        self._store = _store() if self.group else None
+        self.at("the start")
+
+    def at(self, place: str) -> None:
+        """This rank has come to a place of the run, as in "step 12"."""
+        self._place, self._since = place, time.time()
+        faulthandler.dump_traceback_later(self.timeout * STALLED, file=2)
+        if self._store:
+            self._store.set(str(self.rank), self._now())  # some microseconds: no answer is waited for
+
+    def limit_groups(self) -> None:
+        """Let every group of processes that is there time out as the run says: DeepSpeed makes some of its own, with torch's default."""
+        for group in list(_world.pg_map) if self.group else ():
+            _set_pg_timeout(timedelta(seconds=self.timeout), group)
+
+    def beat(self) -> None:
+        """Until `stop`: write where this rank is."""
+        store, told = _store() if self.group else None, 0.0
+        while True:
+            if store:
+                store.set(str(self.rank), self._now())
+            if time.time() - self._since > self.timeout * STALLED and told != self._since:
+                told = self._since
+                log.warning("rank %s has been at %s for %.0f s; the stacks of its threads are on standard error", self.rank, self._place, time.time() - told)
+            if self._over.wait(EVERY):
+                return
+
+    def stop(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        self._over.set()
+
+    def ended(self, error: Exception) -> Exception:
+        """What ended this rank's part of the run, in words: where a collective has failed, who has not come. Tells the others."""
+        if not self.group:
+            return error
+        lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+        self._state = "lost" if lost else f"ended by {type(error).__name__}: {str(error)[:200]}"
+        found: dict[int, dict] = {}
+        # In a thread, since a store whose process does not move is waited for without end.
+        asked = threading.Thread(target=self._tell_and_ask, args=(found, lost), daemon=True)
+        asked.start()
+        asked.join(ANSWER * 2)
+        if not lost:
+            return error
+        if not found and self.rank:
+            missing = ["rank 0, which holds the group's store, does not answer"]
+        else:
+            missing = [_told(rank, found.get(rank)) for rank in range(self.workers) if found.get(rank, {}).get("state") != "lost"]
+        return ClusterError(
+            f"rank {self.rank} of {self.workers} was left alone at {self._place} (cluster.timeout is {self.timeout:g} s): "
+            + ("; ".join(missing) or f"no rank is missing, so look at the network: {str(error)[:200]}")
+        )
+
+    def _tell_and_ask(self, found: dict[int, dict], ask: bool) -> None:
+        """Tell that this rank has ended; then ask the others until each has told the same, or ANSWER is over."""
+        store, until = _store(), time.monotonic() + ANSWER
+        store.set(str(self.rank), self._now())
+        while ask:
+            for rank in range(self.workers):
+                if store.check([str(rank)]):
+                    found[rank] = json.loads(store.get(str(rank)))
+            if all(found.get(rank, {}).get("state", "waits") != "waits" for rank in range(self.workers)) or time.monotonic() > until:
+                return
+            time.sleep(0.2)
+
+    def _now(self) -> str:
+        about = {"place": self._place, "since": self._since, "now": time.time(), "state": self._state}
+        return json.dumps(about | {"host": socket.gethostname(), "pid": os.getpid()})
+
+
+@contextlib.contextmanager
+def beating(timeout: float) -> Iterator[Heartbeat]:
+    """The heartbeat of this rank for the length of its part of a run.
+
+    Raises ClusterError, which names who is missing, in place of the error of a collective that has failed.
+    """
+    heart = Heartbeat(timeout)
+    thread = threading.Thread(target=heart.beat, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield heart
+    except Exception as e:
+        error = heart.ended(e)
+        if error is e:
+            raise
+        raise error from e
+    finally:
+        heart.stop()
+        thread.join(EVERY)
+
+
+def _store() -> dist.Store:
+    """The group's own store, over a connection of its own, as each thread must have it."""
+    return dist.PrefixStore("heartbeat", _get_default_store()).clone()
+
+
+def _told(rank: int, about: dict | None) -> str:
+    if about is None:
+        return f"rank {rank} has never told where it is"
+    who = f"rank {rank} (process {about['pid']} on {about['host']})"
+    if about["state"] != "waits":
+        return f"{who} {about['state']}"
+    return f"{who} is missing: at {about['place']} since {_time(about['since'])}, last heard of at {_time(about['now'])}"
+
+
+def _time(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%H:%M:%S} UTC"
