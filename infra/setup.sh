@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Makes .venv in the project root with the pinned packages; sourced by quickstart.sh and test.sh with the extras wanted.
 # PYTHON names another interpreter than python3.11. What was installed by the same files before is not installed again.
 set -euo pipefail

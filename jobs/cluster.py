@@ -7,6 +7,8 @@ import socket
 import warnings
 from collections.abc import Iterator
 
+from jobs import token
+from jobs.own_cluster import started, variables
 from unlearn import config, signals
 from unlearn.errors import ClusterError
 
@@ -26,40 +28,41 @@ def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
     """A Ray connection for the length of a job. Raises ClusterError where the resources are not there."""
     import ray
 
-    mine = not ray.is_initialized()
-    if mine:
-        with signals.kept():
-            _connect(cluster, workers)
-    try:
+    if ray.is_initialized():
         _check(cluster, workers)
         yield
-    finally:
-        if mine:
-            ray.shutdown()
-
-
-def _connect(cluster: config.Cluster, workers: int) -> None:
-    import ray
-
-    for name, value in POLL.items():
-        os.environ.setdefault(name, value)
+        return
     warnings.filterwarnings("ignore", module="ray")
     environment = {"env_vars": WORKER_ENV | ({} if cluster.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
-    if address := _address(cluster):
-        _check_answers(address)
-        try:
-            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RuntimeError, ValueError) as e:
-            raise ClusterError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0][:160]}; check cluster.address") from None
-        return
-    check_machine(cluster, workers)
-    # A cluster of this process alone, on loopback, gone with it: there is nobody to authenticate.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_DISABLE_IMPORT_WARNING", "1")
-    ray.init(
-        address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=environment,
-        object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
-    )  # fmt: skip
+    address = _address(cluster)
+    if not address:
+        check_machine(cluster, workers)
+    with variables({name: os.environ.get(name, value) for name, value in POLL.items()}), _named(address, environment) if address else started(environment):
+        _check(cluster, workers)
+        yield
+
+
+@contextlib.contextmanager
+def _named(address: str, runtime_env: dict) -> Iterator[None]:
+    """A connection to the cluster that the user names."""
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    _check_answers(address)
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        token.read()  # one that cannot be sent makes Ray abort this process
+    try:
+        with signals.kept():
+            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError:
+        raise ClusterError(f"{address} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file") from None
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        why = str(e).splitlines()[0][:160]
+        raise ClusterError(f"no Ray cluster answers at {address}: {why}; check cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def _check_answers(address: str) -> None:
@@ -79,6 +82,35 @@ def room(cluster: config.Cluster) -> int:
     have = ray.cluster_resources()
     wanted = (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker))
     return int(min(have.get(kind, 0) // each for kind, each in wanted if each))
+
+
+def waiting_for(cluster: config.Cluster, missing: int = 0) -> str | None:
+    """What the connected cluster lacks where a run's workers do not start, in one sentence; None where nothing is seen.
+
+    missing: how many workers have not started, where the caller knows it; else Ray Train's gangs that wait are asked for. To be
+    told when a run has been silent for a minute: a cluster that grows, or loses a node, needs some time in any case.
+    """
+    import ray
+    from ray.util import placement_group_table
+
+    workers = missing or cluster.min_workers or cluster.workers
+    wanted = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * cluster.gpus_per_worker}
+    have, free = ray.cluster_resources(), ray.available_resources()
+    for kind, count in wanted.items():
+        if count > have.get(kind, 0):
+            gone = sum(not node["Alive"] for node in ray.nodes())
+            lost = f", {gone} of its nodes gone" if gone else ""
+            hint = "" if cluster.min_workers else "; with cluster.min_workers a run goes on with fewer"
+            return f"waits for nodes: {_workers(workers)} {count:g} {kind}s, the cluster has {have.get(kind, 0):g}{lost}{hint}"
+    pending = any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
+    for kind, count in wanted.items():
+        if (missing or pending) and count > free.get(kind, 0):
+            return f"waits for room: {_workers(workers)} {count:g} {kind}s, of the cluster's {have[kind]:g} are {free.get(kind, 0):g} free; others hold the rest"
+    return None
+
+
+def _workers(count: int) -> str:
+    return f"{count} workers want" if count > 1 else "a worker wants"
 
 
 def check_machine(cluster: config.Cluster, workers: int) -> None:

@@ -1,9 +1,14 @@
 """Submit a run as a job and look after it: one face for this machine, a Ray cluster and Kubernetes; behind `unlearn submit` and
 `unlearn jobs`.
 
-What is sent: the whole configuration, the driver's name, the names of environment variables that must be set there, and, to a
-Ray cluster, the code. Never the value of a secret. The same request is the same job: its id is made of what is sent, so a second
+What is sent: the driver's name, where its configuration lies, the names of environment variables that must be set there, and, to
+a Ray cluster, the code. Never the value of a secret. The same request is the same job: its id is made of what is sent, so a second
 submission finds the first, and one after a failure goes on in its run folder.
+
+The configuration travels in the run folder, as configs/HASH.yaml: named by its content, so that what a job was sent stays as it was,
+for a resume too, whatever is sent to that folder later. It may name images or persons, and clusters write what is in the environment
+of a job to their logs and show it in their API. So a run folder that cannot be written from here (an S3 that only the cluster
+reaches) is good only for a configuration that names none: that one goes as an environment variable.
 """
 
 import contextlib
@@ -12,17 +17,20 @@ import json
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from jobs.backends.base import CONFIG, Backend, Job, Request, State
+from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request, State, warning_line
 from unlearn import config, lease
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
 
 # driver, a command of `unlearn` -> what it is given beside its configuration
 DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": ()}
+CONFIGS = "configs"  # the folder in a run folder
 # An environment variable holds 128 KiB, and on its way through a command line it is quoted.
 LARGEST = 64 << 10
+PATIENCE = 60  # seconds that a place may be silent
 
 
 def request(
@@ -43,7 +51,7 @@ def request(
     text, given = config.dump(run), (*DRIVERS[driver], *arguments)
     told = json.dumps([run.model_dump(mode="json"), driver, given], sort_keys=True)
     id = f"{_label(name or run.name)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    source = f"env:{CONFIG}" if len(text.encode()) <= LARGEST else run.run_dir
+    source = f"{run.run_dir}/{CONFIGS}/{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
     return Request(id, run.run_dir, driver, given, source, tuple(sorted(set(env))), text)
 
 
@@ -86,8 +94,9 @@ def _only(where: str, to: str, options: dict) -> None:
 def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, bool]:
     """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped is
     started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
+    settings = config.read(sent.config, sent.id)
     if place.remote and not mounted:
-        for key, uri in config.read(sent.config, sent.id).locations().items():
+        for key, uri in settings.locations().items():
             if not uri.startswith("embedded:") and Storage(uri).is_local():
                 raise ConfigError(
                     f"{key} {uri} is a path of this machine, and {place.where} runs on others: give s3://bucket/prefix "
@@ -102,9 +111,25 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
     with contextlib.suppress(StorageError):  # out of reach from here: the job itself is refused, as where its owner is elsewhere
         if (owner := lease.owner_of(sent.run_dir)) and owner.gone() is False:
             raise ClusterError(f"{sent.run_dir} is in use by {owner}: wait until it ends, or give another run_dir")
-    if sent.source == sent.run_dir:  # too large for a variable: the run folder carries it
-        Storage(sent.run_dir).write("config.yaml", sent.config.encode())
-    return place.start(sent), True
+    return place.start(_stored(sent, settings, place)), True
+
+
+def _stored(sent: Request, settings: config.RunConfig, place: Backend) -> Request:
+    """The request, its configuration put where the job finds it. Raises StorageError where that can be nowhere."""
+    folder = Storage(sent.run_dir)
+    try:
+        if place.remote and folder.is_local() and not Path(folder.uri).parent.is_dir():
+            raise StorageError(f"{folder.uri}: this machine has no such folder")  # mounted on the cluster's nodes alone
+        folder.write(sent.source.removeprefix(f"{sent.run_dir}/"), sent.config.encode(), private=settings.names_rows)
+        return sent
+    except StorageError as e:
+        what = "names images or persons" if settings.names_rows else "is large" if len(sent.config.encode()) > LARGEST else ""
+        if what:
+            raise StorageError(
+                f"{e}. The configuration {what}, so it goes into the run folder and not into the job's environment, which clusters write to "
+                "their logs: submit from where the run folder can be written"
+            ) from None
+    return replace(sent, source=f"env:{CONFIG}")
 
 
 def resume(place: Backend, id: str) -> Job:
@@ -130,26 +155,30 @@ def wait(
     every: float = 2, retries: int = 0,
 ) -> Job:  # fmt: skip
     """Follow a job to its end. progress: called with the newest row that the run has written; told: with the job when its state
-    or message changes; retries: how often it is resumed after it failed. Raises UnlearnError where nobody answers any more."""
+    or message changes, and with what its driver warns of where nothing happens for a minute; retries: how often it is resumed after it
+    failed. Raises UnlearnError where nobody answers any more."""
     from unlearn.training import metrics
 
-    last, row, misses = None, None, 0
+    last, row, warned, misses, moved = None, None, "", 0, time.monotonic()
     while True:
         try:
             job, misses = place.get(id), 0
-        except ClusterError:
+        except ClusterError as e:
             misses += 1
-            if misses * every > 60:  # a head that restarts, a network that is away for a moment
-                raise
+            if misses * every > PATIENCE:  # longer than a head needs to start again, or a network to come back
+                lost = "forgotten there, as when a cluster's head is lost" if isinstance(e, NoSuchJob) else "out of reach"
+                raise type(e)(f"{e}. The job is {lost}; when the cluster is there, {GOES_ON}") from None
+            if misses == 1 and last:
+                told(replace(last, message=f"{e}; asking again for {PATIENCE} s"))
             time.sleep(every)
             continue
         if last is None or (job.state, job.message) != (last.state, last.message):
             told(job)
-            last = job
+            last, moved = job, time.monotonic()
         try:
             found = metrics.read(job.run_dir)[-1:] or metrics.latents(job.run_dir)
             if found and found[0] != row and job.state not in ("queued", "starting"):
-                row = found[0]
+                row, moved = found[0], time.monotonic()
                 progress(row)
         except (StorageError, ValueError):  # a picture of progress; the run folder may be out of reach from here
             pass
@@ -158,4 +187,16 @@ def wait(
                 return job
             retries -= 1
             resume(place, id)
+        elif job.state == State.RUNNING and time.monotonic() - moved > PATIENCE:
+            moved, before, warned = time.monotonic(), warned, _warning(place, id)
+            if warned and warned != before:
+                told(replace(job, message=warned))
         time.sleep(every)
+
+
+def _warning(place: Backend, id: str) -> str:
+    """What a job's driver has warned of last: it says what it waits for."""
+    try:
+        return warning_line("".join(place.logs(id, follow=False)))
+    except ClusterError:  # a log that this user may not read, or that is gone
+        return ""

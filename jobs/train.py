@@ -67,7 +67,7 @@ def prepare(settings: config.RunConfig, resume: bool = False) -> Run:
     measured = {f"{name} to measure": f"{len(rows)} images" for name, rows in run.measured.items()}
     about = ", ".join(f"{name} {what}" for name, what in (sets | measured).items())
     log.info("%s resolved: config %s, %s steps, %s", settings.name, settings.hash()[:12], run.steps, about)
-    Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode())
+    Storage(settings.run_dir).write("config.yaml", config.dump(settings).encode(), private=settings.names_rows)
     return run
 
 
@@ -113,8 +113,8 @@ def _on_ray(run: Run, progress: Progress, check: Callable[[], None]) -> None:
     cluster = run.settings.cluster
     with connected(cluster, cluster.min_workers or cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
         import ray.train
-        from ray.train.torch import TorchConfig
 
+        from jobs.rendezvous import torch_config
         from jobs.trainer import StoppableTrainer
 
         storage = Storage(run.folder)
@@ -122,7 +122,7 @@ def _on_ray(run: Run, progress: Progress, check: Callable[[], None]) -> None:
         trainer = StoppableTrainer(
             _worker,
             train_loop_config={"run": run, "log": logs.level()},
-            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=cluster.timeout),
+            torch_config=torch_config("nccl" if cluster.gpus_per_worker else "gloo", cluster.timeout),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,
@@ -154,6 +154,8 @@ def _telling_of_losses(cluster: config.Cluster, progress: Progress) -> Progress:
 
     def told(row: dict) -> None:
         nonlocal step, workers
+        if row.get("workers", 0) > cluster.workers:
+            return  # the last row of an attempt that was given more
         if "step" in row:
             if row["step"] < step or row.get("workers", workers) != workers:
                 again = "went back to a checkpoint; " if row["step"] < step else ""

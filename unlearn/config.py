@@ -209,6 +209,12 @@ class RunConfig(Part):
         """Micro-batches each worker computes for one optimizer step; the last ones may count for nothing, see training/loop.py."""
         return -(-self.training.batch_size // (self.micro_batch * self.cluster.workers))
 
+    @property
+    def names_rows(self) -> bool:
+        """Whether it names single images or persons: such a file is for its owner alone, and is written to no log."""
+        sets = (self.data.forget, self.data.retain, self.data.proxy)
+        return any(rows is not None and bool(rows.ids or rows.subjects) for rows in sets)
+
     def locations(self) -> dict[str, str]:
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation

@@ -82,7 +82,7 @@ def steps(settings: RunConfig, chosen: dict[str, RowSet]) -> int:
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The configuration that `source` names: a YAML file, the folder of a run, or env:VARIABLE, where `unlearn submit` puts it.
+    """The configuration that `source` names: a YAML file (path or s3://), the folder of a run, or env:VARIABLE.
 
     overrides: "a.b=value". Raises ConfigError, StorageError.
     """
@@ -90,8 +90,10 @@ def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         if (variable := source.removeprefix("env:")) not in os.environ:
             raise ConfigError(f"{source}: this variable is not set; a configuration is expected in it")
         return config.read(os.environ[variable], source, overrides)
-    if Path(source).suffix in (".yaml", ".yml") and "://" not in source:
-        return config.load(source, overrides)
+    if Path(source).suffix in (".yaml", ".yml"):
+        if "://" not in source:
+            return config.load(source, overrides)
+        return config.read(Storage(source).read().decode(errors="replace"), source, overrides)
     storage = Storage(source)
     if not storage.is_file("config.yaml"):
         raise ConfigError(f"{source}: neither a YAML file nor the folder of a run (no config.yaml in it)")

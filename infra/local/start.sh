@@ -12,6 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/node.sh"
 
 ip='' port=6379 dashboard=8265 join='' more=()
 while [ $# -gt 0 ]; do
+    if [[ $1 == --@(ip|join|port|dashboard-port)=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
     case $1 in
     --ip) ip=${2:?--ip needs an address} && shift 2 ;;
     --join) join=${2:?--join needs HOST:PORT} && shift 2 ;;
@@ -40,26 +41,47 @@ if [ ! -s "$token" ]; then
 fi
 chmod 600 "$token"
 
-# Ray's sockets want a short path, and nobody else may have made the folder.
-temporary=${RAY_TMPDIR:-/tmp/unlearn-ray-$UID}
+# Ray's sockets want a short path, and nobody else may have made the folder. Ray makes its own writable for everyone: this one
+# lets nobody else in.
+temporary=${RAY_TMPDIR:-/tmp}/unlearn-ray-$UID
 mkdir -p "$temporary"
 [ -O "$temporary" ] || fail "$temporary belongs to somebody else: name another folder in RAY_TMPDIR"
+chmod 700 "$temporary"
 
 # A tenth of the memory, at most 4 GiB: images go from Parquet to the workers past Ray's object store.
 store=$(awk '/^MemTotal/ {b = $2 * 1024 / 10; printf "%.0f", (b < 4 * 2^30) ? b : 4 * 2^30}' /proc/meminfo)
-settings=(--block --disable-usage-stats --temp-dir "$temporary" --object-store-memory "$store")
+# The agent that starts jobs has a fixed port in Ray, and is silently without one where another cluster on this machine has it.
+settings=(--block --disable-usage-stats --temp-dir "$temporary/ray" --object-store-memory "$store" --dashboard-agent-listen-port 0)
 if [ -n "$join" ]; then
     settings+=(--address "$join")
 else
+    # Ray's workers, and its client, take any port of a range.
+    least=10001 most=19999
+    for ((i = 0; i < ${#more[@]}; i++)); do
+        case ${more[i]} in
+        --min-worker-port) least=${more[i + 1]:-0} ;;
+        --max-worker-port) most=${more[i + 1]:-0} ;;
+        --min-worker-port=*) least=${more[i]#*=} ;;
+        --max-worker-port=*) most=${more[i]#*=} ;;
+        esac
+    done
     for taken in "$port" "$dashboard"; do
+        if ! [[ $taken =~ ^[1-9][0-9]{0,4}$ ]] || ((taken > 65535)); then fail "$taken is no port: give a number below 65536"; fi
+        if [[ $least$most =~ ^[0-9]+$ ]] && ((least <= taken && taken <= most)); then
+            fail "port $taken is one of those that Ray's workers take ($least to $most): choose another with --port or --dashboard-port, or" \
+                "give the workers others with --min-worker-port and --max-worker-port"
+        fi
         if (: <>"/dev/tcp/${ip:-127.0.0.1}/$taken") 2>/dev/null; then fail "port $taken is in use: choose others with --port and --dashboard-port"; fi
     done
     settings+=(--head ${ip:+--node-ip-address "$ip"} --port "$port" --dashboard-host 127.0.0.1 --dashboard-port "$dashboard")
 fi
 # A job's `python` is the one that Ray runs with.
 environment=("PATH=$(dirname "$python"):$PATH" "$mark" RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$token" RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0)
-# Ray takes 127.0.0.1 for this machine's outward address and listens to all the world, unless it is told not to be a cluster.
-if [ -z "$ip$join" ]; then environment+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0); fi
+# Ray takes 127.0.0.1 for this machine's outward address and listens to all the world, unless it is told not to be a cluster; the
+# workers of a run do so too, unless they meet in a folder (jobs/rendezvous.py).
+if [ -z "$ip$join" ]; then
+    environment+=(RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 GLOO_SOCKET_IFNAME=lo NCCL_SOCKET_IFNAME=lo UNLEARN_RAY_FOLDER="$temporary")
+fi
 # What jobs/cluster.py wants for the workers must be there before Ray is: malloc reads it once.
 wanted=$("$python" -c 'from jobs.cluster import WORKER_ENV; print(*map("=".join, WORKER_ENV.items()), sep="\n")')
 mapfile -t -O "${#environment[@]}" environment <<<"$wanted"

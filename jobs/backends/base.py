@@ -6,12 +6,19 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from unlearn.errors import ClusterError
 from unlearn.log import message
 from unlearn.signals import JOB
 
-# The environment variables in which the configuration, and the names that must be set there, reach a job.
-FORMER_DRIVERS = {"jobs.train": "run", "jobs.evaluate": "evaluate"}
+# Environment variables of a job beside JOB, its id: the configuration, where it does not lie in the run folder; the names that must
+# be set there.
 CONFIG, REQUIRED = "UNLEARN_CONFIG", "UNLEARN_REQUIRED_ENV"
+GOES_ON = "the same `unlearn submit` goes on from the newest checkpoint"
+FORMER_DRIVERS = {"jobs.train": "run", "jobs.evaluate": "evaluate"}
+
+
+class NoSuchJob(ClusterError):
+    """A place that answers knows no job of that id."""
 
 
 class State(StrEnum):
@@ -45,7 +52,8 @@ class Request:
     """What is sent, the same to every backend; no value of a secret is in it.
 
     id: the same for the same request; driver, arguments: `python -m unlearn DRIVER SOURCE ARGUMENTS`; config: YAML of the whole
-    RunConfig; source: where the job finds it; env: names of variables that must be set where the job runs.
+    RunConfig; source: where the job finds it, a file in the run folder or env:UNLEARN_CONFIG (see jobs/submit.py); env: names of
+    variables that must be set where the job runs.
     """
 
     id: str
@@ -68,19 +76,29 @@ class Request:
         return found | ({REQUIRED: ",".join(self.env)} if self.env else {})
 
     def dump(self) -> str:
-        """JSON of all but the configuration, which lies in `variables`."""
+        """JSON of all but the configuration."""
         return json.dumps({name: value for name, value in asdict(self).items() if name != "config"})
 
     @classmethod
-    def load(cls, text: str, config: str) -> "Request":
+    def load(cls, text: str, config: str = "") -> "Request":
+        """What `dump` made, former versions' too. Raises ValueError, KeyError or TypeError for anything else."""
         tree = json.loads(text)
         if former := tree.pop("module", None):  # how a driver was named before
             tree["driver"] = FORMER_DRIVERS[former]
         return cls(**tree | {"arguments": tuple(tree["arguments"]), "env": tuple(tree["env"]), "config": config})
 
 
+def is_ours(text: str) -> bool:
+    """Whether this is what `Request.dump` makes; others may use our labels, too."""
+    try:
+        Request.load(text)
+        return True
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
 class Backend(Protocol):
-    """A place to run jobs. Everything raises UnlearnError; a job that is not there is a ClusterError."""
+    """A place to run jobs. Everything raises UnlearnError; a job that is not there is a NoSuchJob."""
 
     where: str  # as the user names it in --to
     remote: bool  # whether a path of this machine may mean nothing there
@@ -117,12 +135,19 @@ def next_attempt(id: str, before: list[str]) -> str:
 
 def error_line(log: str) -> str:
     """The line that says why a driver ended: its message to the user, else the last one."""
-    lines = [_said(line.strip()) for line in log.splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("error:")]
-    return (told or lines or [""])[-1][:500]
+    return (_told(log, "error") or _lines(log) or [""])[-1][:500]
 
 
-def _said(line: str) -> str:
-    """A line as it reads where it is not JSON."""
-    found = message(line)
-    return f"{found[0]}: {found[1]}" if found else line
+def warning_line(log: str) -> str:
+    """The last warning of a driver, or nothing."""
+    return (_told(log, "warning") or [""])[-1][:500]
+
+
+def _told(log: str, level: str) -> list[str]:
+    return [line for line in _lines(log) if line.startswith(f"{level}:")]
+
+
+def _lines(log: str) -> list[str]:
+    """A driver's lines, those that are JSON as they read where they are not."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return [f"{found[0]}: {found[1]}" if (found := message(line)) else line for line in lines]

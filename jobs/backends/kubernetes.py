@@ -5,6 +5,7 @@ new RayJob ID-r2, ID-r3 ... with the same label; the newest one counts. Stopping
 """
 
 import contextlib
+import functools
 import json
 import os
 import time
@@ -14,7 +15,7 @@ from datetime import datetime
 import yaml
 
 from jobs.backends import rayjob
-from jobs.backends.base import Job, Request, State, next_attempt
+from jobs.backends.base import Job, NoSuchJob, Request, State, is_ours, next_attempt
 from jobs.backends.kubernetes_words import STATES, reason, refusal, waiting
 from jobs.backends.rayjob_rules import QUEUE
 from unlearn import config
@@ -24,6 +25,7 @@ LABEL, REQUEST, SENT, STOP = "unlearn.dev/job", "unlearn.dev/request", "unlearn.
 NAMESPACE = "unlearn"  # where neither the user nor the kubeconfig names one
 RAYJOBS = ("ray.io", "v1")
 WORKLOADS = ("kueue.x-k8s.io", "v1beta2")
+KUEUE = 5  # seconds that Kueue may need to make a workload of a job
 
 
 class Kubernetes:
@@ -33,11 +35,11 @@ class Kubernetes:
 
     def __init__(
         self, context: str | None = None, overlay: str = "gpu", image: str | None = None, namespace: str | None = None,
-        queue: str | None = None, priority: str | None = None, secret: tuple[str, ...] = (), grace: float = 60,
+        queue: str | None = None, priority: str | None = None, secret: tuple[str, ...] = (), grace: float = 60, kueue: float = KUEUE,
     ):  # fmt: skip
         self.where = f"k8s:{context}" if context else "k8s"
         self._context, self._overlay, self._image, self._grace = context, overlay, image, grace
-        self._queue, self._priority = queue, priority
+        self._queue, self._priority, self._kueue = queue, priority, kueue
         self._secrets, self._given, self._client = dict(map(_secret, secret)), namespace, None
 
     # What is sent
@@ -130,13 +132,19 @@ class Kubernetes:
         patch = {"metadata": {"annotations": {STOP: "true"}}}
         with self._told(f"stopping {name}"):
             # Kueue owns `suspend` of what is in its queues, and starts it again: there the workload is what one stops.
-            if (workloads := self._awaited_workloads(document, deadline)) is None:
-                patch["spec"] = {"suspend": True}
-            for workload in workloads or ():
+            workloads = self._awaited_workloads(document)
+            for workload in workloads:
                 self._objects.patch_namespaced_custom_object(
                     *WORKLOADS, self.namespace, "workloads", workload["metadata"]["name"], {"spec": {"active": False}}
                 )
+            if not workloads:
+                patch["spec"] = {"suspend": True}
             self._objects.patch_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", name, patch)
+            if not workloads:  # out of the queue, or a Kueue that looks at it later starts it; one that forbids this is at work
+                with contextlib.suppress(Exception):
+                    self._objects.patch_namespaced_custom_object(
+                        *RAYJOBS, self.namespace, "rayjobs", name, {"metadata": {"labels": {QUEUE: None}}}
+                    )
         while self.get(id).live and time.monotonic() < deadline:
             time.sleep(0.5)
 
@@ -170,7 +178,7 @@ class Kubernetes:
         if closely and state in (State.QUEUED, State.STARTING):
             message = self._why(document, state) or message
         created = datetime.fromisoformat(meta["creationTimestamp"]).timestamp()
-        request = Request.load(meta["annotations"][REQUEST], "")
+        request = Request.load(meta["annotations"][REQUEST])
         return Job(request.id, state, request.run_dir, created, " ".join(message.split())[:500])
 
     def _why(self, document: dict, state: str) -> str:
@@ -179,7 +187,7 @@ class Kubernetes:
         if state == State.QUEUED and (queue := document["metadata"].get("labels", {}).get(QUEUE)):
             workloads = []
             with contextlib.suppress(Exception):  # out of this user's sight; the job's state is told anyway
-                workloads = self._workloads(document) or []
+                workloads = self._workloads(document)
             conditions = [c for w in workloads for c in w.get("status", {}).get("conditions", [])]
             told = {c["type"]: c.get("message", "") for c in conditions if c["status"] == "False" or c["type"] in ("Evicted", "Preempted")}
             why = next((told[kind] for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted") if told.get(kind)), "")
@@ -193,26 +201,26 @@ class Kubernetes:
                 return next(filter(None, map(waiting, pods)), "")
         return ""
 
-    def _workloads(self, document: dict) -> list[dict] | None:
-        """Kueue's records of a job in a queue that are not over, an elastic job's slices; None where no Kueue looks after it."""
+    def _workloads(self, document: dict) -> list[dict]:
+        """Kueue's records of a job in a queue that are not over, an elastic job's slices; none where no Kueue looks after it."""
         if not document["metadata"].get("labels", {}).get(QUEUE):
-            return None
+            return []
         chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
         try:
             found = self._objects.list_namespaced_custom_object(*WORKLOADS, self.namespace, "workloads", label_selector=chosen)["items"]
         except Exception as e:
             if getattr(e, "status", None) == 404:  # a cluster without Kueue
-                return None
+                return []
             raise
         over = {w["metadata"]["name"] for w in found for c in w.get("status", {}).get("conditions", [])
                 if (c["type"], c["status"]) == ("Finished", "True")}  # fmt: skip
         return [w for w in found if w["metadata"]["name"] not in over]
 
-    def _awaited_workloads(self, document: dict, deadline: float) -> list[dict] | None:
-        """The same, once there are any. Raises ClusterError where Kueue is there and has none in time."""
-        while (found := self._workloads(document)) == []:
-            if time.monotonic() > deadline:
-                raise ClusterError(f"Kueue has no workload of {document['metadata']['name']} yet, by which it could be stopped: try again")
+    def _awaited_workloads(self, document: dict) -> list[dict]:
+        """The same; for a job that has just been made they are waited for."""
+        age = time.time() - datetime.fromisoformat(document["metadata"]["creationTimestamp"]).timestamp()
+        deadline = time.monotonic() + min(self._kueue, self._kueue - age)
+        while not (found := self._workloads(document)) and QUEUE in document["metadata"]["labels"] and time.monotonic() < deadline:
             time.sleep(0.5)
         return found
 
@@ -222,6 +230,7 @@ class Kubernetes:
         """Every RayJob of ours, the newest first."""
         with self._told("listing jobs"):
             found = self._objects.list_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", label_selector=LABEL)["items"]
+        found = [d for d in found if is_ours(d["metadata"].get("annotations", {}).get(REQUEST))]  # others may use the label
         # Two within one second are told apart by their attempt.
         return sorted(found, key=lambda d: (d["metadata"]["creationTimestamp"], len(d["metadata"]["name"]), d["metadata"]["name"]), reverse=True)
 
@@ -229,7 +238,7 @@ class Kubernetes:
         for document in self._all():
             if _id(document) == id:
                 return document
-        raise ClusterError(f"no job {id} in namespace {self.namespace}: `unlearn jobs list --to {self.where}` names those there are")
+        raise NoSuchJob(f"no job {id} in namespace {self.namespace}: `unlearn jobs list --to {self.where}` names those there are")
 
     @property
     def namespace(self) -> str:
@@ -271,6 +280,7 @@ class Kubernetes:
                     namespace = None
                 except kubernetes.config.ConfigException:
                     raise ConfigError(f"no Kubernetes cluster is configured ({' '.join(str(e).split())[:160]}): set KUBECONFIG") from None
+            settings.refresh_api_key_hook = functools.partial(_stripped, settings.refresh_api_key_hook)
             self._client = kubernetes.client.ApiClient(settings), namespace
         return self._client
 
@@ -285,10 +295,21 @@ class Kubernetes:
             yield
         except ApiException as e:
             raise ClusterError(f"{doing}: {refusal(e, self.namespace, self.where)}") from None
+        except ValueError as e:
+            if "header value" not in str(e):
+                raise
+            raise ClusterError(f"{self.where}: the token of this context holds characters that no header can: renew it") from None
         except HTTPError as e:
             host = client.configuration.host
             why = " ".join(str(getattr(e, "reason", None) or e).split())
             raise ClusterError(f"no Kubernetes cluster answers at {host} ({why[:160]}): check the context, and that you can reach it") from None
+
+
+def _stripped(refresh, settings) -> None:
+    """Renews the client's token; its file may end with a line end, which no header may hold."""
+    if refresh:
+        refresh(settings)
+    settings.api_key.update({name: value.strip() for name, value in settings.api_key.items()})
 
 
 def _id(document: dict) -> str:

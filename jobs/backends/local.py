@@ -1,4 +1,4 @@
-"""Jobs on this machine: detached processes, and a folder for each with what is known of it.
+"""Jobs on this machine: detached processes, and a folder for each, closed to other users, with what is known of it.
 
     ~/.unlearn/jobs/ID/   request.json  what was asked for      config.yaml  the configuration
                           process.json  pid and its start       log          what the driver printed, of all attempts
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from jobs.backends.base import Job, Request, State, error_line
+from jobs.backends.base import Job, NoSuchJob, Request, State, error_line, is_ours
+from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError
 
 # The shell outlives the driver only to write down its exit code; a signal to the group must not end it before.
@@ -47,10 +48,11 @@ class Local:
         with self._alone():
             if (folder / "request.json").exists() and self.get(request.id).live:
                 return self.get(request.id)
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            folder.chmod(0o700)
             for name in ("exit", "stopped", "process.json"):
                 (folder / name).unlink(missing_ok=True)
-            (folder / "config.yaml").write_text(request.config)
+            Storage(folder).write("config.yaml", request.config.encode(), private=True)
             _write(folder / "request.json", json.dumps({"request": request.dump(), "submitted": time.time()}))
             _write(folder / "process.json", json.dumps(self._spawn(request, folder)))
         return self.get(request.id)
@@ -70,7 +72,7 @@ class Local:
         return {"pid": process.pid, "started": _birth(process.pid), "host": socket.gethostname(), "log": earlier}
 
     def jobs(self) -> list[Job]:
-        found = [self.get(path.parent.name) for path in self.home.glob("*/request.json")]
+        found = [self.get(path.parent.name) for path in self.home.glob("*/request.json") if _request(path)]
         return sorted(found, key=lambda job: job.submitted, reverse=True)
 
     def get(self, id: str) -> Job:
@@ -91,7 +93,7 @@ class Local:
             state, message = State.STOPPED, ""
         else:
             state, message = State.FAILED, "it was killed, or this machine was started anew"
-        return Job(id, state, Request.load(about["request"], "").run_dir, about["submitted"], message)
+        return Job(id, state, Request.load(about["request"]).run_dir, about["submitted"], message)
 
     def again(self, id: str) -> Job:
         return self.start(Request.load(self._about(id)["request"], _text(self.home / id / "config.yaml")))
@@ -130,18 +132,27 @@ class Local:
         shutil.rmtree(self.home / id)
 
     def _about(self, id: str) -> dict:
-        path = self.home / id / "request.json"
-        if not id or "/" in id or not path.exists():
-            raise ClusterError(f"no job {id} on this machine: `unlearn jobs list` names those there are")
-        return json.loads(path.read_text())
+        about = _request(self.home / id / "request.json") if id and "/" not in id else None
+        if about is None:
+            raise NoSuchJob(f"no job {id} on this machine: `unlearn jobs list` names those there are")
+        return about
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
         """Of all who submit on this machine one at a time, so that one request is one job."""
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(0o700, parents=True, exist_ok=True)
         with open(self.home / ".lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _request(path: Path) -> dict | None:
+    """What `start` wrote; None where there is nothing, or something else."""
+    try:
+        about = json.loads(_text(path))
+        return about if is_ours(about["request"]) and float(about["submitted"]) else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _birth(pid: int) -> str | None:

@@ -13,18 +13,22 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import yaml
 
-from jobs.backends.base import CONFIG, Job, Request, State, error_line, next_attempt
+from jobs import token
+from jobs.backends.base import CONFIG, GOES_ON, Job, NoSuchJob, Request, State, error_line, is_ours, next_attempt
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 STATES = {"PENDING": State.STARTING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "FAILED": State.FAILED, "STOPPED": State.STOPPED}
 REQUEST, CODE = "unlearn", "unlearn-code"  # our keys in a submission's metadata
 GRACE = 30  # seconds that a driver has to end by itself once it is asked to
+PATIENCE = 60  # seconds for which a head that has just started may take no jobs yet
+HEAD = "/api/v0/nodes?filter_keys=is_head_node&filter_predicates=%3D&filter_values=True"
 # Of a working directory only the packages travel, and of them not what .gitignore names: no results, data or `.env` by mistake.
 EXCLUDES = ["/*", "!/.", "!/unlearn", "!/jobs", "!/pipelines", "__pycache__", ".env"]
 
@@ -79,22 +83,49 @@ class RayJobs:
     def start(self, request: Request) -> Job:
         attempt = next_attempt(request.id, [d.submission_id for d in self._details() if _identity(d) == request.id])
         with self._told():
+            self._submit(self._sent(request, attempt))
+        return self.get(request.id)
+
+    def _submit(self, sent: dict) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while True:
             try:
-                self._client.submit_job(**self._sent(request, attempt))
+                self._client.submit_job(**sent)
+                return
             except RuntimeError as e:
                 # Somebody else has sent the same request at the same time: then it is there, which is all we want.
-                if "already exists" not in str(e):
+                if "already exists" in str(e):
+                    return
+                # The head answers before the agent is there that starts jobs.
+                if "No available agent" not in str(e) or time.monotonic() > deadline:
                     raise
-        return self.get(request.id)
+            time.sleep(1)
 
     def jobs(self) -> list[Job]:
         newest = {}
         for details in self._details():
             newest.setdefault(_identity(details), details)
-        return [_job(details) for details in newest.values()]
+        return self._known(newest.values())
 
     def get(self, id: str) -> Job:
-        return _job(self._newest(id))
+        [job] = self._known([self._newest(id)])
+        return job
+
+    def _known(self, found: Iterable) -> list[Job]:
+        """Submissions in our words. Ray goes on to call a job running whose driver died with the head's node."""
+        known = [_job(details) for details in found]
+        if any(job.live for job in known) and self._head_is_lost():
+            why = f"the head's node is lost, and the driver with it: start the cluster anew, then {GOES_ON}"
+            known = [replace(job, state=State.FAILED, message=why) if job.live else job for job in known]
+        return known
+
+    def _head_is_lost(self) -> bool:
+        """Whether the node that runs drivers is gone, while the cluster's records can still be asked."""
+        try:
+            nodes = self._client._do_request("GET", HEAD).json()["data"]["result"]["result"]
+            return bool(nodes) and all(node["state"] == "DEAD" for node in nodes)
+        except Exception:  # an older Ray; whether it answers at all is told elsewhere
+            return False
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         attempt = self._newest(id).submission_id
@@ -128,14 +159,14 @@ class RayJobs:
     def _details(self) -> list:
         """Every submission of ours, the newest first."""
         with self._told():
-            found = [d for d in self._client.list_jobs() if REQUEST in (d.metadata or {}) and d.submission_id]
+            found = [d for d in self._client.list_jobs() if is_ours((d.metadata or {}).get(REQUEST)) and d.submission_id]
         return sorted(found, key=lambda d: d.start_time or 0, reverse=True)
 
     def _newest(self, id: str):
         for details in self._details():
             if _identity(details) == id:
                 return details
-        raise ClusterError(f"no job {id} at {self.where}: `unlearn jobs list --to {self.where}` names those there are")
+        raise NoSuchJob(f"no job {id} at {self.where}: `unlearn jobs list --to {self.where}` names those there are")
 
     @property
     def _client(self):
@@ -149,7 +180,8 @@ class RayJobs:
             for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             with _meant(self.where):
-                self._connected = JobSubmissionClient(self.where, headers=_token())
+                found = token.read()
+                self._connected = JobSubmissionClient(self.where, headers={"Authorization": f"Bearer {found}"} if found else None)
         return self._connected
 
     @contextlib.contextmanager
@@ -159,8 +191,10 @@ class RayJobs:
 
         try:
             yield
-        except (ClusterError, MissingExtra):
+        except (ClusterError, ConfigError, MissingExtra):
             raise
+        except requests.exceptions.InvalidHeader:  # its text is the header
+            raise ClusterError(f"{self.where}: the token holds characters that no header can: check RAY_AUTH_TOKEN") from None
         except Exception as e:
             text = " ".join(str(e).split())
             if type(e).__name__ == "AuthenticationError" or "Invalid response status" in text and re.search("40[13]", text):
@@ -174,13 +208,15 @@ class RayJobs:
             if isinstance(e, RuntimeError):
                 if "Package" in text and "exceed" in text or "is too large" in text:
                     raise ClusterError(f"the working directory is too large to be sent: {text[:200]}; name a smaller --working-dir") from None
+                if "No available agent" in text:
+                    text = f"its head has taken no jobs for {PATIENCE} s; is its node alive, and port 52365 free for its agent? ({text[:160]})"
                 raise ClusterError(f"{self.where} refused: {text[:300]}") from None
             raise
 
 
 def _job(details) -> Job:
     state = STATES[str(getattr(details.status, "value", details.status))]
-    request = Request.load(details.metadata[REQUEST], "")
+    request = Request.load(details.metadata[REQUEST])
     return Job(request.id, state, request.run_dir, (details.start_time or 0) / 1000, _message(details) if state in (State.FAILED, State.STARTING) else "")
 
 
@@ -195,7 +231,7 @@ def _message(details) -> str:
 
 
 def _identity(details) -> str:
-    return Request.load(details.metadata[REQUEST], "").id
+    return Request.load(details.metadata[REQUEST]).id
 
 
 def _check_answers(address: str) -> None:
@@ -206,20 +242,6 @@ def _check_answers(address: str) -> None:
         socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=10).close()
     except (OSError, ValueError) as e:
         raise ClusterError(f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the cluster is up") from None
-
-
-def _token() -> dict[str, str] | None:
-    """The header of Ray's token authentication, from where Ray itself looks; none where there is none, or it is turned off."""
-    token = os.environ.get("RAY_AUTH_TOKEN")
-    if not token:
-        given = os.environ.get("RAY_AUTH_TOKEN_PATH")
-        path = Path(given or "~/.ray/auth_token").expanduser()
-        if given and not path.is_file():
-            raise ClusterError(f"RAY_AUTH_TOKEN_PATH: there is no file {given}")
-        token = path.read_text().strip() if path.is_file() else ""
-    if not token or os.environ.get("RAY_AUTH_MODE") == "disabled":
-        return None
-    return {"Authorization": f"Bearer {token}"}
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ FOLDER = Path(__file__).parents[2] / "infra/kubernetes"
 RENDERED = Path(__file__).parents[2] / "jobs/backends/rendered"
 OVERLAYS = [*rayjob.OVERLAYS, "standing"]
 # What the API server's core serves, and kubernetes-validate knows; all else must be a custom resource.
-CORE = {"v1", "networking.k8s.io/v1", "policy/v1"}
+CORE = {"v1", "networking.k8s.io/v1", "policy/v1", "rbac.authorization.k8s.io/v1"}
 CUSTOM = {"ray.io/v1", "kueue.x-k8s.io/v1beta2"}
 
 
@@ -137,7 +137,11 @@ def test_accounts_have_no_more_than_they_need(overlay):
         # The autoscaler's container talks to the API server; nobody else.
         wants = role == "head" and bool(cluster(overlay).get("enableInTreeAutoscaling"))
         assert pod["spec"]["automountServiceAccountToken"] is wants, role
-    assert not {d["kind"] for d in documents(overlay)} & {"Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding", "Secret"}
+    assert not {d["kind"] for d in documents(overlay)} & {"ClusterRole", "ClusterRoleBinding", "Secret"}
+    # One role, of whoever submits; what is in it: test_submit_kubernetes.py.
+    [role], [binding] = of(overlay, "Role").values(), of(overlay, "RoleBinding").values()
+    assert binding["roleRef"]["name"] == role["metadata"]["name"] and {s["kind"] for s in binding["subjects"]} == {"Group"}
+    assert "*" not in str(role["rules"]) and "secrets" not in str(role["rules"])
 
 
 SECRETS = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?=[A-Za-z+]*[0-9])[A-Za-z0-9+]{40,}|(?i:password|token|secret)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{8,}")

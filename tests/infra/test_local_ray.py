@@ -26,7 +26,8 @@ ray.init()
 def seen():
     return os.environ["MALLOC_MMAP_THRESHOLD_"]
 have = ray.cluster_resources()
-print("SEEN", ray.get(seen.remote()), have["CPU"], have["object_store_memory"] <= 1.01 * min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10))
+from jobs.rendezvous import torch_config
+print("SEEN", ray.get(seen.remote()), os.environ["GLOO_SOCKET_IFNAME"], torch_config("gloo").folder, have["CPU"], have["object_store_memory"] <= 1.01 * min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10))
 """
 CLIENT = """
 import sys, time
@@ -55,7 +56,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 @pytest.fixture
 def local_ray(tmp_path):
-    """(run(script, *options) -> CompletedProcess, home): the scripts of infra/local in a HOME of their own."""
+    """(run(script, *options) -> CompletedProcess, home, temporary): the scripts of infra/local in a HOME of their own."""
     if not importlib.util.find_spec("aiohttp_cors"):
         pytest.skip("ray[default] is not installed: no Jobs API")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
@@ -65,15 +66,15 @@ def local_ray(tmp_path):
             return subprocess.run([INFRA / "local" / script, *options], env=env, capture_output=True, text=True, timeout=120)
 
         try:
-            yield run, tmp_path
+            yield run, tmp_path, temporary
         finally:
             run("stop.sh")
 
 
 def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local_ray):
-    run, home = local_ray
-    port, dashboard, *others = map(str, free_ports(9))
-    names = ["ray-client-server-port", "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "metrics-export-port",
+    run, home, temporary = local_ray
+    port, dashboard, *others = map(str, free_ports(8))
+    names = ["ray-client-server-port", "dashboard-agent-grpc-port", "metrics-export-port",
              "runtime-env-agent-port", "node-manager-port", "object-manager-port"]  # fmt: skip
     options = [f"--{name}={value}" for name, value in zip(names, others, strict=True)]
     start = ["--port", port, "--dashboard-port", dashboard, *options, "--num-cpus=1"]
@@ -104,7 +105,9 @@ def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local
         entrypoint = shlex.join(["python", "-c", JOB])  # as `unlearn submit` sends it
         job = subprocess.run([sys.executable, "-c", CLIENT, url, entrypoint], env=env, capture_output=True, text=True, timeout=180)
         assert "SUCCEEDED" in job.stdout, job.stdout + job.stderr
-        assert f"SEEN {WORKER_ENV['MALLOC_MMAP_THRESHOLD_']} 1.0 True" in job.stdout
+        private = Path(temporary, f"unlearn-ray-{os.getuid()}")
+        assert f"SEEN {WORKER_ENV['MALLOC_MMAP_THRESHOLD_']} lo {private} 1.0 True" in job.stdout
+        assert private.stat().st_mode & 0o777 == 0o700 and (private / "ray/session_latest").exists()
 
         ours, listening, shown = marked(str(token.parent)), set(), ""
         for process in ours:
@@ -131,8 +134,24 @@ def test_a_port_in_use_is_told_at_once(local_ray):
     assert started.returncode == 2 and f"port {port} is in use" in started.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--port", "10500"], "port 10500 is one of those that Ray's workers take (10001 to 19999): choose another with --port"),
+        (["--port=19999"], "port 19999 is one of those"),
+        (["--dashboard-port", "10001"], "port 10001 is one of those"),
+        (["--port", "7001", "--min-worker-port", "7000", "--max-worker-port=7100"], "port 7001 is one of those that Ray's workers take (7000 to 7100)"),
+        (["--port", "70000"], "70000 is no port"),
+        (["--port", "a[$(touch x)]"], "is no port"),
+    ],
+)  # fmt: skip
+def test_a_port_that_cannot_be_had_is_told_at_once(local_ray, options, message):
+    started = local_ray[0]("start.sh", *options)
+    assert started.returncode == 2 and message in started.stderr
+
+
 def test_joining_without_the_token_is_refused(local_ray):
-    run, home = local_ray
+    run, home, _ = local_ray
     joined = run("start.sh", "--join", "127.0.0.1:1")
     assert joined.returncode == 2 and f"no token in {home / '.unlearn/ray/token'}" in joined.stderr
 

@@ -9,14 +9,14 @@ import boto3
 import pytest
 import yaml
 from support.programs import program
-from support.runs import tiny_config
+from support.runs import tiny_config, train
 from support.s3 import ADMIN, s3_identity, s3_serving
 
-from jobs import train
 from unlearn.data.storage import Storage
 from unlearn.errors import StorageError
 
 INFRA = Path(__file__).parents[2] / "infra"
+BUCKETS = ("Data", "Runs", "Releases", "Logs")
 RUNS, RELEASE = ("runs-role", "runs-secret"), ("release-role", "release-secret")
 
 
@@ -24,7 +24,7 @@ def stack(irsa: bool = False) -> dict[str, dict]:
     """Resource -> properties of infra/s3/stack.yaml, its references put in for the stack `unlearn` of account 1."""
     text = (INFRA / "s3/stack.yaml").read_text()
     names = {"AWS::StackName": "unlearn", "AWS::AccountId": "1", "AWS::Region": "us-east-1", "AWS::Partition": "aws"}
-    names |= {bucket: f"unlearn-{bucket.lower()}-1" for bucket in ("Data", "Runs", "Releases")}
+    names |= {bucket: f"unlearn-{bucket.lower()}-1" for bucket in BUCKETS}
 
     def value(name: str) -> str:
         return f"arn:aws:s3:::{names[name[:-4]]}" if name[:-4] in names else names.get(name, name)
@@ -68,7 +68,7 @@ def s3_stack():
     with s3_serving(users, policies) as url:
         keys = {"aws_access_key_id": ADMIN[0], "aws_secret_access_key": ADMIN[1], "region_name": "us-east-1"}
         admin = boto3.client("s3", endpoint_url=url, **keys)
-        for bucket in ("Data", "Runs", "Releases"):
+        for bucket in BUCKETS:
             name, document = resources[bucket]["BucketName"], resources[f"{bucket}Policy"]["PolicyDocument"]
             admin.create_bucket(Bucket=name, ObjectLockEnabledForBucket=bucket == "Releases")
             # The server speaks no TLS here; what the first statement does is tested by itself.
@@ -92,7 +92,7 @@ def test_a_run_needs_what_its_role_grants_and_has_no_more(s3_stack, s3_user, tin
 
     s3_user(RUNS, s3_stack)
     run = tiny_config(runs.uri, data.uri, tiny_model, "training.checkpoint_every=1", "training.keep_checkpoints=1")
-    train.train(run)
+    train(run)
     kept = {name.split("/")[1] for name in runs.files("checkpoints")}
     assert kept == {"step-00000004"}  # the others were pruned: that is what the right to delete is for
     assert runs.is_file("model/weights.safetensors")
@@ -126,6 +126,31 @@ def test_a_release_is_written_once_and_nobody_deletes_it(s3_stack):
         with pytest.raises(who.exceptions.ClientError, match="AccessDenied"):
             who.delete_object(Bucket=bucket, Key="7/model")
     assert release.get_object(Bucket=bucket, Key="7/model")["Body"].read() == b"first"
+
+
+def test_every_access_is_logged_where_nobody_deletes(s3_stack):
+    resources = stack()
+    logs, rest = resources["Logs"], {name: resources[name] for name in BUCKETS if name != "Logs"}
+    places = {name: bucket["LoggingConfiguration"] for name, bucket in rest.items()}
+    assert {place["DestinationBucketName"] for place in places.values()} == {logs["BucketName"]} and "LoggingConfiguration" not in logs
+    assert {place["LogFilePrefix"] for place in places.values()} == {f"{name.lower()}/" for name in rest}
+    # What S3 wants of a bucket that it delivers logs to.
+    assert logs["BucketEncryption"]["ServerSideEncryptionConfiguration"] == [{"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]
+    assert "ObjectLockEnabled" not in logs
+    statements = {s["Sid"]: s for s in resources["LogsPolicy"]["PolicyDocument"]["Statement"]}
+    delivers = statements["S3Delivers"]
+    assert (delivers["Effect"], delivers["Principal"], delivers["Action"]) == ("Allow", {"Service": "logging.s3.amazonaws.com"}, "s3:PutObject")
+    assert set(delivers["Condition"]["ArnLike"]["aws:SourceArn"]) == {f"arn:aws:s3:::{bucket['BucketName']}" for bucket in rest.values()}
+    assert [s["Effect"] for name, s in statements.items() if name != "S3Delivers"] == ["Deny"] * 3
+    admin = client(ADMIN, s3_stack)
+    admin.put_object(Bucket="unlearn-logs-1", Key="runs/1", Body=b"1")  # in the part of the log service, which this server does not know
+    for who in (admin, client(RUNS, s3_stack), client(RELEASE, s3_stack)):
+        with pytest.raises(who.exceptions.ClientError, match="AccessDenied"):
+            who.delete_object(Bucket="unlearn-logs-1", Key="runs/1")
+    for who in (client(RUNS, s3_stack), client(RELEASE, s3_stack)):
+        for call in (who.get_object, who.put_object):
+            with pytest.raises(who.exceptions.ClientError, match="AccessDenied"):
+                call(Bucket="unlearn-logs-1", Key="runs/1")
 
 
 def test_without_tls_nothing_is_answered(s3_stack):

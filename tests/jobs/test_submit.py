@@ -1,9 +1,11 @@
 """What `unlearn submit` sends, and jobs on this machine; on Ray: test_submit_ray.py, on Kubernetes: test_submit_kubernetes.py."""
 
+import hashlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -15,12 +17,14 @@ import yaml
 from support.ray_nodes import until
 from support.runs import train
 
-from jobs import submit
-from jobs.backends.base import Request, State, next_attempt
+from jobs import submit, token
+from jobs import train as training
+from jobs.backends.base import GOES_ON, Job, NoSuchJob, Request, State, next_attempt
 from jobs.backends.local import Local
 from jobs.backends.ray_jobs import RayJobs
-from unlearn import config
-from unlearn.errors import ClusterError, ConfigError
+from jobs.cluster import connected
+from unlearn import config, run
+from unlearn.errors import ClusterError, ConfigError, StorageError
 from unlearn.training.checkpoint import Checkpoints
 
 # Long enough to be stopped in, with a checkpoint to go back to.
@@ -40,8 +44,9 @@ def test_the_same_request_is_the_same_job(tiny_run):
     there = submit.request(tiny_run("cluster.address=10.0.0.1:6379"), elsewhere=True)
     assert there == first  # where it goes it finds another cluster
     assert Request.load(first.dump(), first.config) == first
-    assert first.command == ["-m", "unlearn", "run", "env:UNLEARN_CONFIG", "--resume"]
-    assert submit.request(run, "pretrain").command == ["-m", "unlearn", "pretrain", "env:UNLEARN_CONFIG", "--resume"]
+    source = f"{run.run_dir}/configs/{hashlib.sha256(first.config.encode()).hexdigest()[:16]}.yaml"
+    assert first.command == ["-m", "unlearn", "run", source, "--resume"]
+    assert submit.request(run, "pretrain").command == ["-m", "unlearn", "pretrain", source, "--resume"]
     former = json.dumps({**{k: v for k, v in json.loads(first.dump()).items() if k != "driver"}, "module": "jobs.train"})
     assert Request.load(former, first.config) == first  # sent when drivers were named as modules
 
@@ -61,13 +66,88 @@ def test_values_of_secrets_do_not_travel(tiny_run):
         submit.request(tiny_run(), "os.system")
 
 
-def test_a_configuration_too_large_for_a_variable_travels_in_the_run_folder(tiny_run, tmp_path, monkeypatch):
-    ids = [f"image-{i:06d}" for i in range(9000)]
-    sent = submit.request(tiny_run(f"data.forget={{ids: {ids}}}"))
-    assert sent.command[3] == sent.run_dir and sent.variables == {"UNLEARN_JOB": sent.id}
-    monkeypatch.setattr(Local, "_spawn", lambda *_: {"pid": 1, "started": "never", "host": "x"})
-    job, _ = submit.submit(Local(tmp_path / "jobs"), sent)
-    assert config.load(Path(job.run_dir, "config.yaml")).data.forget.ids == ids
+class Nowhere(Local):
+    """Jobs that are never run: what was asked for is all there is. far: as if it were on other machines."""
+
+    def __init__(self, home, far: bool = False):
+        super().__init__(home)
+        self.remote, self.where = far, "far" if far else "local"
+
+    def _spawn(self, request: Request, folder: Path) -> dict:
+        return {"pid": 1, "started": "never", "host": socket.gethostname()}
+
+    def end(self, id: str, code: int) -> None:
+        (self.home / id / "exit").write_text(f"{code}\n")
+
+
+@pytest.mark.parametrize("ids", [[], [f"image-{i:06d}" for i in range(9000)]], ids=["small", "large"])
+def test_a_configuration_travels_under_its_hash(tiny_run, tmp_path, ids):
+    """What a finished run was sent stays as it was when another is sent to its folder; a resume runs it again."""
+    here, many = Nowhere(tmp_path / "jobs"), [f"data.forget={{ids: {ids}}}"] if ids else []
+    first, second = (submit.request(tiny_run(f"seed={seed}", *many)) for seed in (1, 2))
+    submit.submit(here, first)
+    Path(first.run_dir, "config.yaml").write_text("of the run")
+    here.end(first.id, 0)
+    submit.submit(here, second)
+    for sent in (first, second):
+        settings = run.load(sent.source)
+        assert config.dump(settings) == sent.config and (settings.data.forget.ids or []) == ids
+        assert sent.variables == {"UNLEARN_JOB": sent.id} and sent.source.startswith(f"{sent.run_dir}/configs/")
+    assert Path(first.run_dir, "config.yaml").read_text() == "of the run"
+    here.end(second.id, 1)
+    submit.resume(here, second.id)
+    assert Request.load(json.loads((here.home / second.id / "request.json").read_text())["request"], second.config) == second
+
+
+@pytest.fixture
+def umask():
+    """As most have it."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def test_a_configuration_that_names_rows_is_for_its_owner_alone(tiny_run, tmp_path, umask):
+    here = Nowhere(tmp_path / "jobs")
+    plain, named = submit.request(tiny_run()), submit.request(tiny_run("data.forget={subjects: [person-1]}", f"run_dir={tmp_path}/named"))
+    for sent, mode in ((plain, 0o644), (named, 0o600)):
+        submit.submit(here, sent)
+        assert Path(sent.source).stat().st_mode & 0o777 == mode
+        folder = here.home / sent.id
+        assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "config.yaml").stat().st_mode & 0o777 == 0o600
+    settings = run.load(named.source)
+    training.prepare(settings)
+    assert Path(settings.run_dir, "config.yaml").stat().st_mode & 0o777 == 0o600
+    assert {key for key in ("forget", "retain", "proxy") if config.parse({
+        "run_dir": "r", "training": {"steps": 1}, "data": {"train": "t", "forget": {"classes": [1]}, key: {"ids": ["x"]}},
+    }).names_rows} == {"forget", "retain", "proxy"}  # fmt: skip
+
+
+def test_a_run_folder_that_cannot_be_written_from_here(tiny_run, tmp_path):
+    """Its configuration goes into the job's environment, unless it names rows or is too large for that."""
+    far, where = Nowhere(tmp_path / "jobs", far=True), ["run_dir=/mounted-there/alone/run", "model.weights=s3://b/model", "data.train=s3://b/data"]
+    sent = submit.request(tiny_run(*where))
+    submit.submit(far, sent, mounted=True)
+    found = Request.load(json.loads((far.home / sent.id / "request.json").read_text())["request"], sent.config)
+    assert found.source == "env:UNLEARN_CONFIG" and found.variables["UNLEARN_CONFIG"] == sent.config and found.id == sent.id
+    far.end(sent.id, 1)
+    submit.resume(far, sent.id)
+    assert not Path("/mounted-there").exists()
+    for rows in ("ids: [img-001]", "subjects: [person-1]"):
+        with pytest.raises(StorageError, match="/mounted-there.*this machine has no such folder. The configuration names images or persons"):
+            submit.submit(far, submit.request(tiny_run(*where, f"data.forget={{{rows}}}")), mounted=True)
+    large = [f"data.forget={{classes: {[f'class-{i:06d}' for i in range(9000)]}}}"]
+    with pytest.raises(StorageError, match="The configuration is large, so it goes into the run folder"):
+        submit.submit(far, submit.request(tiny_run(*where, *large)), mounted=True)
+
+
+def test_a_configuration_on_s3(tiny_run, s3, tmp_path, told):
+    sent = submit.request(tiny_run(f"run_dir={s3}/run", "data.forget={ids: [img-001]}"))
+    submit.submit(Nowhere(tmp_path / "jobs"), sent)
+    assert sent.source.startswith(f"{s3}/run/configs/")
+    code, out, _ = told("config", "show", sent.source)
+    assert code == 0 and config.parse(yaml.safe_load(out)) == config.parse(yaml.safe_load(sent.config))
+    assert "there is no such" in told("config", "show", f"{s3}/run/configs/other.yaml")[2]
 
 
 def test_places(tiny_run, tmp_path, monkeypatch):
@@ -91,16 +171,50 @@ def test_places(tiny_run, tmp_path, monkeypatch):
         RayJobs("http://127.0.0.1:1").jobs()
 
 
-def test_the_job_finds_its_configuration_and_its_variables(told, tiny_run, monkeypatch):
+def test_the_job_finds_its_variables(told, tiny_run, tmp_path, monkeypatch):
     assert "env:UNLEARN_CONFIG: this variable is not set" in told("config", "show", "env:UNLEARN_CONFIG")[2]
     sent = submit.request(tiny_run(), env=["WANDB_KEY", "HOME"])
+    monkeypatch.setenv("WANDB_KEY", "hunter2")
+    submit.submit(Nowhere(tmp_path / "jobs"), sent)
     for name, value in sent.variables.items():
         monkeypatch.setenv(name, value)
-    code, _, err = told("config", "show", "env:UNLEARN_CONFIG")
+    monkeypatch.delenv("WANDB_KEY")
+    code, _, err = told("config", "show", sent.source)
     assert code == 2 and "error: WANDB_KEY: not set where the job runs, and it was submitted with --env" in err
     monkeypatch.setenv("WANDB_KEY", "hunter2")
-    code, out, _ = told("config", "show", "env:UNLEARN_CONFIG")
+    code, out, _ = told("config", "show", sent.source)
     assert code == 0 and config.parse(yaml.safe_load(out)) == tiny_run() and "hunter2" not in out
+
+
+@pytest.mark.parametrize("found", ["abc\n", "  abc ", "abc\r\n"])
+def test_a_token_with_a_line_end_is_one_without(found, monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", found)
+    assert token.read() == "abc"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    (tmp_path / "token").write_text(found)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert token.read() == "abc"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert token.read() is None
+
+
+@pytest.mark.parametrize("wrong", ["hunter2\nhunter2", "hunter2 hunter2", "hunter2\u00e9", "hunter2\x00"])
+def test_a_token_that_no_header_can_carry_is_told_and_not_shown(wrong, monkeypatch, tmp_path, told):
+    (tmp_path / "token").write_text(wrong)
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    message = f"the token in {tmp_path}/token holds blanks, line ends or characters"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        code, out, err = told("jobs", "list", "--to", f"http://{address}")
+        assert code == 2 and message in err and "hunter2" not in out + err
+        with pytest.raises(ClusterError, match=message) as refused:
+            with connected(config.Cluster(address=address), 1):
+                pass
+        assert "hunter2" not in str(refused.value)
 
 
 # This machine
@@ -186,13 +300,78 @@ def test_two_at_once_are_one_job(here, tiny_run, monkeypatch):
     assert len(started) == 1 and [job.id for job in here.jobs()] == [sent.id]
 
 
-def test_waiting_gives_up_on_a_place_that_is_gone_but_not_at_once(monkeypatch):
-    class Gone:
-        def get(self, id):
-            calls.append(id)
-            raise ClusterError("nobody answers")
+def test_a_folder_that_is_not_a_job_is_no_job(told, here, tiny_run):
+    sent = submit.request(tiny_run(*LONG))
+    submit.submit(here, sent)
+    for name, text in {"foreign": "{}", "damaged": "{", "other": '{"request": "[]", "submitted": 1}', "old": '{"request": "{\\"id\\": 1}", "submitted": 1}'}.items():
+        (here.home / name).mkdir()
+        (here.home / name / "request.json").write_text(text)
+        assert f"no job {name} on this machine" in told("jobs", "status", name)[2]
+    assert [job.id for job in here.jobs()] == [sent.id]
 
-    calls = []
-    with pytest.raises(ClusterError, match="nobody answers"):
-        submit.wait(Gone(), "x", every=0.01 if monkeypatch.setattr(submit.time, "sleep", lambda s: None) else 10)
-    assert len(calls) == 7
+
+def test_the_list_cuts_nothing(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("UNLEARN_JOBS", str(tmp_path / "jobs"))
+    monkeypatch.setenv("COLUMNS", "80")
+    place, run_dir = Nowhere(tmp_path / "jobs"), f"{tmp_path}/{'[long]' * 30}"
+    place.start(Request("a", run_dir, "run"))
+    place.end("a", 1)
+    line = told("jobs", "list")[1].splitlines()[1]
+    assert line.split()[:2] == ["a", "failed"] and run_dir in line and line.endswith("exit code 1:")
+
+
+# Waiting
+
+
+class Scripted:
+    """A place whose job is what `script` says, one after another; its driver has printed `log`."""
+
+    where = "far"
+
+    def __init__(self, *script: Job | ClusterError, log: str = ""):
+        self.script, self.log, self.asked = list(script), log, 0
+
+    def get(self, id: str) -> Job:
+        self.asked += 1
+        answer = self.script.pop(0) if len(self.script) > 1 else self.script[0]
+        if isinstance(answer, ClusterError):
+            raise answer
+        return answer
+
+    def logs(self, id: str, follow: bool):
+        yield self.log
+
+
+@pytest.fixture
+def job(tmp_path):
+    return lambda state, message="": Job("x", state, str(tmp_path / "run"), 1.0, message)
+
+
+def test_waiting_gives_up_on_a_place_that_is_gone_but_not_at_once(monkeypatch, job):
+    monkeypatch.setattr(submit.time, "sleep", lambda s: None)
+    for error, what in ((ClusterError("nobody answers"), "out of reach"), (NoSuchJob("no job x"), "forgotten there, as when a cluster's head is lost")):
+        place, told = Scripted(job(State.RUNNING), error), []
+        with pytest.raises(type(error), match=f"{error}. The job is {what}; when the cluster is there, {GOES_ON}"):
+            submit.wait(place, "x", told=lambda job, told=told: told.append(job.message), every=10)
+        assert place.asked == 8 and told == ["", f"{error}; asking again for 60 s"]
+    assert submit.wait(Scripted(error, job(State.SUCCEEDED)), "x", every=10).state == State.SUCCEEDED
+
+
+def test_what_a_silent_job_waits_for_is_told(monkeypatch, job):
+    monkeypatch.setattr(submit, "PATIENCE", 0.05)
+    waits = "warning: waits for room: 2 workers want 2 CPUs"
+    place, told = Scripted(job(State.RUNNING), log=f"training 4/8\nwarning: seldom\n{waits}\nother\n"), []
+
+    def note(job: Job) -> None:
+        told.append(job.message)
+        if job.message == waits:
+            place.script = [job_over]
+
+    job_over = job(State.SUCCEEDED)
+    submit.wait(place, "x", told=note, every=0.01)
+    assert told == ["", waits, ""]
+    quiet = Scripted(job(State.RUNNING), log="training 4/8\n")
+    threading.Timer(0.5, lambda: quiet.script.append(quiet.script.pop() and job_over)).start()
+    told.clear()
+    submit.wait(quiet, "x", told=note, every=0.01)
+    assert told == ["", ""]

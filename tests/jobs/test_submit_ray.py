@@ -9,7 +9,7 @@ from support.runs import tiny_config
 from support.workers import together
 
 from jobs import submit
-from jobs.backends.base import State
+from jobs.backends.base import GOES_ON, NoSuchJob, State
 from jobs.backends.ray_jobs import RayJobs
 from unlearn.errors import ClusterError
 from unlearn.training import metrics
@@ -47,6 +47,8 @@ def test_ray_tokens_and_jobs_that_are_not_there(there, told, monkeypatch, tmp_pa
     assert f"no job x at {there.where}" in told("jobs", "status", "x", "--to", there.where)[2]
     monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")  # Ray's client would prefer it; --to is what is meant
     assert told("jobs", "list", "--to", there.where)[0] == 0
+    monkeypatch.setenv("RAY_AUTH_TOKEN", f"{TOKEN}\n")
+    assert told("jobs", "list", "--to", there.where)[0] == 0 and RayJobs(there.where).jobs() == []
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
@@ -66,7 +68,7 @@ import json, os, sys
 from pathlib import Path
 def main():
     import yaml
-    print("seed", yaml.safe_load(os.environ["UNLEARN_CONFIG"])["seed"], "arguments", sys.argv[1:])
+    print("seed", yaml.safe_load(Path(sys.argv[2]).read_text())["seed"], "arguments", sys.argv[1], sys.argv[3:], "job", os.environ["UNLEARN_JOB"])
     print("files", sorted(p.name for p in Path.cwd().rglob("*") if p.is_file() and "__pycache__" not in str(p)))
     if "--fail" in sys.argv:
         sys.exit("error: as was wished")
@@ -74,27 +76,36 @@ main()
 """
 
 
-def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path):
-    """Any driver; of a working directory the packages travel, and nothing else."""
+def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path, monkeypatch):
+    """Here an `unlearn` that says what it was given; of a working directory the packages travel, and nothing else."""
     root = tmp_path / "checkout"
-    for name, text in {"jobs/__init__.py": "", "jobs/hello.py": HELLO, ".env": "KEY=hunter2", "runs/old.txt": "x", "jobs/.env": "x",
+    for name, text in {"jobs/__init__.py": "", "unlearn/__init__.py": "", "unlearn/__main__.py": HELLO, ".env": "KEY=hunter2", "runs/old.txt": "x", "jobs/.env": "x",
                        "unlearn/data.txt": "x", "notes.txt": "x"}.items():  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     place = submit.backend(there.where, working_dir=str(root))
-    sent = submit.request(tiny_run(), "jobs.hello", ["--loud"], name="Hello")
+    sent = submit.request(tiny_run(), "evaluate", ["--loud"], name="Hello")
+    take, refusals = place._client.submit_job, ["No available agent to submit job, please try again later."]  # the head has just started
+
+    def submit_job(**options):
+        if refusals:
+            raise RuntimeError(f"Request failed with status code 500: {refusals.pop()}.")
+        return take(**options)
+
+    monkeypatch.setattr(place._client, "submit_job", submit_job)
     job, new = submit.submit(place, sent)
-    assert new and job.id.startswith("hello-")
+    assert new and job.id.startswith("hello-") and not refusals
     text = "".join(place.logs(job.id, follow=True))
-    assert "seed 3 arguments ['env:UNLEARN_CONFIG', '--loud']" in text
-    assert "files ['__init__.py', 'data.txt', 'hello.py']" in text
+    assert f"seed 3 arguments evaluate ['--loud'] job {job.id}" in text
+    assert "files ['__init__.py', '__init__.py', '__main__.py', 'data.txt']" in text
     until(lambda: not place.get(job.id).live)
     assert submit.submit(place, sent) == (place.get(job.id), False) and place.get(job.id).state == State.SUCCEEDED
+    there._client.submit_job(entrypoint="true", submission_id="foreign", metadata={"unlearn": "theirs"})
     assert [j.id for j in there.jobs()] == [job.id]
     submit.remove(there, job.id)
     assert there.jobs() == []
 
-    failing = submit.request(tiny_run(), "jobs.hello", ["--fail"])
+    failing = submit.request(tiny_run(), "evaluate", ["--fail"])
     submit.submit(place, failing)
     ended = submit.wait(place, failing.id, every=0.2)
     assert (ended.state, ended.message) == (State.FAILED, "exit code 1: error: as was wished")
@@ -108,9 +119,11 @@ def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path):
     submit.remove(there, failing.id)
 
 
-def test_ray_job_is_stopped_and_goes_on(there, told, tiny_shards, tiny_model, tmp_path):
-    """The second attempt ends with the weights of a run that nobody stopped; both nodes have a worker."""
-    run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG)
+def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, tiny_model, tmp_path):
+    """The second attempt ends with the weights of a run that nobody stopped; both nodes have a worker. What is to be forgotten is
+    named in nothing that Ray keeps, its logs above all."""
+    named = [f"img-{number:03d}" for number in range(0, 48, 5)]
+    run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG, f"data.forget={{ids: {named}}}")
     whole = run.model_copy(update={"run_dir": str(tmp_path / "whole")})
     checkpoints = Checkpoints(run.run_dir, 2)
     job, _ = submit.submit(there, submit.request(run))
@@ -128,6 +141,11 @@ def test_ray_job_is_stopped_and_goes_on(there, told, tiny_shards, tiny_model, tm
     folder = f"checkpoints/step-{run.training.steps:08d}"
     for file in sorted(Path(whole.run_dir, folder).glob("*.safetensors")):
         assert file.read_bytes() == Path(run.run_dir, folder, file.name).read_bytes()
+    def holds(folder: Path, text: str) -> list[str]:
+        return [path.name for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
+
+    kept = ray_cluster.folder / "ray"
+    assert holds(kept, job.id) and holds(Path(run.run_dir), named[1]) and not [name for id in named for name in holds(kept, id)]
     assert [d.submission_id for d in there._details()] == [f"{job.id}-r2", job.id]
     assert [j.id for j in there.jobs()] == [job.id]
 
@@ -156,3 +174,28 @@ def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is
     found, expected = (load_file(f"{r.run_dir}/model/weights.safetensors") for r in (run, whole))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_lost_head(there, ray_cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
+    """First its node alone, while the cluster's records can still be asked; then all of it. The same submit goes on afterwards."""
+    monkeypatch.setattr(submit, "PATIENCE", 20)
+    run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG, "training.steps=100000", "cluster.max_failures=0")
+    sent, told = submit.request(run), []
+    submit.submit(there, sent)
+    until(lambda: metrics.read(run.run_dir) and Checkpoints(run.run_dir, 2).steps())
+    [raylet] = [p for p in ray_cluster.processes("head") if p.name() == "raylet"]
+    raylet.kill()
+    ended = submit.wait(there, sent.id, told=told.append)
+    assert ended.state == State.FAILED and "the head's node is lost" in ended.message and GOES_ON in ended.message
+    ray_cluster.close()
+    with pytest.raises(ClusterError, match=f"The job is out of reach; when the cluster is there, {GOES_ON}"):
+        submit.wait(there, sent.id, told=told.append)
+    ray_cluster.start_head()
+    ray_cluster.start_second()
+    with pytest.raises(NoSuchJob, match=f"The job is forgotten there, .*{GOES_ON}"):
+        submit.wait(there, sent.id, told=told.append)
+    saved = Checkpoints(run.run_dir, 2).steps()[-1]
+    job, new = submit.submit(there, sent)
+    assert new and job.id == sent.id
+    until(lambda: metrics.read(run.run_dir)[-1]["step"] > saved)
+    there.stop(sent.id)

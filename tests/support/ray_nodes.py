@@ -51,7 +51,7 @@ class Cluster:
             "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "180", "TEST_NODE": f"{self.folder}/{name}",
         }  # fmt: skip
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus", "1", "--object-store-memory", "100000000",
-                   "--disable-usage-stats", *map(str, options)]  # fmt: skip
+                   "--disable-usage-stats", "--dashboard-agent-listen-port", "0", *map(str, options)]  # fmt: skip
         log = self.folder / f"{name}.log"
         for _ in range(4):  # a node gives up after half a minute, which a busy machine may need
             with open(log, "wb") as out:

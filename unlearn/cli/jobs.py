@@ -67,17 +67,16 @@ def submit(
 @app.command(name="list")
 def list_jobs(to: To = "local", namespace: Namespace = None, as_json: Json = False):
     """List the jobs of a place, the newest first."""
-    from rich.table import Table
-
     from unlearn.cli.console import out
 
     found = _place(to, namespace).jobs()
     if as_json:
         return _json([vars(job) for job in found])
-    table = Table("job", "state", "submitted", "run folder", "", box=None)
-    for job in found:
-        table.add_row(job.id, job.state, _time(job.submitted), job.run_dir, job.message)
-    out.print(table)
+    rows = [("job", "state", "submitted", "run folder", "")]
+    rows += [(job.id, job.state, _time(job.submitted), job.run_dir, job.message) for job in found]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # however narrow the terminal is: a run folder is there to be copied
+        out.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), soft_wrap=True)
 
 
 @app.command()
@@ -155,6 +154,7 @@ def _follow(place, id: str, retries: int) -> None:
             told=lambda job: err.print(f"{job.id}: {job.state}  {job.message}".rstrip(), soft_wrap=True, markup=False),
         )  # fmt: skip
     if ended.state != "succeeded":
+        err.print(f"go on from its newest checkpoint: unlearn jobs resume {id} --to {place.where} --wait", soft_wrap=True, markup=False)
         raise typer.Exit(1)
     out.print(f"run folder: {ended.run_dir}", soft_wrap=True)
 

@@ -84,13 +84,17 @@ class Storage:
                     return None
                 raise
 
-    def write(self, name: str, data: bytes) -> None:
-        """Publish `data` under `name`, whole or not at all. For what is large: `writing` or `upload`."""
+    def write(self, name: str, data: bytes, private: bool = False) -> None:
+        """Publish `data` under `name`, whole or not at all. For what is large: `writing` or `upload`.
+
+        private: a file on this machine is for its owner alone; who may read a bucket is for the bucket to say.
+        """
         with told(self.where(name)):
             if self.bucket is not None:
                 self.bucket.put(name, data)
                 return
             with self.writing(name) as path:
+                path.touch(0o600 if private else 0o666)
                 path.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
