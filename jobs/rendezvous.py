@@ -15,7 +15,7 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 from jobs.own_cluster import FOLDER
 
 
-def torch_config(backend: str, timeout: int) -> TorchConfig:
+def torch_config(backend: str, timeout: int = 1800) -> TorchConfig:
     """For the connected cluster. backend: gloo or nccl; timeout: seconds that a collective waits."""
     folder = os.environ.get(FOLDER)
     if folder:
