@@ -31,7 +31,7 @@ def started(runtime_env: dict) -> Iterator[None]:
 
     with _folder() as folder, _authenticated(_environment(folder)):
         try:
-            with signals.kept(), _loopback_as_it_is():
+            with _loopback_as_it_is(), signals.kept():
                 ray.init(
                     address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=runtime_env,
                     object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
@@ -39,7 +39,30 @@ def started(runtime_env: dict) -> Iterator[None]:
                 )  # fmt: skip
             yield
         finally:
-            ray.shutdown(wait_for_processes=True)
+            with _no_process_left():
+                ray.shutdown(wait_for_processes=True)
+
+
+@contextlib.contextmanager
+def _no_process_left() -> Iterator[None]:
+    """Around the end of the cluster. Ray asks one process after the other with SIGTERM, which none of them gets (see signals.kept),
+    and waits a second for each: what only watches is killed before, what the raylet has started and leaves behind, afterwards."""
+    import psutil
+    from ray._private import ray_constants, worker
+
+    started, node = [], worker._global_node
+    raylet = ray_constants.PROCESS_TYPE_RAYLET
+    if node and raylet in node.all_processes:
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(node.all_processes[raylet][0].process.pid).children(recursive=True)
+        needed = (raylet, ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_REAPER)
+        for kind in [kind for kind in node.all_processes if kind not in needed]:
+            node._kill_process_type(kind, check_alive=False, allow_graceful=False, wait=True)
+    yield
+    for process in started:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(started, timeout=5)
 
 
 def _environment(folder: Path) -> dict[str, str]:

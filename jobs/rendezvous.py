@@ -15,9 +15,10 @@ from ray.train.torch.config import _set_torch_distributed_env_vars, _setup_torch
 from jobs.own_cluster import FOLDER
 
 
-def torch_config(backend: str, timeout: int) -> TorchConfig:
-    """For the connected cluster. backend: gloo or nccl; timeout: seconds that a collective operation may take."""
-    if folder := os.environ.get(FOLDER):
+def torch_config(backend: str, timeout: int = 1800) -> TorchConfig:
+    """For the connected cluster. backend: gloo or nccl; timeout: seconds that a collective waits."""
+    folder = os.environ.get(FOLDER)
+    if folder:
         return FileRendezvous(backend=backend, timeout_s=timeout, folder=folder)
     return TorchConfig(backend=backend, timeout_s=timeout)
 

@@ -8,6 +8,7 @@ import contextlib
 import faulthandler
 import os
 import signal
+import threading
 from collections.abc import Iterator
 
 # The environment variable that holds the id of the submitted job that this process is.
@@ -42,18 +43,19 @@ def show_stacks() -> None:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Around what sets a handler for SIGTERM of its own, as ray.init does, which ends the process with exit code 15: the handler
-    from before is back behind the block, and a SIGTERM inside it is answered as before too."""
+    """Around what starts processes, and sets a handler for SIGTERM of its own: ray.init does both.
+
+    The processes get no SIGTERM, as Ray sees to it for SIGINT: one that is sent to all of a job, as Slurm does, would end them
+    before this process can stop them in order. One that comes meanwhile is answered behind the block, by the handler from before.
+    """
     before = signal.getsignal(signal.SIGTERM)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
-    except SystemExit as e:
-        if before is _raise and e.code == signal.SIGTERM:
-            raise Stopped(signal.SIGTERM) from None
-        raise
     finally:
-        with contextlib.suppress(ValueError):  # not the main thread: then nobody has set one
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _raise(number: int, frame: object) -> None:

@@ -10,7 +10,8 @@ from unlearn.errors import ClusterError
 from unlearn.log import message
 from unlearn.signals import JOB
 
-# Environment variables of a job: the configuration, where it does not lie in the run folder; the names that must be set.
+# Environment variables of a job beside JOB, its id: the configuration, where it does not lie in the run folder; the names that must
+# be set there.
 CONFIG, REQUIRED = "UNLEARN_CONFIG", "UNLEARN_REQUIRED_ENV"
 GOES_ON = "the same `unlearn submit` goes on from the newest checkpoint"
 FORMER_DRIVERS = {"jobs.train": "run", "jobs.evaluate": "evaluate"}
@@ -134,8 +135,7 @@ def next_attempt(id: str, before: list[str]) -> str:
 
 def error_line(log: str) -> str:
     """The line that says why a driver ended: its message to the user, else the last one."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return (_told(log, "error") or [_said(line) for line in lines] or [""])[-1][:500]
+    return (_told(log, "error") or _lines(log) or [""])[-1][:500]
 
 
 def warning_line(log: str) -> str:
@@ -144,10 +144,10 @@ def warning_line(log: str) -> str:
 
 
 def _told(log: str, level: str) -> list[str]:
-    return [said for line in log.splitlines() if (said := _said(line.strip())).startswith(f"{level}:")]
+    return [line for line in _lines(log) if line.startswith(f"{level}:")]
 
 
-def _said(line: str) -> str:
-    """A line as it reads where it is not JSON."""
-    record = message(line)
-    return f"{record[0]}: {record[1]}" if record else line
+def _lines(log: str) -> list[str]:
+    """A driver's lines, those that are JSON as they read where they are not."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return [f"{found[0]}: {found[1]}" if (found := message(line)) else line for line in lines]

@@ -179,6 +179,7 @@ def test_the_job_finds_its_variables(told, tiny_run, tmp_path, monkeypatch):
     for name, value in sent.variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WANDB_KEY")
+    monkeypatch.setenv("UNLEARN_LOG", "text")  # a job's log is JSON by itself
     code, _, err = told("config", "show", sent.source)
     assert code == 2 and "error: WANDB_KEY: not set where the job runs, and it was submitted with --env" in err
     monkeypatch.setenv("WANDB_KEY", "hunter2")

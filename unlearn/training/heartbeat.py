@@ -1,4 +1,4 @@
-"""Who is waited for: where each rank of a process group is, kept in the group's store.
+"""Who is waited for: where each rank of a process group is, kept where the group meets (its store, or beside its file).
 
 A collective that times out says only that somebody is missing. So every rank writes what it does at every step, without a wait
 for the device, and a thread of it writes that it lives; a rank whose collective has failed writes that as well. Who has not, a
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
@@ -35,15 +36,15 @@ class Heartbeat:
         self.timeout, self.group = timeout, dist.is_available() and dist.is_initialized()
         self.rank, self.workers = (dist.get_rank(), dist.get_world_size()) if self.group else (0, 1)
         self._over, self._state = threading.Event(), "waits"
-        self._store = _store() if self.group else None
+        self._board = _board() if self.group else None
         self.at("the start")
 
     def at(self, place: str) -> None:
         """This rank has come to a place of the run, as in "step 12"."""
         self._place, self._since = place, time.time()
         faulthandler.dump_traceback_later(self.timeout * STALLED, file=2)
-        if self._store:
-            self._store.set(str(self.rank), self._now())  # some microseconds: no answer is waited for
+        if self._board:
+            self._board.write(self.rank, self._now())  # some microseconds: no answer is waited for
 
     def limit_groups(self) -> None:
         """Let every group of processes that is there time out as the run says: DeepSpeed makes some of its own, with torch's default."""
@@ -52,10 +53,10 @@ class Heartbeat:
 
     def beat(self) -> None:
         """Until `stop`: write where this rank is."""
-        store, told = _store() if self.group else None, 0.0
+        board, told = _board() if self.group else None, 0.0
         while True:
-            if store:
-                store.set(str(self.rank), self._now())
+            if board:
+                board.write(self.rank, self._now())
             if time.time() - self._since > self.timeout * STALLED and told != self._since:
                 told = self._since
                 log.warning("rank %s has been at %s for %.0f s; the stacks of its threads are on standard error", self.rank, self._place, time.time() - told)
@@ -71,7 +72,7 @@ class Heartbeat:
         if not self.group:
             return error
         lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
-        self._state = "lost" if lost else f"ended by {type(error).__name__}: {str(error)[:200]}"
+        self._state = "lost" if lost else f"ended by a {type(error).__name__}"  # not what it says: that may name images
         found: dict[int, dict] = {}
         # In a thread, since a store whose process does not move is waited for without end.
         asked = threading.Thread(target=self._tell_and_ask, args=(found, lost), daemon=True)
@@ -80,7 +81,7 @@ class Heartbeat:
         if not lost:
             return error
         if not found and self.rank:
-            missing = ["rank 0, which holds the group's store, does not answer"]
+            missing = ["rank 0, in whose process the group meets, does not answer"]
         else:
             missing = [_told(rank, found.get(rank)) for rank in range(self.workers) if found.get(rank, {}).get("state") != "lost"]
         return ClusterError(
@@ -90,12 +91,12 @@ class Heartbeat:
 
     def _tell_and_ask(self, found: dict[int, dict], ask: bool) -> None:
         """Tell that this rank has ended; then ask the others until each has told the same, or ANSWER is over."""
-        store, until = _store(), time.monotonic() + ANSWER
-        store.set(str(self.rank), self._now())
+        board, until = _board(), time.monotonic() + ANSWER
+        board.write(self.rank, self._now())
         while ask:
             for rank in range(self.workers):
-                if store.check([str(rank)]):
-                    found[rank] = json.loads(store.get(str(rank)))
+                if text := board.read(rank):
+                    found[rank] = json.loads(text)
             if all(found.get(rank, {}).get("state", "waits") != "waits" for rank in range(self.workers)) or time.monotonic() > until:
                 return
             time.sleep(0.2)
@@ -126,9 +127,42 @@ def beating(timeout: float) -> Iterator[Heartbeat]:
         thread.join(EVERY)
 
 
-def _store() -> dist.Store:
-    """The group's own store, over a connection of its own, as each thread must have it."""
-    return dist.PrefixStore("heartbeat", _get_default_store()).clone()
+class _StoreBoard:
+    """What each rank writes, in the group's store; each thread needs one of its own."""
+
+    def __init__(self, store: dist.Store):
+        self._store = dist.PrefixStore("heartbeat", store).clone()
+
+    def write(self, rank: int, text: str) -> None:
+        self._store.set(str(rank), text)
+
+    def read(self, rank: int) -> bytes | None:
+        return self._store.get(str(rank)) if self._store.check([str(rank)]) else None
+
+
+class _FileBoard:
+    """The same beside the file of a FileStore, which itself only ever grows."""
+
+    def __init__(self, path: str):
+        self._path = path
+
+    def write(self, rank: int, text: str) -> None:
+        part = Path(f"{self._path}-rank-{rank}.{threading.get_ident()}")
+        part.write_text(text)
+        part.replace(f"{self._path}-rank-{rank}")
+
+    def read(self, rank: int) -> bytes | None:
+        try:
+            return Path(f"{self._path}-rank-{rank}").read_bytes()
+        except FileNotFoundError:
+            return None
+
+
+def _board() -> _StoreBoard | _FileBoard:
+    store = _get_default_store()
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return _FileBoard(store.path) if isinstance(store, dist.FileStore) else _StoreBoard(store)
 
 
 def _told(rank: int, about: dict | None) -> str:

@@ -1,0 +1,172 @@
+"""A command that is asked to stop: the same in every phase and for both signals, one line, and no process left behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+from support.ray_nodes import TOKEN, Cluster, until
+from support.runs import tiny_config
+
+from unlearn import config
+from unlearn.training.checkpoint import Checkpoints
+
+RAY = [
+    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=1000000", "training.checkpoint_every=20",
+    "training.log_every=20", "training.schedule=constant", "method.name=pretrain",
+]  # fmt: skip
+
+
+class Driver:
+    """`unlearn COMMAND ...` with its log at info. ignoring: started with SIGINT ignored, as nohup and CI do."""
+
+    def __init__(self, folder: Path, *arguments, ignoring: bool = False, **env: str):
+        self._err = folder / "err"
+        command = [sys.executable, "-m", "unlearn", *map(str, arguments)]
+        with open(self._err, "w") as err:
+            self.process = subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True,
+                env={k: v for k, v in os.environ.items() if k != "UNLEARN_JOB"} | {"UNLEARN_LOG": "info", "COLUMNS": "200"} | env,
+                preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring else None,
+            )  # fmt: skip
+
+    @property
+    def err(self) -> str:
+        return self._err.read_text()
+
+    def maps(self) -> str:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{self.process.pid}/maps").read_text()
+        return ""
+
+    def until(self, condition) -> None:
+        until(lambda: self.process.poll() is not None or condition())
+        assert self.process.poll() is None, self.err
+
+    def stopped(self, sign: signal.Signals, group: bool = False) -> str:
+        """The one line of a driver that gets this signal."""
+        (os.killpg if group else os.kill)(self.process.pid, sign)
+        code = self.process.wait(600)
+        assert code == 128 + sign, (code, self.err)
+        assert "Traceback" not in self.err and "***" not in self.err, self.err
+        [line] = [line for line in self.err.splitlines() if "stopped:" in line]
+        return line
+
+
+@pytest.fixture
+def written_to(tiny_shards, tiny_model, tmp_path):
+    def write(*overrides: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(config.dump(tiny_config(tmp_path / "run", tiny_shards, tiny_model, *overrides)))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("phase", "told"),
+    [("imports", "start the same command again"), ("training", "--resume"), ("evaluating", "the model is there; go on with: unlearn evaluate")],
+)
+def test_every_phase(written_to, tmp_path, sign, phase, told):
+    overrides = ["training.steps=1000000", "training.checkpoint_every=5"] if phase == "training" else ["evaluation.limit=48", "evaluation.batch_size=1"]
+    driver = Driver(tmp_path, "run", written_to(*overrides))
+    driver.until({
+        "imports": lambda: "libtorch" in driver.maps(), "training": lambda: "checkpoint of step 5 committed" in driver.err,
+        "evaluating": lambda: "measuring" in driver.err,
+    }[phase])  # fmt: skip
+    line = driver.stopped(sign)
+    assert told in line, line
+    if phase == "training":
+        step = Checkpoints(str(tmp_path / "run"), 2).steps()[-1]
+        assert f"step {step} is saved; go on with: unlearn run {tmp_path}/run --resume" in line
+
+
+def test_in_a_job_and_with_sigint_ignored(written_to, tmp_path):
+    """A job is told how a job goes on, and hears SIGINT whatever it was started with; without a job SIGINT stays ignored."""
+    path = written_to("training.steps=1000000", "training.checkpoint_every=5", "method.name=pretrain")
+    driver = Driver(tmp_path, "pretrain", path, ignoring=True)
+    driver.until(lambda: "step 5 committed" in driver.err)
+    driver.process.send_signal(signal.SIGINT)
+    assert "--resume" in driver.stopped(signal.SIGTERM)
+    driver = Driver(tmp_path, "pretrain", path, "--resume", ignoring=True, UNLEARN_JOB="half-1234", UNLEARN_LOG="info,json")
+    driver.until(lambda: "resumed from the checkpoint" in driver.err)
+    line = driver.stopped(signal.SIGINT)
+    assert line.startswith('{"time"') and "go on with: unlearn jobs resume half-1234" in line and '"job": "half-1234"' in line
+
+
+def test_stacks_are_shown_on_request(written_to, tmp_path):
+    driver = Driver(tmp_path, "pretrain", written_to("training.steps=1000000", "method.name=pretrain"))
+    driver.until(lambda: "starts at step 1" in driver.err)
+    driver.process.send_signal(signal.SIGUSR1)
+    driver.until(lambda: "most recent call first" in driver.err and "in train" in driver.err)
+    driver.process.kill()
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["driver", "all of its processes"])
+def test_sigterm_on_a_cluster_of_its_own(written_to, tmp_path, group):
+    """Also where, as Slurm does it, all of Ray's processes get the signal, too."""
+    driver = Driver(tmp_path, "pretrain", written_to(*RAY), RAY_ADDRESS="")
+    checkpoints = Checkpoints(str(tmp_path / "run"), 2)
+    driver.until(checkpoints.steps)
+    left = psutil.Process(driver.process.pid).children(recursive=True)
+    assert "is saved; go on with" in driver.stopped(signal.SIGTERM, group)
+    assert not psutil.wait_procs(left, timeout=60)[1], "processes outlive the driver"
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        made = Cluster(Path(folder))
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_no_worker_is_left_on_a_cluster_that_lives_on(cluster, written_to, tmp_path, sign):
+    address = f"127.0.0.1:{cluster.ports[0]}"
+    driver = Driver(tmp_path, "pretrain", written_to(*RAY), RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    driver.until(Checkpoints(str(tmp_path / "run"), 2).steps)
+    assert workers(cluster)
+    driver.stopped(sign)
+    until(lambda: not workers(cluster), 60)
+
+
+def test_a_follower_that_fails_stops_the_workers(cluster, written_to, tmp_path, monkeypatch):
+    """In the same process, which stays connected: nothing but the driver can have ended them."""
+    import ray
+
+    from jobs import train
+
+    for name, value in {"RAY_ADDRESS": f"127.0.0.1:{cluster.ports[0]}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}.items():
+        monkeypatch.setenv(name, value)
+    run = train.prepare(config.load(written_to(*RAY)))
+
+    def fail(row: dict) -> None:
+        assert workers(cluster)
+        raise ValueError("the follower's own fault")
+
+    from jobs.cluster import connected
+
+    with connected(run.settings.cluster, 2):
+        with pytest.raises(ValueError, match="the follower's own fault"):
+            train.train(run, fail)
+        until(lambda: not workers(cluster), 60)
+        assert ray.is_initialized()
+
+
+def workers(cluster: Cluster) -> list[psutil.Process]:
+    """The processes of Ray Train on the cluster: its workers and their controller."""
+    found = []
+    for process in cluster.processes("head") + cluster.processes("second"):
+        with contextlib.suppress(psutil.Error):
+            if any(kind in " ".join(process.cmdline()) for kind in ("RayTrainWorker", "TrainController")):
+                found.append(process)
+    return found
