@@ -202,6 +202,17 @@ def test_a_manifest_without_checks_still_holds(copied):
     copied.delete("manifest.images")
     older = shards.load(copied.uri)
     assert older.hash == whole.hash == tree["hash"] and older.read(3, ["image"]).equals(whole.read(3, ["image"]))
+    if copied.is_local():
+        path, group = Path(copied.uri) / "shard-1.parquet", whole.shards[1].row_groups[1]
+        data = bytearray(path.read_bytes())
+        place = data.index(b"\xff\xd8", group.offset) + 1000  # within a JPEG
+        data[place] ^= 1
+        path.write_bytes(data)
+        for manifest, what in ((older, "not the bytes of the manifest"), (whole, "the images are not those of the manifest")):
+            with pytest.raises(DataError, match=f"shard-1.parquet, row group 1: {what}"):
+                manifest.read(3, ["image"])
+        data[place] ^= 1
+        path.write_bytes(data)
     assert shards.index(copied.uri) == whole
 
 

@@ -69,11 +69,12 @@ def verify(
 ):
     """Check every checksum and decode every image; names what is damaged and exits with 2."""
     from unlearn.cli.console import out, progress
-    from unlearn.data import checking
+    from unlearn.data import checking, shards
 
     with progress("verifying") as advance:
         rows = checking.verify(uri, threads, lambda done, total: advance(done, total, "images"), split)
-    out.print(f"{uri}: {rows} images, every checksum and every image is good", soft_wrap=True)
+    checked = "every checksum and every image is good" if shards.is_indexed(uri, split) else "every image is good; no manifest, so no checksums"
+    out.print(f"{uri}: {rows} images, {checked}", soft_wrap=True)
 
 
 @app.command()

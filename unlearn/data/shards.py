@@ -24,8 +24,8 @@ from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard, extent, ope
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
-__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "load",
-           "look", "parquet", "save", "split_of"]  # fmt: skip
+__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "is_indexed",
+           "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
 MANIFEST = "manifest.json"
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
@@ -108,12 +108,14 @@ def index(
 
 def find(uri: str, split: str | None = None) -> Manifest:
     """The manifest of a folder, or, where it has none, what its shards are found to hold; nothing is written."""
+    return load(uri, split) if is_indexed(uri, split) else look(uri, split)[0]
+
+
+def is_indexed(uri: str, split: str | None = None) -> bool:
+    """Whether a folder, or this split of it, has a manifest of this program."""
     storage = Storage(uri)
-    names = [n for n in storage.files() if re.fullmatch(r"manifest(-[\w.-]+)?\.json", n) and _is_ours(storage.read(n))]
-    wanted = manifest_name(split)
-    if wanted in names or (split is None and names):
-        return load(uri, split)
-    return look(uri, split)[0]
+    wanted = re.escape(manifest_name(split)) if split else r"manifest(-[\w.-]+)?\.json"
+    return any(re.fullmatch(wanted, name) and _is_ours(storage.read(name)) for name in storage.files())
 
 
 def look(
