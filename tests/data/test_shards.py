@@ -13,7 +13,7 @@ import pytest
 from support.images import CLASSES, encode, tiny_table
 
 from unlearn import config
-from unlearn.data import selection, shards
+from unlearn.data import held_out, selection, shards
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, StorageError
 
@@ -245,6 +245,9 @@ def test_splits_of_one_folder_are_never_one_set(place, names):
     settings = config.Data(train=place, split="train", proxy={}, proxy_split="test", forget={"classes": [0]})
     found = selection.sets(settings, 0)
     assert found["forget"].manifest == train and found["retain"].manifest == test
+    tree = {"run_dir": "x", "data": {"train": place, "split": "train", "retain": {}}, "training": {"steps": 1, "batch_size": 4}}
+    run = config.parse(tree | {"evaluation": {"split": "test"}})
+    assert held_out.sets(run, selection.sets(run.data, 0))["retain"].manifest == test
 
 
 def test_a_folder_of_one_split_is_a_set(tmp_path):

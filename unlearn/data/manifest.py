@@ -114,7 +114,7 @@ class Manifest:
     def class_name(self, label: int) -> str:
         """The name of a class, with its label where another has the same name; `class LABEL` where it has none."""
         if not 0 <= label < len(self.classes):
-            return f"class {label}"
+            return f"class {label}" if label >= 0 else "no class"
         name = self.classes[label]
         return f"{name} ({label})" if name in self.repeated else name
 
@@ -151,6 +151,8 @@ class Manifest:
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
         """Columns of these row groups of one shard, in this order, checked against the manifest."""
         shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
+        if missing := [role for role in columns if role not in self.columns]:
+            raise DataError(f"{self.uri}: its shards have no {' and no '.join(missing)}")
         with parquet(Storage(self.uri), shard.path) as file:
             known = shard.row_groups
             for g in groups:

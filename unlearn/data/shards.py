@@ -128,11 +128,10 @@ def look(
         before = load(uri, split)
     except DataError:
         before = None
-    given = columns or (before.names if before else {})
     described = []
     for name in names:
         with local_copy(storage.where(name)) as path:
-            described.append(describe(path, name, storage.where(name), given))
+            described.append(describe(path, name, storage.where(name), columns, before.names if before else None))
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
@@ -179,12 +178,18 @@ def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
     return manifest
 
 
-def describe(path: Path, name: str, where: str, given: dict[str, str] | None = None) -> Described:
-    """What there is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError."""
+def describe(
+    path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None
+) -> Described:  # fmt: skip
+    """What there is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError.
+
+    given: {role: column} that the user names; before: those of an earlier manifest, which hold where the file has them.
+    """
     with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
         try:
-            columns = roles.find(parquet, name, given or {}, where)
+            kept = {role: column for role, column in (before or {}).items() if column in schema.names}
+            columns = roles.find(parquet, name, kept | (given or {}), where)
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
         found = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]

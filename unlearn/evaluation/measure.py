@@ -116,7 +116,7 @@ def evaluate(
         "weights": {name: weights.fingerprint(model.weights) for name, model in models.items()},
         "sets": {
             name: described | {
-                "split": "held-out" if settings.evaluation.data and described["manifest"] != run.trained_on else "training",
+                "split": "held-out" if (settings.evaluation.data or settings.evaluation.split) and described["manifest"] != run.trained_on else "training",
                 "bad_images": len(run.measured[name]) - kept[name],
             }
             for name, described in selection.describe(run.measured).items()
