@@ -85,7 +85,7 @@ def test_nothing_to_pack_is_told(folder, tmp_path):
     for src, split, message in (
         (tmp_path / "empty", None, "no image in it laid out as CLASS/FILE"),
         (folder, "valid", "below a folder valid"),
-        (tmp_path / "gone", None, "no such folder or tar file"),
+        (tmp_path / "gone", None, "no such folder, tar or zip file"),
         (tmp_path / "text.tar", None, "not a tar file"),
     ):
         with pytest.raises(DataError, match=message):

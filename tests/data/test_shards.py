@@ -13,7 +13,7 @@ import pytest
 from support.images import CLASSES, encode, tiny_table
 
 from unlearn import config
-from unlearn.data import selection, shards
+from unlearn.data import held_out, selection, shards
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, StorageError
 
@@ -202,6 +202,17 @@ def test_a_manifest_without_checks_still_holds(copied):
     copied.delete("manifest.images")
     older = shards.load(copied.uri)
     assert older.hash == whole.hash == tree["hash"] and older.read(3, ["image"]).equals(whole.read(3, ["image"]))
+    if copied.is_local():
+        path, group = Path(copied.uri) / "shard-1.parquet", whole.shards[1].row_groups[1]
+        data = bytearray(path.read_bytes())
+        place = data.index(b"\xff\xd8", group.offset) + 1000  # within a JPEG
+        data[place] ^= 1
+        path.write_bytes(data)
+        for manifest, what in ((older, "not the bytes of the manifest"), (whole, "the images are not those of the manifest")):
+            with pytest.raises(DataError, match=f"shard-1.parquet, row group 1: {what}"):
+                manifest.read(3, ["image"])
+        data[place] ^= 1
+        path.write_bytes(data)
     assert shards.index(copied.uri) == whole
 
 
@@ -234,6 +245,9 @@ def test_splits_of_one_folder_are_never_one_set(place, names):
     settings = config.Data(train=place, split="train", proxy={}, proxy_split="test", forget={"classes": [0]})
     found = selection.sets(settings, 0)
     assert found["forget"].manifest == train and found["retain"].manifest == test
+    tree = {"run_dir": "x", "data": {"train": place, "split": "train", "retain": {}}, "training": {"steps": 1, "batch_size": 4}}
+    run = config.parse(tree | {"evaluation": {"split": "test"}})
+    assert held_out.sets(run, selection.sets(run.data, 0))["retain"].manifest == test
 
 
 def test_a_folder_of_one_split_is_a_set(tmp_path):

@@ -1,6 +1,6 @@
 """The commands on shards: `unlearn shards build`, `index`, `verify`, `inspect`."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,21 +9,29 @@ app = typer.Typer(no_args_is_help=True, help="Pack, index, check and describe Pa
 
 @app.command()
 def build(
-    src: Annotated[str, typer.Argument(help="a folder, or a tar, of CLASS/FILE images")],
+    src: Annotated[str, typer.Argument(help="a folder, tar or zip, here or s3://, of CLASS/FILE images")],
     dest: Annotated[str, typer.Argument(help="an empty folder, or s3://bucket/prefix")],
     split: Annotated[str | None, typer.Option(help="take only images below a folder of this name, as in train/CLASS/FILE")] = None,
     shard_mib: Annotated[int, typer.Option(help="size of one shard")] = 256,
     rows_per_group: Annotated[int, typer.Option(help="images of one row group, the unit of reading")] = 256,
+    layout: Annotated[
+        Literal["folder", "imagenet", "places365", "webdataset"] | None,
+        typer.Option(help="how images and classes are laid out; guessed where it is plain"),
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="text file of labels: NAME LABEL a line, or LABEL in the order of the names")] = None,
+    classes: Annotated[str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")] = None,
 ):
     """Pack images into shards; the encoded images are kept as they are.
 
-    Example: `unlearn shards build imagenet.tar s3://bucket/imagenet --split train`
+    Example: `unlearn shards build ILSVRC2012_img_train.tar s3://bucket/imagenet`
     """
     from unlearn.cli.console import progress
+    from unlearn.data import classes as class_lists
     from unlearn.data import packing
 
+    names = class_lists.read(classes) if classes else None
     with progress("packing") as advance:
-        packing.build(src, dest, split, rows_per_group, shard_mib << 20, lambda rows, total: advance(rows, total, "images"))
+        packing.build(src, dest, split, rows_per_group, shard_mib << 20, lambda rows, total: advance(rows, total, "images"), layout, labels, names)
     inspect(dest)
 
 
@@ -61,11 +69,12 @@ def verify(
 ):
     """Check every checksum and decode every image; names what is damaged and exits with 2."""
     from unlearn.cli.console import out, progress
-    from unlearn.data import checking
+    from unlearn.data import checking, shards
 
     with progress("verifying") as advance:
         rows = checking.verify(uri, threads, lambda done, total: advance(done, total, "images"), split)
-    out.print(f"{uri}: {rows} images, every checksum and every image is good", soft_wrap=True)
+    checked = "every checksum and every image is good" if shards.is_indexed(uri, split) else "every image is good; no manifest, so no checksums"
+    out.print(f"{uri}: {rows} images, {checked}", soft_wrap=True)
 
 
 @app.command()

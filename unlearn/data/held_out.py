@@ -13,12 +13,14 @@ from unlearn.errors import ConfigError
 def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, RowSet]:
     """{"forget": ..., "retain": ...} to measure on, each cut to evaluation.limit, drawn with the seed.
 
-    trained: the training sets. Without evaluation.data they are measured (a proxy in the retain role). With it: the held-out
-    rows of the same classes, which are found by name wherever there are names. What held-out shards cannot have is measured on the training images: a set chosen by ids or
-    subjects, and a forget set that no class describes. Retain is by its classes, or every held-out row that is not forgotten.
+    trained: the training sets. Without evaluation.data and evaluation.split they are measured (a proxy in the retain role).
+    With one of them: the held-out rows of the same classes, which are found by name wherever there are names. What held-out
+    shards cannot have is measured on the training images: a set chosen by ids or subjects, and a forget set that no class
+    describes. Retain is by its classes, or every held-out row that is not forgotten.
     """
     manifest = _manifest(settings)
-    train = trained["forget" if "forget" in trained else "retain"].manifest
+    # Classes of the configuration are those of data.train; a retain set may be of data.proxy_data.
+    train = trained["forget"].manifest if "forget" in trained else shards.load(settings.data.train, settings.data.split)
     measured: dict[str, RowSet] = {}
     forget, retain = settings.data.forget, settings.data.retain or config.Rows()
     if forget is not None:

@@ -114,7 +114,7 @@ class Manifest:
     def class_name(self, label: int) -> str:
         """The name of a class, with its label where another has the same name; `class LABEL` where it has none."""
         if not 0 <= label < len(self.classes):
-            return f"class {label}"
+            return f"class {label}" if label >= 0 else "no class"
         name = self.classes[label]
         return f"{name} ({label})" if name in self.repeated else name
 
@@ -151,6 +151,8 @@ class Manifest:
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
         """Columns of these row groups of one shard, in this order, checked against the manifest."""
         shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
+        if missing := [role for role in columns if role not in self.columns]:
+            raise DataError(f"{self.uri}: its shards have no {' and no '.join(missing)}")
         with parquet(Storage(self.uri), shard.path) as file:
             known = shard.row_groups
             for g in groups:
@@ -159,6 +161,8 @@ class Manifest:
             stored = {role: self.names.get(role, role) for role in columns}
             inside = [column for column in stored.values() if column in file.schema_arrow.names]
             table = _rows(file, groups, inside, where)
+        if "image" in columns:
+            self._check_bytes(shard, [known[g] for g in groups], where)
         found = {}
         for role, column in stored.items():
             if column in inside:
@@ -181,6 +185,18 @@ class Manifest:
         if "label" in found:
             found["label"] = self._own(shard, found["label"], where)
         return pa.table(found)
+
+    def _check_bytes(self, shard: Shard, groups: list[RowGroup], where: str) -> None:
+        """For manifests that have no checksums of values: the bytes of the row groups, where they can be had without fetching them twice."""
+        storage = Storage(self.uri)
+        if all(group.checks for group in groups) or not storage.is_local():
+            return
+        with storage.open(shard.path) as file:
+            for group in groups:
+                file.seek(group.offset)
+                if hashlib.sha256(file.read_buffer(group.bytes)).hexdigest() != group.sha256:
+                    g = shard.row_groups.index(group)
+                    raise DataError(f"{where}, row group {g}: not the bytes of the manifest: the shard was replaced or is damaged; restore it")
 
     def _own(self, shard: Shard, labels: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         """The folder's labels for those of a file."""

@@ -1,58 +1,79 @@
-"""Pack images into shards: from a folder or a tar of `.../CLASS/FILE` (ImageNet, Places style), or from any records."""
+"""Pack images into shards: from a folder, a tar, a zip or s3:// in one of the published layouts, or from any records."""
 
-import bz2
 import contextlib
-import gzip
+import functools
 import itertools
-import lzma
-import os
-import tarfile
-import tempfile
-import zlib
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unlearn.data import shards
-from unlearn.data.classes import ordered
+from unlearn.data import archives, layouts, shards
 from unlearn.data.columns import with_class_names
 from unlearn.data.storage import Storage, told
 from unlearn.errors import DataError
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"]\0\0": lzma.open}  # what a compressed tar begins with
+log = logging.getLogger(__name__)
+
 Record = dict  # image: bytes, label: int, id: str, optional subject: str
-Source = tuple[list[str], Callable[[str], bytes]]  # names of images, what reads one
+
+
+@functools.cache
+def suffixes() -> frozenset[str]:
+    """Suffixes of the images that can be decoded here."""
+    from PIL import features
+
+    some = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    return frozenset(some | ({".jp2"} if features.check("jpg_2000") else set()) | ({".avif"} if features.check("avif") else set()))
 
 
 def build(
     src: str, dest: str, split: str | None = None, rows_per_group: int = 256, shard_bytes: int = 256 << 20,
     progress: Callable[[int, int], None] = lambda rows, total: None,
+    layout: layouts.Layout | None = None, labels: str | None = None, classes: list[str] | None = None,
 ) -> shards.Manifest:  # fmt: skip
     """Pack `src` into shards at `dest` and write their manifest. The encoded images are kept as they are.
 
     split: take only what lies in a folder of that name (`train` of `train/CLASS/FILE`). An image's id is its path.
-    Raises DataError where there is nothing to pack, or `dest` holds shards already.
+    layout: guessed where it is None; labels, classes: see `layouts.arrange`.
+    Raises DataError where there is nothing to pack, an image has no class, or `dest` holds shards already.
     """
-    path = Path(src)
-    if not path.exists():
-        raise DataError(f"{src}: no such folder or tar file")
 
     def wanted(name: str) -> bool:
-        return _is_image(name) and (split is None or split in name.split("/")[:-2])
+        suffix = PurePosixPath(name).suffix.lower()
+        kind = suffix in suffixes() or (suffix in layouts.ABOUT and layout in (None, "webdataset"))
+        return kind and (split is None or split in name.split("/")[:-1])
 
-    with (_folder if path.is_dir() else _tar)(path, wanted) as (names, read):
-        if not names:
+    with archives.source(src, wanted, True if layout in ("imagenet", "webdataset") else None) as found:
+        images = [n for n in found.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
+        about = [n for n in found.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
+        if not images:
             raise DataError(f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else ""))
-        classes = ordered({_class(n) for n in names})
-        labels = {c: i for i, c in enumerate(classes)}
-        # Sorted by class, so that a row group holds few labels and a selection reads few row groups.
-        names.sort(key=lambda n: (labels[_class(n)], n))
-        records = ({"image": read(n), "label": labels[_class(n)], "id": n} for n in names)
-        return write(records, dest, classes, rows_per_group, shard_bytes, lambda rows: progress(rows, len(names)))
+        _readable(images, src)
+        arranged = layouts.arrange(images, about, found.read, src, layout, split, labels, classes)
+        _tell(src, found.left_out, arranged.loose)
+        total = len(arranged.labels)
+        records = ({"image": found.read(n), "label": label, "id": n} for n, label in arranged.labels)
+        return write(records, dest, arranged.classes, rows_per_group, shard_bytes, lambda rows: progress(rows, total))
+
+
+def _readable(names: list[str], src: str) -> None:
+    """Raises DataError where a name cannot be written down: it is the image's id."""
+    wrong = [name for name in names if any("\ud800" <= c <= "\udfff" for c in name)]
+    if wrong:
+        shown = wrong[0].encode(errors="replace").decode()
+        raise DataError(f"{src}: the names of {len(wrong)} file(s) are not UTF-8, for example {shown}; rename them")
+
+
+def _tell(src: str, left_out: Counter, loose: int) -> None:
+    counts = [f"{count} {what}" for what, count in left_out.most_common() if count]
+    if loose:
+        counts.append(f"{loose} image(s) without a class folder")
+    if counts:
+        log.warning("%s: left out: %s", src, ", ".join(counts))
 
 
 def write(
@@ -117,94 +138,3 @@ def _writer(path: Path, schema: pa.Schema, where: str) -> Iterator[Callable[[pa.
     finally:
         with told(where):
             writer.close()
-
-
-def _class(name: str) -> str:
-    return PurePosixPath(name).parent.name
-
-
-def _is_image(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in SUFFIXES and PurePosixPath(name).parent.name != ""
-
-
-@contextlib.contextmanager
-def _folder(path: Path, wanted: Callable[[str], bool]) -> Iterator[Source]:
-    def read(name: str) -> bytes:
-        with told(f"{path}/{name}"):
-            return (path / name).read_bytes()
-
-    yield sorted(n for p in path.rglob("*") if p.is_file() and wanted(n := p.relative_to(path).as_posix())), read
-
-
-@contextlib.contextmanager
-def _tar(path: Path, wanted: Callable[[str], bool]) -> Iterator[Source]:
-    """The members of a tar, read by their place in the file: tarfile looks a name up among all members each time."""
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(tempfile.TemporaryFile())
-        with _told_as_tar(path):
-            if _is_plain(path):
-                tar = stack.enter_context(tarfile.open(path, "r:"))
-                file = stack.enter_context(open(path, "rb"))
-                # The few members that are stored with holes are left to tarfile.
-                found = [(m.name, m if m.issparse() else (m.offset_data, m.size)) for m in _members(tar, wanted)]
-            else:
-                found = list(_unpacked(path, wanted, file))
-        places = dict(found)  # of several members of one name the last counts
-
-        def read(name: str) -> bytes:
-            place = places[name]
-            with _told_as_tar(path):
-                if isinstance(place, tarfile.TarInfo):
-                    return tar.extractfile(place).read()
-                if len(data := os.pread(file.fileno(), place[1], place[0])) != place[1]:
-                    raise EOFError(f"{name} is not there whole")
-                return data
-
-        yield sorted(name for name, _ in found), read
-
-
-def _is_plain(path: Path) -> bool:
-    try:
-        tarfile.open(path, "r:").close()
-        return True
-    except tarfile.ReadError:
-        if _decompressor(path) is None:
-            raise
-        return False
-
-
-def _decompressor(path: Path) -> Callable | None:
-    with open(path, "rb") as file:
-        start = file.read(6)
-    return next((open_ for magic, open_ in COMPRESSED.items() if start.startswith(magic)), None)
-
-
-def _members(tar: tarfile.TarFile, wanted: Callable[[str], bool]) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # it would keep every one of them
-        if member.isfile() and wanted(member.name):
-            yield member
-
-
-def _unpacked(path: Path, wanted: Callable[[str], bool], file: BinaryIO) -> Iterator[tuple[str, tuple[int, int]]]:
-    """Write the wanted members of a compressed tar to `file`; (name, (offset, bytes)) of each."""
-    with _decompressor(path)(path) as stream:
-        with tarfile.open(fileobj=stream, mode="r|") as tar:
-            for member in _members(tar, wanted):
-                data = tar.extractfile(member).read()
-                place = file.tell(), len(data)
-                with told(tempfile.gettempdir()):
-                    file.write(data)
-                yield member.name, place
-        while stream.read(1 << 20):  # the checksum stands at the end
-            pass
-    with told(tempfile.gettempdir()):
-        file.flush()
-
-
-@contextlib.contextmanager
-def _told_as_tar(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError) as e:
-        raise DataError(f"{path}: not a tar file, or cut short ({e})") from None

@@ -24,8 +24,8 @@ from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard, extent, ope
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
-__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "load",
-           "look", "parquet", "save", "split_of"]  # fmt: skip
+__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "is_indexed",
+           "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
 MANIFEST = "manifest.json"
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
@@ -108,12 +108,14 @@ def index(
 
 def find(uri: str, split: str | None = None) -> Manifest:
     """The manifest of a folder, or, where it has none, what its shards are found to hold; nothing is written."""
+    return load(uri, split) if is_indexed(uri, split) else look(uri, split)[0]
+
+
+def is_indexed(uri: str, split: str | None = None) -> bool:
+    """Whether a folder, or this split of it, has a manifest of this program."""
     storage = Storage(uri)
-    names = [n for n in storage.files() if re.fullmatch(r"manifest(-[\w.-]+)?\.json", n) and _is_ours(storage.read(n))]
-    wanted = manifest_name(split)
-    if wanted in names or (split is None and names):
-        return load(uri, split)
-    return look(uri, split)[0]
+    wanted = re.escape(manifest_name(split)) if split else r"manifest(-[\w.-]+)?\.json"
+    return any(re.fullmatch(wanted, name) and _is_ours(storage.read(name)) for name in storage.files())
 
 
 def look(
@@ -126,11 +128,10 @@ def look(
         before = load(uri, split)
     except DataError:
         before = None
-    given = columns or (before.names if before else {})
     described = []
     for name in names:
         with local_copy(storage.where(name)) as path:
-            described.append(describe(path, name, storage.where(name), given))
+            described.append(describe(path, name, storage.where(name), columns, before.names if before else None))
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
@@ -177,12 +178,18 @@ def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
     return manifest
 
 
-def describe(path: Path, name: str, where: str, given: dict[str, str] | None = None) -> Described:
-    """What there is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError."""
+def describe(
+    path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None
+) -> Described:  # fmt: skip
+    """What there is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError.
+
+    given: {role: column} that the user names; before: those of an earlier manifest, which hold where the file has them.
+    """
     with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
         try:
-            columns = roles.find(parquet, name, given or {}, where)
+            kept = {role: column for role, column in (before or {}).items() if column in schema.names}
+            columns = roles.find(parquet, name, kept | (given or {}), where)
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
         found = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]

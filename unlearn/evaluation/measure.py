@@ -117,7 +117,7 @@ def evaluate(
         "weights": {name: sources[model.weights].fingerprint for name, model in models.items()},
         "sets": {
             name: described | {
-                "split": "held-out" if settings.evaluation.data and described["manifest"] != run.trained_on else "training",
+                "split": "held-out" if (settings.evaluation.data or settings.evaluation.split) and described["manifest"] != run.trained_on else "training",
                 "bad_images": len(run.measured[name]) - kept[name],
             }
             for name, described in selection.describe(run.measured).items()
