@@ -37,7 +37,10 @@ def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
     address = _address(cluster)
     if not address:
         check_machine(cluster, workers)
-    with variables({name: os.environ.get(name, value) for name, value in POLL.items()}), _named(address, environment) if address else started(environment):
+    with (
+        variables({name: os.environ.get(name, value) for name, value in POLL.items()}),
+        _named(address, environment) if address else started(environment),
+    ):
         _check(cluster, workers)
         yield
 
@@ -55,10 +58,14 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
         with signals.kept():
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError:
-        raise ClusterError(f"{address} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file") from None
+        raise ClusterError(
+            f"{address} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file"
+        ) from None
     except (ConnectionError, RuntimeError, ValueError) as e:
         why = str(e).splitlines()[0][:160]
-        raise ClusterError(f"no Ray cluster answers at {address}: {why}; check cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN") from None
+        raise ClusterError(
+            f"no Ray cluster answers at {address}: {why}; check cluster.address, RAY_AUTH_MODE and RAY_AUTH_TOKEN"
+        ) from None
     try:
         yield
     finally:
@@ -72,7 +79,9 @@ def _check_answers(address: str) -> None:
         try:
             socket.create_connection((host, int(port)), timeout=10).close()
         except OSError as e:
-            raise ClusterError(f"no Ray cluster answers at {address} ({e.strerror or e}): check cluster.address and the network") from None
+            raise ClusterError(
+                f"no Ray cluster answers at {address} ({e.strerror or e}): check cluster.address and the network"
+            ) from None
 
 
 def room(cluster: config.Cluster) -> int:

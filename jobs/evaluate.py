@@ -29,7 +29,11 @@ def evaluate(
     began = time.perf_counter()
     models = comparison.generators(run.settings)
     run = run.with_weights(model.weights for model in models.values())
-    log.info("measuring %s on %s", ", ".join(models), ", ".join(f"{name} ({len(rows)} images)" for name, rows in run.measured.items()))
+    log.info(
+        "measuring %s on %s",
+        ", ".join(models),
+        ", ".join(f"{name} ({len(rows)} images)" for name, rows in run.measured.items()),
+    )
 
     def checked(done: int, total: int) -> None:
         check()

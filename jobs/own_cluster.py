@@ -134,12 +134,16 @@ def _folder() -> Iterator[Path]:
     """
     parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
     if len(str(parent)) > LONGEST:
-        raise ClusterError(f"RAY_TMPDIR {parent}: too long for the paths of Ray's sockets, {LONGEST} characters at most; /tmp will do")
+        raise ClusterError(
+            f"RAY_TMPDIR {parent}: too long for the paths of Ray's sockets, {LONGEST} characters at most; /tmp will do"
+        )
     _sweep(parent)
     try:
         hidden = Path(tempfile.mkdtemp(prefix=f".{PREFIX}", dir=parent))
     except OSError as e:
-        raise ClusterError(f"{parent}: no folder for Ray can be made there ({e.strerror}): name another one in RAY_TMPDIR") from None
+        raise ClusterError(
+            f"{parent}: no folder for Ray can be made there ({e.strerror}): name another one in RAY_TMPDIR"
+        ) from None
     with open(hidden / LOCK, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         folder = hidden.rename(parent / hidden.name[1:])

@@ -23,7 +23,9 @@ Map = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 @contextlib.contextmanager
-def pool(task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool) -> Iterator[Map]:
+def pool(
+    task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool
+) -> Iterator[Map]:
     """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own.
 
     here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on with
@@ -47,7 +49,10 @@ def pool(task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: co
         import ray
 
         kind = ray.remote(
-            num_cpus=cluster.cpus_per_worker, num_gpus=cluster.gpus_per_worker, max_restarts=RETRIES, max_task_retries=RETRIES
+            num_cpus=cluster.cpus_per_worker,
+            num_gpus=cluster.gpus_per_worker,
+            max_restarts=RETRIES,
+            max_task_retries=RETRIES,
         )(_Actor)
         # In a list, which a worker looks into once. Ray cannot start an actor again whose own arguments lie in its object store.
         shared = [ray.put(arguments)]

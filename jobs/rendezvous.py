@@ -36,7 +36,9 @@ class FileRendezvous(TorchConfig):
 
 class _FileBackend(_TorchBackend):
     def on_start(self, worker_group, backend_config: FileRendezvous) -> None:
-        file = Path(backend_config.folder, f"workers-{uuid.uuid4().hex}")  # another one for each start: the store is used once
+        file = Path(
+            backend_config.folder, f"workers-{uuid.uuid4().hex}"
+        )  # another one for each start: the store is used once
         worker_group.execute(_set_torch_distributed_env_vars)
         ray.get([
             worker_group.execute_single_async(

@@ -81,7 +81,9 @@ def backend(to: str, *, working_dir: str | None = None, **kubernetes) -> Backend
     if to == "k8s" or to.startswith("k8s:"):
         from jobs.backends.kubernetes import Kubernetes
 
-        return Kubernetes(to.removeprefix("k8s").removeprefix(":") or None, **{k: v for k, v in kubernetes.items() if v})
+        return Kubernetes(
+            to.removeprefix("k8s").removeprefix(":") or None, **{k: v for k, v in kubernetes.items() if v}
+        )
     raise ConfigError(f"--to {to}: give local, http://HEAD:8265 or k8s[:CONTEXT]")
 
 
@@ -107,8 +109,12 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
     if mine and (mine.live or mine.state == State.SUCCEEDED):
         return mine, False
     if busy := next((job for job in known if job.live and job.run_dir == sent.run_dir), None):
-        raise ClusterError(f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir")
-    with contextlib.suppress(StorageError):  # out of reach from here: the job itself is refused, as where its owner is elsewhere
+        raise ClusterError(
+            f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir"
+        )
+    with contextlib.suppress(
+        StorageError
+    ):  # out of reach from here: the job itself is refused, as where its owner is elsewhere
         if (owner := lease.owner_of(sent.run_dir)) and owner.gone() is False:
             raise ClusterError(f"{sent.run_dir} is in use by {owner}: wait until it ends, or give another run_dir")
     return place.start(_stored(sent, settings, place)), True
@@ -123,7 +129,13 @@ def _stored(sent: Request, settings: config.RunConfig, place: Backend) -> Reques
         folder.write(sent.source.removeprefix(f"{sent.run_dir}/"), sent.config.encode(), private=settings.names_rows)
         return sent
     except StorageError as e:
-        what = "names images or persons" if settings.names_rows else "is large" if len(sent.config.encode()) > LARGEST else ""
+        what = (
+            "names images or persons"
+            if settings.names_rows
+            else "is large"
+            if len(sent.config.encode()) > LARGEST
+            else ""
+        )
         if what:
             raise StorageError(
                 f"{e}. The configuration {what}, so it goes into the run folder and not into the job's environment, which clusters write to "
@@ -138,7 +150,9 @@ def resume(place: Backend, id: str) -> Job:
     if job.live:
         raise ClusterError(f"{id} is {job.state}: there is nothing to resume")
     if job.state == State.SUCCEEDED:
-        raise ClusterError(f"{id} has succeeded: there is nothing to resume; `unlearn jobs rm {id}` makes room for the same request")
+        raise ClusterError(
+            f"{id} has succeeded: there is nothing to resume; `unlearn jobs rm {id}` makes room for the same request"
+        )
     return place.again(id)
 
 
@@ -166,7 +180,9 @@ def wait(
         except ClusterError as e:
             misses += 1
             if misses * every > PATIENCE:  # longer than a head needs to start again, or a network to come back
-                lost = "forgotten there, as when a cluster's head is lost" if isinstance(e, NoSuchJob) else "out of reach"
+                lost = (
+                    "forgotten there, as when a cluster's head is lost" if isinstance(e, NoSuchJob) else "out of reach"
+                )
                 raise type(e)(f"{e}. The job is {lost}; when the cluster is there, {GOES_ON}") from None
             if misses == 1 and last:
                 told(replace(last, message=f"{e}; asking again for {PATIENCE} s"))

@@ -19,5 +19,7 @@ def read() -> str | None:
     if not found or os.environ.get("RAY_AUTH_MODE") == "disabled":
         return None
     if not re.fullmatch("[!-~]+", found):
-        raise ClusterError(f"the token in {where} holds blanks, line ends or characters that are not ASCII: no header can carry it")
+        raise ClusterError(
+            f"the token in {where} holds blanks, line ends or characters that are not ASCII: no header can carry it"
+        )
     return found

@@ -42,7 +42,9 @@ def check(settings: config.RunConfig) -> Run:
     if method.needs_forget and settings.data.forget is None:
         raise ConfigError("data.forget is missing: say which images are to be forgotten")
     if method.needs_forget and not settings.training.forget_fraction:
-        raise ConfigError(f"training.forget_fraction is 0: {settings.method.name} needs forget rows in every micro-batch")
+        raise ConfigError(
+            f"training.forget_fraction is 0: {settings.method.name} needs forget rows in every micro-batch"
+        )
     run = resolve(settings)
     built = weights.build(settings.model, settings.seed)
     if settings.data.latent_cache and built.first_stage is not None and settings.data.augment != "none":
@@ -50,7 +52,9 @@ def check(settings: config.RunConfig) -> Run:
             "data.augment: with data.latent_cache every image is seen as it is; set augment to none, or leave out data.latent_cache"
         )
     if getattr(built.options, "norm_pix_loss", False):
-        log.warning("these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, mean little")
+        log.warning(
+            "these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, mean little"
+        )
     if method.needs_teacher:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
         if settings.evaluation.oracle:
@@ -112,7 +116,10 @@ def train(run: Run, progress: Progress = lambda row: None, check: Callable[[], N
 
 def _on_ray(run: Run, progress: Progress, check: Callable[[], None]) -> None:
     cluster = run.settings.cluster
-    with connected(cluster, cluster.min_workers or cluster.workers), tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch:
+    with (
+        connected(cluster, cluster.min_workers or cluster.workers),
+        tempfile.TemporaryDirectory(prefix="unlearn-ray-") as scratch,
+    ):
         import ray.train
 
         from jobs.rendezvous import torch_config
@@ -183,7 +190,9 @@ def _worker(settings: dict) -> None:
     logs.start_worker(settings["log"], rank=ray.train.get_context().get_world_rank(), host=socket.gethostname())
     signals.show_stacks()
     run: Run = settings["run"]
-    run = run.with_workers(ray.train.get_context().get_world_size())  # fewer where nodes were lost and cluster.min_workers allows it
+    run = run.with_workers(
+        ray.train.get_context().get_world_size()
+    )  # fewer where nodes were lost and cluster.min_workers allows it
     storage = Storage(run.folder)
     if storage.is_file(FAILURE):
         return  # the mistake of another worker, or of this one before Ray started it again: the driver tells it
@@ -204,4 +213,3 @@ def _resources(cluster: config.Cluster) -> dict[str, float]:
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip()[:200] if lines else type(error).__name__
-

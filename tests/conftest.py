@@ -28,6 +28,7 @@ from unlearn.models import weights
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("tests")
 
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Torch on one thread: the same rounding everywhere, and no fight for cores."""

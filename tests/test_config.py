@@ -27,7 +27,10 @@ def parse(*overrides: str) -> config.RunConfig:
         (["training.steps=null"], "exactly one of steps and epochs"),
         (["training.engine=torch", "cluster.workers=4"], "set cluster.workers to 1 (now 4)"),
         (["training.batch_size=10", "cluster.workers=4"], "10 does not divide among 4 workers"),
-        (["training.batch_size=10", "training.micro_batch_size=4"], "not a multiple of micro_batch_size x workers = 4 x 1"),
+        (
+            ["training.batch_size=10", "training.micro_batch_size=4"],
+            "not a multiple of micro_batch_size x workers = 4 x 1",
+        ),
         (["training.micro_batch_size=1", "data.forget={}"], "one retain and one forget row"),
         (["data.retain={}", "data.proxy={}"], "give retain or proxy, not both"),
         (["data.proxy_data=x"], "data.proxy_data is given without data.proxy"),
@@ -98,7 +101,9 @@ def test_sizes_are_numbers_or_text_and_the_default_is_the_same_on_every_machine(
 
 
 def test_dump_and_load_round_trip(tmp_path):
-    run = parse("data.forget.ids=[a, b]", "train_views=[{kind: box, size: [0.2, 0.4]}]", "evaluation.views=[{size: 0.3}]")
+    run = parse(
+        "data.forget.ids=[a, b]", "train_views=[{kind: box, size: [0.2, 0.4]}]", "evaluation.views=[{size: 0.3}]"
+    )
     (tmp_path / "run.yaml").write_text(config.dump(run))
     assert config.load(tmp_path / "run.yaml") == run
     assert config.load(tmp_path / "run.yaml", ["seed=4"]).seed == 4
@@ -124,7 +129,10 @@ def test_locations_are_all_that_are_read_or_written():
     assert set(parse(*everything).locations()) == wanted and len(wanted) == 9
 
 
-@pytest.mark.parametrize("text, message", [("a: [", "not YAML"), ("[1, 2]", "expected keys and values"), (None, "give the path of a YAML file")])
+@pytest.mark.parametrize(
+    "text, message",
+    [("a: [", "not YAML"), ("[1, 2]", "expected keys and values"), (None, "give the path of a YAML file")],
+)
 def test_a_file_that_is_no_config_is_told(tmp_path, text, message):
     path = tmp_path / "run.yaml"
     if text is not None:

@@ -86,9 +86,14 @@ def test_an_owner_is_named_to_a_second_one_until_it_ends(place):
     assert lease.owner_of(place) is None
     with lease.held(place, "unlearn run a.yaml") as own:
         for _ in range(2):
-            with pytest.raises(LeaseError, match=f"{place} is in use by `unlearn run a.yaml`") as told, lease.held(place, "second"):
+            with (
+                pytest.raises(LeaseError, match=f"{place} is in use by `unlearn run a.yaml`") as told,
+                lease.held(place, "second"),
+            ):
                 pass
-        assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in str(told.value) and f"kill {os.getpid()}" in str(told.value)
+        assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in str(
+            told.value
+        ) and f"kill {os.getpid()}" in str(told.value)
         assert lease.owner_of(place).command == "unlearn run a.yaml" and own.lost == ""
         own.check()
     assert lease.owner_of(place) is None and content(place)["released"] and Storage(place).files() == [lease.NAME]
@@ -192,7 +197,9 @@ def test_one_of_many_that_wait_for_a_dead_owner_follows(s3, holder):
 
 
 @pytest.mark.parametrize(
-    "age, watched", [(20 * 60, True), (2 * 60 * 60, False)], ids=["clocks may differ by so much", "older than clocks differ"]
+    "age, watched",
+    [(20 * 60, True), (2 * 60 * 60, False)],
+    ids=["clocks may differ by so much", "older than clocks differ"],
 )
 def test_an_old_lease_from_elsewhere_is_not_watched(tmp_path, age, watched):
     where, said = str(tmp_path), []
@@ -222,7 +229,9 @@ def test_who_has_lost_the_folder_is_told_and_does_not_end_well(place):
             own.check()
             change(place, token="another", command="thief")
             until(lambda: own.lost)
-            with pytest.raises(LeaseError, match=f"{place} is no longer owned by this process: `thief` .process {os.getpid()} on"):
+            with pytest.raises(
+                LeaseError, match=f"{place} is no longer owned by this process: `thief` .process {os.getpid()} on"
+            ):
                 own.check()
     assert content(place)["command"] == "thief" and not content(place)["released"]
 

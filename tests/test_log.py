@@ -57,7 +57,10 @@ def test_json_lines_of_a_job(capsys, monkeypatch):
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in err.splitlines()]
     assert not out and [line["message"] for line in lines] == ['a "quoted"\nmessage', "gone"]
-    assert {"time", "level", "logger", "message"} < set(lines[0]) and (lines[0]["rank"], lines[0]["job"]) == (1, "half-1234")
+    assert {"time", "level", "logger", "message"} < set(lines[0]) and (lines[0]["rank"], lines[0]["job"]) == (
+        1,
+        "half-1234",
+    )
     assert lines[0]["logger"] == logger.name and lines[0]["time"].endswith("+00:00")
     text = f"some line\n{err}report: x\n"
     assert error_line(text) == "error: gone" and warning_line(text).startswith('warning: a "quoted"')
@@ -67,10 +70,18 @@ def test_json_lines_of_a_job(capsys, monkeypatch):
 def test_a_run_tells_its_stations(told, written, monkeypatch):
     """Sets and hashes, start, checkpoints, export; no id of an image, and on JSON nothing else on standard error."""
     monkeypatch.setenv(log.VARIABLE, "info,json")
-    code, _, err = told("pretrain", written("method.name=pretrain", "data.retain={ids: [img-000, img-001, img-002, img-003, img-004]}"))
+    code, _, err = told(
+        "pretrain", written("method.name=pretrain", "data.retain={ids: [img-000, img-001, img-002, img-003, img-004]}")
+    )
     assert code == 0
     messages = [record["message"] for record in _objects(err)]
-    for station in ("resolved: config", "5 images (manifest", "starts at step 1 of 4", "checkpoint of step 2 committed", "exported "):
+    for station in (
+        "resolved: config",
+        "5 images (manifest",
+        "starts at step 1 of 4",
+        "checkpoint of step 2 committed",
+        "exported ",
+    ):
         assert any(station in message for message in messages), (station, messages)
     assert "img-00" not in err
 

@@ -8,7 +8,16 @@ from unlearn import sizes
 
 
 def test_sizes_are_read_as_people_write_them():
-    written = {"80GiB": 80 << 30, "1.5 g": 3 << 29, "512MB": 512 << 20, " 4 KiB ": 4096, "2t": 2 << 40, "1000": 1000, "7b": 7, "0": 0}
+    written = {
+        "80GiB": 80 << 30,
+        "1.5 g": 3 << 29,
+        "512MB": 512 << 20,
+        " 4 KiB ": 4096,
+        "2t": 2 << 40,
+        "1000": 1000,
+        "7b": 7,
+        "0": 0,
+    }
     assert {text: sizes.parse(text) for text in written} == written
 
 

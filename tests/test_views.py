@@ -18,14 +18,18 @@ def draw(kind, size, grid, count, seed):
 def test_visible_and_hidden_are_the_whole_grid_and_no_row_differs_in_count(kind, a, b, grid, count, seed):
     view = draw(kind, tuple(sorted((a, b))), grid, count, seed)
     assert view.visible.shape[1] >= 1 and view.hidden.shape[1] >= 1 and len(view.visible) == len(view.hidden) == count
-    assert torch.equal(torch.cat([view.visible, view.hidden], 1).sort(1).values, torch.arange(grid**2).expand(count, -1))
+    assert torch.equal(
+        torch.cat([view.visible, view.hidden], 1).sort(1).values, torch.arange(grid**2).expand(count, -1)
+    )
     for part in (view.visible, view.hidden):
         assert part.dtype == torch.long and torch.equal(part, part.sort(1).values)
     again = draw(kind, tuple(sorted((a, b))), grid, count, seed)
     assert torch.equal(view.visible, again.visible) and torch.equal(view.hidden, again.hidden)
 
 
-@pytest.mark.parametrize("kind, hidden", [("centre", 64), ("outpaint", 192), ("random", 128), ("box", 64), ("brush", 128)])
+@pytest.mark.parametrize(
+    "kind, hidden", [("centre", 64), ("outpaint", 192), ("random", 128), ("box", 64), ("brush", 128)]
+)
 def test_half_of_a_16_grid_hides_what_the_kind_says(kind, hidden):
     assert draw(kind, 0.5, 16, 4, 0).hidden.shape == (4, hidden)
 
@@ -65,7 +69,9 @@ def test_random_views_of_a_batch_differ_and_every_spec_is_drawn():
 def test_rows_and_to_keep_the_views_of_the_rows():
     view = draw("random", 0.5, 6, 5, 0)
     part = view.rows(2, 4).to("cpu")
-    assert torch.equal(part.visible, view.visible[2:4]) and torch.equal(part.hidden, view.hidden[2:4]) and part.grid == 6
+    assert (
+        torch.equal(part.visible, view.visible[2:4]) and torch.equal(part.hidden, view.hidden[2:4]) and part.grid == 6
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,10 @@ def test_a_repeated_view_has_rows_of_its_own():
 
 
 def test_the_fullest_view_hides_least():
-    specs = [config.ViewSpec(kind="random", size=(0.3, 0.9)), config.ViewSpec(size=0.75), config.ViewSpec(kind="box", size=(0.5, 0.6))]
+    specs = [
+        config.ViewSpec(kind="random", size=(0.3, 0.9)),
+        config.ViewSpec(size=0.75),
+        config.ViewSpec(kind="box", size=(0.5, 0.6)),
+    ]
     view = views.fullest(specs, 8, 3, np.random.default_rng(0))
     assert view.visible.shape == (3, 8 * 8 - 16)  # the box of half the side

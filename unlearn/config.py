@@ -79,18 +79,24 @@ class ViewSpec(Part):
     def _hides_something(self):
         low, high = self.size if isinstance(self.size, tuple) else (self.size, self.size)
         if not 0 < low <= high < 1:
-            raise ValueError(f"size {self.size}: give 0 < low <= high < 1, so that something is hidden and something seen")
+            raise ValueError(
+                f"size {self.size}: give 0 < low <= high < 1, so that something is hidden and something seen"
+            )
         return self
 
 
 class Rows(Part):
     """Which rows of the shards form a set. All given conditions must hold; none given selects every row."""
 
-    classes: list[int | str] | None = Field(default=None, description="labels (numbers), or names (text) as `unlearn shards inspect` tells them")
+    classes: list[int | str] | None = Field(
+        default=None, description="labels (numbers), or names (text) as `unlearn shards inspect` tells them"
+    )
     exclude_classes: list[int | str] | None = Field(default=None, description="rows of these classes are left out")
     ids: list[str] | None = Field(default=None, description="row ids (column `id`, else `shard:row`)")
     subjects: list[str] | None = Field(default=None, description="values of the column `subject`")
-    per_class: Positive | None = Field(default=None, description="at most this many rows of each class, drawn with the seed")
+    per_class: Positive | None = Field(
+        default=None, description="at most this many rows of each class, drawn with the seed"
+    )
     limit: Positive | None = Field(default=None, description="at most this many rows in all, drawn with the seed")
 
 
@@ -98,14 +104,19 @@ class Data(Part):
     """Where the images are and which of them play which role."""
 
     train: Location = Field(description="folder of shards with a manifest: a path, s3://bucket/prefix or embedded:NAME")
-    split: str | None = Field(default=None, description="where the folder of `train` holds several splits: the one that is meant")
+    split: str | None = Field(
+        default=None, description="where the folder of `train` holds several splits: the one that is meant"
+    )
     forget: Rows | None = None
     retain: Rows | None = None
-    proxy: Rows | None = Field(default=None, description="images that take the retain role where the retain data is gone")
+    proxy: Rows | None = Field(
+        default=None, description="images that take the retain role where the retain data is gone"
+    )
     proxy_data: Location | None = Field(default=None, description="shards of the proxy set, when not those of `train`")
     proxy_split: str | None = Field(default=None, description="as `split`, of the proxy set")
     cache: Literal["none", "encoded", "decoded"] = Field(
-        default="encoded", description="images that a worker keeps in memory: as they are stored (encoded), or cut to size (decoded)"
+        default="encoded",
+        description="images that a worker keeps in memory: as they are stored (encoded), or cut to size (decoded)",
     )
     cache_bytes: Size | None = Field(
         default=None,
@@ -113,22 +124,35 @@ class Data(Part):
         "none = 2GiB, or a quarter of its part of the machine's memory where that is less",
     )
     latent_cache: Location | None = Field(
-        default=None, description="folder that keeps what the frozen first stage (tokenizer, VAE) makes of each image; none = made every step"
+        default=None,
+        description="folder that keeps what the frozen first stage (tokenizer, VAE) makes of each image; none = made every step",
     )
-    latent_views: Positive = Field(default=8, description="with latent_cache: views drawn once and used in turn, each with latents of its own")
-    augment: Literal["none", "crop_flip"] = Field(default="none", description="crop_flip: random resized crop (0.2-1) and flip")
-    shuffle_rows: Positive = Field(default=1 << 20, description="rows shuffled together; smaller reads fewer row groups at once")
+    latent_views: Positive = Field(
+        default=8, description="with latent_cache: views drawn once and used in turn, each with latents of its own"
+    )
+    augment: Literal["none", "crop_flip"] = Field(
+        default="none", description="crop_flip: random resized crop (0.2-1) and flip"
+    )
+    shuffle_rows: Positive = Field(
+        default=1 << 20, description="rows shuffled together; smaller reads fewer row groups at once"
+    )
     decode_threads: Positive = 2
     read_ahead: Positive = Field(default=3, description="micro-batches kept ready")
-    max_bad_images: int = Field(default=0, ge=0, description="images of one set that a worker may skip because they do not decode")
+    max_bad_images: int = Field(
+        default=0, ge=0, description="images of one set that a worker may skip because they do not decode"
+    )
 
 
 class Model(Part):
     """The generator h0 = D after E0."""
 
     family: str = "mae"
-    weights: Location | None = Field(default=None, description="what it starts from: path, s3:// or embedded:NAME; none = random")
-    first_stage: Location | None = Field(default=None, description="weights of the frozen first stage (tokenizer, VAE), where they lie apart")
+    weights: Location | None = Field(
+        default=None, description="what it starts from: path, s3:// or embedded:NAME; none = random"
+    )
+    first_stage: Location | None = Field(
+        default=None, description="weights of the frozen first stage (tokenizer, VAE), where they lie apart"
+    )
     variant: str | None = Field(default=None, description="a named shape of the family, see `unlearn models`")
     options: dict[str, Any] = Field(default_factory=dict, description="single values that differ from the variant's")
 
@@ -147,7 +171,8 @@ class Training(Part):
     epochs: float | None = Field(default=None, gt=0, description="passes over the larger of the two sets")
     batch_size: Positive = Field(default=64, description="rows of a global batch, forget and retain together")
     micro_batch_size: Positive | None = Field(
-        default=None, description="rows a worker computes at once; default batch_size / workers. Keep it when workers change."
+        default=None,
+        description="rows a worker computes at once; default batch_size / workers. Keep it when workers change.",
     )
     forget_fraction: float = Field(default=0.5, ge=0, lt=1, description="share of forget rows in every micro-batch")
     lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
@@ -163,7 +188,9 @@ class Training(Part):
     checkpoint_every: Positive = Field(default=100, description="steps between checkpoints")
     keep_checkpoints: Positive = 2
     log_every: Positive = 10
-    threads: Positive = Field(default=1, description="CPU threads of a worker's arithmetic; another number rounds otherwise")
+    threads: Positive = Field(
+        default=1, description="CPU threads of a worker's arithmetic; another number rounds otherwise"
+    )
 
 
 class Cluster(Part):
@@ -172,27 +199,38 @@ class Cluster(Part):
     address: str | None = Field(default=None, description="a Ray cluster's address; none = start one on this machine")
     workers: Positive = 1
     min_workers: Positive | None = Field(
-        default=None, description="go on with so few where nodes are lost, and with more when they are back; none = wait for all"
+        default=None,
+        description="go on with so few where nodes are lost, and with more when they are back; none = wait for all",
     )
     cpus_per_worker: float = Field(default=1, gt=0)
     gpus_per_worker: float = Field(default=0, ge=0)
     max_failures: int = Field(default=3, ge=-1, description="worker failures to recover from; -1 = without end")
     timeout: Positive = Field(
-        default=1800, description="seconds that the workers wait for one of them; then it is named, and counts as a failure"
+        default=1800,
+        description="seconds that the workers wait for one of them; then it is named, and counts as a failure",
     )
 
 
 class Evaluation(Part):
     """What is measured after training."""
 
-    data: Location | None = Field(default=None, description="held-out shards; none = data.train, on the training images")
+    data: Location | None = Field(
+        default=None, description="held-out shards; none = data.train, on the training images"
+    )
     split: str | None = Field(default=None, description="the split that is measured, where a folder holds several")
     views: list[ViewSpec] = Field(
-        default_factory=lambda: [ViewSpec(size=0.5), ViewSpec(size=0.25), ViewSpec(kind="random", size=0.5)], min_length=1
+        default_factory=lambda: [ViewSpec(size=0.5), ViewSpec(size=0.25), ViewSpec(kind="random", size=0.5)],
+        min_length=1,
     )
-    features: str = Field(default="efficientnet_lite0", description="network that looks at images: efficientnet_lite0 | inception | clip")
-    features_weights: Location | None = Field(default=None, description="local weights of that network, where it does not bring its own")
-    oracle: Location | None = Field(default=None, description="weights of a model trained without the forget set, as the reference")
+    features: str = Field(
+        default="efficientnet_lite0", description="network that looks at images: efficientnet_lite0 | inception | clip"
+    )
+    features_weights: Location | None = Field(
+        default=None, description="local weights of that network, where it does not bring its own"
+    )
+    oracle: Location | None = Field(
+        default=None, description="weights of a model trained without the forget set, as the reference"
+    )
     limit: Positive | None = Field(default=None, description="images of each set at most")
     batch_size: Positive = 100
     workers: Positive | None = Field(default=None, description="default: cluster.workers")
@@ -208,7 +246,11 @@ class RunConfig(Part):
     model: Model = Field(default_factory=Model)
     data: Data
     train_views: list[ViewSpec] = Field(
-        default_factory=lambda: [ViewSpec(kind="random", size=(0.25, 0.75)), ViewSpec(size=0.5), ViewSpec(kind="box", size=(0.25, 0.6))],
+        default_factory=lambda: [
+            ViewSpec(kind="random", size=(0.25, 0.75)),
+            ViewSpec(size=0.5),
+            ViewSpec(kind="box", size=(0.25, 0.6)),
+        ],
         description="one of them is drawn for every micro-batch",
         min_length=1,
     )
@@ -286,7 +328,9 @@ def _differences(part: Part) -> dict[str, Any]:
     plain, changed = part.model_dump(mode="json"), {}
     for name, field in type(part).model_fields.items():
         value = getattr(part, name)
-        if isinstance(value, Part) and (field.is_required() or isinstance(field.get_default(call_default_factory=True), Part)):
+        if isinstance(value, Part) and (
+            field.is_required() or isinstance(field.get_default(call_default_factory=True), Part)
+        ):
             if inner := _differences(value):
                 changed[name] = inner
         elif field.is_required() or value != field.get_default(call_default_factory=True):
@@ -370,14 +414,18 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
         return kind.model_validate(tree)
     except ValidationError as e:
         lines = [line for error in e.errors() for line in _explain(error, kind)]
-        raise ConfigError(f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))) from None
+        raise ConfigError(
+            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+        ) from None
 
 
 @functools.cache
 def _kind(method: str) -> type[RunConfig]:
     """RunConfig with the options of a method. Raises ConfigError for an unknown one."""
     options = METHODS.load(method).Options
-    return create_model("RunConfig", __base__=RunConfig, __module__=__name__, method=(options, Field(default_factory=options)))
+    return create_model(
+        "RunConfig", __base__=RunConfig, __module__=__name__, method=(options, Field(default_factory=options))
+    )
 
 
 def ignored(run: RunConfig) -> list[str]:
@@ -393,11 +441,15 @@ def ignored(run: RunConfig) -> list[str]:
         note(t, "training", ("zero_stage", "offload_optimizer"), "engine torch is one plain process")
         note(c, "cluster", ("address", "max_failures", "min_workers"), "engine torch does not use Ray to train")
     elif t.offload_optimizer and t.zero_stage == 0:
-        note(t, "training", ("offload_optimizer",), "there is nothing to offload without ZeRO; set zero_stage 1, 2 or 3")
+        note(
+            t, "training", ("offload_optimizer",), "there is nothing to offload without ZeRO; set zero_stage 1, 2 or 3"
+        )
     if run.method.name.startswith("pretrain"):
         note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
     if t.steps and t.warmup_steps >= t.steps:
-        notes.append(f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value")
+        notes.append(
+            f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value"
+        )
     if e.features == "efficientnet_lite0":
         note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")
     return notes
@@ -410,7 +462,9 @@ def _explain(error: Any, kind: type[RunConfig]) -> list[str]:
     if error["type"] == "extra_forbidden":
         known = _fields(path[:-1], kind)
         close = difflib.get_close_matches(path[-1], known, n=1)
-        return [f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}")]
+        return [
+            f"{where}: unknown key" + (f"; did you mean {close[0]}?" if close else f"; known keys: {', '.join(known)}")
+        ]
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = f" (given: {given!r})" if isinstance(given, int | float | str | bool) and error["type"] != "missing" else ""

@@ -115,7 +115,9 @@ class Lease:
 
 
 @contextlib.contextmanager
-def held(run_dir: str, what: str, seconds: float = SECONDS, say: Callable[[str], None] = lambda text: None) -> Iterator[Lease]:
+def held(
+    run_dir: str, what: str, seconds: float = SECONDS, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Lease]:
     """Own the run folder until the end of the block.
 
     what: the command, for the messages that others see; seconds: how long the folder stays taken after this process has
@@ -155,13 +157,19 @@ def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], N
         owner, version = _parse(found[0]), found[1]
         gone = owner.gone() if owner else None
         if gone is False or (gone is None and seen not in (None, version)):
-            who = f"{owner}: wait until it ends, or stop it (kill {owner.pid} on {owner.host})" if owner else "another process"
+            who = (
+                f"{owner}: wait until it ends, or stop it (kill {owner.pid} on {owner.host})"
+                if owner
+                else "another process"
+            )
             raise LeaseError(f"{storage.uri} is in use by {who}. Or give another run_dir")
         if gone is None:
             lasts = owner.seconds if owner else SECONDS
             if seen is None:
                 seen, until = version, time.monotonic() + lasts
-                say(f"{storage.uri} was in use by {owner or f'whoever wrote its damaged {NAME}'}: waiting up to {lasts:.0f} s for a sign of life")
+                say(
+                    f"{storage.uri} was in use by {owner or f'whoever wrote its damaged {NAME}'}: waiting up to {lasts:.0f} s for a sign of life"
+                )
             if time.monotonic() < until:
                 time.sleep(min(2, lasts / 20))
                 continue

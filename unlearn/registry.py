@@ -22,7 +22,9 @@ class Registry:
     def register(self, name: str, location: str) -> None:
         """Add an entry at `package.module:Class`. Raises ConfigError where the name is taken."""
         if name in self:
-            raise ConfigError(f"{self.kind} {name} is registered already, at {self.entries[self.aliases.get(name, name)]}")
+            raise ConfigError(
+                f"{self.kind} {name} is registered already, at {self.entries[self.aliases.get(name, name)]}"
+            )
         self.entries[name] = location
 
     def load(self, name: str) -> Any:

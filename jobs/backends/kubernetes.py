@@ -79,10 +79,18 @@ class Kubernetes:
             for rehearsal in ({"dry_run": "All"}, {}):  # the server itself is asked first: every field, every admission
                 try:
                     self._objects.create_namespaced_custom_object(
-                        *RAYJOBS, self.namespace, "rayjobs", document, field_manager="unlearn", field_validation="Strict", **rehearsal
+                        *RAYJOBS,
+                        self.namespace,
+                        "rayjobs",
+                        document,
+                        field_manager="unlearn",
+                        field_validation="Strict",
+                        **rehearsal,
                     )
                 except Exception as e:
-                    if getattr(e, "status", None) != 409:  # another has sent the same at the same time: then it is there
+                    if (
+                        getattr(e, "status", None) != 409
+                    ):  # another has sent the same at the same time: then it is there
                         raise
         return self.get(id)
 
@@ -108,14 +116,18 @@ class Kubernetes:
                 pod = max(pods, key=lambda p: p.metadata.creation_timestamp, default=None)
                 if pod and pod.status.phase != "Pending" and pod.metadata.name != told:
                     told = pod.metadata.name
-                    answer = self._core.read_namespaced_pod_log(told, self.namespace, follow=follow, _preload_content=False)
+                    answer = self._core.read_namespaced_pod_log(
+                        told, self.namespace, follow=follow, _preload_content=False
+                    )
                     for piece in answer.stream(decode_content=False):
                         yield piece.decode(errors="replace")
             if not follow or not job.live:
                 break
             time.sleep(1)
         if told is None and pod:
-            raise ClusterError(f"{where}: its pod has not started ({waiting(pod) or 'Pending'}); wait for it with --follow")
+            raise ClusterError(
+                f"{where}: its pod has not started ({waiting(pod) or 'Pending'}); wait for it with --follow"
+            )
         if told is None:
             raise ClusterError(
                 f"{where}: its pod is gone, or not there yet (the job is {job.state}); wait for it with --follow. Older logs are where "
@@ -140,7 +152,9 @@ class Kubernetes:
             if not workloads:
                 patch["spec"] = {"suspend": True}
             self._objects.patch_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", name, patch)
-            if not workloads:  # out of the queue, or a Kueue that looks at it later starts it; one that forbids this is at work
+            if (
+                not workloads
+            ):  # out of the queue, or a Kueue that looks at it later starts it; one that forbids this is at work
                 with contextlib.suppress(Exception):
                     self._objects.patch_namespaced_custom_object(
                         *RAYJOBS, self.namespace, "rayjobs", name, {"metadata": {"labels": {QUEUE: None}}}
@@ -154,7 +168,11 @@ class Kubernetes:
             for document in self._all():
                 if _id(document) == id:
                     self._objects.delete_namespaced_custom_object(
-                        *RAYJOBS, self.namespace, "rayjobs", document["metadata"]["name"], propagation_policy="Background"
+                        *RAYJOBS,
+                        self.namespace,
+                        "rayjobs",
+                        document["metadata"]["name"],
+                        propagation_policy="Background",
                     )
 
     # A document in our words
@@ -169,7 +187,9 @@ class Kubernetes:
         elif phase == "Complete" and status.get("jobStatus") == "STOPPED":
             state = State.STOPPED
         elif phase == "Retrying":
-            message = f"attempt {status.get('failed', 0)} failed, it is tried again. {message}".strip()  # counted already
+            message = (
+                f"attempt {status.get('failed', 0)} failed, it is tried again. {message}".strip()
+            )  # counted already
         elif meta.get("annotations", {}).get(STOP) and state in (State.QUEUED, State.STARTING, State.RUNNING):
             # Until the cluster is down the run folder may still be written to.
             state, message = (State.STOPPED, "") if phase in ("", "Suspended") else (State.RUNNING, "is being stopped")
@@ -189,9 +209,17 @@ class Kubernetes:
             with contextlib.suppress(Exception):  # out of this user's sight; the job's state is told anyway
                 workloads = self._workloads(document)
             conditions = [c for w in workloads for c in w.get("status", {}).get("conditions", [])]
-            told = {c["type"]: c.get("message", "") for c in conditions if c["status"] == "False" or c["type"] in ("Evicted", "Preempted")}
-            why = next((told[kind] for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted") if told.get(kind)), "")
-            return f"waits in Kueue's queue {queue}" + (f": {why}" if why else "; no such queue, or Kueue has not looked yet")
+            told = {
+                c["type"]: c.get("message", "")
+                for c in conditions
+                if c["status"] == "False" or c["type"] in ("Evicted", "Preempted")
+            }
+            why = next(
+                (told[kind] for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted") if told.get(kind)), ""
+            )
+            return f"waits in Kueue's queue {queue}" + (
+                f": {why}" if why else "; no such queue, or Kueue has not looked yet"
+            )
         for condition in status.get("rayClusterStatus", {}).get("conditions", []):
             if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
                 return f"pods cannot be made ({condition.get('reason')}): {condition.get('message', '')}"
@@ -207,7 +235,9 @@ class Kubernetes:
             return []
         chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
         try:
-            found = self._objects.list_namespaced_custom_object(*WORKLOADS, self.namespace, "workloads", label_selector=chosen)["items"]
+            found = self._objects.list_namespaced_custom_object(
+                *WORKLOADS, self.namespace, "workloads", label_selector=chosen
+            )["items"]
         except Exception as e:
             if getattr(e, "status", None) == 404:  # a cluster without Kueue
                 return []
@@ -220,7 +250,11 @@ class Kubernetes:
         """The same; for a job that has just been made they are waited for."""
         age = time.time() - datetime.fromisoformat(document["metadata"]["creationTimestamp"]).timestamp()
         deadline = time.monotonic() + min(self._kueue, self._kueue - age)
-        while not (found := self._workloads(document)) and QUEUE in document["metadata"]["labels"] and time.monotonic() < deadline:
+        while (
+            not (found := self._workloads(document))
+            and QUEUE in document["metadata"]["labels"]
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.5)
         return found
 
@@ -229,16 +263,26 @@ class Kubernetes:
     def _all(self) -> list[dict]:
         """Every RayJob of ours, the newest first."""
         with self._told("listing jobs"):
-            found = self._objects.list_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", label_selector=LABEL)["items"]
-        found = [d for d in found if is_ours(d["metadata"].get("annotations", {}).get(REQUEST))]  # others may use the label
+            found = self._objects.list_namespaced_custom_object(
+                *RAYJOBS, self.namespace, "rayjobs", label_selector=LABEL
+            )["items"]
+        found = [
+            d for d in found if is_ours(d["metadata"].get("annotations", {}).get(REQUEST))
+        ]  # others may use the label
         # Two within one second are told apart by their attempt.
-        return sorted(found, key=lambda d: (d["metadata"]["creationTimestamp"], len(d["metadata"]["name"]), d["metadata"]["name"]), reverse=True)
+        return sorted(
+            found,
+            key=lambda d: (d["metadata"]["creationTimestamp"], len(d["metadata"]["name"]), d["metadata"]["name"]),
+            reverse=True,
+        )
 
     def _newest(self, id: str) -> dict:
         for document in self._all():
             if _id(document) == id:
                 return document
-        raise NoSuchJob(f"no job {id} in namespace {self.namespace}: `unlearn jobs list --to {self.where}` names those there are")
+        raise NoSuchJob(
+            f"no job {id} in namespace {self.namespace}: `unlearn jobs list --to {self.where}` names those there are"
+        )
 
     @property
     def namespace(self) -> str:
@@ -271,7 +315,9 @@ class Kubernetes:
                 contexts, current = kubernetes.config.list_kube_config_contexts(file)
                 chosen = next((c for c in contexts if c["name"] == self._context), None) if self._context else current
                 if chosen is None:
-                    raise ConfigError(f"no context {self._context} in the kubeconfig: {', '.join(c['name'] for c in contexts)}")
+                    raise ConfigError(
+                        f"no context {self._context} in the kubeconfig: {', '.join(c['name'] for c in contexts)}"
+                    )
                 kubernetes.config.load_kube_config(file, context=self._context, client_configuration=settings)
                 namespace = chosen["context"].get("namespace")
             except kubernetes.config.ConfigException as e:
@@ -279,7 +325,9 @@ class Kubernetes:
                     kubernetes.config.load_incluster_config(client_configuration=settings)
                     namespace = None
                 except kubernetes.config.ConfigException:
-                    raise ConfigError(f"no Kubernetes cluster is configured ({' '.join(str(e).split())[:160]}): set KUBECONFIG") from None
+                    raise ConfigError(
+                        f"no Kubernetes cluster is configured ({' '.join(str(e).split())[:160]}): set KUBECONFIG"
+                    ) from None
             settings.refresh_api_key_hook = functools.partial(_stripped, settings.refresh_api_key_hook)
             self._client = kubernetes.client.ApiClient(settings), namespace
         return self._client
@@ -298,11 +346,15 @@ class Kubernetes:
         except ValueError as e:
             if "header value" not in str(e):
                 raise
-            raise ClusterError(f"{self.where}: the token of this context holds characters that no header can: renew it") from None
+            raise ClusterError(
+                f"{self.where}: the token of this context holds characters that no header can: renew it"
+            ) from None
         except HTTPError as e:
             host = client.configuration.host
             why = " ".join(str(getattr(e, "reason", None) or e).split())
-            raise ClusterError(f"no Kubernetes cluster answers at {host} ({why[:160]}): check the context, and that you can reach it") from None
+            raise ClusterError(
+                f"no Kubernetes cluster answers at {host} ({why[:160]}): check the context, and that you can reach it"
+            ) from None
 
 
 def _stripped(refresh, settings) -> None:

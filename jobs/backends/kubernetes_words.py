@@ -18,7 +18,14 @@ HINTS = {
     "SubmissionFailed": "the submitter could not hand the job to its cluster; its log says why",
 }
 # Reasons for which the kubelet keeps a container waiting that do not pass by themselves.
-STUCK = ("ImagePullBackOff", "ErrImagePull", "InvalidImageName", "CreateContainerConfigError", "CreateContainerError", "CrashLoopBackOff")
+STUCK = (
+    "ImagePullBackOff",
+    "ErrImagePull",
+    "InvalidImageName",
+    "CreateContainerConfigError",
+    "CreateContainerError",
+    "CrashLoopBackOff",
+)
 
 
 def refusal(error, namespace: str, where: str) -> str:

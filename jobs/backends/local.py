@@ -1,8 +1,8 @@
 """Jobs on this machine: detached processes, and a folder for each, closed to other users, with what is known of it.
 
-    ~/.unlearn/jobs/ID/   request.json  what was asked for      config.yaml  the configuration
-                          process.json  pid and its start       log          what the driver printed, of all attempts
-                          exit          its exit code           stopped      there once a stop was asked for
+~/.unlearn/jobs/ID/   request.json  what was asked for      config.yaml  the configuration
+                      process.json  pid and its start       log          what the driver printed, of all attempts
+                      exit          its exit code           stopped      there once a stop was asked for
 """
 
 import contextlib
@@ -38,7 +38,11 @@ class Local:
         self.grace = grace
 
     def plan(self, request: Request) -> str:
-        sent = {"command": [sys.executable, *request.command], "environment": request.variables, "folder": str(self.home / request.id)}
+        sent = {
+            "command": [sys.executable, *request.command],
+            "environment": request.variables,
+            "folder": str(self.home / request.id),
+        }
         return yaml.safe_dump(sent, sort_keys=False)
 
     def start(self, request: Request) -> Job:
@@ -84,7 +88,10 @@ class Local:
         elif code and (stopped or code in ("130", "143")):
             state, message = State.STOPPED, ""
         elif code:
-            state, message = State.FAILED, f"exit code {code}: {error_line(_text(folder / 'log', process.get('log', 0)))}"
+            state, message = (
+                State.FAILED,
+                f"exit code {code}: {error_line(_text(folder / 'log', process.get('log', 0)))}",
+            )
         elif process.get("host", socket.gethostname()) != socket.gethostname():
             state, message = State.RUNNING, f"on {process['host']}: only there it can be told whether it still runs"
         elif _alive(process):

@@ -24,7 +24,13 @@ from jobs import token
 from jobs.backends.base import CONFIG, GOES_ON, Job, NoSuchJob, Request, State, error_line, is_ours, next_attempt
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
-STATES = {"PENDING": State.STARTING, "RUNNING": State.RUNNING, "SUCCEEDED": State.SUCCEEDED, "FAILED": State.FAILED, "STOPPED": State.STOPPED}
+STATES = {
+    "PENDING": State.STARTING,
+    "RUNNING": State.RUNNING,
+    "SUCCEEDED": State.SUCCEEDED,
+    "FAILED": State.FAILED,
+    "STOPPED": State.STOPPED,
+}
 REQUEST, CODE = "unlearn", "unlearn-code"  # our keys in a submission's metadata
 GRACE = 30  # seconds that a driver has to end by itself once it is asked to
 PATIENCE = 60  # seconds for which a head that has just started may take no jobs yet
@@ -76,9 +82,13 @@ class RayJobs:
     def again(self, id: str) -> Job:
         details = self._newest(id)
         if (code := details.metadata.get(CODE, "")) and not Path(code).is_dir():
-            raise ClusterError(f"{id} was sent with the code in {code}, which is not on this machine: submit it again, with --working-dir")
+            raise ClusterError(
+                f"{id} was sent with the code in {code}, which is not on this machine: submit it again, with --working-dir"
+            )
         variables = (details.runtime_env or {}).get("env_vars", {})
-        return RayJobs(self.where, code or None).start(Request.load(details.metadata[REQUEST], variables.get(CONFIG, "")))
+        return RayJobs(self.where, code or None).start(
+            Request.load(details.metadata[REQUEST], variables.get(CONFIG, ""))
+        )
 
     def start(self, request: Request) -> Job:
         attempt = next_attempt(request.id, [d.submission_id for d in self._details() if _identity(d) == request.id])
@@ -159,7 +169,9 @@ class RayJobs:
     def _details(self) -> list:
         """Every submission of ours, the newest first."""
         with self._told():
-            found = [d for d in self._client.list_jobs() if is_ours((d.metadata or {}).get(REQUEST)) and d.submission_id]
+            found = [
+                d for d in self._client.list_jobs() if is_ours((d.metadata or {}).get(REQUEST)) and d.submission_id
+            ]
         return sorted(found, key=lambda d: d.start_time or 0, reverse=True)
 
     def _newest(self, id: str):
@@ -181,7 +193,9 @@ class RayJobs:
                 logging.getLogger(name).setLevel(logging.WARNING)
             with _meant(self.where):
                 found = token.read()
-                self._connected = JobSubmissionClient(self.where, headers={"Authorization": f"Bearer {found}"} if found else None)
+                self._connected = JobSubmissionClient(
+                    self.where, headers={"Authorization": f"Bearer {found}"} if found else None
+                )
         return self._connected
 
     @contextlib.contextmanager
@@ -194,20 +208,30 @@ class RayJobs:
         except (ClusterError, ConfigError, MissingExtra):
             raise
         except requests.exceptions.InvalidHeader:  # its text is the header
-            raise ClusterError(f"{self.where}: the token holds characters that no header can: check RAY_AUTH_TOKEN") from None
+            raise ClusterError(
+                f"{self.where}: the token holds characters that no header can: check RAY_AUTH_TOKEN"
+            ) from None
         except Exception as e:
             text = " ".join(str(e).split())
-            if type(e).__name__ == "AuthenticationError" or "Invalid response status" in text and re.search("40[13]", text):
+            if (
+                type(e).__name__ == "AuthenticationError"
+                or "Invalid response status" in text
+                and re.search("40[13]", text)
+            ):
                 if "Missing" in text or "required" in text or "401" in text:
                     what = f"{self.where} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file"
                 else:
                     what = f"{self.where} refuses the token: check RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
                 raise ClusterError(what) from None
             if isinstance(e, ConnectionError | requests.exceptions.RequestException | ValueError):
-                raise ClusterError(f"no Ray dashboard answers at {self.where} ({text[:160]}): check the address; the port is 8265 unless told") from None
+                raise ClusterError(
+                    f"no Ray dashboard answers at {self.where} ({text[:160]}): check the address; the port is 8265 unless told"
+                ) from None
             if isinstance(e, RuntimeError):
                 if "Package" in text and "exceed" in text or "is too large" in text:
-                    raise ClusterError(f"the working directory is too large to be sent: {text[:200]}; name a smaller --working-dir") from None
+                    raise ClusterError(
+                        f"the working directory is too large to be sent: {text[:200]}; name a smaller --working-dir"
+                    ) from None
                 if "No available agent" in text:
                     text = f"its head has taken no jobs for {PATIENCE} s; is its node alive, and port 52365 free for its agent? ({text[:160]})"
                 raise ClusterError(f"{self.where} refused: {text[:300]}") from None
@@ -217,7 +241,13 @@ class RayJobs:
 def _job(details) -> Job:
     state = STATES[str(getattr(details.status, "value", details.status))]
     request = Request.load(details.metadata[REQUEST])
-    return Job(request.id, state, request.run_dir, (details.start_time or 0) / 1000, _message(details) if state in (State.FAILED, State.STARTING) else "")
+    return Job(
+        request.id,
+        state,
+        request.run_dir,
+        (details.start_time or 0) / 1000,
+        _message(details) if state in (State.FAILED, State.STARTING) else "",
+    )
 
 
 def _message(details) -> str:
@@ -239,9 +269,13 @@ def _check_answers(address: str) -> None:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(f"--to {address}: write a Ray cluster as http://HEAD:8265")
     try:
-        socket.create_connection((parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=10).close()
+        socket.create_connection(
+            (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)), timeout=10
+        ).close()
     except (OSError, ValueError) as e:
-        raise ClusterError(f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the cluster is up") from None
+        raise ClusterError(
+            f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the cluster is up"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -38,7 +38,9 @@ def template(overlay: str) -> dict:
         try:
             text = Path(overlay).read_text()
         except OSError as e:
-            raise ConfigError(f"{overlay}: {e.strerror}: name a file that `kubectl kustomize` wrote, or one of {', '.join(OVERLAYS)}") from None
+            raise ConfigError(
+                f"{overlay}: {e.strerror}: name a file that `kubectl kustomize` wrote, or one of {', '.join(OVERLAYS)}"
+            ) from None
     else:
         raise ConfigError(f"no overlay {overlay!r}: take one of {', '.join(OVERLAYS)}, or the path of a YAML file")
     try:
@@ -86,7 +88,10 @@ def fill(
     if resources:
         # CPU without a limit, as in the templates: a limit would only throttle.
         limits = {kind: amount for kind, amount in resources.items() if kind != "cpu"}
-        _workers(body)["template"]["spec"]["containers"][0]["resources"] = {"requests": dict(resources), "limits": limits}
+        _workers(body)["template"]["spec"]["containers"][0]["resources"] = {
+            "requests": dict(resources),
+            "limits": limits,
+        }
     for container in containers:
         kept = [e for e in container.get("env", []) if e["name"] not in (env or {})]
         container["env"] = kept + [_variable(key, value) for key, value in (env or {}).items()]
@@ -128,7 +133,9 @@ def _resize(cluster: dict, workers: int | tuple[int, int]) -> None:
     if not 0 <= least <= most:
         raise ConfigError(f"{least} to {most} worker pods are asked for: give 0 <= least <= most")
     if most > ceiling:
-        raise ConfigError(f"{most} worker pods are asked for, the template allows {ceiling} (maxReplicas): ask for fewer, or raise it there")
+        raise ConfigError(
+            f"{most} worker pods are asked for, the template allows {ceiling} (maxReplicas): ask for fewer, or raise it there"
+        )
     # The autoscaler grows from the least; without one all are asked for at once, and the run may begin with the least.
     start = least if cluster.get("enableInTreeAutoscaling") else most
     group |= {"minReplicas": least, "maxReplicas": most, "replicas": start}

@@ -106,7 +106,9 @@ def _life(spec: dict, cluster: dict) -> Iterator[str]:
             yield f"spec.{key} is {spec[key]}: more than 0, or leave it out"
     deletion = spec.get("deletionStrategy") or {}
     rules = deletion.get("deletionRules") or []
-    policies = [r.get("policy") for r in rules] + [(deletion.get(k) or {}).get("policy") for k in ("onSuccess", "onFailure")]
+    policies = [r.get("policy") for r in rules] + [
+        (deletion.get(k) or {}).get("policy") for k in ("onSuccess", "onFailure")
+    ]
     if rules and shutdown:
         yield "spec.deletionStrategy.deletionRules does not go with shutdownAfterJobFinishes: leave one out"
     if not rules and shutdown and "DeleteNone" in policies:
@@ -121,7 +123,9 @@ def _groups(cluster: dict, groups: list[tuple[str, dict]]) -> Iterator[str]:
         yield "rayClusterSpec.upgradeStrategy is not for the cluster of a job: leave it out"
     for where, group in groups:
         params = group.get("rayStartParams") or {}
-        if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & {k for k, v in params.items() if v}:
+        if group.get("resources") and {"num-cpus", "num-gpus", "memory", "resources"} & {
+            k for k, v in params.items() if v
+        }:
             yield f"{where} has resources both in rayStartParams and in resources: keep one"
         if "labels" in params:
             yield f"{where}: rayStartParams.labels is not supported, use the group's labels"
@@ -137,7 +141,9 @@ def _groups(cluster: dict, groups: list[tuple[str, dict]]) -> Iterator[str]:
         least, most = least or 0, 2**31 - 1 if most is None else most
         if min(least, most, group.get("replicas", 0)) < 0:
             yield f"{where}: replicas, minReplicas and maxReplicas are 0 or more"
-        elif not least <= group.get("replicas", least) <= most:  # the operator would take the nearer bound and say nothing
+        elif (
+            not least <= group.get("replicas", least) <= most
+        ):  # the operator would take the nearer bound and say nothing
             yield f"{where}: replicas {group.get('replicas', least)} is not between minReplicas {least} and maxReplicas {most}"
 
 
@@ -162,13 +168,19 @@ def _autoscaling(cluster: dict, groups: list[tuple[str, dict]]) -> Iterator[str]
 
 
 def _state(cluster: dict, annotations: dict) -> Iterator[str]:
-    head, options, params = cluster["headGroupSpec"], cluster.get("gcsFaultToleranceOptions"), cluster["headGroupSpec"].get("rayStartParams") or {}
+    head, options, params = (
+        cluster["headGroupSpec"],
+        cluster.get("gcsFaultToleranceOptions"),
+        cluster["headGroupSpec"].get("rayStartParams") or {},
+    )
     by_annotation = annotations.get("ray.io/ft-enabled")
     if options and by_annotation:
         yield "the annotation ray.io/ft-enabled and gcsFaultToleranceOptions are both set: keep the second"
     if not options and by_annotation != "true" and _variable(head, "RAY_REDIS_ADDRESS"):
         yield "the head's RAY_REDIS_ADDRESS needs gcsFaultToleranceOptions: give redisAddress there"
-    if options and (params.get("redis-password") or _variable(head, "REDIS_PASSWORD") or _variable(head, "RAY_REDIS_ADDRESS")):
+    if options and (
+        params.get("redis-password") or _variable(head, "REDIS_PASSWORD") or _variable(head, "RAY_REDIS_ADDRESS")
+    ):
         yield "with gcsFaultToleranceOptions Redis' address and password stand there, not in the head's environment or rayStartParams"
     if params.get("redis-username") or _variable(head, "REDIS_USERNAME"):
         yield "Redis' user name stands in gcsFaultToleranceOptions.redisUsername"

@@ -42,4 +42,6 @@ def main(module: str, call: Callable[[], None]) -> None:
 def tell_ratio(what: str, mine: list[float], base: list[float]) -> None:
     """Print the median of the ratios of each round, and their range."""
     ratios = sorted(a / b for a, b in zip(mine, base, strict=True))
-    print(f"{what}: {statistics.median(ratios):.2f} (median of {len(ratios)} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})")
+    print(
+        f"{what}: {statistics.median(ratios):.2f} (median of {len(ratios)} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )

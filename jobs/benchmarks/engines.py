@@ -1,6 +1,6 @@
 """Ray Train + DeepSpeed against the plain torch engine: images/s of the same batches.
 
-    python -m jobs.benchmarks.engines [CONFIG] [--set a.b=c] [--rounds 3]
+python -m jobs.benchmarks.engines [CONFIG] [--set a.b=c] [--rounds 3]
 """
 
 import statistics
@@ -16,7 +16,10 @@ from unlearn.training import metrics
 def engines(settings: config.RunConfig, rounds: int) -> None:
     """Images/s in steady state of the same batches: the run as it is, and on plain torch with as many threads as the run
     has workers, in turn."""
-    plain = {"training": {"engine": "torch", "threads": settings.cluster.workers, "micro_batch_size": settings.micro_batch}, "cluster": {"workers": 1}}
+    plain = {
+        "training": {"engine": "torch", "threads": settings.cluster.workers, "micro_batch_size": settings.micro_batch},
+        "cluster": {"workers": 1},
+    }
     rates: dict[str, list[float]] = {"plain torch": [], "Ray + DeepSpeed": []}
     with connected(settings.cluster, settings.cluster.workers), tempfile.TemporaryDirectory() as folder:
         for round in range(rounds + 1):

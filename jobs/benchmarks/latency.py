@@ -64,11 +64,16 @@ def latency(settings: config.RunConfig, to: str, count: int) -> None:
         rounds += [found] if number else []
     for stage in STAGES:
         if values := [found[stage] for found in rounds if stage in found]:
-            print(f"{stage:16} after {statistics.median(values):5.1f} s (median of {len(values)}, {min(values):.1f} to {max(values):.1f})")
+            print(
+                f"{stage:16} after {statistics.median(values):5.1f} s (median of {len(values)}, {min(values):.1f} to {max(values):.1f})"
+            )
 
 
 if __name__ == "__main__":
     parser = command.parser(__doc__)
     parser.add_argument("--to", default="local")
     options = parser.parse_args()
-    command.main("jobs.benchmarks.latency", lambda: latency(command.settings(options, ["training.log_every=1"]), options.to, options.rounds))
+    command.main(
+        "jobs.benchmarks.latency",
+        lambda: latency(command.settings(options, ["training.log_every=1"]), options.to, options.rounds),
+    )

@@ -1,6 +1,6 @@
 """The loader without a cache against the bare decoder with as many threads: images/s of the same images.
 
-    python -m jobs.benchmarks.loader [CONFIG] [--set a.b=c] [--rounds 3]
+python -m jobs.benchmarks.loader [CONFIG] [--set a.b=c] [--rounds 3]
 """
 
 import time

@@ -44,7 +44,9 @@ def step(
     if run.method.name != "encoder_l2" or run.method.noise != "standard":
         raise ConfigError("benchmark step: the bare loop knows method encoder_l2 with noise standard alone")
     if channels_last and run.training.engine == "deepspeed":
-        raise ConfigError("--channels-last: DeepSpeed keeps weights in flat buffers of its own; measure it with training.engine=torch")
+        raise ConfigError(
+            "--channels-last: DeepSpeed keeps weights in flat buffers of its own; measure it with training.engine=torch"
+        )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     torch.set_num_threads(run.training.threads)
@@ -70,7 +72,9 @@ def step(
         _tell(run, times, sum(each) / len(each), device, has_first_stage)
 
 
-def _rounds(calls: dict[str, Callable], rounds: int, seconds: float, warm_up: int, device: torch.device) -> dict[str, list[tuple]]:
+def _rounds(
+    calls: dict[str, Callable], rounds: int, seconds: float, warm_up: int, device: torch.device
+) -> dict[str, list[tuple]]:
     """(seconds by the clock, seconds of the processor) of one step of each call, a pair a round; who begins changes from round to
     round. On a CPU that others use too the processor's time says more."""
     times = {name: [] for name in calls}
@@ -95,10 +99,14 @@ def _time(call: Callable, first: int, steps: int, device: torch.device) -> tuple
 def _ratio(what: str, times: dict[str, list[tuple]], which: int) -> None:
     ratios = sorted(e[which] / b[which] for e, b in zip(times["engine"], times["bare loop"], strict=True))
     low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
-    print(f"{what}, engine / bare loop: {statistics.median(ratios):.3f} (median of {len(ratios)} rounds, middle half {low:.3f} to {high:.3f})")
+    print(
+        f"{what}, engine / bare loop: {statistics.median(ratios):.3f} (median of {len(ratios)} rounds, middle half {low:.3f} to {high:.3f})"
+    )
 
 
-def _tell(run: config.RunConfig, times: dict[str, list[tuple]], flops: float, device: torch.device, has_first_stage: bool) -> None:
+def _tell(
+    run: config.RunConfig, times: dict[str, list[tuple]], flops: float, device: torch.device, has_first_stage: bool
+) -> None:
     _ratio("step time", times, 0)
     if device.type == "cpu":
         _ratio("processor time", times, 1)
@@ -114,7 +122,10 @@ def _tell(run: config.RunConfig, times: dict[str, list[tuple]], flops: float, de
         if has_first_stage:  # it is not on the device here, and its latents are
             run = run.model_copy(update={"data": run.data.model_copy(update={"latent_cache": "none"})})
         found = footprint.measure(run, run.micro_batch, precision, strategy.checkpointing)
-        needed, bare = memory.estimate(found, strategy, precision, 1, run.accumulation, True), 16 * found.trained.count + 4 * found.teacher.count
+        needed, bare = (
+            memory.estimate(found, strategy, precision, 1, run.accumulation, True),
+            16 * found.trained.count + 4 * found.teacher.count,
+        )
         print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB, of which the bare loop keeps {bare / 2**30:.2f}; "
               f"plan says {needed.total / 2**30:.2f} without it")  # fmt: skip
 
@@ -122,7 +133,9 @@ def _tell(run: config.RunConfig, times: dict[str, list[tuple]], flops: float, de
 class Bare:
     """The same step written down once more, with torch and nothing else."""
 
-    def __init__(self, run: config.RunConfig, student: base.Adapter, device: torch.device, compiled: bool, channels_last: bool):
+    def __init__(
+        self, run: config.RunConfig, student: base.Adapter, device: torch.device, compiled: bool, channels_last: bool
+    ):
         self.settings, self.method, self.device = run.training, run.method, device
         student.drop_decoder()
         self.student = student.to(device).train()
@@ -132,9 +145,15 @@ class Bare:
         self.parameters = [p for p in self.student.encoder.parameters() if p.requires_grad]
         decayed = [p for p in self.parameters if max(p.shape, default=1) != p.numel()]
         others = [p for p in self.parameters if max(p.shape, default=1) == p.numel()]
-        groups = [{"params": decayed, "weight_decay": run.training.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": run.training.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=run.training.lr, betas=run.training.betas, fused=device.type == "cuda"
+            [g for g in groups if g["params"]],
+            lr=run.training.lr,
+            betas=run.training.betas,
+            fused=device.type == "cuda",
         )
 
     def step(self, batches: list[Batch]) -> dict[str, torch.Tensor]:
@@ -155,7 +174,9 @@ class Bare:
         if images.dtype == torch.uint8:
             images = self.student.normalise(images)
         with torch.no_grad():
-            noise = self.student.noise_like(images[batch.retain :], torch.Generator(self.device).manual_seed(batch.seed))
+            noise = self.student.noise_like(
+                images[batch.retain :], torch.Generator(self.device).manual_seed(batch.seed)
+            )
             if (self.method.noise_region or self.student.noise_region) == "hole":
                 noise = self.student.fill_hole(images[batch.retain :], noise, view.rows(batch.retain, len(images)))
             target = self.teacher.encode(torch.cat([images[: batch.retain], noise]), view, batch.seed)
@@ -179,7 +200,9 @@ def _prepare(models: tuple, compiled: bool, channels_last: bool) -> None:
             model.encoder.compile()
 
 
-def _batches(run: config.RunConfig, student: base.Adapter, first_stage, device: torch.device, synthetic: bool) -> list[Batch]:
+def _batches(
+    run: config.RunConfig, student: base.Adapter, first_stage, device: torch.device, synthetic: bool
+) -> list[Batch]:
     """Micro-batches in memory, pinned where the device is a GPU; what a first stage makes of images is made here."""
     size = student.options.image_size
     if synthetic:
@@ -223,7 +246,10 @@ def _one_worker(options: argparse.Namespace) -> list[str]:
     found = ["training.engine=torch", "cluster.workers=1"]
     if options.model:
         family, _, variant = options.model.partition("/")
-        found += [f"model={{family: {family}, variant: {variant or 'null'}}}", "train_views=[{kind: random, size: 0.75}]"]
+        found += [
+            f"model={{family: {family}, variant: {variant or 'null'}}}",
+            "train_views=[{kind: random, size: 0.75}]",
+        ]
     if torch.cuda.is_available():
         found += ["training.dtype=bf16", "cluster.gpus_per_worker=1"]
     rows = options.micro_batch

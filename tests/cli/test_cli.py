@@ -89,7 +89,9 @@ def test_too_few_cpus_or_gpus(told, written):
 def test_no_such_file(told, tmp_path):
     assert "No such file" in refused(told, "run", tmp_path / "none.yaml")
     assert "no config.yaml in it" in refused(told, "report", tmp_path)
-    assert "write it as key=value" in refused(told, "config", "show", "jobs/configs/demo_fashion.yaml", "--set", "alpha")
+    assert "write it as key=value" in refused(
+        told, "config", "show", "jobs/configs/demo_fashion.yaml", "--set", "alpha"
+    )
 
 
 @pytest.mark.parametrize("damage", ["truncated", "text"])
@@ -142,7 +144,9 @@ def test_a_run_folder_in_use_and_a_checkpoint_of_another_config(told, written):
 
 def test_a_loss_that_is_not_finite(told, written, tmp_path):
     """The last good checkpoint stays, the message says which loss."""
-    path = written("training.lr=1.0e+30", "training.clip=0", "training.checkpoint_every=1", "training.schedule=constant")
+    path = written(
+        "training.lr=1.0e+30", "training.clip=0", "training.checkpoint_every=1", "training.schedule=constant"
+    )
     err = refused(told, "run", path)
     assert "retain loss is not finite; stopped before the update" in err
     assert (tmp_path / "run/checkpoints/step-00000001/COMMIT").exists()
@@ -155,7 +159,9 @@ def test_wrong_s3_credentials(told, written, s3_user):
 
 
 def test_what_is_ignored_is_said(told, written):
-    code, _, err = told("config", "check", written(), "--set", "evaluation.features_weights=/x", "--set", "training.warmup_steps=9")
+    code, _, err = told(
+        "config", "check", written(), "--set", "evaluation.features_weights=/x", "--set", "training.warmup_steps=9"
+    )
     assert code == 0 and "evaluation.features_weights is ignored" in err and "warmup_steps 9 is not shorter" in err
 
 
@@ -184,7 +190,9 @@ def test_everything_on_s3(told, written, tiny_shards, s3):
     assert told("shards", "verify", f"{s3}/shards")[0] == 0
     code, out, err = told("run", written(f"data.train={s3}/shards", f"run_dir={s3}/run"))
     assert code == 0 and f"{s3}/run/report.html" in out
-    assert {"config.yaml", "metrics.jsonl", "metrics.json", "report.html", "model/weights.safetensors"} <= set(run.files())
+    assert {"config.yaml", "metrics.jsonl", "metrics.json", "report.html", "model/weights.safetensors"} <= set(
+        run.files()
+    )
     assert not any(ADMIN[1].encode() in run.read(name) for name in run.files()) and ADMIN[1] not in out + err
     assert told("report", f"{s3}/run")[0] == 0
 

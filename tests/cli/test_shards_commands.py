@@ -20,7 +20,9 @@ def hub(folder) -> str:
 def test_a_hub_folder_is_indexed_by_split_and_column(told, tmp_path):
     where = hub(tmp_path / "hub")
     assert "holds several splits: test, train; choose one with --split" in refused(told, "shards", "index", where)
-    assert "fine_label or coarse_label may be the label; say which with --label-column" in refused(told, "shards", "index", where, "--split", "train")
+    assert "fine_label or coarse_label may be the label; say which with --label-column" in refused(
+        told, "shards", "index", where, "--split", "train"
+    )
     (tmp_path / "names.txt").write_text("ant\nbee\n")
     options = ["--label-column", "fine_label", "--classes", tmp_path / "names.txt"]
     code, out, _ = told("shards", "index", where, "--split", "train", *options)

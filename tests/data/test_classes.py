@@ -21,7 +21,11 @@ def image(number: int) -> bytes:
 def put(path, labels, names=None, first: int = 0, name: str = "a.parquet", **columns) -> str:
     """A shard of images first, first + 1, ... with these labels, whose names are in its metadata."""
     path.mkdir(parents=True, exist_ok=True)
-    about = {"huggingface": json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})} if names else None
+    about = (
+        {"huggingface": json.dumps({"info": {"features": {"label": {"names": names, "_type": "ClassLabel"}}}})}
+        if names
+        else None
+    )
     images = [{"bytes": image(first + i), "path": None} for i in range(len(labels))]
     table = pa.table({"image": images, "label": labels} | columns)
     pq.write_table(table.replace_schema_metadata(about), path / name)
@@ -40,7 +44,14 @@ def picked(where: str, **conditions) -> list[int]:
 
 def measured(train: str, evaluation: str, **data) -> dict[str, list[int]]:
     """Row numbers of the held-out sets."""
-    run = config.parse({"run_dir": "x", "data": {"train": train, **data}, "training": {"steps": 1, "batch_size": 4}, "evaluation": {"data": evaluation}})
+    run = config.parse(
+        {
+            "run_dir": "x",
+            "data": {"train": train, **data},
+            "training": {"steps": 1, "batch_size": 4},
+            "evaluation": {"data": evaluation},
+        }
+    )
     return {name: rows.rows.tolist() for name, rows in held_out.sets(run, selection.sets(run.data, 0)).items()}
 
 
@@ -50,7 +61,15 @@ def test_lists_of_files_are_joined_by_name(tmp_path):
     put(tmp_path, [0], ["a"], name="z.parquet")
     pq.ParquetWriter(tmp_path / "0.parquet", pa.schema({"image": pa.binary(), "label": pa.int64()})).close()
     manifest, where = shards.index(str(tmp_path)), str(tmp_path)
-    assert manifest.classes == ["a", "b", "c"] and manifest.table(["label"])["label"].to_pylist() == [0, 1, 1, 1, 0, 2, 0]
+    assert manifest.classes == ["a", "b", "c"] and manifest.table(["label"])["label"].to_pylist() == [
+        0,
+        1,
+        1,
+        1,
+        0,
+        2,
+        0,
+    ]
     assert [s.labels for s in manifest.shards] == [[], [], [1, 0, 2], []] and shards.load(where) == manifest
     assert picked(where, classes=["a"]) == [0, 4, 6] and picked(where, classes=["c"]) == [5]
     assert [g.labels for s in manifest.shards for g in s.row_groups] == [(0, 1), (0, 2), (0, 0)]
@@ -63,7 +82,9 @@ def test_lists_that_cannot_be_joined_are_told(tmp_path):
         shards.index(str(tmp_path))
     assert shards.index(str(tmp_path), classes=["c", "d"]).classes == ["c", "d"]
     put(tmp_path, [0, 1, 2], ["crane", "b", "crane"], name="y.parquet")
-    with pytest.raises(DataError, match="y.parquet: two classes are called 'crane', and files beside it have other class lists"):
+    with pytest.raises(
+        DataError, match="y.parquet: two classes are called 'crane', and files beside it have other class lists"
+    ):
         shards.index(str(tmp_path))
 
 
@@ -89,7 +110,9 @@ def test_two_classes_of_one_name_are_told_apart(tmp_path):
         picked(where, classes=["crane"])
     assert picked(where, classes=[2]) == [2, 3] and measured(where, other, forget={"classes": [2]})["forget"] == [2]
     found = selection.sets(config.Data(train=where, forget={"classes": [2]}), 0)
-    assert selection.describe(found)["forget"]["classes"] == ["crane (2)"] and selection.describe(found)["retain"]["classes"] == ["crane (0)", "bee"]
+    assert selection.describe(found)["forget"]["classes"] == ["crane (2)"] and selection.describe(found)["retain"][
+        "classes"
+    ] == ["crane (0)", "bee"]
     assert checking.inspect(where)["classes"] == "3: crane (0) (1), bee (1), crane (2) (2)"
     shorter = indexed(tmp_path / "c", [0, 1, 2], ["bee", "crane", "crane"])
     with pytest.raises(ConfigError, match=r"several classes are called 'crane', so class 'crane \(2\)'"):
@@ -102,10 +125,14 @@ def test_a_number_is_a_label_and_text_is_a_name(tmp_path, caplog):
         (tmp_path / f"src/{n + 1}/1.png").write_bytes(image(n))
     where = str(tmp_path / "out")
     manifest = packing.build(str(tmp_path / "src"), where)
-    assert manifest.classes == [str(n + 1) for n in range(12)] and manifest.table(["id"])["id"].to_pylist() == [f"{n + 1}/1.png" for n in range(12)]
+    assert manifest.classes == [str(n + 1) for n in range(12)] and manifest.table(["id"])["id"].to_pylist() == [
+        f"{n + 1}/1.png" for n in range(12)
+    ]
     assert picked(where, classes=["2"]) == [1] and not caplog.records
     assert picked(where, classes=[2]) == [2]
-    assert "2 is taken as a label, which is class '3'; for the class that is named so (label 1) write \"2\"" in caplog.text
+    assert (
+        "2 is taken as a label, which is class '3'; for the class that is named so (label 1) write \"2\"" in caplog.text
+    )
 
 
 def test_names_and_hash_survive_indexing_again(tmp_path):
@@ -122,8 +149,14 @@ def test_held_out_classes_are_found_by_name(tmp_path):
     train = indexed(tmp_path / "train", [0, 1, 2, 3], ["a", "b", "c", "d"])
     val = indexed(tmp_path / "val", [0, 0, 1, 2, 3], ["c", "d", "e", "a"], first=10)
     assert measured(train, val, forget={"classes": [2]}) == {"forget": [0, 1], "retain": [2, 3, 4]}
-    assert measured(train, val, forget={"classes": ["d"]}, retain={"classes": [0, "c"]}) == {"forget": [2], "retain": [0, 1, 4]}
-    assert measured(train, val, forget={"classes": ["a"]}, retain={"exclude_classes": ["a", "b", "c"]}) == {"forget": [4], "retain": [2, 3]}
+    assert measured(train, val, forget={"classes": ["d"]}, retain={"classes": [0, "c"]}) == {
+        "forget": [2],
+        "retain": [0, 1, 4],
+    }
+    assert measured(train, val, forget={"classes": ["a"]}, retain={"exclude_classes": ["a", "b", "c"]}) == {
+        "forget": [4],
+        "retain": [2, 3],
+    }
     with pytest.raises(ConfigError, match="evaluation.data: .*val has no class 'b', which data.forget names"):
         measured(train, val, forget={"classes": [1]})
     bare = indexed(tmp_path / "bare", [0, 1, 2, 3], first=10)
@@ -150,11 +183,19 @@ def test_the_same_image_in_both_sets_is_kept_out_of_retain(tmp_path, caplog):
     put(tmp_path / "x", [1], first=20, name="b.parquet", id=["p"])
     train = indexed(tmp_path / "x", [1], first=0, name="c.parquet", id=["t"])
     found = selection.sets(config.Data(train=train, forget={"classes": [0]}), 0)
-    assert found["retain"].rows.tolist() == [2, 3] and found["forget"].rows.tolist() == [0, 1] and found["retain"].labels.tolist() == [1, 1]
-    assert "2 of 4 retain images are forget images too (1 by id, 1 by their bytes alone): they are kept out" in caplog.text
+    assert (
+        found["retain"].rows.tolist() == [2, 3]
+        and found["forget"].rows.tolist() == [0, 1]
+        and found["retain"].labels.tolist() == [1, 1]
+    )
+    assert (
+        "2 of 4 retain images are forget images too (1 by id, 1 by their bytes alone): they are kept out" in caplog.text
+    )
     assert "'p'" not in caplog.text and caplog.records[0].levelno == logging.WARNING
     caplog.clear()
-    assert selection.sets(config.Data(train=train, forget={"classes": [0]}, retain={"limit": 4, "classes": [1]}), 0)["retain"].rows.tolist() == [2, 3]
+    assert selection.sets(config.Data(train=train, forget={"classes": [0]}, retain={"limit": 4, "classes": [1]}), 0)[
+        "retain"
+    ].rows.tolist() == [2, 3]
     caplog.clear()
     other = indexed(tmp_path / "y", [5, 6, 7], first=1)  # images 1, 2, 3, without ids
     found = selection.sets(config.Data(train=train, forget={"classes": [0]}, proxy={}, proxy_data=other), 0)

@@ -42,7 +42,9 @@ def labels(manifest: shards.Manifest) -> list[int]:
 )  # fmt: skip
 def test_images_of_every_binary_kind(tmp_path, kind):
     values = [{"bytes": p} for p in PNGS] if pa.types.is_struct(kind) else PNGS
-    values = pa.array(values, pa.binary()).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values, kind)
+    values = (
+        pa.array(values, pa.binary()).dictionary_encode() if pa.types.is_dictionary(kind) else pa.array(values, kind)
+    )
     manifest = shards.index(put(tmp_path, values, label=[0, 0, 1, 1]))
     assert [bytes(v) for g in (0, 1) for v in shards.images(manifest.read(g, ["image"]))] == PNGS
     assert all(group.checks.keys() == {"image", "label"} for group in manifest.shards[0].row_groups)
@@ -61,7 +63,9 @@ def test_images_of_every_binary_kind(tmp_path, kind):
 def test_labels_of_every_kind_that_is_a_whole_number(tmp_path, values):
     manifest = shards.index(put(tmp_path, label=values))
     assert labels(manifest) == [2, 0, 2, 1] and manifest.classes == []
-    assert [g.labels for g in manifest.shards[0].row_groups] == [(0, 2), (1, 2)] and chosen(str(tmp_path), classes=[2]) == [0, 2]
+    assert [g.labels for g in manifest.shards[0].row_groups] == [(0, 2), (1, 2)] and chosen(
+        str(tmp_path), classes=[2]
+    ) == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +76,11 @@ def test_labels_of_every_kind_that_is_a_whole_number(tmp_path, values):
 )  # fmt: skip
 def test_labels_as_text_are_class_names(tmp_path, values):
     manifest = shards.index(put(tmp_path, label=values))
-    assert manifest.classes == ["ant", "bee", "dog"] and labels(manifest) == [2, 0, 2, 1] and manifest == shards.load(str(tmp_path))
+    assert (
+        manifest.classes == ["ant", "bee", "dog"]
+        and labels(manifest) == [2, 0, 2, 1]
+        and manifest == shards.load(str(tmp_path))
+    )
     assert chosen(str(tmp_path), classes=["dog"]) == [0, 2] and chosen(str(tmp_path), classes=["bee", 0]) == [1, 3]
 
 
@@ -148,7 +156,11 @@ def test_a_subject_may_be_missing_and_an_id_may_not(tmp_path):
         shards.index(put(tmp_path, label=[0] * 4, id=["p", "q", "r", None]))
 
 
-@pytest.mark.parametrize("images", [pa.array([{"path": "a"}] * 4), pa.array([{"bytes": "text"}] * 4), pa.array(["a"] * 4), pa.array([[b"a"]] * 4)], ids=str)
+@pytest.mark.parametrize(
+    "images",
+    [pa.array([{"path": "a"}] * 4), pa.array([{"bytes": "text"}] * 4), pa.array(["a"] * 4), pa.array([[b"a"]] * 4)],
+    ids=str,
+)
 def test_images_that_are_none_are_refused(tmp_path, images):
     with pytest.raises(DataError, match="a.parquet: needs a column `image`.*found image"):
         shards.index(put(tmp_path, images, label=[0] * 4))
@@ -163,7 +175,9 @@ def test_columns_of_other_names_are_guessed_where_plain_and_else_named(tmp_path)
     assert shards.load(manifest.uri) == manifest and checking.verify(manifest.uri) == 4
     assert checking.inspect(manifest.uri)["columns"] == "image (img), label (fine_label)"
     put(tmp_path / "two", False, img=images, fine_label=[3, 1, 0, 2], coarse_label=[1, 0, 0, 1], key=WORDS)
-    with pytest.raises(DataError, match="a.parquet: fine_label or coarse_label may be the label; say which with --label-column"):
+    with pytest.raises(
+        DataError, match="a.parquet: fine_label or coarse_label may be the label; say which with --label-column"
+    ):
         shards.index(str(tmp_path / "two"))
     manifest = shards.index(str(tmp_path / "two"), columns={"label": "coarse_label", "id": "key"})
     assert labels(manifest) == [1, 0, 0, 1] and chosen(manifest.uri, ids=["c"]) == [2]
@@ -177,7 +191,9 @@ def test_columns_of_other_names_are_guessed_where_plain_and_else_named(tmp_path)
 
 
 def test_a_class_label_of_another_name_is_found_with_its_names(tmp_path):
-    about = {"huggingface": json.dumps({"info": {"features": {"animal": {"names": ["ant", "bee"], "_type": "ClassLabel"}}}})}
+    about = {
+        "huggingface": json.dumps({"info": {"features": {"animal": {"names": ["ant", "bee"], "_type": "ClassLabel"}}}})
+    }
     where = put(tmp_path, about=about, animal=[1, 0, 0, 1], y=[0, 0, 0, 0])
     assert shards.index(where).names == {"label": "animal"} and chosen(where, classes=["bee"]) == [0, 3]
 
@@ -186,7 +202,11 @@ def test_labels_are_not_needed_where_rows_are_chosen_by_id_or_subject(tmp_path):
     where = put(tmp_path, id=WORDS, subject=["p", "p", "q", "q"])
     assert shards.index(where).columns == ["image", "id", "subject"]
     found = selection.sets(config.Data(train=where, forget={"ids": ["b"]}), 0)
-    assert found["forget"].rows.tolist() == [1] and found["retain"].rows.tolist() == [0, 2, 3] and found["retain"].labels.tolist() == [-1] * 3
+    assert (
+        found["forget"].rows.tolist() == [1]
+        and found["retain"].rows.tolist() == [0, 2, 3]
+        and found["retain"].labels.tolist() == [-1] * 3
+    )
     assert selection.describe(found)["retain"]["classes"] == [] and chosen(where, subjects=["q"]) == [2, 3]
     assert checking.inspect(where)["classes"] == "none" and checking.verify(where) == 4
     for conditions in ({"classes": [0]}, {"exclude_classes": [0]}, {"per_class": 1}):
@@ -204,19 +224,38 @@ def test_hive_partitions_and_suffixes(tmp_path):
     put(tmp_path / "n", name="label=10/a.PARQUET", id=WORDS)
     put(tmp_path / "n", name="label=3/b.pq", id=[w * 2 for w in WORDS])
     manifest = shards.index(str(tmp_path / "n"))
-    assert labels(manifest) == [10] * 4 + [3] * 4 and chosen(manifest.uri, classes=[3]) == [4, 5, 6, 7] and manifest.columns == ["image", "label", "id"]
+    assert (
+        labels(manifest) == [10] * 4 + [3] * 4
+        and chosen(manifest.uri, classes=[3]) == [4, 5, 6, 7]
+        and manifest.columns == ["image", "label", "id"]
+    )
     put(tmp_path / "t", name="label=sea%20lion/subject=07/a.parquet")
     put(tmp_path / "t", name="label=ant/subject=8/a.parquet")
     manifest = shards.index(str(tmp_path / "t"))
-    assert manifest.classes == ["ant", "sea lion"] and chosen(manifest.uri, classes=["sea lion"]) == chosen(manifest.uri, subjects=["07"]) == [4, 5, 6, 7]
+    assert manifest.classes == ["ant", "sea lion"] and chosen(manifest.uri, classes=["sea lion"]) == chosen(
+        manifest.uri, subjects=["07"]
+    ) == [4, 5, 6, 7]
 
 
 def test_the_checksum_does_not_depend_on_how_values_are_stored():
     from unlearn.data import columns
 
     once = columns.checksum([pa.array(PNGS)])
-    assert once == columns.checksum([pa.array(PNGS[:1]), pa.array(PNGS[1:], pa.large_binary())]) == columns.checksum([pa.array([b"", *PNGS])[1:]])
-    others = [PNGS[::-1], PNGS[:3], [PNGS[0] + PNGS[1], b"", *PNGS[2:]], [PNGS[0][:-1], PNGS[0][-1:] + PNGS[1], *PNGS[2:]]]
+    assert (
+        once
+        == columns.checksum([pa.array(PNGS[:1]), pa.array(PNGS[1:], pa.large_binary())])
+        == columns.checksum([pa.array([b"", *PNGS])[1:]])
+    )
+    others = [
+        PNGS[::-1],
+        PNGS[:3],
+        [PNGS[0] + PNGS[1], b"", *PNGS[2:]],
+        [PNGS[0][:-1], PNGS[0][-1:] + PNGS[1], *PNGS[2:]],
+    ]
     assert once not in [columns.checksum([pa.array(other)]) for other in others]
-    assert columns.checksum([pa.array([1, 2, 3])]) == columns.checksum([pa.array([0, 1])[1:], pa.array([2, 3])]) != columns.checksum([pa.array([1, 3, 2])])
+    assert (
+        columns.checksum([pa.array([1, 2, 3])])
+        == columns.checksum([pa.array([0, 1])[1:], pa.array([2, 3])])
+        != columns.checksum([pa.array([1, 3, 2])])
+    )
     assert columns.checksum([]) == columns.checksum([pa.array([], pa.binary())])

@@ -96,7 +96,9 @@ def test_a_layout_that_is_named_is_taken(tmp_path):
 )
 def test_flat_folders_are_never_a_class(tmp_path, names, options):
     src = tree(tmp_path / "in", *names)
-    with pytest.raises(DataError, match="images lie in .*, not in folders of classes: give their labels with --labels FILE"):
+    with pytest.raises(
+        DataError, match="images lie in .*, not in folders of classes: give their labels with --labels FILE"
+    ):
         packed(tmp_path, src, **options)
 
 
@@ -107,7 +109,11 @@ def test_flat_folders_are_never_a_class(tmp_path, names, options):
         ("n01443537\nn01440764\nn01443537\n", None, ["n01443537", "n01440764", "n01443537"]),
         ("v_3.JPEG 0\nv_1.JPEG 1\nv_2.JPEG 0\n", ["ant", "bee"], ["bee", "ant", "ant"]),
         ("/val/v_1.JPEG 5\n/val/v_2.JPEG 5\n/val/v_3.JPEG 6\nv_4.JPEG 6\n", None, [5, 5, 6]),
-        ("ImageId,PredictionString\nv_2,n02 1 2 3 4\nv_1,n01 1 2 3 4 n01 5 6 7 8\nv_3,n02 1 1 1 1\n", None, ["n01", "n02", "n02"]),
+        (
+            "ImageId,PredictionString\nv_2,n02 1 2 3 4\nv_1,n01 1 2 3 4 n01 5 6 7 8\nv_3,n02 1 1 1 1\n",
+            None,
+            ["n01", "n02", "n02"],
+        ),
         ("v_1.JPEG\tn01\t0\t32\nv_2.JPEG\tn02\t0\t32\nv_3.JPEG\tn01\t0\t32\n", ["n02", "n01"], ["n01", "n02", "n01"]),
     ],
 )
@@ -116,7 +122,10 @@ def test_flat_folders_take_their_labels_from_a_list(tmp_path, text, classes, lab
     names = [f"val/v_{i}.JPEG" for i in (1, 2, 3)]
     found = packed(tmp_path, tree(tmp_path / "in", *names), labels=str(tmp_path / "labels.txt"), classes=classes)
     assert found == dict(zip(names, labels, strict=True))
-    assert packed(tmp_path, str(tmp_path / "in"), labels=str(tmp_path / "labels.txt"), classes=classes, split="val") == found
+    assert (
+        packed(tmp_path, str(tmp_path / "in"), labels=str(tmp_path / "labels.txt"), classes=classes, split="val")
+        == found
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,13 +140,20 @@ def test_a_list_that_does_not_fit_is_told(tmp_path, text, classes, message):
     if text:
         (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(DataError, match=message):
-        packed(tmp_path, tree(tmp_path / "in", "val/a.jpg", "val/b.jpg", "val/c.jpg"), labels=str(tmp_path / "labels.txt"), classes=classes)
+        packed(
+            tmp_path,
+            tree(tmp_path / "in", "val/a.jpg", "val/b.jpg", "val/c.jpg"),
+            labels=str(tmp_path / "labels.txt"),
+            classes=classes,
+        )
 
 
 def test_what_is_no_data_is_ignored_and_what_cannot_be_read_is_told(tmp_path, caplog):
     src = tree(tmp_path / "in", "cat/1.jpg", "cat/2.GIF", "cat/3.tif", "cat/4.jfif", "cat/5.jpe", "cat/6.tiff", ".ipynb_checkpoints/1.jpg", "__MACOSX/cat/1.jpg",
                "_temporary/0/cat/1.jpg", "cat/.hidden/1.jpg", "cat/._1.jpg", "loose.png", "cat/7.heic", "cat/8.heic", "cat/notes.txt")  # fmt: skip
-    assert packed(tmp_path, src) == {f"cat/{n}": "cat" for n in ("1.jpg", "2.GIF", "3.tif", "4.jfif", "5.jpe", "6.tiff")}
+    assert packed(tmp_path, src) == {
+        f"cat/{n}": "cat" for n in ("1.jpg", "2.GIF", "3.tif", "4.jfif", "5.jpe", "6.tiff")
+    }
     assert "left out: 2 .heic, 1 .txt, 1 image(s) without a class folder" in caplog.text
 
 
@@ -158,9 +174,21 @@ def test_links_inside_a_tar_are_resolved(tmp_path, mode, caplog):
                "store/x.png": image(2), "store/deep/y.png": image(3), "d/7.png": "../a/2.png"}  # fmt: skip
     src = tarred(tmp_path / "a.tar", members, mode)
     found = packed(tmp_path, src)
-    assert found == {"a/1.png": "a", "a/2.png": "a", "b/3.png": "b", "c/y.png": "c", "store/x.png": "store", "store/deep/y.png": "deep", "d/7.png": "d"}
+    assert found == {
+        "a/1.png": "a",
+        "a/2.png": "a",
+        "b/3.png": "b",
+        "c/y.png": "c",
+        "store/x.png": "store",
+        "store/deep/y.png": "deep",
+        "d/7.png": "d",
+    }
     assert "3 links that lead nowhere" in caplog.text
-    manifest = packing.build(tarred(tmp_path / "b.tar", {"train/c/1.png": image(7), "val/c/2.png": "train/c/1.png"}, mode, hard=True), str(tmp_path / "b"), split="val")
+    manifest = packing.build(
+        tarred(tmp_path / "b.tar", {"train/c/1.png": image(7), "val/c/2.png": "train/c/1.png"}, mode, hard=True),
+        str(tmp_path / "b"),
+        split="val",
+    )
     assert manifest.rows == 1 and bytes(next(shards.images(manifest.read(0, ["image"])))) == image(7)
 
 
@@ -170,8 +198,12 @@ def test_a_tar_of_tars_is_a_folder_for_each(tmp_path, mode):
         tarred(tmp_path / f"{synset}.tar", {f"{synset}_{i}.JPEG": image(i + ord(synset[2])) for i in range(3)})
     inner = {f"{s}.tar": (tmp_path / f"{s}.tar").read_bytes() for s in ("n02", "n01")}
     manifest = packing.build(tarred(tmp_path / "ILSVRC2012_img_train.tar", inner, mode), str(tmp_path / "out"))
-    assert manifest.classes == ["n01", "n02"] and manifest.table(["id"])["id"].to_pylist() == [f"{s}/{s}_{i}.JPEG" for s in ("n01", "n02") for i in range(3)]
-    assert [bytes(v) for v in shards.images(manifest.read(0, ["image"]))] == [image(i + ord(s)) for s in "12" for i in range(3)]
+    assert manifest.classes == ["n01", "n02"] and manifest.table(["id"])["id"].to_pylist() == [
+        f"{s}/{s}_{i}.JPEG" for s in ("n01", "n02") for i in range(3)
+    ]
+    assert [bytes(v) for v in shards.images(manifest.read(0, ["image"]))] == [
+        image(i + ord(s)) for s in "12" for i in range(3)
+    ]
     tree(tmp_path / "folder", content={f"train/{name}": data for name, data in inner.items()})
     assert set(packed(tmp_path, str(tmp_path / "folder")).values()) == {"n01", "n02"}
 
@@ -187,7 +219,11 @@ def test_a_webdataset_has_its_labels_beside_the_images(tmp_path):
     for n in "01":
         tarred(tmp_path / f"many/{n}.tar", {"k.jpg": image(int(n)), "k.json": f'{{"cls": "c{n}"}}'.encode()})
     assert packed(tmp_path, str(tmp_path / "many"), layout="webdataset") == {"0/k.jpg": "c0", "1/k.jpg": "c1"}
-    for data, message in ((b"{}", "k.jpg has no label beside it"), (b"[", "k.json holds no label that can be read"), (b"[1]", "holds no label")):
+    for data, message in (
+        (b"{}", "k.jpg has no label beside it"),
+        (b"[", "k.json holds no label that can be read"),
+        (b"[1]", "holds no label"),
+    ):
         with pytest.raises(DataError, match=message):
             packed(tmp_path, tarred(tmp_path / "bad.tar", {"k.jpg": image(1), "k.json": data}), layout="webdataset")
 
@@ -220,6 +256,8 @@ def test_a_name_that_is_not_utf8_is_told_before_anything_is_written(tmp_path, ki
         with tarfile.open(tmp_path / "a.tar", "w") as tar:
             tar.add(src, "in")
         src = str(tmp_path / "a.tar")
-    with pytest.raises(DataError, match=r"the names of 1 file\(s\) are not UTF-8, for example .*cat/caf\?.png; rename them"):
+    with pytest.raises(
+        DataError, match=r"the names of 1 file\(s\) are not UTF-8, for example .*cat/caf\?.png; rename them"
+    ):
         packing.build(src, str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

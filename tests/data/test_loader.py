@@ -34,7 +34,13 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("cache", ["none", "encoded", "decoded"])
 @pytest.mark.parametrize("limit", ["0", "30KB", "1GiB"])
 def test_a_batch_is_a_function_of_its_number(tiny_run, cache, augment, limit):
-    run = tiny_run(f"data.cache={cache}", f"data.cache_bytes={limit}", f"data.augment={augment}", "data.shuffle_rows=8", "data.decode_threads=4")
+    run = tiny_run(
+        f"data.cache={cache}",
+        f"data.cache_bytes={limit}",
+        f"data.augment={augment}",
+        "data.shuffle_rows=8",
+        "data.decode_threads=4",
+    )
     plain = load(tiny_run("data.cache=none", f"data.augment={augment}", "data.shuffle_rows=8"))
     loader, numbers = load(run), list(range(14))  # more than one pass over either set
     expected = [plain.batch(n) for n in numbers]
@@ -47,7 +53,9 @@ def test_a_batch_is_a_function_of_its_number(tiny_run, cache, augment, limit):
 def test_a_batch_holds_the_rows_that_the_order_says(tiny_run):
     loader = load(tiny_run("training.forget_fraction=0.25"))
     batch = loader.batch(3)
-    rows = [("retain", r) for r in loader.streams["retain"].take(18, 6)] + [("forget", r) for r in loader.streams["forget"].take(6, 2)]
+    rows = [("retain", r) for r in loader.streams["retain"].take(18, 6)] + [
+        ("forget", r) for r in loader.streams["forget"].take(6, 2)
+    ]
     assert batch.retain == 6 and batch.images.shape == (8, 3, 32, 32) and batch.images.dtype == torch.uint8
     for image, (name, row) in zip(batch.images, rows, strict=True):
         assert (row < 12) == (name == "forget")
@@ -128,18 +136,24 @@ def test_a_damaged_image_is_skipped_counted_and_named(tiny_run, damaged, cache):
     assert all(same(a, b) for a, b in zip(batches, map(load(tiny_run(*settings)).batch, range(4)), strict=True))
     order = loader.streams["retain"].take(0, 16).tolist()
     images = torch.cat([batches[0].images, batches[1].images])
-    assert torch.equal(images[order.index(3)], images[order.index(4)]) and torch.equal(images[order.index(9)], images[order.index(10)])
+    assert torch.equal(images[order.index(3)], images[order.index(4)]) and torch.equal(
+        images[order.index(9)], images[order.index(10)]
+    )
 
 
 def test_more_damage_than_allowed_stops_and_names_the_images(tiny_run, damaged):
     run = tiny_run(f"data.train={damaged}", "data.forget=null", "data.max_bad_images=1")
-    with pytest.raises(DataError, match=r"2 image\(s\) of .*damaged do not decode: img-00.*, img-00.*data.max_bad_images \(now 1\)"):
+    with pytest.raises(
+        DataError, match=r"2 image\(s\) of .*damaged do not decode: img-00.*, img-00.*data.max_bad_images \(now 1\)"
+    ):
         list(load(run).batches(range(2)))
 
 
 @pytest.mark.timeout(30)
 def test_a_set_of_damaged_images_alone_is_told_and_not_searched_for_ever(tiny_run, damaged):
-    run = tiny_run(f"data.train={damaged}", "data.forget=null", "data.retain={ids: [img-003, img-009]}", "data.max_bad_images=9")
+    run = tiny_run(
+        f"data.train={damaged}", "data.forget=null", "data.retain={ids: [img-003, img-009]}", "data.max_bad_images=9"
+    )
     with pytest.raises(DataError, match="2 image.* do not decode"):
         load(run).batch(0)
 
@@ -178,7 +192,10 @@ def test_many_threads_read_uncached_row_groups_without_losing_one(tiny_run, tmp_
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=read, args=(np.random.default_rng(i).integers(0, 48, 400).tolist(),)) for i in range(8)]
+        threads = [
+            threading.Thread(target=read, args=(np.random.default_rng(i).integers(0, 48, 400).tolist(),))
+            for i in range(8)
+        ]
         for t in threads:
             t.start()
         for t in threads:

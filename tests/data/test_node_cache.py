@@ -42,7 +42,11 @@ def user(tmp_path, monkeypatch):
     started = []
 
     def start(uri: str, script: str = USE) -> subprocess.Popen:
-        started.append(subprocess.Popen([sys.executable, "-c", script, uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", script, uri], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+        )
         return started[-1]
 
     yield start

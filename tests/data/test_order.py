@@ -18,7 +18,11 @@ def global_batches(s: order.Stream, start: int, stop: int, workers: int, per_ste
     """What the workers compute, put together: micro-batches in the order of their numbers."""
     steps = []
     for step in range(start, stop):
-        mine = {n: s.take(n * count, count).tolist() for r in range(workers) for n in order.micro_batches(step, r, workers, per_step)}
+        mine = {
+            n: s.take(n * count, count).tolist()
+            for r in range(workers)
+            for n in order.micro_batches(step, r, workers, per_step)
+        }
         assert sorted(mine) == list(range(step * per_step, (step + 1) * per_step))
         steps.append([row for n in sorted(mine) for row in mine[n]])
     return steps
@@ -45,7 +49,9 @@ def test_a_large_stream_is_a_permutation_a_pass_whatever_way_it_is_read(n, group
     assert np.array_equal(np.sort(one_pass), s.rows)
     assert np.array_equal(s.take(at, n - offset), one_pass[offset:])
     cut = n // 3
-    pieces = np.concatenate([stream(n, group, seed, window=window).take(at + i, j - i) for i, j in ((0, cut), (cut, n))])
+    pieces = np.concatenate(
+        [stream(n, group, seed, window=window).take(at + i, j - i) for i, j in ((0, cut), (cut, n))]
+    )
     assert np.array_equal(s.take(at, n), pieces)
 
 

@@ -49,7 +49,9 @@ def source(request, folder, tmp_path_factory):
 
 def test_images_are_packed_as_they_are_sorted_by_class(source, folder, place):
     seen = []
-    manifest = packing.build(str(source), place, rows_per_group=4, shard_bytes=6000, progress=lambda *rows: seen.append(rows))
+    manifest = packing.build(
+        str(source), place, rows_per_group=4, shard_bytes=6000, progress=lambda *rows: seen.append(rows)
+    )
     names = ["train/ant/0.png", "train/ant/1.JPG", "train/ant/2.png", "test/zebra/0.png", "test/zebra/1.JPG",
              "train/zebra/0.png", "train/zebra/1.JPG", "train/zebra/2.png", "train/zebra/3.JPG", "train/zebra/4.png"]  # fmt: skip
     assert manifest == shards.load(place) and manifest.classes == ["ant", "zebra"]
@@ -57,12 +59,19 @@ def test_images_are_packed_as_they_are_sorted_by_class(source, folder, place):
     assert table["id"].to_pylist() == names and table["label"].to_pylist() == [0] * 3 + [1] * 7
     found = [bytes(v) for g in range(len(manifest.groups)) for v in shards.images(manifest.read(g, ["image"]))]
     assert found == [(folder / n).read_bytes() for n in names]
-    assert seen == [(4, 10), (8, 10), (10, 10)] and len(manifest.shards) > 1 and max(g.rows for s in manifest.shards for g in s.row_groups) == 4
+    assert (
+        seen == [(4, 10), (8, 10), (10, 10)]
+        and len(manifest.shards) > 1
+        and max(g.rows for s in manifest.shards for g in s.row_groups) == 4
+    )
 
 
 def test_split_takes_one_folder_and_classes_can_be_selected(source, tmp_path):
     manifest = packing.build(str(source), str(tmp_path), split="test")
-    assert manifest.table(["id"])["id"].to_pylist() == ["test/zebra/0.png", "test/zebra/1.JPG"] and manifest.classes == ["zebra"]
+    assert manifest.table(["id"])["id"].to_pylist() == [
+        "test/zebra/0.png",
+        "test/zebra/1.JPG",
+    ] and manifest.classes == ["zebra"]
     assert len(selection.select(manifest, config.Rows(classes=["zebra"]), 0, "forget")) == 2
 
 
@@ -105,7 +114,10 @@ def test_a_truncated_tar_is_told(folder, tmp_path, kind, share):
 
 
 def test_records_with_subjects_keep_them(tmp_path):
-    records = ({"image": encode(np.full((8, 8), i, np.uint8)), "label": i % 2, "id": f"r{i}", "subject": f"s{i}"} for i in range(5))
+    records = (
+        {"image": encode(np.full((8, 8), i, np.uint8)), "label": i % 2, "id": f"r{i}", "subject": f"s{i}"}
+        for i in range(5)
+    )
     manifest = packing.write(records, str(tmp_path), ["even", "odd"], rows_per_group=2)
     assert manifest.columns == ["image", "label", "id", "subject"]
     assert manifest.table(["subject"])["subject"].to_pylist() == [f"s{i}" for i in range(5)]
@@ -200,7 +212,9 @@ def test_a_compressed_tar_with_a_wrong_checksum_is_told(tmp_path):
 def test_a_tar_that_shrinks_meanwhile_is_told(tmp_path):
     path = tar_of(tmp_path / "a.tar", [(f"c/{i}.png", bytes(10_000)) for i in range(50)])
     with pytest.raises(DataError, match="a.tar: .*c/.*.png is not there whole"):
-        packing.build(str(path), str(tmp_path / "out"), rows_per_group=10, progress=lambda *_: os.truncate(path, 200_000))
+        packing.build(
+            str(path), str(tmp_path / "out"), rows_per_group=10, progress=lambda *_: os.truncate(path, 200_000)
+        )
 
 
 @contextlib.contextmanager
@@ -231,4 +245,9 @@ def test_an_image_that_cannot_be_read_is_told(tmp_path):
     for image in images:
         image.write_bytes(b"1")
     with pytest.raises(StorageError, match="in/c/2.png: there is no such file"):
-        packing.build(str(tmp_path / "in"), str(tmp_path / "out"), rows_per_group=1, progress=lambda *_: images[2].unlink(missing_ok=True))
+        packing.build(
+            str(tmp_path / "in"),
+            str(tmp_path / "out"),
+            rows_per_group=1,
+            progress=lambda *_: images[2].unlink(missing_ok=True),
+        )

@@ -71,7 +71,11 @@ def test_empty_files_and_row_groups_shift_no_name(tmp_path):
     pq.write_table(table.slice(16, 8), tmp_path / "f.parquet")
     manifest, where = shards.index(str(tmp_path)), str(tmp_path)
     assert [s.path[0] for s in manifest.shards if not s.row_groups] == ["a", "d"] and manifest.rows == 24
-    names = [*(f"b.parquet:{i}" for i in range(8)), *(f"c.parquet:{i}" for i in range(8)), *(f"f.parquet:{i}" for i in range(8))]
+    names = [
+        *(f"b.parquet:{i}" for i in range(8)),
+        *(f"c.parquet:{i}" for i in range(8)),
+        *(f"f.parquet:{i}" for i in range(8)),
+    ]
     assert selection.identity(manifest, manifest.table(["label"])) == names
     assert [selection.name_row(manifest, row) for row in range(24)] == names
     assert [select(where, ids=[name]) for name in names] == [[row] for row in range(24)]
@@ -116,8 +120,14 @@ def test_retain_is_the_rest_and_a_proxy_stands_in_its_role(tiny_shards, no_ids):
 @pytest.mark.parametrize(
     "roles, message",
     [
-        ({"forget": {"classes": [0, 1]}, "retain": {"classes": ["bee"]}}, "overlap in 12 image.* for example img-012, img-013"),
-        ({"forget": {"subjects": ["person-1"]}, "proxy": {"classes": ["ant"]}}, "overlap in 3 image.* img-001, img-006, img-011"),
+        (
+            {"forget": {"classes": [0, 1]}, "retain": {"classes": ["bee"]}},
+            "overlap in 12 image.* for example img-012, img-013",
+        ),
+        (
+            {"forget": {"subjects": ["person-1"]}, "proxy": {"classes": ["ant"]}},
+            "overlap in 3 image.* img-001, img-006, img-011",
+        ),
         ({"forget": {}}, "selects every image: nothing is left to retain"),
         ({"forget": {"classes": []}}, "the forget set is empty"),
         ({"forget": {"classes": ["ant"], "subjects": ["person-0"], "exclude_classes": [0]}}, "forget"),
@@ -202,7 +212,9 @@ def test_sets_are_the_same_in_another_process_and_small_on_the_way(tiny_shards):
     assert copy["retain"].manifest.__dict__["hash"] == shards.load(tiny_shards).hash  # not computed again
     for name, rows in found.items():
         assert copy[name].rows.tolist() == rows.rows.tolist() and copy[name].labels.tolist() == rows.labels.tolist()
-        assert copy[name].rows.dtype == copy[name].labels.dtype == np.int64 and copy[name].groups.tolist() == groups[name]
+        assert (
+            copy[name].rows.dtype == copy[name].labels.dtype == np.int64 and copy[name].groups.tolist() == groups[name]
+        )
     manifest = found["retain"].manifest
     many = selection.RowSet(manifest, np.arange(5, 1_000_005), np.arange(1_000_000) % 200)
     assert len(many.groups) and len(pickle.dumps(many)) < 2_010_000 + len(pickle.dumps(manifest))

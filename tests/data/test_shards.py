@@ -72,7 +72,9 @@ def test_tables_and_images_are_those_of_the_rows(copied):
     assert [bytes(v) for v in found] == [v["bytes"] for v in whole["image"].to_pylist()[24:32]]
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})], ids=str)
+@pytest.mark.parametrize(
+    "kind", [pa.binary(), pa.large_binary(), pa.struct({"bytes": pa.binary(), "path": pa.string()})], ids=str
+)
 def test_image_layouts_and_null_images(tmp_path, kind):
     struct = pa.types.is_struct(kind)
     values = [{"bytes": PNG, "path": None} if struct else PNG, None, {"bytes": None, "path": "x"} if struct else None]
@@ -89,7 +91,9 @@ def test_class_names_of_hugging_face_are_found(tmp_path):
     assert shards.index(str(tmp_path)).classes == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("about", ["[1]", "{", '{"info": {"features": {"label": [1]}}}', '{"info": {"features": {"label": {}}}}'])
+@pytest.mark.parametrize(
+    "about", ["[1]", "{", '{"info": {"features": {"label": [1]}}}', '{"info": {"features": {"label": {}}}}']
+)
 def test_other_metadata_gives_no_names(tmp_path, about):
     put(Storage(tmp_path), labelled([0, 1]).replace_schema_metadata({"huggingface": about}))
     assert shards.index(str(tmp_path)).classes == []
@@ -116,7 +120,9 @@ def test_a_shard_without_what_is_needed_is_told(tmp_path, table, message):
         shards.index(str(tmp_path))
 
 
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"not parquet" * 100, lambda d: b"", lambda d: d[:-4]])
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[: len(d) // 2], lambda d: b"not parquet" * 100, lambda d: b"", lambda d: d[:-4]]
+)
 def test_a_damaged_shard_is_told_by_name(copied, damage):
     manifest = shards.load(copied.uri)
     copied.write("shard-1.parquet", damage(copied.read("shard-1.parquet")))
@@ -175,7 +181,9 @@ def test_a_manifest_of_another_program_is_kept(copied, text):
 
 def test_a_shard_replaced_by_one_of_the_same_shape_is_told_by_row_group(copied):
     def write(numbers, labels) -> None:
-        table = labelled(labels, [{"bytes": encode(np.full((9, 7, 3), 10 * n, np.uint8), "BMP"), "path": None} for n in numbers])
+        table = labelled(
+            labels, [{"bytes": encode(np.full((9, 7, 3), 10 * n, np.uint8), "BMP"), "path": None} for n in numbers]
+        )
         put(copied, table, "shard-9.parquet", row_group_size=2, compression="none", use_dictionary=False)
 
     write([1, 2, 3, 4], [0, 1, 0, 1])
@@ -208,7 +216,10 @@ def test_a_manifest_without_checks_still_holds(copied):
         place = data.index(b"\xff\xd8", group.offset) + 1000  # within a JPEG
         data[place] ^= 1
         path.write_bytes(data)
-        for manifest, what in ((older, "not the bytes of the manifest"), (whole, "the images are not those of the manifest")):
+        for manifest, what in (
+            (older, "not the bytes of the manifest"),
+            (whole, "the images are not those of the manifest"),
+        ):
             with pytest.raises(DataError, match=f"shard-1.parquet, row group 1: {what}"):
                 manifest.read(3, ["image"])
         data[place] ^= 1
@@ -218,13 +229,24 @@ def test_a_manifest_without_checks_still_holds(copied):
 
 def test_what_stands_in_hidden_and_temporary_folders_is_no_shard(place):
     storage, table = Storage(place), labelled([0, 1])
-    for name in ("part-0.snappy.parquet", "_temporary/0/part-0.snappy.parquet", "_delta_log/1.checkpoint.parquet", ".cache/x.parquet", "a/.b.parquet", "_x.pq"):
+    for name in (
+        "part-0.snappy.parquet",
+        "_temporary/0/part-0.snappy.parquet",
+        "_delta_log/1.checkpoint.parquet",
+        ".cache/x.parquet",
+        "a/.b.parquet",
+        "_x.pq",
+    ):
         put(storage, table, name)
     storage.write("_SUCCESS", b"")
     assert [s.path for s in shards.index(place).shards] == ["part-0.snappy.parquet"]
 
 
-HUB = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001-0123456789abcdef.parquet"]
+HUB = [
+    "data/train-00000-of-00002.parquet",
+    "data/train-00001-of-00002.parquet",
+    "data/test-00000-of-00001-0123456789abcdef.parquet",
+]
 
 
 @pytest.mark.parametrize("names", [HUB, ["train/0.parquet", "train/1.parquet", "test/0.parquet"], ["split=train/a/0.parquet", "split=train/1.parquet", "split=test/0.parquet"],
@@ -239,13 +261,21 @@ def test_splits_of_one_folder_are_never_one_set(place, names):
     train = shards.index(place, split="train")
     assert train.rows == 4 and shards.load(place) == shards.load(place, "train") == shards.find(place) == train
     test = shards.index(place, split="test")
-    assert test.table(["label"])["label"].to_pylist() == [2, 2] and shards.load(place, "test") == test and shards.load(place, "train") == train
+    assert (
+        test.table(["label"])["label"].to_pylist() == [2, 2]
+        and shards.load(place, "test") == test
+        and shards.load(place, "train") == train
+    )
     with pytest.raises(DataError, match="holds several splits: test, train; say which with `split`"):
         shards.load(place)
     settings = config.Data(train=place, split="train", proxy={}, proxy_split="test", forget={"classes": [0]})
     found = selection.sets(settings, 0)
     assert found["forget"].manifest == train and found["retain"].manifest == test
-    tree = {"run_dir": "x", "data": {"train": place, "split": "train", "retain": {}}, "training": {"steps": 1, "batch_size": 4}}
+    tree = {
+        "run_dir": "x",
+        "data": {"train": place, "split": "train", "retain": {}},
+        "training": {"steps": 1, "batch_size": 4},
+    }
     run = config.parse(tree | {"evaluation": {"split": "test"}})
     assert held_out.sets(run, selection.sets(run.data, 0))["retain"].manifest == test
 

@@ -211,13 +211,19 @@ def test_files_being_written_have_names_of_their_own_and_are_not_listed(tmp_path
         one.write_bytes(b"one")
         other.write_bytes(b"other")
         assert len(os.listdir(tmp_path / "a")) == 2 and storage.files() == []
-    assert storage.files() == ["a/x"] == [f"a/{n}" for n in os.listdir(tmp_path / "a")] and storage.read("a/x") == b"one"
+    assert (
+        storage.files() == ["a/x"] == [f"a/{n}" for n in os.listdir(tmp_path / "a")] and storage.read("a/x") == b"one"
+    )
 
 
 def test_errors_of_what_is_done_with_a_file_keep_their_place(place):
     storage = Storage(place)
     storage.write("a/x", b"1")
-    uses = (lambda: local_copy(storage.where("a/x")), lambda: local_folder(storage.where("a")), lambda: storage.writing("new"))
+    uses = (
+        lambda: local_copy(storage.where("a/x")),
+        lambda: local_folder(storage.where("a")),
+        lambda: storage.writing("new"),
+    )
     for use in uses:
         for error in (FileNotFoundError(2, "another file"), OSError(errno.ENOSPC, "no room"), ValueError("else")):
             with pytest.raises(type(error)) as told, use():
@@ -233,7 +239,9 @@ def test_a_folder_is_fetched_whole_and_nothing_out_of_it(s3, tmp_path):
     with local_folder(f"{s3}/m/") as folder:
         found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         assert folder.name == "m" and found == {"config.json": b"m/config.json", "unet/w.bin": b"m/unet/w.bin"}
-    s3_objects.client().put_object(Bucket=BUCKET, Key=f"{storage.bucket.prefix}/m/", Body=b"")  # as consoles mark a folder
+    s3_objects.client().put_object(
+        Bucket=BUCKET, Key=f"{storage.bucket.prefix}/m/", Body=b""
+    )  # as consoles mark a folder
     assert storage.files("m") == ["m/config.json", "m/unet/w.bin"]
     with local_folder(f"{s3}/m") as folder:
         assert (folder / "config.json").exists()
@@ -274,7 +282,10 @@ def _calls(storage: Storage, tmp_path):
 
 @pytest.mark.parametrize(
     "user, hint",
-    [(("wrong-key", ADMIN[1]), "access key is not known|these credentials"), ((ADMIN[0], "wrong-secret"), "secret does not fit|these credentials")],
+    [
+        (("wrong-key", ADMIN[1]), "access key is not known|these credentials"),
+        ((ADMIN[0], "wrong-secret"), "secret does not fit|these credentials"),
+    ],
 )
 def test_wrong_credentials_are_told_and_not_printed(s3, s3_user, tmp_path, user, hint):
     Storage(s3).write("x", b"1")
@@ -330,7 +341,11 @@ def test_no_credentials_are_told(s3, s3_user, monkeypatch):
 
 @pytest.mark.parametrize(
     "uri, message",
-    [("s3://", "name the bucket"), ("gs://bucket/x", "only paths, file:// and s3://"), ("embedded:nothing", "carries nothing of that name")],
+    [
+        ("s3://", "name the bucket"),
+        ("gs://bucket/x", "only paths, file:// and s3://"),
+        ("embedded:nothing", "carries nothing of that name"),
+    ],
 )
 def test_a_place_that_cannot_be_is_told(uri, message):
     with pytest.raises(StorageError, match=message):

@@ -136,7 +136,9 @@ def classes_of(rows) -> set[int]:
 
 def test_sets_are_held_out_rows_of_the_same_classes():
     found = with_sets({"classes": [1, 5], "per_class": 3, "limit": 4})
-    assert found["forget"].manifest.uri.endswith("fashion-test") and found["retain"].manifest.uri.endswith("fashion-test")
+    assert found["forget"].manifest.uri.endswith("fashion-test") and found["retain"].manifest.uri.endswith(
+        "fashion-test"
+    )
     assert (len(found["forget"]), classes_of(found["forget"])) == (200, {1, 5})
     assert (len(found["retain"]), classes_of(found["retain"])) == (800, {0, 2, 3, 4, 6, 7, 8, 9})
     assert classes_of(with_sets({"classes": [1]}, {"classes": [2, 3], "per_class": 2})["retain"]) == {2, 3}
@@ -229,7 +231,9 @@ def test_metrics_json_says_what_was_measured(done):
     assert document["config_hash"] == run.hash() and document["features"] == "efficientnet_lite0"
     assert document["sets"]["forget"]["split"] == "training" and document["sets"]["retain"]["split"] == "held-out"
     assert all(r["images"] == 5 and r["view"] == "random 0.5" and r["fid"] > 0 for r in document["rows"])
-    assert any("2,048" in note for note in document["notes"]) and any("training images" in note for note in document["notes"])
+    assert any("2,048" in note for note in document["notes"]) and any(
+        "training images" in note for note in document["notes"]
+    )
     assert calls[-1] == (30, 30) and [c[0] for c in calls] == sorted(c[0] for c in calls)
 
 
@@ -249,7 +253,10 @@ def test_figures_are_those_of_a_computation_by_hand(done):
     assert classes_of(rows) <= {3, 8}
     assert row["psnr"] == pytest.approx(-10 * np.log10(((made - real) ** 2)[hidden].mean()), rel=1e-6)
     cosines = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
-    assert (row["cosine"], row["cosine_std"]) == (pytest.approx(cosines.mean(), rel=1e-4), pytest.approx(cosines.std(), rel=1e-3))
+    assert (row["cosine"], row["cosine_std"]) == (
+        pytest.approx(cosines.mean(), rel=1e-4),
+        pytest.approx(cosines.std(), rel=1e-3),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +301,9 @@ def test_nothing_of_the_forgotten_images_is_in_the_run_folder(done):
     assert not any(i.encode() in told for i in run.data.forget.ids)
     report(run, show_forget=True)
     shown_now = Storage(run.run_dir).read("report.html")
-    assert all(uri.encode() in shown_now for uri in hidden) and not any(i.encode() in shown_now for i in run.data.forget.ids)
+    assert all(uri.encode() in shown_now for uri in hidden) and not any(
+        i.encode() in shown_now for i in run.data.forget.ids
+    )
     names = {n.split("/")[0] for n in Storage(run.run_dir).files()}
     assert names == {"metrics.json", "report.html", "model"}
 
@@ -313,7 +322,9 @@ def damaged_shards(folder) -> str:
 
 def test_damaged_images_are_left_out_and_counted(tmp_path):
     data = {"train": damaged_shards(tmp_path / "shards"), "forget": None, "retain": None}
-    run = make_run(tmp_path, data=data | {"max_bad_images": 1}, evaluation={"data": None, "batch_size": 1, "limit": None})
+    run = make_run(
+        tmp_path, data=data | {"max_bad_images": 1}, evaluation={"data": None, "batch_size": 1, "limit": None}
+    )
     Storage(run.run_dir).delete("model")
     document = evaluate(run)
     assert document["sets"]["retain"]["bad_images"] == 1 and [r["images"] for r in document["rows"]] == [5]

@@ -19,7 +19,9 @@ def lite0():
 
 
 def images(count=2, size=32, seed=0):
-    return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
 
 
 def test_shapes_and_kinds_of_input(lite0):
@@ -45,7 +47,9 @@ def test_an_image_does_not_depend_on_its_batch(lite0):
 
 
 def test_features_tell_kinds_of_pictures_apart(lite0):
-    table = shards.load("embedded:fashion-test").read(0, ["image"]).take([0, 1, 2, 3, 100, 101, 102, 103])  # T-shirts, trousers
+    table = (
+        shards.load("embedded:fashion-test").read(0, ["image"]).take([0, 1, 2, 3, 100, 101, 102, 103])
+    )  # T-shirts, trousers
     pixels = torch.stack([torch.from_numpy(decode(image).copy()).permute(2, 0, 1) for image in shards.images(table)])
     found = F.normalize(lite0(pixels)[0])
     alike = found @ found.T

@@ -35,7 +35,9 @@ def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
         for name, values in (("forget", forget), ("retain", retain)) for view in VIEWS
         for i, generator in enumerate(("original", "unlearned"))
     ]  # fmt: skip
-    rows += [] if oracle is None else [row("oracle", name, view, oracle) for name in ("forget", "retain") for view in VIEWS]
+    rows += (
+        [] if oracle is None else [row("oracle", name, view, oracle) for name in ("forget", "retain") for view in VIEWS]
+    )
     about = {"images": 100, "classes": [1], "manifest": "0" * 64, "split": "held-out", "bad_images": 0}
     return {
         "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "views": VIEWS,
@@ -71,7 +73,10 @@ def test_without_an_unlearned_model_or_an_original_nothing_is_concluded():
     document = make_document()
     before = copy.deepcopy(document) | {"generators": ["original"]}
     assert verdict(before)[0] == "Nothing has been unlearned yet."
-    alone = document | {"rows": [r for r in document["rows"] if r["generator"] == "unlearned"], "generators": ["unlearned"]}
+    alone = document | {
+        "rows": [r for r in document["rows"] if r["generator"] == "unlearned"],
+        "generators": ["unlearned"],
+    }
     assert verdict(alone)[0] == "There is nothing to compare."
 
 
@@ -156,7 +161,12 @@ def test_it_is_whole_and_everyone_can_read_it(html):
 
 def test_it_asks_nothing_of_the_network_and_runs_no_script(html):
     assert not re.search(r"https?:|@import|url\(|<script|<link|<iframe|srcset", html)
-    assert all(attributes[k].startswith("data:") for _, attributes in Page(html).tags for k in ("src", "href") if k in attributes)
+    assert all(
+        attributes[k].startswith("data:")
+        for _, attributes in Page(html).tags
+        for k in ("src", "href")
+        if k in attributes
+    )
     assert "default-src 'none'" in html
 
 

@@ -55,7 +55,11 @@ def test_commands_are_known(page):
 
 
 def test_a_command_that_is_not_there_is_found():
-    assert unknown(["forget", "x"]) == "forget" and unknown(["run", "x", "--sets", "a=b"]) == "--sets" and unknown(["jobs", "kill"]) == "kill"
+    assert (
+        unknown(["forget", "x"]) == "forget"
+        and unknown(["run", "x", "--sets", "a=b"]) == "--sets"
+        and unknown(["jobs", "kill"]) == "kill"
+    )
     assert unknown(["run", "x", "--set", "a=b"]) is None
 
 
@@ -83,8 +87,15 @@ def test_keys_of_overrides_are_known(page):
         part, *rest = key.split(".")
         node = tree["properties"].get(part)
         for name in rest:
-            parts = [tree["$defs"][p["$ref"].rpartition("/")[2]] if "$ref" in p else p for p in (node or {}).get("oneOf", [node])]
-            parts = [tree["$defs"][ref["$ref"].rpartition("/")[2]] if "$ref" in ref else ref for p in parts for ref in p.get("anyOf", [p])]
+            parts = [
+                tree["$defs"][p["$ref"].rpartition("/")[2]] if "$ref" in p else p
+                for p in (node or {}).get("oneOf", [node])
+            ]
+            parts = [
+                tree["$defs"][ref["$ref"].rpartition("/")[2]] if "$ref" in ref else ref
+                for p in parts
+                for ref in p.get("anyOf", [p])
+            ]
             node = next((p["properties"][name] for p in parts if name in p.get("properties", {})), None)
             if node is None:
                 return part == "model" and rest[0] == "options"
@@ -103,5 +114,7 @@ def test_the_readmes_configuration_is_valid():
 def test_the_readmes_tree_is_true():
     tree = re.search(r"## The tree\n\n(.*?)\n\n##", (ROOT / "README.md").read_text(), re.S)[1]
     named = {line.split()[0].rstrip("/") for line in tree.splitlines()}
-    there = {path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in ("runs", "shared")}
+    there = {
+        path.name for path in ROOT.iterdir() if not path.name.startswith(".") and path.name not in ("runs", "shared")
+    }
     assert named == {name for name in there if not name.endswith(".egg-info")} - {"README.md", "LICENSE"}

@@ -82,7 +82,9 @@ def install(stage: str, root: Path) -> None:
             (root / into).mkdir(exist_ok=True)
             [shutil.copy(ROOT / n, root / into) for n in names]
         elif name == "RUN" and not rest.startswith("apt-get"):
-            ran = subprocess.run(["/bin/bash", "-euo", "pipefail", "-c", rest], cwd=root, env=env, capture_output=True, text=True)
+            ran = subprocess.run(
+                ["/bin/bash", "-euo", "pipefail", "-c", rest], cwd=root, env=env, capture_output=True, text=True
+            )
             assert ran.returncode == 0, f"{rest}\n{ran.stdout[-3000:]}\n{ran.stderr[-3000:]}"
 
 
@@ -100,11 +102,15 @@ def check_installed(root: Path) -> None:
     """What was installed fits together, is pinned, and works for a user who may write nowhere but in HOME and /tmp."""
     python = root / ".venv/bin/python"
     assert subprocess.run([python, "-m", "pip", "check"], capture_output=True, text=True).returncode == 0
-    listed = subprocess.run([python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True).stdout.split()
+    listed = subprocess.run(
+        [python, "-m", "pip", "list", "--format=freeze"], capture_output=True, text=True
+    ).stdout.split()
     normal = lambda name: re.sub(r"[-_.]+", "-", name).lower()  # noqa: E731
     pinned = {normal(p.split("==")[0]): p.split("==")[1] for p in (INFRA / "constraints.txt").read_text().split()}
     found = {normal(p.split("==")[0]): p.split("==")[1].split("+")[0] for p in listed}
-    free = {"pip", "setuptools", "unlearn"} | {n for n in found if n.startswith(("nvidia-", "cuda-")) or n == "triton"}  # torch pins these
+    free = {"pip", "setuptools", "unlearn"} | {
+        n for n in found if n.startswith(("nvidia-", "cuda-")) or n == "triton"
+    }  # torch pins these
     assert {n: v for n, v in found.items() if n not in free and pinned.get(n) != v} == {}
     code = """
 import deepspeed, importlib, pathlib, sys, torch, unlearn.cli, jobs.train

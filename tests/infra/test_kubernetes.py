@@ -33,7 +33,11 @@ def of(overlay: str, kind: str) -> dict:
 
 def cluster(overlay: str) -> dict:
     """The Ray cluster: the RayJob's, or in `standing` one of its own."""
-    return of(overlay, "RayCluster")["unlearn"]["spec"] if overlay == "standing" else of(overlay, "RayJob")["unlearn"]["spec"]["rayClusterSpec"]
+    return (
+        of(overlay, "RayCluster")["unlearn"]["spec"]
+        if overlay == "standing"
+        else of(overlay, "RayJob")["unlearn"]["spec"]["rayClusterSpec"]
+    )
 
 
 def pods(overlay: str) -> dict[str, dict]:
@@ -72,7 +76,12 @@ def test_core_kinds(overlay):
 def test_pod_templates_are_pods(overlay):
     """KubeRay's definitions take pods as they are; that their fields are right only the core schema says."""
     for role, pod in pods(overlay).items():
-        document = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role} | pod["metadata"], "spec": pod["spec"]}
+        document = {
+            "apiVersion": "v1",
+            "kind": "Pod",
+            "metadata": {"name": role} | pod["metadata"],
+            "spec": pod["spec"],
+        }
         strictly(document)
 
 
@@ -140,20 +149,28 @@ def test_accounts_have_no_more_than_they_need(overlay):
     assert not {d["kind"] for d in documents(overlay)} & {"ClusterRole", "ClusterRoleBinding", "Secret"}
     # One role, of whoever submits; what is in it: test_submit_kubernetes.py.
     [role], [binding] = of(overlay, "Role").values(), of(overlay, "RoleBinding").values()
-    assert binding["roleRef"]["name"] == role["metadata"]["name"] and {s["kind"] for s in binding["subjects"]} == {"Group"}
+    assert binding["roleRef"]["name"] == role["metadata"]["name"] and {s["kind"] for s in binding["subjects"]} == {
+        "Group"
+    }
     assert "*" not in str(role["rules"]) and "secrets" not in str(role["rules"])
 
 
-SECRETS = re.compile(r"AKIA[0-9A-Z]{16}|-----BEGIN|(?=[A-Za-z+]*[0-9])[A-Za-z0-9+]{40,}|(?i:password|token|secret)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{8,}")
+SECRETS = re.compile(
+    r"AKIA[0-9A-Z]{16}|-----BEGIN|(?=[A-Za-z+]*[0-9])[A-Za-z0-9+]{40,}|(?i:password|token|secret)\s*[:=]\s*['\"]?[A-Za-z0-9+/]{8,}"
+)
 
 
-@pytest.mark.parametrize("path", sorted(p for p in FOLDER.rglob("*") if p.is_file()), ids=lambda p: str(p.relative_to(FOLDER)))
+@pytest.mark.parametrize(
+    "path", sorted(p for p in FOLDER.rglob("*") if p.is_file()), ids=lambda p: str(p.relative_to(FOLDER))
+)
 def test_no_secret_in_any_file(path):
     found = [line for line in path.read_text().splitlines() if SECRETS.search(line)]
     assert found == []
 
 
-@pytest.mark.parametrize("line", ["key: AKIAABCDEFGHIJKLMNOP", "password: correcthorse", "value: 0123456789abcdef0123456789abcdef01234567"])
+@pytest.mark.parametrize(
+    "line", ["key: AKIAABCDEFGHIJKLMNOP", "password: correcthorse", "value: 0123456789abcdef0123456789abcdef01234567"]
+)
 def test_a_secret_would_be_seen(line):
     assert SECRETS.search(line)
 
@@ -163,7 +180,9 @@ def test_no_value_of_a_secret_variable(overlay):
     for name, container in containers(overlay).items():
         for variable in container.get("env", []):
             words = set(variable["name"].upper().split("_"))
-            assert not ("value" in variable and words & {"SECRET", "TOKEN", "PASSWORD", "KEY"}), f"{name}: {variable['name']}"
+            assert not ("value" in variable and words & {"SECRET", "TOKEN", "PASSWORD", "KEY"}), (
+                f"{name}: {variable['name']}"
+            )
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -174,12 +193,29 @@ def test_network_policies_select_the_pods_there_are(overlay):
     ray = policies["ray-nodes"]["spec"]
     assert ray["podSelector"]["matchLabels"] == {"ray.io/is-ray-node": "yes"}  # set by the operator
     opened = {port["port"] for rule in ray["ingress"] for port in rule.get("ports", [])}
-    ports = {port["containerPort"] for pod in everyone.values() for c in pod["spec"]["containers"] for port in c.get("ports", [])}
+    ports = {
+        port["containerPort"]
+        for pod in everyone.values()
+        for c in pod["spec"]["containers"]
+        for port in c.get("ports", [])
+    }
     assert opened == {8265, 8080} and opened <= ports
-    assert all(pod["metadata"]["annotations"]["prometheus.io/port"] == "8080" for role, pod in everyone.items() if role != "submitter")
+    assert all(
+        pod["metadata"]["annotations"]["prometheus.io/port"] == "8080"
+        for role, pod in everyone.items()
+        if role != "submitter"
+    )
     if "submitter" in everyone:
-        assert policies["submitter"]["spec"]["podSelector"]["matchLabels"].items() <= everyone["submitter"]["metadata"]["labels"].items()
-    blocked = [block["ipBlock"]["except"] for rule in ray["egress"] for block in rule.get("to", []) if "except" in block.get("ipBlock", {})]
+        assert (
+            policies["submitter"]["spec"]["podSelector"]["matchLabels"].items()
+            <= everyone["submitter"]["metadata"]["labels"].items()
+        )
+    blocked = [
+        block["ipBlock"]["except"]
+        for rule in ray["egress"]
+        for block in rule.get("to", [])
+        if "except" in block.get("ipBlock", {})
+    ]
     assert ["169.254.169.254/32"] in blocked  # the node's own credentials
 
 
@@ -257,7 +293,10 @@ def test_the_dashboard_asks_for_metrics_that_ray_has():
     expressions = " ".join(t["expr"] for panel in text["panels"] for t in panel["targets"])
     names = set(re.findall(r"\bray_([a-z_]+)\{", expressions))
     assert len(names) >= 8
-    sources = [*Path(ray.__file__).parent.glob("dashboard/modules/reporter/reporter_agent.py"), *Path(ray.__file__).parent.glob("train/v2/_internal/metrics/*.py")]
+    sources = [
+        *Path(ray.__file__).parent.glob("dashboard/modules/reporter/reporter_agent.py"),
+        *Path(ray.__file__).parent.glob("train/v2/_internal/metrics/*.py"),
+    ]
     known = " ".join(path.read_text() for path in sources)
     assert {name for name in names if f'"{name}"' not in known} == set()
 
@@ -270,7 +309,9 @@ def test_what_the_log_sidecar_reads_is_mounted():
         ray, sidecar = spec["containers"]
         [shared] = {m["name"] for m in ray["volumeMounts"]} & {m["name"] for m in sidecar["volumeMounts"]}
         place = next(m for m in sidecar["volumeMounts"] if m["name"] == shared)
-        assert place["readOnly"] and all(path.startswith(place["mountPath"] + "/session_latest/logs/") for path in paths)
+        assert place["readOnly"] and all(
+            path.startswith(place["mountPath"] + "/session_latest/logs/") for path in paths
+        )
         assert place["mountPath"] == next(m["mountPath"] for m in ray["volumeMounts"] if m["name"] == shared)
         folder = next(m["mountPath"] for m in sidecar["volumeMounts"] if m["name"] == "fluent-bit")
         assert sidecar["args"] == ["-c", f"{folder}/fluent-bit.yaml"]
@@ -289,8 +330,12 @@ needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl 
 def test_rendered_files_are_up_to_date(tmp_path):
     subprocess.run(["bash", str(FOLDER / "render.sh"), str(tmp_path)], check=True)
     for path in tmp_path.iterdir():
-        assert path.read_text() == (RENDERED / path.name).read_text(), f"{path.name} is stale: bash infra/kubernetes/render.sh"
-    assert {p.name for p in tmp_path.iterdir()} == {p.name for p in RENDERED.iterdir()} == {f"{o}.yaml" for o in OVERLAYS}
+        assert path.read_text() == (RENDERED / path.name).read_text(), (
+            f"{path.name} is stale: bash infra/kubernetes/render.sh"
+        )
+    assert (
+        {p.name for p in tmp_path.iterdir()} == {p.name for p in RENDERED.iterdir()} == {f"{o}.yaml" for o in OVERLAYS}
+    )
 
 
 @needs_kubectl
@@ -304,11 +349,19 @@ def test_components_that_no_overlay_has(component, tmp_path, request):
             "images": [{"name": "ghcr.io/example/unlearn", "newName": "registry.example.com/unlearn", "newTag": "0.1.0"}]}  # fmt: skip
     (mine / "kustomization.yaml").write_text(yaml.safe_dump(tree))
     made = tmp_path / "mine.yaml"
-    made.write_text(subprocess.run(["kubectl", "kustomize", str(mine)], check=True, capture_output=True, text=True).stdout)
-    filled = rayjob.fill(rayjob.template(str(made)), name="run-7", entrypoint=["python", "-m", "unlearn", "run", "s3://bucket/run.yaml"])
+    made.write_text(
+        subprocess.run(["kubectl", "kustomize", str(mine)], check=True, capture_output=True, text=True).stdout
+    )
+    filled = rayjob.fill(
+        rayjob.template(str(made)), name="run-7", entrypoint=["python", "-m", "unlearn", "run", "s3://bucket/run.yaml"]
+    )
     rayjob.check(filled)  # no placeholder is left
     if component == "efa":
-        asked = set(filled["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"]["requests"])
+        asked = set(
+            filled["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"][
+                "requests"
+            ]
+        )
         queue = next(d for d in yaml.safe_load_all(made.read_text()) if d["kind"] == "ClusterQueue")
         assert asked <= set(queue["spec"]["resourceGroups"][0]["coveredResources"])
     server = request.getfixturevalue("api_server")

@@ -63,7 +63,9 @@ def local_ray(tmp_path):
         env = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "RAY_TMPDIR": temporary, "PYTHON": sys.executable}
 
         def run(script: str, *options: str) -> subprocess.CompletedProcess:
-            return subprocess.run([INFRA / "local" / script, *options], env=env, capture_output=True, text=True, timeout=120)
+            return subprocess.run(
+                [INFRA / "local" / script, *options], env=env, capture_output=True, text=True, timeout=120
+            )
 
         try:
             yield run, tmp_path, temporary
@@ -92,7 +94,9 @@ def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local
 
         def answer(headers: dict) -> int:
             try:
-                return urllib.request.urlopen(urllib.request.Request(f"{url}/api/jobs/", headers=headers), timeout=10).status
+                return urllib.request.urlopen(
+                    urllib.request.Request(f"{url}/api/jobs/", headers=headers), timeout=10
+                ).status
             except urllib.error.HTTPError as e:
                 return e.code
 
@@ -101,9 +105,16 @@ def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local
         assert answer({"Authorization": f"Bearer {secret[::-1]}"}) == 403
         assert answer({"Authorization": f"Bearer {secret}"}) == 200
 
-        env = {"PATH": os.environ["PATH"], "HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        env = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(home),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
         entrypoint = shlex.join(["python", "-c", JOB])  # as `unlearn submit` sends it
-        job = subprocess.run([sys.executable, "-c", CLIENT, url, entrypoint], env=env, capture_output=True, text=True, timeout=180)
+        job = subprocess.run(
+            [sys.executable, "-c", CLIENT, url, entrypoint], env=env, capture_output=True, text=True, timeout=180
+        )
         assert "SUCCEEDED" in job.stdout, job.stdout + job.stderr
         private = Path(temporary, f"unlearn-ray-{os.getuid()}")
         assert f"SEEN {WORKER_ENV['MALLOC_MMAP_THRESHOLD_']} lo {private} 1.0 True" in job.stdout

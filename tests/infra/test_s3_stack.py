@@ -47,13 +47,17 @@ def test_cfn_lint_has_nothing_to_say_of_the_stack():
 
 
 def test_only_the_pods_that_train_take_the_role_of_runs():
-    accounts = [a["metadata"]["name"] for a in yaml.safe_load_all((INFRA / "kubernetes/base/accounts.yaml").read_text())]
+    accounts = [
+        a["metadata"]["name"] for a in yaml.safe_load_all((INFRA / "kubernetes/base/accounts.yaml").read_text())
+    ]
     component = yaml.safe_load((INFRA / "kubernetes/components/irsa/kustomization.yaml").read_text())["patches"][0]
     wanted = {name for name in accounts if re.fullmatch(component["target"]["name"], name)}
     assert wanted == {"unlearn-head", "unlearn-worker"} and "role/unlearn-runs" in component["patch"]
     pods = stack()["RunsRole"]["AssumeRolePolicyDocument"]["Statement"][0]["Condition"]["StringEquals"]
     assert set(pods["aws:RequestTag/kubernetes-service-account"]) == wanted
-    irsa = json.loads(stack(irsa=True)["RunsRole"]["AssumeRolePolicyDocument"])["Statement"][0]["Condition"]["StringEquals"]
+    irsa = json.loads(stack(irsa=True)["RunsRole"]["AssumeRolePolicyDocument"])["Statement"][0]["Condition"][
+        "StringEquals"
+    ]
     assert {subject.split(":")[-1] for subject in irsa["OidcIssuer:sub"]} == wanted
     associated = [r for r in stack().values() if r.get("RoleArn") == "RunsRole.Arn"]
     assert {r["ServiceAccount"] for r in associated} == wanted
@@ -63,7 +67,10 @@ def test_only_the_pods_that_train_take_the_role_of_runs():
 def s3_stack():
     """The URL of an S3 server that holds the stack's buckets, and users RUNS and RELEASE with the policies of its roles."""
     resources = stack()
-    policies = [{"name": r, "content": json.dumps(resources[r]["Policies"][0]["PolicyDocument"])} for r in ("RunsRole", "ReleaseRole")]
+    policies = [
+        {"name": r, "content": json.dumps(resources[r]["Policies"][0]["PolicyDocument"])}
+        for r in ("RunsRole", "ReleaseRole")
+    ]
     users = [s3_identity(RUNS, policyNames=["RunsRole"]), s3_identity(RELEASE, policyNames=["ReleaseRole"])]
     with s3_serving(users, policies) as url:
         keys = {"aws_access_key_id": ADMIN[0], "aws_secret_access_key": ADMIN[1], "region_name": "us-east-1"}
@@ -112,7 +119,9 @@ def test_a_run_needs_what_its_role_grants_and_has_no_more(s3_stack, s3_user, tin
 
 
 def client(user: tuple[str, str], url: str):
-    return boto3.client("s3", endpoint_url=url, aws_access_key_id=user[0], aws_secret_access_key=user[1], region_name="us-east-1")
+    return boto3.client(
+        "s3", endpoint_url=url, aws_access_key_id=user[0], aws_secret_access_key=user[1], region_name="us-east-1"
+    )
 
 
 def test_a_release_is_written_once_and_nobody_deletes_it(s3_stack):
@@ -120,7 +129,9 @@ def test_a_release_is_written_once_and_nobody_deletes_it(s3_stack):
     release.put_object(Bucket=bucket, Key="7/model", Body=b"first", IfNoneMatch="*")
     with pytest.raises(release.exceptions.ClientError, match="PreconditionFailed"):
         release.put_object(Bucket=bucket, Key="7/model", Body=b"second", IfNoneMatch="*")
-    with pytest.raises(release.exceptions.ClientError, match="AccessDenied"):  # not in AES256, which is not the bucket's key
+    with pytest.raises(
+        release.exceptions.ClientError, match="AccessDenied"
+    ):  # not in AES256, which is not the bucket's key
         release.put_object(Bucket=bucket, Key="7/other", Body=b"1", IfNoneMatch="*", ServerSideEncryption="AES256")
     for who in (release, admin):  # the bucket's policy stands over the administrator's rights
         with pytest.raises(who.exceptions.ClientError, match="AccessDenied"):
@@ -132,18 +143,30 @@ def test_every_access_is_logged_where_nobody_deletes(s3_stack):
     resources = stack()
     logs, rest = resources["Logs"], {name: resources[name] for name in BUCKETS if name != "Logs"}
     places = {name: bucket["LoggingConfiguration"] for name, bucket in rest.items()}
-    assert {place["DestinationBucketName"] for place in places.values()} == {logs["BucketName"]} and "LoggingConfiguration" not in logs
+    assert {place["DestinationBucketName"] for place in places.values()} == {
+        logs["BucketName"]
+    } and "LoggingConfiguration" not in logs
     assert {place["LogFilePrefix"] for place in places.values()} == {f"{name.lower()}/" for name in rest}
     # What S3 wants of a bucket that it delivers logs to.
-    assert logs["BucketEncryption"]["ServerSideEncryptionConfiguration"] == [{"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}]
+    assert logs["BucketEncryption"]["ServerSideEncryptionConfiguration"] == [
+        {"ServerSideEncryptionByDefault": {"SSEAlgorithm": "AES256"}}
+    ]
     assert "ObjectLockEnabled" not in logs
     statements = {s["Sid"]: s for s in resources["LogsPolicy"]["PolicyDocument"]["Statement"]}
     delivers = statements["S3Delivers"]
-    assert (delivers["Effect"], delivers["Principal"], delivers["Action"]) == ("Allow", {"Service": "logging.s3.amazonaws.com"}, "s3:PutObject")
-    assert set(delivers["Condition"]["ArnLike"]["aws:SourceArn"]) == {f"arn:aws:s3:::{bucket['BucketName']}" for bucket in rest.values()}
+    assert (delivers["Effect"], delivers["Principal"], delivers["Action"]) == (
+        "Allow",
+        {"Service": "logging.s3.amazonaws.com"},
+        "s3:PutObject",
+    )
+    assert set(delivers["Condition"]["ArnLike"]["aws:SourceArn"]) == {
+        f"arn:aws:s3:::{bucket['BucketName']}" for bucket in rest.values()
+    }
     assert [s["Effect"] for name, s in statements.items() if name != "S3Delivers"] == ["Deny"] * 3
     admin = client(ADMIN, s3_stack)
-    admin.put_object(Bucket="unlearn-logs-1", Key="runs/1", Body=b"1")  # in the part of the log service, which this server does not know
+    admin.put_object(
+        Bucket="unlearn-logs-1", Key="runs/1", Body=b"1"
+    )  # in the part of the log service, which this server does not know
     for who in (admin, client(RUNS, s3_stack), client(RELEASE, s3_stack)):
         with pytest.raises(who.exceptions.ClientError, match="AccessDenied"):
             who.delete_object(Bucket="unlearn-logs-1", Key="runs/1")

@@ -58,8 +58,23 @@ def test_data_and_model_come_together(capsys):
 
 
 def test_other_classes_on_other_shards(tmp_path):
-    arguments = ["--data", "embedded:fashion-test", "--model", "embedded:mae-fashion", "--forget", "Bag", "--forget", "3"]
-    short = ["training.steps=2", "evaluation.limit=4", "evaluation.views=[{size: 0.5}]", "training.engine=torch", "cluster.workers=1"]
+    arguments = [
+        "--data",
+        "embedded:fashion-test",
+        "--model",
+        "embedded:mae-fashion",
+        "--forget",
+        "Bag",
+        "--forget",
+        "3",
+    ]
+    short = [
+        "training.steps=2",
+        "evaluation.limit=4",
+        "evaluation.views=[{size: 0.5}]",
+        "training.engine=torch",
+        "cluster.workers=1",
+    ]
     assert demo(*arguments, "--run-dir", str(tmp_path / "run"), *[a for o in short for a in ("--set", o)]) == 0
     document = json.loads((tmp_path / "run/metrics.json").read_text())
     assert config.load(tmp_path / "run/config.yaml").data.forget.classes == ["Bag", 3]

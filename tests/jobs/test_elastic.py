@@ -22,7 +22,10 @@ def test_workers_that_do_not_divide_a_batch(tiny_shards, tiny_model, tmp_path, w
     same = ["training.micro_batch_size=2", "training.batch_size=8", "training.clip=0.1"]
     plain = tiny_config(tmp_path / "plain", tiny_shards, tiny_model, *same)
     deepspeed = [*same, "training.engine=deepspeed"]
-    shared = [tiny_config(tmp_path / f"zero{z}", tiny_shards, tiny_model, *deepspeed, f"training.zero_stage={z}") for z in stages]
+    shared = [
+        tiny_config(tmp_path / f"zero{z}", tiny_shards, tiny_model, *deepspeed, f"training.zero_stage={z}")
+        for z in stages
+    ]
     # As a worker group has it that has lost some, or found more: nothing is validated anew.
     shared = [run.model_copy(update={"cluster": run.cluster.model_copy(update={"workers": workers})}) for run in shared]
     train(plain)

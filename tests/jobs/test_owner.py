@@ -22,7 +22,9 @@ from unlearn.training.checkpoint import Checkpoints
 
 def started(*arguments) -> subprocess.Popen:
     command = [sys.executable, "-m", "unlearn", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}
+    )
 
 
 def test_two_runs_of_the_same_second(place, tiny_shards, tiny_model, tmp_path):
@@ -36,12 +38,16 @@ def test_two_runs_of_the_same_second(place, tiny_shards, tiny_model, tmp_path):
     assert sorted(codes.values()) == [0, 2], said
     [won] = [seed for seed, code in codes.items() if code == 0]
     [lost] = {1, 2} - {won}
-    assert said[lost].count("error:") == 1 and f"in use by `unlearn run` (process {drivers[won].pid} on" in said[lost], said[lost]
+    assert (
+        said[lost].count("error:") == 1 and f"in use by `unlearn run` (process {drivers[won].pid} on" in said[lost]
+    ), said[lost]
     storage = Storage(place)
     settings = config.read(storage.read("config.yaml").decode(), "config.yaml")
     card, metrics = json.loads(storage.read("model/model.json")), json.loads(storage.read("metrics.json"))
     assert settings.seed == won and card["config_hash"] == settings.hash() and metrics["rows"]
-    again = tiny_config(tmp_path / "again", tiny_shards, tiny_model, f"seed={won}", "training.steps=40", "evaluation.limit=4")
+    again = tiny_config(
+        tmp_path / "again", tiny_shards, tiny_model, f"seed={won}", "training.steps=40", "evaluation.limit=4"
+    )
     (tmp_path / "again.yaml").write_text(config.dump(again))
     alone = started("run", tmp_path / "again.yaml")
     assert alone.communicate(timeout=900) and alone.returncode == 0

@@ -56,7 +56,10 @@ def ray_workers() -> list[psutil.Process]:
 
 def test_ray_trains_as_plain_torch_and_reports(tiny_run, tmp_path):
     same = "training.micro_batch_size=4"
-    plain, run = tiny_run(same), tiny_run(same, "training.engine=deepspeed", "cluster.workers=2", f"run_dir={tmp_path}/ray")
+    plain, run = (
+        tiny_run(same),
+        tiny_run(same, "training.engine=deepspeed", "cluster.workers=2", f"run_dir={tmp_path}/ray"),
+    )
     train(plain)
     model = train(run)
     rows, expected = metrics.read(run.run_dir), metrics.read(plain.run_dir)

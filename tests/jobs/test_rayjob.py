@@ -47,7 +47,10 @@ def test_fill_leaves_the_template_alone_and_sets_what_is_asked():
     assert (meta["name"], meta["namespace"], meta["annotations"]) == ("run-7", "team", {"note": "x"})
     assert meta["labels"]["kueue.x-k8s.io/queue-name"] == "theirs" and meta["labels"]["unlearn/run"] == "7"
     assert meta["labels"]["kueue.x-k8s.io/priority-class"] == "unlearn-request"
-    assert shlex.split(spec["entrypoint"]) == ["python", "-m", "jobs.sweep", "a b", "$HOME"] and spec["activeDeadlineSeconds"] == 60
+    assert (
+        shlex.split(spec["entrypoint"]) == ["python", "-m", "jobs.sweep", "a b", "$HOME"]
+        and spec["activeDeadlineSeconds"] == 60
+    )
     head, [group] = spec["rayClusterSpec"]["headGroupSpec"], spec["rayClusterSpec"]["workerGroupSpecs"]
     assert [group[k] for k in ("replicas", "minReplicas", "maxReplicas")] == [3, 3, 3]
     for one in (head, group):
@@ -71,7 +74,8 @@ def test_no_queue_means_none_of_kueue():
 
 
 @pytest.mark.parametrize(
-    ("overlay", "workers", "expected"), [("gpu-spot", (2, 4), (2, 2, 4)), ("gpu", (2, 4), (4, 2, 4)), ("cpu-demo", 2, (2, 2, 2))]
+    ("overlay", "workers", "expected"),
+    [("gpu-spot", (2, 4), (2, 2, 4)), ("gpu", (2, 4), (4, 2, 4)), ("cpu-demo", 2, (2, 2, 2))],
 )
 def test_workers(overlay, workers, expected):
     group = job(overlay, workers=workers)["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
@@ -125,7 +129,12 @@ def edit(document: dict, path: str, value) -> None:
         document[last] = value
 
 
-SPEC, CLUSTER, HEAD, WORKERS = "spec", "spec/rayClusterSpec", "spec/rayClusterSpec/headGroupSpec", "spec/rayClusterSpec/workerGroupSpecs/0"
+SPEC, CLUSTER, HEAD, WORKERS = (
+    "spec",
+    "spec/rayClusterSpec",
+    "spec/rayClusterSpec/headGroupSpec",
+    "spec/rayClusterSpec/workerGroupSpecs/0",
+)
 POD, CONTAINER = "template/spec", "template/spec/containers/0"
 QUEUED = "metadata/labels/kueue.x-k8s.io~1queue-name"
 SELECTS = {CLUSTER: None, QUEUED: None, f"{SPEC}/clusterSelector": {"ray.io/cluster": "a"}, f"{SPEC}/backoffLimit": 0}
@@ -233,7 +242,12 @@ def test_what_is_refused(change, message):
 def test_every_rule_is_broken_above():
     """A rule is a `yield` of a sentence in the module; each of them must have spoken."""
     tree = ast.parse(inspect.getsource(rayjob_rules))
-    rules = {line: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Yield) for line in range(node.lineno, node.end_lineno + 1)}
+    rules = {
+        line: node.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Yield)
+        for line in range(node.lineno, node.end_lineno + 1)
+    }
     spoken = set()
     for change, _ in BROKEN:
         found = rayjob_rules.problems(break_it(change))

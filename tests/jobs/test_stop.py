@@ -71,10 +71,18 @@ def written_to(tiny_shards, tiny_model, tmp_path):
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
     ("phase", "told"),
-    [("imports", "start the same command again"), ("training", "--resume"), ("evaluating", "the model is there; go on with: unlearn evaluate")],
+    [
+        ("imports", "start the same command again"),
+        ("training", "--resume"),
+        ("evaluating", "the model is there; go on with: unlearn evaluate"),
+    ],
 )
 def test_every_phase(written_to, tmp_path, sign, phase, told):
-    overrides = ["training.steps=1000000", "training.checkpoint_every=5"] if phase == "training" else ["evaluation.limit=48", "evaluation.batch_size=1"]
+    overrides = (
+        ["training.steps=1000000", "training.checkpoint_every=5"]
+        if phase == "training"
+        else ["evaluation.limit=48", "evaluation.batch_size=1"]
+    )
     driver = Driver(tmp_path, "run", written_to(*overrides))
     driver.until({
         "imports": lambda: "libtorch" in driver.maps(), "training": lambda: "checkpoint of step 5 committed" in driver.err,
@@ -94,10 +102,16 @@ def test_in_a_job_and_with_sigint_ignored(written_to, tmp_path):
     driver.until(lambda: "step 5 committed" in driver.err)
     driver.process.send_signal(signal.SIGINT)
     assert "--resume" in driver.stopped(signal.SIGTERM)
-    driver = Driver(tmp_path, "pretrain", path, "--resume", ignoring=True, UNLEARN_JOB="half-1234", UNLEARN_LOG="info,json")
+    driver = Driver(
+        tmp_path, "pretrain", path, "--resume", ignoring=True, UNLEARN_JOB="half-1234", UNLEARN_LOG="info,json"
+    )
     driver.until(lambda: "resumed from the checkpoint" in driver.err)
     line = driver.stopped(signal.SIGINT)
-    assert line.startswith('{"time"') and "go on with: unlearn jobs resume half-1234" in line and '"job": "half-1234"' in line
+    assert (
+        line.startswith('{"time"')
+        and "go on with: unlearn jobs resume half-1234" in line
+        and '"job": "half-1234"' in line
+    )
 
 
 def test_stacks_are_shown_on_request(written_to, tmp_path):
@@ -132,7 +146,9 @@ def cluster():
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
 def test_no_worker_is_left_on_a_cluster_that_lives_on(cluster, written_to, tmp_path, sign):
     address = f"127.0.0.1:{cluster.ports[0]}"
-    driver = Driver(tmp_path, "pretrain", written_to(*RAY), RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN)
+    driver = Driver(
+        tmp_path, "pretrain", written_to(*RAY), RAY_ADDRESS=address, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN
+    )
     driver.until(Checkpoints(str(tmp_path / "run"), 2).steps)
     assert workers(cluster)
     driver.stopped(sign)
@@ -145,7 +161,11 @@ def test_a_follower_that_fails_stops_the_workers(cluster, written_to, tmp_path, 
 
     from jobs import train
 
-    for name, value in {"RAY_ADDRESS": f"127.0.0.1:{cluster.ports[0]}", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}.items():
+    for name, value in {
+        "RAY_ADDRESS": f"127.0.0.1:{cluster.ports[0]}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+    }.items():
         monkeypatch.setenv(name, value)
     run = train.prepare(config.load(written_to(*RAY)))
 

@@ -73,7 +73,11 @@ class Training:
 
 
 def listening(process: psutil.Process) -> list:
-    return [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN or c.type.name == "SOCK_DGRAM" and not c.raddr]
+    return [
+        c
+        for c in process.net_connections("inet")
+        if c.status == psutil.CONN_LISTEN or c.type.name == "SOCK_DGRAM" and not c.raddr
+    ]
 
 
 def clean() -> dict[str, str]:
@@ -88,7 +92,12 @@ def training(tiny_shards, tiny_model, tmp_path_factory) -> Iterator[Training]:
     (folder / "run.yaml").write_text(config.dump(run))
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as parent:
         env = clean() | {"RAY_TMPDIR": parent, "HOME": str(folder), "RAY_AUTH_MODE": "disabled"}
-        driver = subprocess.Popen([sys.executable, "-m", "unlearn", "pretrain", folder / "run.yaml"], env=env, stderr=subprocess.PIPE, text=True)
+        driver = subprocess.Popen(
+            [sys.executable, "-m", "unlearn", "pretrain", folder / "run.yaml"],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             until(lambda: driver.poll() is not None or metrics.read(run.run_dir))
             assert driver.poll() is None, driver.communicate()[1]
@@ -124,7 +133,9 @@ def test_who_has_not_the_token_is_refused(training):
         "wrong": client(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="0" * 64),
         "right": client(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=training.token()),
     }
-    [agent] = [p for p in training.processes().values() if p.name() == "ray::RuntimeEnvAgent"]  # it installs what it is told to
+    [agent] = [
+        p for p in training.processes().values() if p.name() == "ray::RuntimeEnvAgent"
+    ]  # it installs what it is told to
     [port] = {c.laddr.port for c in listening(agent)}
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/get_or_create_runtime_env", data=b"", timeout=60)
@@ -165,10 +176,17 @@ def test_a_cluster_leaves_the_process_as_it_was_and_says_what_is_waited_for(monk
             ours = ray.util.placement_group([{"CPU": 1}] * cpus)
             room = until(lambda: waiting_for(mine), 60)
             ray.util.remove_placement_group(ours)
-            assert "0 free" not in room and f"waits for room: {cpus} workers want {cpus} CPUs, of the cluster's {cpus} are {cpus - 1} free" in room
+            assert (
+                "0 free" not in room
+                and f"waits for room: {cpus} workers want {cpus} CPUs, of the cluster's {cpus} are {cpus - 1} free"
+                in room
+            )
             assert "waits for room: " in waiting_for(mine, missing=cpus)
             gone = waiting_for(config.Cluster(workers=999))
-            assert "waits for nodes: 999 workers want 999 CPUs" in gone and "with cluster.min_workers a run goes on" in gone
+            assert (
+                "waits for nodes: 999 workers want 999 CPUs" in gone
+                and "with cluster.min_workers a run goes on" in gone
+            )
             assert "min_workers" not in waiting_for(config.Cluster(workers=999, min_workers=998))
         assert dict(os.environ) == before and not list(Path(parent).iterdir())
         assert inside["RAY_AUTH_MODE"] == "token" and inside["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.3"

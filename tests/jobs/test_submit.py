@@ -47,7 +47,9 @@ def test_the_same_request_is_the_same_job(tiny_run):
     source = f"{run.run_dir}/configs/{hashlib.sha256(first.config.encode()).hexdigest()[:16]}.yaml"
     assert first.command == ["-m", "unlearn", "run", source, "--resume"]
     assert submit.request(run, "pretrain").command == ["-m", "unlearn", "pretrain", source, "--resume"]
-    former = json.dumps({**{k: v for k, v in json.loads(first.dump()).items() if k != "driver"}, "module": "jobs.train"})
+    former = json.dumps(
+        {**{k: v for k, v in json.loads(first.dump()).items() if k != "driver"}, "module": "jobs.train"}
+    )
     assert Request.load(former, first.config) == first  # sent when drivers were named as modules
 
 
@@ -96,7 +98,10 @@ def test_a_configuration_travels_under_its_hash(tiny_run, tmp_path, ids):
     assert Path(first.run_dir, "config.yaml").read_text() == "of the run"
     here.end(second.id, 1)
     submit.resume(here, second.id)
-    assert Request.load(json.loads((here.home / second.id / "request.json").read_text())["request"], second.config) == second
+    assert (
+        Request.load(json.loads((here.home / second.id / "request.json").read_text())["request"], second.config)
+        == second
+    )
 
 
 @pytest.fixture
@@ -109,7 +114,10 @@ def umask():
 
 def test_a_configuration_that_names_rows_is_for_its_owner_alone(tiny_run, tmp_path, umask):
     here = Nowhere(tmp_path / "jobs")
-    plain, named = submit.request(tiny_run()), submit.request(tiny_run("data.forget={subjects: [person-1]}", f"run_dir={tmp_path}/named"))
+    plain, named = (
+        submit.request(tiny_run()),
+        submit.request(tiny_run("data.forget={subjects: [person-1]}", f"run_dir={tmp_path}/named")),
+    )
     for sent, mode in ((plain, 0o644), (named, 0o600)):
         submit.submit(here, sent)
         assert Path(sent.source).stat().st_mode & 0o777 == mode
@@ -125,16 +133,26 @@ def test_a_configuration_that_names_rows_is_for_its_owner_alone(tiny_run, tmp_pa
 
 def test_a_run_folder_that_cannot_be_written_from_here(tiny_run, tmp_path):
     """Its configuration goes into the job's environment, unless it names rows or is too large for that."""
-    far, where = Nowhere(tmp_path / "jobs", far=True), ["run_dir=/mounted-there/alone/run", "model.weights=s3://b/model", "data.train=s3://b/data"]
+    far, where = (
+        Nowhere(tmp_path / "jobs", far=True),
+        ["run_dir=/mounted-there/alone/run", "model.weights=s3://b/model", "data.train=s3://b/data"],
+    )
     sent = submit.request(tiny_run(*where))
     submit.submit(far, sent, mounted=True)
     found = Request.load(json.loads((far.home / sent.id / "request.json").read_text())["request"], sent.config)
-    assert found.source == "env:UNLEARN_CONFIG" and found.variables["UNLEARN_CONFIG"] == sent.config and found.id == sent.id
+    assert (
+        found.source == "env:UNLEARN_CONFIG"
+        and found.variables["UNLEARN_CONFIG"] == sent.config
+        and found.id == sent.id
+    )
     far.end(sent.id, 1)
     submit.resume(far, sent.id)
     assert not Path("/mounted-there").exists()
     for rows in ("ids: [img-001]", "subjects: [person-1]"):
-        with pytest.raises(StorageError, match="/mounted-there.*this machine has no such folder. The configuration names images or persons"):
+        with pytest.raises(
+            StorageError,
+            match="/mounted-there.*this machine has no such folder. The configuration names images or persons",
+        ):
             submit.submit(far, submit.request(tiny_run(*where, f"data.forget={{{rows}}}")), mounted=True)
     large = [f"data.forget={{classes: {[f'class-{i:06d}' for i in range(9000)]}}}"]
     with pytest.raises(StorageError, match="The configuration is large, so it goes into the run folder"):
@@ -152,7 +170,10 @@ def test_a_configuration_on_s3(tiny_run, s3, tmp_path, told):
 
 def test_places(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setenv("UNLEARN_JOBS", str(tmp_path))
-    for to, message in (("ssh://me", "give local, http://HEAD:8265 or k8s"), ("http://", "write a Ray cluster as http://HEAD:8265")):
+    for to, message in (
+        ("ssh://me", "give local, http://HEAD:8265 or k8s"),
+        ("http://", "write a Ray cluster as http://HEAD:8265"),
+    ):
         with pytest.raises(ConfigError, match=message):
             submit.backend(to).jobs()
     with pytest.raises(ConfigError, match="--working-dir is for a Ray cluster"):
@@ -164,8 +185,15 @@ def test_places(tiny_run, tmp_path, monkeypatch):
     assert submit.backend("http://10.1.2.3:8265")._working_dir == str(Path(__file__).parents[2])
     with pytest.raises(ConfigError, match="is a path of this machine, and http://10.1.2.3:8265 runs on others"):
         submit.submit(far, submit.request(tiny_run()))
-    elsewhere = ["run_dir=s3://b/run", "data.train=s3://b/train", "model.weights=s3://b/model", "evaluation.data=embedded:fashion-test"]
-    with pytest.raises(ConfigError, match=r"evaluation.oracle /mine is a path of this machine.*--set evaluation.oracle="):
+    elsewhere = [
+        "run_dir=s3://b/run",
+        "data.train=s3://b/train",
+        "model.weights=s3://b/model",
+        "evaluation.data=embedded:fashion-test",
+    ]
+    with pytest.raises(
+        ConfigError, match=r"evaluation.oracle /mine is a path of this machine.*--set evaluation.oracle="
+    ):
         submit.submit(far, submit.request(tiny_run(*elsewhere, "evaluation.oracle=/mine")))
     with pytest.raises(ClusterError, match="nobody answers at http://127.0.0.1:1 "):
         RayJobs("http://127.0.0.1:1").jobs()
@@ -274,9 +302,14 @@ def test_a_failed_job_says_why_and_is_started_again(told, here, tiny_run, tmp_pa
     process = psutil.Process(json.loads((here.home / id / "process.json").read_text())["pid"])
     until(process.children)[0].kill()
     until(lambda: not here.get(id).live)
-    assert "exit code 137" in here.get(id).message and "/nowhere.pth" not in here.get(id).message  # which the first attempt said
+    assert (
+        "exit code 137" in here.get(id).message and "/nowhere.pth" not in here.get(id).message
+    )  # which the first attempt said
     assert told("submit", path)[0] == 0 and here.get(id).live
-    assert "--env NOT_SET_ANYWHERE: this variable is not set here" in told("submit", path, "--env", "NOT_SET_ANYWHERE", "--set", f"run_dir={tmp_path}/new")[2]
+    assert (
+        "--env NOT_SET_ANYWHERE: this variable is not set here"
+        in told("submit", path, "--env", "NOT_SET_ANYWHERE", "--set", f"run_dir={tmp_path}/new")[2]
+    )
     assert f"job {id} (running) writes there" in told("submit", path, "--set", "seed=8")[2]
 
 
@@ -304,7 +337,12 @@ def test_two_at_once_are_one_job(here, tiny_run, monkeypatch):
 def test_a_folder_that_is_not_a_job_is_no_job(told, here, tiny_run):
     sent = submit.request(tiny_run(*LONG))
     submit.submit(here, sent)
-    for name, text in {"foreign": "{}", "damaged": "{", "other": '{"request": "[]", "submitted": 1}', "old": '{"request": "{\\"id\\": 1}", "submitted": 1}'}.items():
+    for name, text in {
+        "foreign": "{}",
+        "damaged": "{",
+        "other": '{"request": "[]", "submitted": 1}',
+        "old": '{"request": "{\\"id\\": 1}", "submitted": 1}',
+    }.items():
         (here.home / name).mkdir()
         (here.home / name / "request.json").write_text(text)
         assert f"no job {name} on this machine" in told("jobs", "status", name)[2]
@@ -350,7 +388,10 @@ def job(tmp_path):
 
 def test_waiting_gives_up_on_a_place_that_is_gone_but_not_at_once(monkeypatch, job):
     monkeypatch.setattr(submit.time, "sleep", lambda s: None)
-    for error, what in ((ClusterError("nobody answers"), "out of reach"), (NoSuchJob("no job x"), "forgotten there, as when a cluster's head is lost")):
+    for error, what in (
+        (ClusterError("nobody answers"), "out of reach"),
+        (NoSuchJob("no job x"), "forgotten there, as when a cluster's head is lost"),
+    ):
         place, told = Scripted(job(State.RUNNING), error), []
         with pytest.raises(type(error), match=f"{error}. The job is {what}; when the cluster is there, {GOES_ON}"):
             submit.wait(place, "x", told=lambda job, told=told: told.append(job.message), every=10)

@@ -82,7 +82,9 @@ class FirstStage(http.server.ThreadingHTTPServer):
                     return self.answer(code, body)
                 length = int(self.headers.get("Content-Length") or 0)
                 sent = {k: v for k, v in self.headers.items() if k.lower() not in ("host", "accept-encoding")}
-                request = urllib.request.Request(server.url + self.path, self.rfile.read(length) if length else None, sent, method=self.command)
+                request = urllib.request.Request(
+                    server.url + self.path, self.rfile.read(length) if length else None, sent, method=self.command
+                )
                 try:
                     with urllib.request.urlopen(request, context=first_stage.trust) as answer:
                         self.answer(answer.status, answer.read())
@@ -138,7 +140,14 @@ def sent(tmp_path):
     """make("a.b=value", ...) -> a request for the small run with two workers; nothing of it is ever trained here."""
 
     def make(*overrides: str, **options):
-        run = tiny_config(tmp_path / "run", "s3://b/data", "s3://b/model", "training.engine=deepspeed", "cluster.workers=2", *overrides)
+        run = tiny_config(
+            tmp_path / "run",
+            "s3://b/data",
+            "s3://b/model",
+            "training.engine=deepspeed",
+            "cluster.workers=2",
+            *overrides,
+        )
         return submit.request(run, **options)
 
     return make
@@ -181,7 +190,9 @@ def test_what_is_sent(sent, api_server):  # noqa: F811
 
 def test_as_many_pods_as_the_workers_need(sent):
     def replicas(*overrides):
-        return yaml.safe_load(place().plan(sent("training.micro_batch_size=4", *overrides)))["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+        return yaml.safe_load(place().plan(sent("training.micro_batch_size=4", *overrides)))["spec"]["rayClusterSpec"][
+            "workerGroupSpecs"
+        ][0]
 
     one = replicas("cluster.cpus_per_worker=2")
     assert (one["minReplicas"], one["maxReplicas"]) == (2, 2)
@@ -215,7 +226,12 @@ def test_submit_wait_and_again(cluster, sent, tmp_path, capfd):
 def test_states_failure_and_another_attempt(cluster, sent):
     request, here = sent(), place()
     message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\nstep 3\nerror: no such shards\n"
-    cluster.ends[request.id] = {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed", "message": message}
+    cluster.ends[request.id] = {
+        "jobDeploymentStatus": "Failed",
+        "jobStatus": "FAILED",
+        "reason": "AppFailed",
+        "message": message,
+    }
     cluster.ends[f"{request.id}-r2"] = {"stays": "Initializing"}
     states = []
     job, new = submit.submit(here, request, mounted=True)
@@ -246,7 +262,10 @@ def test_stop_resume_remove(cluster, sent):
     assert submit.resume(backend.Kubernetes(CONTEXT), request.id).live
     first, second = sorted(cluster.jobs(), key=lambda job: len(job["metadata"]["name"]))
     assert second["spec"] == {key: value for key, value in first["spec"].items() if key != "suspend"}
-    assert backend.STOP not in second["metadata"]["annotations"] and first["metadata"]["labels"] == second["metadata"]["labels"]
+    assert (
+        backend.STOP not in second["metadata"]["annotations"]
+        and first["metadata"]["labels"] == second["metadata"]["labels"]
+    )
     until(lambda: here.get(request.id).state == State.SUCCEEDED)
     with pytest.raises(ClusterError, match="has succeeded: there is nothing to resume"):
         submit.resume(here, request.id)
@@ -336,9 +355,19 @@ def test_rayjobs_of_others_with_our_label(cluster, sent, told, api_server):  # n
     here, request = place(), sent()
     here.start(request)
     document = yaml.safe_load(here.plan(request))
-    label, annotation = document["metadata"]["labels"][backend.LABEL], document["metadata"]["annotations"][backend.REQUEST]
-    for number, annotations in enumerate(({}, {backend.REQUEST: "{"}, {backend.REQUEST: "[]"}, {backend.REQUEST: '{"id": "x"}'})):
-        meta = {"name": f"foreign-{number}", "namespace": SPACE, "labels": {backend.LABEL: label if number else "theirs"}, "annotations": annotations}
+    label, annotation = (
+        document["metadata"]["labels"][backend.LABEL],
+        document["metadata"]["annotations"][backend.REQUEST],
+    )
+    for number, annotations in enumerate(
+        ({}, {backend.REQUEST: "{"}, {backend.REQUEST: "[]"}, {backend.REQUEST: '{"id": "x"}'})
+    ):
+        meta = {
+            "name": f"foreign-{number}",
+            "namespace": SPACE,
+            "labels": {backend.LABEL: label if number else "theirs"},
+            "annotations": annotations,
+        }
         api_server.apply(document | {"metadata": meta})
     assert annotation and [job.id for job in here.jobs()] == [request.id]
     code, out, err = told("jobs", "list", "--to", f"k8s:{CONTEXT}")
@@ -350,7 +379,10 @@ def test_rayjobs_of_others_with_our_label(cluster, sent, told, api_server):  # n
 
 def right(method: str, path: str) -> tuple[str, str, str]:
     """(API group, resource, verb) that a request needs."""
-    core, named = re.fullmatch(r"/api/v1/namespaces/[^/]+/(.+)", path), re.fullmatch(r"/apis/([^/]+)/[^/]+/namespaces/[^/]+/(.+)", path)
+    core, named = (
+        re.fullmatch(r"/api/v1/namespaces/[^/]+/(.+)", path),
+        re.fullmatch(r"/apis/([^/]+)/[^/]+/namespaces/[^/]+/(.+)", path),
+    )
     group, rest = ("", core[1]) if core else (named[1], named[2])
     resource, _, name = rest.partition("/")
     name, _, part = name.partition("/")
@@ -374,7 +406,9 @@ def test_whoever_submits_has_the_rights_that_it_takes_and_no_more(cluster, sent,
     }  # fmt: skip
     api_server.apply(workload)
     here.get(request.id), "".join(here.logs(request.id, False))
-    api_server.call("PATCH", api_server.path(job), {"spec": {"suspend": True}}, kind="application/merge-patch+json")  # Kueue's part
+    api_server.call(
+        "PATCH", api_server.path(job), {"spec": {"suspend": True}}, kind="application/merge-patch+json"
+    )  # Kueue's part
     here.stop(request.id)
     assert here.get(request.id).state == State.STOPPED and api_server.get(workload)["spec"]["active"] is False
     api_server.delete(workload)
@@ -383,19 +417,36 @@ def test_whoever_submits_has_the_rights_that_it_takes_and_no_more(cluster, sent,
     until(lambda: here.get(request.id).state == State.SUCCEEDED)
     submit.remove(here, request.id)
     [role] = [d for d in yaml.safe_load_all((INFRA / "base/accounts.yaml").read_text()) if d["kind"] == "Role"]
-    granted = {(g, r, v) for rule in role["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]}
+    granted = {
+        (g, r, v) for rule in role["rules"] for g in rule["apiGroups"] for r in rule["resources"] for v in rule["verbs"]
+    }
     assert {right(*request) for request in first_stage.requests} == granted
 
 
 def pods(*found: dict) -> tuple[int, bytes]:
-    items = [{"metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"} | pod["metadata"], "spec": {"containers": []}, "status": pod["status"]} for pod in found]
+    items = [
+        {
+            "metadata": {"creationTimestamp": "2026-01-01T00:00:00Z"} | pod["metadata"],
+            "spec": {"containers": []},
+            "status": pod["status"],
+        }
+        for pod in found
+    ]
     return 200, json.dumps({"kind": "PodList", "apiVersion": "v1", "items": items}).encode()
 
 
 def test_pods_that_do_not_start(cluster, sent, first_stage):
     request, here = sent(), place()
     quota = 'pods "x" is forbidden: exceeded quota: counts, requested: pods=1, used: pods=300, limited: pods=300'
-    conditions = [{"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateWorkerPod", "message": quota, "lastTransitionTime": "2026-01-01T00:00:00Z"}]
+    conditions = [
+        {
+            "type": "ReplicaFailure",
+            "status": "True",
+            "reason": "FailedCreateWorkerPod",
+            "message": quota,
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+        }
+    ]
     cluster.ends[request.id] = {"stays": "Initializing", "rayClusterStatus": {"conditions": conditions}}
     here.start(request)
     job = until(lambda: (job := here.get(request.id)).message and job)
@@ -420,16 +471,28 @@ def test_logs(cluster, sent, first_stage):
     until(lambda: here.get(request.id).state == State.SUCCEEDED)
     path = f"/api/v1/namespaces/{SPACE}/pods"
     first_stage.core[path] = pods()
-    with pytest.raises(ClusterError, match="its pod is gone, or not there yet .the job is succeeded.; wait for it with --follow. Older logs are where"):
+    with pytest.raises(
+        ClusterError,
+        match="its pod is gone, or not there yet .the job is succeeded.; wait for it with --follow. Older logs are where",
+    ):
         list(here.logs(request.id, False))
     first_stage.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Succeeded"}})
     first_stage.core[f"{path}/submitter/log"] = 200, b"training 4/4\nmodel: s3://b/run/model\n"
     assert "".join(here.logs(request.id, True)).startswith("training 4/4\n")
-    status = {"kind": "Status", "code": 403, "message": 'pods "submitter" is forbidden: User "me" cannot get resource "pods/log"'}
+    status = {
+        "kind": "Status",
+        "code": 403,
+        "message": 'pods "submitter" is forbidden: User "me" cannot get resource "pods/log"',
+    }
     first_stage.core[f"{path}/submitter/log"] = 403, json.dumps(status).encode()
     with pytest.raises(ClusterError, match="forbids it .*pods/log.*ask for the right in namespace team"):
         list(here.logs(request.id, False))
-    first_stage.core[f"{path}/submitter/log"] = 404, json.dumps({"message": 'pods "submitter" not found', "details": {"name": "submitter", "kind": "pods"}}).encode()
+    first_stage.core[f"{path}/submitter/log"] = (
+        404,
+        json.dumps(
+            {"message": 'pods "submitter" not found', "details": {"name": "submitter", "kind": "pods"}}
+        ).encode(),
+    )
     with pytest.raises(ClusterError, match="it is not there any more"):
         list(here.logs(request.id, False))
     first_stage.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Pending"}})
@@ -470,8 +533,16 @@ def test_refusals_of_the_server(cluster, sent, first_stage, monkeypatch, tmp_pat
 
     path = ("POST", f"/apis/ray.io/v1/namespaces/{SPACE}/rayjobs")
     for code, body, message in (
-        (404, {"message": f'namespaces "{SPACE}" not found', "details": {"name": SPACE, "kind": "namespaces"}}, f"there is no namespace {SPACE}: make it"),
-        (403, {"message": 'rayjobs.ray.io "x" is forbidden: exceeded quota: counts, requested: count/rayjobs.ray.io=1'}, "quota is used up"),
+        (
+            404,
+            {"message": f'namespaces "{SPACE}" not found', "details": {"name": SPACE, "kind": "namespaces"}},
+            f"there is no namespace {SPACE}: make it",
+        ),
+        (
+            403,
+            {"message": 'rayjobs.ray.io "x" is forbidden: exceeded quota: counts, requested: count/rayjobs.ray.io=1'},
+            "quota is used up",
+        ),
         (403, {"message": 'rayjobs.ray.io is forbidden: User "me" cannot create'}, "forbids it .*ask for the right"),
     ):
         first_stage.core[path] = code, json.dumps({"kind": "Status", "code": code} | body).encode()
@@ -499,7 +570,9 @@ def test_clusters_that_cannot_be_reached(cluster, monkeypatch, tmp_path):
         file.write_text("hunter2\nhunter2")
         user = {"token": "hunter2\nhunter2"} if "token" in user else user
         path.write_text(yaml.safe_dump(settings | {"users": [{"name": CONTEXT, "user": user}]}))
-        with pytest.raises(ClusterError, match="the token of this context holds characters that no header can") as refused:
+        with pytest.raises(
+            ClusterError, match="the token of this context holds characters that no header can"
+        ) as refused:
             place().jobs()
         assert "hunter2" not in str(refused.value)
     settings["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:1"

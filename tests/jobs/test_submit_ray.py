@@ -25,7 +25,9 @@ LONG = [
 @pytest.fixture(scope="module")
 def ray_cluster():
     pytest.importorskip("aiohttp_cors", reason="pip install 'unlearn[cluster]'")
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # Ray's sockets want a short path
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", ignore_cleanup_errors=True
+    ) as folder:  # Ray's sockets want a short path
         cluster = Cluster(Path(folder))
         try:
             yield cluster
@@ -85,7 +87,10 @@ def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path, monkeyp
         (root / name).write_text(text)
     place = submit.backend(there.where, working_dir=str(root))
     sent = submit.request(tiny_run(), "evaluate", ["--loud"], name="Hello")
-    take, refusals = place._client.submit_job, ["No available agent to submit job, please try again later."]  # the head has just started
+    take, refusals = (
+        place._client.submit_job,
+        ["No available agent to submit job, please try again later."],
+    )  # the head has just started
 
     def submit_job(**options):
         if refusals:
@@ -131,7 +136,9 @@ def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, t
     assert told("jobs", "stop", job.id, "--to", there.where)[1] == f"{job.id}: stopped\n"
     stopped = checkpoints.steps()[-1]
     assert stopped < run.training.steps, "the run was over too soon"
-    assert "unlearn pretrain" in "".join(there.logs(job.id, follow=False))  # it ended by itself, with its hint how to go on
+    assert "unlearn pretrain" in "".join(
+        there.logs(job.id, follow=False)
+    )  # it ended by itself, with its hint how to go on
     rows = []
     assert submit.resume(there, job.id).live
     ended = submit.wait(there, job.id, rows.append, every=0.2)
@@ -141,17 +148,24 @@ def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, t
     folder = f"checkpoints/step-{run.training.steps:08d}"
     for file in sorted(Path(whole.run_dir, folder).glob("*.safetensors")):
         assert file.read_bytes() == Path(run.run_dir, folder, file.name).read_bytes()
+
     def holds(folder: Path, text: str) -> list[str]:
         return [path.name for path in folder.rglob("*") if path.is_file() and text.encode() in path.read_bytes()]
 
     kept = ray_cluster.folder / "ray"
-    assert holds(kept, job.id) and holds(Path(run.run_dir), named[1]) and not [name for id in named for name in holds(kept, id)]
+    assert (
+        holds(kept, job.id)
+        and holds(Path(run.run_dir), named[1])
+        and not [name for id in named for name in holds(kept, id)]
+    )
     assert [d.submission_id for d in there._details()] == [f"{job.id}-r2", job.id]
     assert [j.id for j in there.jobs()] == [job.id]
 
 
 @pytest.mark.slow
-def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is_back(there, ray_cluster, tiny_shards, tiny_model, tmp_path):
+def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is_back(
+    there, ray_cluster, tiny_shards, tiny_model, tmp_path
+):
     import torch
     from safetensors.torch import load_file
 
@@ -179,7 +193,9 @@ def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is
 def test_a_lost_head(there, ray_cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
     """First its node alone, while the cluster's records can still be asked; then all of it. The same submit goes on afterwards."""
     monkeypatch.setattr(submit, "PATIENCE", 20)
-    run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG, "training.steps=100000", "cluster.max_failures=0")
+    run = tiny_config(
+        tmp_path / "run", tiny_shards, tiny_model, *LONG, "training.steps=100000", "cluster.max_failures=0"
+    )
     sent, told = submit.request(run), []
     submit.submit(there, sent)
     until(lambda: metrics.read(run.run_dir) and Checkpoints(run.run_dir, 2).steps())

@@ -90,7 +90,9 @@ def test_every_killed_run_ends_with_the_right_weights(tiny_shards, tiny_model, t
                 found = load_file(Path(run.run_dir, "model/weights.safetensors"))
                 apart = max((found[name] - value).abs().max().item() for name, value in expected.items())
                 workers = sorted({row["workers"] for row in metrics.read(run.run_dir)})
-                print(f"\nrun {number}: {struck} in {time.monotonic() - began:.0f} s, workers {workers}, weights differ by at most {apart:.1e}")
+                print(
+                    f"\nrun {number}: {struck} in {time.monotonic() - began:.0f} s, workers {workers}, weights differ by at most {apart:.1e}"
+                )
                 assert apart == 0 if workers == [2] else apart < 1e-3
         finally:
             cluster.close()

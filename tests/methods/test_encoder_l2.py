@@ -33,7 +33,9 @@ def pair():
 
 def batch_of(seed: int = 9, rows: int = RETAIN + FORGET, retain: int = RETAIN) -> Batch:
     images = torch.randn(rows, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.7 + 0.2
-    return Batch(images, views.draw([config.ViewSpec(kind="random", size=0.5)], 4, rows, np.random.default_rng(0)), retain, seed)
+    return Batch(
+        images, views.draw([config.ViewSpec(kind="random", size=0.5)], 4, rows, np.random.default_rng(0)), retain, seed
+    )
 
 
 def expected_noise(batch: Batch, kind: str, pixels: torch.Tensor, model) -> torch.Tensor:
@@ -123,7 +125,10 @@ def test_noise_in_the_hole_alone_keeps_what_is_seen(pair):
     batch = batch_of()
     noise = make(noise_region="hole").noise(batch, pair[0])
     hole = batch.view.rows(RETAIN, RETAIN + FORGET).pixel_mask(32).expand_as(noise)
-    assert torch.equal(noise[~hole], batch.images[RETAIN:][~hole]) and not torch.isclose(noise[hole], batch.images[RETAIN:][hole]).all()
+    assert (
+        torch.equal(noise[~hole], batch.images[RETAIN:][~hole])
+        and not torch.isclose(noise[hole], batch.images[RETAIN:][hole]).all()
+    )
 
 
 def test_noise_in_the_hole_is_refused_where_the_encoder_never_sees_it():

@@ -20,7 +20,9 @@ def model():
 
 def batch_of(retain: int = 4) -> Batch:
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    return Batch(images, views.draw([config.ViewSpec(kind="random", size=0.6)], 4, 4, np.random.default_rng(0)), retain, 1)
+    return Batch(
+        images, views.draw([config.ViewSpec(kind="random", size=0.6)], 4, 4, np.random.default_rng(0)), retain, 1
+    )
 
 
 def loss(model, batch) -> torch.Tensor:

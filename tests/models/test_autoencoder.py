@@ -46,7 +46,9 @@ def halves(kind: str):
     parts = torch.nn.ModuleDict(zip(("first_stage", "back"), autoencoder.split(VAES[kind]), strict=True)).eval()
     ours = autoencoder.from_public(whole.state_dict())
     parts.load_state_dict({n.removeprefix("decoder."): t for n, t in ours.items()})
-    assert autoencoder.to_public(ours).keys() == whole.state_dict().keys() and all(n.startswith(autoencoder.AUTOENCODER_TENSORS) for n in ours)
+    assert autoencoder.to_public(ours).keys() == whole.state_dict().keys() and all(
+        n.startswith(autoencoder.AUTOENCODER_TENSORS) for n in ours
+    )
     return whole, parts["first_stage"], parts["back"]
 
 
@@ -79,7 +81,9 @@ def test_latents_are_those_that_the_pipeline_of_diffusers_computes(kind):
     # latents of the known part do not depend on what is hidden
     changed = torch.where(view.pixel_mask(32), torch.rand_like(images), images)
     known = slice(found.shape[1] // 2, None)
-    assert torch.equal(first_stage(changed, view)[:, known], found[:, known]) and not torch.equal(first_stage(changed, view), found)
+    assert torch.equal(first_stage(changed, view)[:, known], found[:, known]) and not torch.equal(
+        first_stage(changed, view), found
+    )
 
 
 @torch.no_grad()
@@ -88,7 +92,10 @@ def test_images_under_several_views_are_encoded_once(monkeypatch):
     images, seen, latents_of = torch.rand(2, 3, 32, 32), [], first_stage.latents
     monkeypatch.setattr(first_stage, "latents", lambda x: (seen.append(x), latents_of(x))[1])
     found = [first_stage(images, view_of(2, size)) for size in (0.25, 0.5, 0.75)]
-    assert len(seen) == 4 and all(torch.equal(f, first_stage(images.clone(), view_of(2, s))) for f, s in zip(found, (0.25, 0.5, 0.75), strict=True))
+    assert len(seen) == 4 and all(
+        torch.equal(f, first_stage(images.clone(), view_of(2, s)))
+        for f, s in zip(found, (0.25, 0.5, 0.75), strict=True)
+    )
     first_stage(images, view_of(2))
     images.mul_(0.5)  # changed in place they are other images
     expected = first_stage(images.clone(), view_of(2))
@@ -110,15 +117,22 @@ def test_the_back_takes_the_type_of_its_weights():
 
 
 def test_an_unknown_autoencoder_is_told():
-    with pytest.raises(ValueError, match="vae.class 'VQModel' is not known; known: AutoencoderKL, AutoencoderTiny, TAEF2"):
+    with pytest.raises(
+        ValueError, match="vae.class 'VQModel' is not known; known: AutoencoderKL, AutoencoderTiny, TAEF2"
+    ):
         autoencoder.split({"class": "VQModel"})
 
 
 @pytest.fixture(scope="module")
 def photographs() -> torch.Tensor:
     """(8, 3, 128, 128) in [-1, 1]: one photograph of each of some classes of SUN-25."""
-    if not (SHARED / "sun_scenes_256.tar").is_file() or not (SHARED / "weights" / "taef2_encoder.safetensors").is_file():
-        pytest.skip(f"no sun_scenes_256.tar and weights of TAEF2 in {SHARED}: set UNLEARN_SHARED to the folder that holds them")
+    if (
+        not (SHARED / "sun_scenes_256.tar").is_file()
+        or not (SHARED / "weights" / "taef2_encoder.safetensors").is_file()
+    ):
+        pytest.skip(
+            f"no sun_scenes_256.tar and weights of TAEF2 in {SHARED}: set UNLEARN_SHARED to the folder that holds them"
+        )
     found = {}
     with tarfile.open(SHARED / "sun_scenes_256.tar") as tar:
         for member in tar:
@@ -175,16 +189,22 @@ def test_the_first_stage_in_a_folder_of_its_own_fills_both_halves(toy):
     start = weights.build(config.Model(family="toy"), 1)
     built = weights.build(config.Model(family="toy", first_stage=str(toy)), 1)
     own, before = built.state_dict(), start.state_dict()
-    assert all(torch.equal(own[n], expected[n].float() if n in expected else before[n]) for n in own) and len(expected) < len(own)
+    assert all(torch.equal(own[n], expected[n].float() if n in expected else before[n]) for n in own) and len(
+        expected
+    ) < len(own)
     # over weights of a model that has another one
     weights.write(start, str(toy / "model"), {})
     again = weights.build(config.Model(family="toy", weights=str(toy / "model"), first_stage=str(toy)), 2).state_dict()
     assert all(torch.equal(again[n], own[n]) for n in own)
     # of a model that lacks one
     save_file({n: t for n, t in before.items() if n not in expected}, toy / "rest.safetensors")
-    again = weights.build(config.Model(family="toy", weights=str(toy / "rest.safetensors"), first_stage=str(toy)), 2).state_dict()
+    again = weights.build(
+        config.Model(family="toy", weights=str(toy / "rest.safetensors"), first_stage=str(toy)), 2
+    ).state_dict()
     assert all(torch.equal(again[n], own[n]) for n in own)
-    with pytest.raises(WeightsError, match="lacks the frozen first stage of toy: name its weights in model.first_stage"):
+    with pytest.raises(
+        WeightsError, match="lacks the frozen first stage of toy: name its weights in model.first_stage"
+    ):
         weights.build(config.Model(family="toy", weights=str(toy / "rest.safetensors")))
 
 
@@ -251,7 +271,9 @@ def clip(projected: bool = False, seed: int = 0):
     torch.manual_seed(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(vocab={w: n for n, w in enumerate(vocabulary)}, merges=[], model_max_length=9)
+    tokenizer = transformers.CLIPTokenizer(
+        vocab={w: n for n, w in enumerate(vocabulary)}, merges=[], model_max_length=9
+    )
     settings = transformers.CLIPTextConfig(
         vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=12,
         max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53,
@@ -281,11 +303,17 @@ def made(kind: str):
             **parts, text_encoder_2=second, tokenizer_2=tokenizer_2, transformer=diffusers.FluxTransformer2DModel(**TRANSFORMER),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    scheduler = diffusers.DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
+    )
     if kind == "xl":
         second, tokenizer_2 = clip(projected=True, seed=1)
         return diffusers.StableDiffusionXLInpaintPipeline(
-            **parts, text_encoder_2=second, tokenizer_2=tokenizer_2, unet=diffusers.UNet2DConditionModel(**XL), scheduler=scheduler
+            **parts,
+            text_encoder_2=second,
+            tokenizer_2=tokenizer_2,
+            unet=diffusers.UNet2DConditionModel(**XL),
+            scheduler=scheduler,
         )
     return diffusers.StableDiffusionInpaintPipeline(
         **parts, unet=diffusers.UNet2DConditionModel(**UNET), scheduler=scheduler, safety_checker=None, feature_extractor=None,
@@ -300,9 +328,16 @@ def prompted(kind: str, whole, prompt: str) -> dict[str, torch.Tensor]:
         if kind == "sd":
             return {"shared.prompt": whole.text_encoder(ids).last_hidden_state}
         if kind == "flux":
-            long = torch.tensor([whole.tokenizer_2(prompt, padding="max_length", max_length=512, truncation=True).input_ids])
-            return {"shared.prompt": whole.text_encoder_2(long).last_hidden_state, "shared.pooled": whole.text_encoder(ids).pooler_output}
-        first, second = (encoder(ids, output_hidden_states=True) for encoder in (whole.text_encoder, whole.text_encoder_2))
+            long = torch.tensor(
+                [whole.tokenizer_2(prompt, padding="max_length", max_length=512, truncation=True).input_ids]
+            )
+            return {
+                "shared.prompt": whole.text_encoder_2(long).last_hidden_state,
+                "shared.pooled": whole.text_encoder(ids).pooler_output,
+            }
+        first, second = (
+            encoder(ids, output_hidden_states=True) for encoder in (whole.text_encoder, whole.text_encoder_2)
+        )
         both = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2)
         return {"shared.prompt": both, "shared.pooled": second.text_embeds}
 
@@ -320,7 +355,9 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     assert all(torch.equal(tensors[n], t) for n, t in expected.items())
     for name, tensor in text.items():
         torch.testing.assert_close(tensors[name], tensor, atol=1e-6, rtol=1e-6)
-    assert options["tokens"] == text["shared.prompt"].shape[1] and options["image_size"] == (256 if kind == "flux" else 32)
+    assert options["tokens"] == text["shared.prompt"].shape[1] and options["image_size"] == (
+        256 if kind == "flux" else 32
+    )
     met = pipeline._encoded.cache_info()
     other = pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})[0]  # as the teacher does
     assert pipeline._encoded.cache_info().misses == met.misses
@@ -329,7 +366,9 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     assert pipeline.options(tmp_path / "shape") == (home, options)
     empty = pipeline.read(tmp_path / "theirs", {})[0]
     # without a prompt SDXL is given zeros
-    assert not torch.equal(empty["shared.prompt"], tensors["shared.prompt"]) and (kind == "xl") == (not empty["shared.prompt"].any())
+    assert not torch.equal(empty["shared.prompt"], tensors["shared.prompt"]) and (kind == "xl") == (
+        not empty["shared.prompt"].any()
+    )
 
     pipeline.write(tensors, SimpleNamespace(**options), tmp_path / "ours")
     assert not list((tmp_path / "ours").rglob("*.bin"))
@@ -359,7 +398,11 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
         each.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         arguments = {"num_inference_steps": 2, "height": 32, "width": 32, "generator": generator, "output_type": "np"}
-        filled.append(each("a cat", image=images, mask_image=hole, **arguments, **({} if kind == "flux" else {"strength": 1.0})).images)
+        filled.append(
+            each(
+                "a cat", image=images, mask_image=hole, **arguments, **({} if kind == "flux" else {"strength": 1.0})
+            ).images
+        )
     np.testing.assert_allclose(*filled, atol=1e-5)
 
 
@@ -378,9 +421,14 @@ def test_the_family_takes_such_a_folder_with_options_of_the_config(kind, tmp_pat
     assert not torch.equal(silent.reconstruct(images, view), expected)
     model.to_folder(tmp_path / "ours")
     back = build("ours").state_dict()
-    assert back.keys() == model.state_dict().keys() and all(torch.equal(back[n], t) for n, t in model.state_dict().items())
+    assert back.keys() == model.state_dict().keys() and all(
+        torch.equal(back[n], t) for n, t in model.state_dict().items()
+    )
     weights.write(model, str(tmp_path / "model"), {})
-    assert torch.equal(weights.build(config.Model(family="diffusion", weights=str(tmp_path / "model"))).reconstruct(images, view), expected)
+    assert torch.equal(
+        weights.build(config.Model(family="diffusion", weights=str(tmp_path / "model"))).reconstruct(images, view),
+        expected,
+    )
     if kind == "flux":  # cut elsewhere it is the same model
         for folder in ("ours", "model"):
             cut = build(folder, encoder_blocks=2)
@@ -410,11 +458,15 @@ def test_what_is_no_latent_pipeline_is_told(tmp_path, monkeypatch):
     made("sd").save_pretrained(tmp_path)
     described = json.loads((tmp_path / "unet" / "config.json").read_text())
     (tmp_path / "unet" / "config.json").write_text(json.dumps(described | {"_class_name": "UNet2DModel"}))
-    with pytest.raises(WeightsError, match="unet holds a UNet2DModel; known in a latent pipeline: UNet2DConditionModel"):
+    with pytest.raises(
+        WeightsError, match="unet holds a UNet2DModel; known in a latent pipeline: UNet2DConditionModel"
+    ):
         pipeline.read(tmp_path, {})
     (tmp_path / "unet" / "config.json").write_text(json.dumps(described))
     find = pipeline.importlib.util.find_spec
-    monkeypatch.setattr(pipeline.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name))
+    monkeypatch.setattr(
+        pipeline.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+    )
     with pytest.raises(MissingExtra, match=r"a prompt's embedding needs transformers.*pip install 'unlearn\[text\]'"):
         pipeline.read(tmp_path, {})
     monkeypatch.undo()
@@ -431,7 +483,9 @@ def test_an_autoencoder_that_diffusers_does_not_know_cannot_be_written(tmp_path)
         pipeline.write({}, SimpleNamespace(network={"class": "UNet2DConditionModel"}, vae=TAEF2), tmp_path)
 
 
-@pytest.mark.parametrize("settings, shift", [({}, 1.0), ({"shift": 3.0}, 3.0), ({"use_dynamic_shifting": True}, np.exp(0.5))])
+@pytest.mark.parametrize(
+    "settings, shift", [({}, 1.0), ({"shift": 3.0}, 3.0), ({"use_dynamic_shifting": True}, np.exp(0.5))]
+)
 def test_flow_matching_is_what_its_scheduler_undoes(settings, shift):
     made, device = flow.FlowMatching(settings, 256), torch.device("cpu")
     clean, eps = torch.randn(2, 5, 4, 8, 8, dtype=torch.float64)
@@ -451,7 +505,9 @@ def test_flow_matching_is_what_its_scheduler_undoes(settings, shift):
     assert float((t / 1000).median()) == pytest.approx(shift / (1 + shift), abs=0.02)
 
 
-@pytest.mark.parametrize("settings", [{"time_shift_type": "linear"}, {"stochastic_sampling": True}, {"invert_sigmas": True}])
+@pytest.mark.parametrize(
+    "settings", [{"time_shift_type": "linear"}, {"stochastic_sampling": True}, {"invert_sigmas": True}]
+)
 def test_other_flows_are_refused(settings):
     with pytest.raises(ValueError, match="only exponential time shifts"):
         flow.FlowMatching(settings, 256)

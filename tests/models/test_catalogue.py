@@ -39,7 +39,8 @@ def test_the_list_takes_little_time_and_no_torch():
 
 
 def test_a_family_that_is_not_in_the_file_is_counted(tmp_path, monkeypatch, told):
-    (tmp_path / "late_family.py").write_text(textwrap.dedent("""
+    (tmp_path / "late_family.py").write_text(
+        textwrap.dedent("""
         from torch import nn
         from unlearn.models import base
 
@@ -50,10 +51,18 @@ def test_a_family_that_is_not_in_the_file_is_counted(tmp_path, monkeypatch, told
             def __init__(self, options):
                 super().__init__(options)
                 self.encoder, self.decoder = nn.Linear(3, 5), nn.Linear(5, 3)
-        """))
+        """)
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(MODELS, "entries", {**MODELS.entries, "late": "late_family:Late"})
     code, out, _ = told("models", "--json")
     rows = json.loads(out)
     assert code == 0 and len(rows) == len(catalogue.shapes())
-    assert rows[-1] == {"family": "late", "variant": "small", "image_size": 16, "encoder": 20, "decoder": 18, "first_stage": 0}
+    assert rows[-1] == {
+        "family": "late",
+        "variant": "small",
+        "image_size": 16,
+        "encoder": 20,
+        "decoder": 18,
+        "first_stage": 0,
+    }

@@ -40,7 +40,10 @@ def test_embeddings_and_images_have_one_row_an_image_and_repeat_exactly(shape):
         images = model.reconstruct(batch.images, batch.view)
         assert torch.equal(images, model.reconstruct(batch.images, batch.view))
         loss = model.training_loss(model.inputs(batch.images, batch.view), batch.view)
-    assert all(torch.equal(a, b) and len(a) == len(batch.images) and a.isfinite().all() for a, b in zip(first, again, strict=True))
+    assert all(
+        torch.equal(a, b) and len(a) == len(batch.images) and a.isfinite().all()
+        for a, b in zip(first, again, strict=True)
+    )
     assert images.shape == batch.images.shape and images.isfinite().all() and loss.shape == () and loss.isfinite()
 
 
@@ -49,12 +52,20 @@ def test_rows_of_a_batch_do_not_see_each_other(shape):
     model = build(shape)
     batch = batch_for(model)
     with torch.no_grad():
-        for a, b in zip(*(embed(model, dataclasses.replace(batch, images=batch.images[:n], view=batch.view.rows(0, n))) for n in (2, 5)), strict=True):
+        for a, b in zip(
+            *(
+                embed(model, dataclasses.replace(batch, images=batch.images[:n], view=batch.view.rows(0, n)))
+                for n in (2, 5)
+            ),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b[:2], atol=1e-5, rtol=1e-5)
 
 
 @shapes
-@pytest.mark.parametrize("kind, size", [("centre", 0.5), ("outpaint", 0.5), ("random", 0.75), ("box", 0.3), ("brush", 0.4)])
+@pytest.mark.parametrize(
+    "kind, size", [("centre", 0.5), ("outpaint", 0.5), ("random", 0.75), ("box", 0.3), ("brush", 0.4)]
+)
 def test_visible_pixels_stay_to_the_bit_and_hidden_ones_are_never_copied(shape, kind, size):
     model = build(shape)
     batch = batch_for(model, kind=kind, size=size)
@@ -128,7 +139,9 @@ def test_activation_checkpointing_changes_no_gradient_and_keeps_less_in_memory(s
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            sum(level.square().mean() for level in levels(model.encode(batch.images, batch.view))).backward(inputs=list(model.encoder.parameters()))
+            sum(level.square().mean() for level in levels(model.encode(batch.images, batch.view))).backward(
+                inputs=list(model.encoder.parameters())
+            )
         gradients[active] = [p.grad for p in model.encoder.parameters()]
     assert all(torch.equal(a, b) for a, b in zip(gradients[False], gradients[True], strict=True))
     assert kept[True] < 0.9 * kept[False]
@@ -163,7 +176,9 @@ def test_saved_and_loaded_it_is_the_same_model(shape, tmp_path):
     assert all(torch.equal(t, back.state_dict()[n]) for n, t in model.state_dict().items())
     # also what is in no file: buffers that are computed, and what may be trained
     assert all(torch.equal(t, dict(back.named_buffers())[n]) for n, t in model.named_buffers())
-    assert [(n, p.requires_grad, p.dtype) for n, p in back.named_parameters()] == [(n, p.requires_grad, p.dtype) for n, p in model.named_parameters()]
+    assert [(n, p.requires_grad, p.dtype) for n, p in back.named_parameters()] == [
+        (n, p.requires_grad, p.dtype) for n, p in model.named_parameters()
+    ]
     assert not any(t.is_meta for t in (*back.parameters(), *back.buffers()))
 
 
@@ -190,7 +205,10 @@ def test_a_method_trains_what_it_says_and_nothing_else(shape, name):
     if not method.needs_decoder:
         student.drop_decoder()
         teacher.drop_decoder()
-    before = {n: t.clone() for n, t in (*student.state_dict().items(), *((f"teacher {n}", t) for n, t in teacher.state_dict().items()))}
+    before = {
+        n: t.clone()
+        for n, t in (*student.state_dict().items(), *((f"teacher {n}", t) for n, t in teacher.state_dict().items()))
+    }
     trained = {id(p) for p in method.trainable(student)}
     parts = runs.losses(method, batch, student, teacher if method.needs_teacher else None)
     assert parts["loss"].shape == () and parts["loss"].requires_grad and len(parts) > 1
@@ -209,7 +227,9 @@ def test_the_papers_method_leaves_the_decoder_alone(shape):
     method, student = runs.method(), build(shape, 1)
     runs.losses(method, cached(student, batch_for(student)), student, build(shape, 2))["loss"].backward()
     assert all(p.grad is not None for p in student.encoder.parameters())
-    assert all(p.grad is None for part in (student.decoder, student.shared) if part is not None for p in part.parameters())
+    assert all(
+        p.grad is None for part in (student.decoder, student.shared) if part is not None for p in part.parameters()
+    )
 
 
 def test_every_family_has_a_small_shape():

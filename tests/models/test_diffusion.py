@@ -78,7 +78,9 @@ def test_the_parts_compute_what_the_whole_network_computes(name):
     ours = {f"{part}.{n}": t for part, module in parts.items() for n, t in module.state_dict().items()}
     assert unet.to_public(ours).keys() == public.keys()
     for part, module in parts.items():
-        module.load_state_dict({n.removeprefix(f"{part}."): t for n, t in unet.from_public(public).items() if n.startswith(f"{part}.")})
+        module.load_state_dict(
+            {n.removeprefix(f"{part}."): t for n, t in unet.from_public(public).items() if n.startswith(f"{part}.")}
+        )
         module.train()  # dropout, where the config has it, is left out
     sample, t = randn(2, 6, SIDE, SIDE), torch.tensor([3, 700])
     with torch.no_grad():
@@ -107,7 +109,9 @@ def test_checkpointed_activations_give_the_same_gradients():
         sum(level.square().mean() for level in embedding).backward()
         found.append({n: p.grad.clone() for n, p in model.encoder.named_parameters()})
         model.zero_grad()
-        assert all(block.gradient_checkpointing == on for block in (*model.encoder.down_blocks, model.encoder.mid_block))
+        assert all(
+            block.gradient_checkpointing == on for block in (*model.encoder.down_blocks, model.encoder.mid_block)
+        )
     assert all(torch.equal(gradient, found[1][n]) for n, gradient in found[0].items())
 
 
@@ -257,7 +261,9 @@ def test_a_pipeline_folder_is_diffusers_own(folder):
     model, path = folder
     back = diffusers.UNet2DModel.from_pretrained(path / "unet", use_safetensors=True)
     public = unet.to_public(model.state_dict())
-    assert back.state_dict().keys() == public.keys() and all(torch.equal(t, public[n]) for n, t in back.state_dict().items())
+    assert back.state_dict().keys() == public.keys() and all(
+        torch.equal(t, public[n]) for n, t in back.state_dict().items()
+    )
     scheduler = diffusers.DiffusionPipeline.from_pretrained(path).scheduler
     np.testing.assert_allclose(scheduler.alphas_cumprod, alphas(COSINE), atol=1e-6)
     assert scheduler.config.prediction_type == "v_prediction"
@@ -268,7 +274,9 @@ def test_folders_of_diffusers_are_loaded(folder, tmp_path):
     images, view = randn(2, 3, SIDE, SIDE), view_of(2)
     wanted = model.training_loss(images, view, 4)
     settings = {"family": "diffusion", "options": {"grid": GRID, "image_size": SIDE}}
-    assert torch.equal(weights.build(config.Model(weights=str(path), **settings)).training_loss(images, view, 4), wanted)
+    assert torch.equal(
+        weights.build(config.Model(weights=str(path), **settings)).training_loss(images, view, 4), wanted
+    )
 
     # the network alone: in one file, in parts, and as an older .bin; its scheduler is told by options
     settings["options"]["scheduler"] = model.options.scheduler
@@ -277,7 +285,9 @@ def test_folders_of_diffusers_are_loaded(folder, tmp_path):
     network.save_pretrained(tmp_path / "one")
     network.save_pretrained(tmp_path / "parts", max_shard_size="20KB")
     network.save_pretrained(tmp_path / "bin", safe_serialization=False)
-    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1 and not list((tmp_path / "bin").glob("*.safetensors"))
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1 and not list(
+        (tmp_path / "bin").glob("*.safetensors")
+    )
     for name in ("one", "parts", "bin"):
         built = weights.build(config.Model(weights=str(tmp_path / name), **settings))
         assert built.options.image_size == SIDE and torch.equal(built.training_loss(images, view, 4), wanted)
@@ -291,7 +301,9 @@ def test_folders_that_do_not_fit_are_told(folder, tmp_path):
 
     def told(message: str) -> None:
         with pytest.raises(WeightsError, match=message):
-            weights.build(config.Model(family="diffusion", weights=str(path), options={"grid": GRID, "image_size": SIDE}))
+            weights.build(
+                config.Model(family="diffusion", weights=str(path), options={"grid": GRID, "image_size": SIDE})
+            )
         config_file.write_text(kept[0])
         file.write_bytes(kept[1])
 
@@ -310,7 +322,9 @@ def test_folders_that_do_not_fit_are_told(folder, tmp_path):
     file.unlink()
     told("lacks diffusion_pytorch_model.safetensors")
     file.unlink()
-    file.with_suffix(".safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}))
+    file.with_suffix(".safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}})
+    )
     told("lacks part-1.safetensors, part-2.safetensors")
     (path / "scheduler" / "scheduler_config.json").unlink()
     told("scheduler_config.json is missing")

@@ -93,7 +93,9 @@ def test_sampling_starts_from_noise_and_ends_in_the_back(options):
     found = model.reconstruct(images, view)
     channels, _ = autoencoder.noised_space(model.options.vae)
     start = diffusion._noise(samples[0][:1, :channels], 0)[1]
-    assert len(samples) == model.options.sampling_steps and torch.equal(samples[0][:, :channels], start.expand(2, -1, -1, -1))
+    assert len(samples) == model.options.sampling_steps and torch.equal(
+        samples[0][:, :channels], start.expand(2, -1, -1, -1)
+    )
     assert torch.equal(found, torch.where(hole, decoded[0][1], images)) and len(decoded) == 1
     assert not torch.equal(decoded[0][0], samples[-1][:, :channels])
 
@@ -111,10 +113,14 @@ def test_a_saved_transformer_is_loaded_with_another_cut(tmp_path):
 def test_a_pipeline_folder_goes_out_and_in(tmp_path, s3):
     model = build(UNET, 4, vae=KL, grid=8, scheduler={"num_train_timesteps": 100, "beta_schedule": "scaled_linear"})
     model.to_folder(tmp_path / "out")
-    back = weights.build(config.Model(family="diffusion", weights=str(tmp_path / "out"), options={"image_size": SIDE, "grid": 8}))
+    back = weights.build(
+        config.Model(family="diffusion", weights=str(tmp_path / "out"), options={"image_size": SIDE, "grid": 8})
+    )
     assert back.options.vae["class"] == "AutoencoderKL" and back.options.tokens == model.options.tokens
     found = back.state_dict()
-    assert found.keys() == model.state_dict().keys() and all(torch.equal(t, found[n]) for n, t in model.state_dict().items())
+    assert found.keys() == model.state_dict().keys() and all(
+        torch.equal(t, found[n]) for n, t in model.state_dict().items()
+    )
     view = views.draw([config.ViewSpec()], 8, 2, np.random.default_rng(0))
     images = randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
@@ -123,7 +129,9 @@ def test_a_pipeline_folder_goes_out_and_in(tmp_path, s3):
     there = config.Model(family="diffusion", weights=s3, options={"image_size": SIDE, "grid": 8})
     for path in (p for p in (tmp_path / "out").rglob("*") if p.is_file()):
         Storage(s3).write(path.relative_to(tmp_path / "out").as_posix(), path.read_bytes())
-    assert model_options(there)[0] == back.options and weights.fingerprint(s3) == weights.fingerprint(str(tmp_path / "out"))
+    assert model_options(there)[0] == back.options and weights.fingerprint(s3) == weights.fingerprint(
+        str(tmp_path / "out")
+    )
     assert all(torch.equal(t, found[n]) for n, t in weights.build(there).state_dict().items())
 
 

@@ -18,7 +18,9 @@ def build(stop: int | None = None, **changes):
     """diffusers' model with random weights, and our three parts with the same ones and a prompt."""
     torch.manual_seed(0)
     whole = FluxTransformer2DModel(**SMALL | changes).eval()
-    parts = torch.nn.ModuleDict(zip(("encoder", "decoder", "shared"), flux.split(SMALL | changes, 5, stop), strict=True)).eval()
+    parts = torch.nn.ModuleDict(
+        zip(("encoder", "decoder", "shared"), flux.split(SMALL | changes, 5, stop), strict=True)
+    ).eval()
     prompt = {"shared.prompt": torch.randn(1, 5, 12), "shared.pooled": torch.randn(1, 10)}
     parts.load_state_dict(flux.from_public(whole.state_dict(), stop) | prompt)
     return whole, parts, prompt
@@ -35,7 +37,9 @@ def pipeline_inputs(noisy, known, hidden):
     b, c, h, w = noisy.shape
     mask = hidden.float()[:, 0].view(b, h, 8, w, 8).permute(0, 2, 4, 1, 3).reshape(b, 64, h, w)
     packed = [FluxFillPipeline._pack_latents(x, b, x.shape[1], h, w) for x in (noisy, known, mask)]
-    return torch.cat(packed, dim=2), FluxFillPipeline._prepare_latent_image_ids(b, h // 2, w // 2, noisy.device, noisy.dtype)
+    return torch.cat(packed, dim=2), FluxFillPipeline._prepare_latent_image_ids(
+        b, h // 2, w // 2, noisy.device, noisy.dtype
+    )
 
 
 @pytest.mark.parametrize("stop", [None, 1, 2, 3, 4])
@@ -62,7 +66,9 @@ def test_the_cut_is_where_the_config_says_and_tensors_follow_it():
     moved = flux.from_public(parts.state_dict(), 4)
     again = build(4)[1]
     assert moved.keys() == again.state_dict().keys()
-    assert set(again["encoder"].single_transformer_blocks) == {"0", "1"} and set(again["decoder"].single_transformer_blocks) == {"2"}
+    assert set(again["encoder"].single_transformer_blocks) == {"0", "1"} and set(
+        again["decoder"].single_transformer_blocks
+    ) == {"2"}
     assert flux.from_public(moved, 2).keys() == parts.state_dict().keys()
     extra = {"first_stage.conv_in.weight": torch.zeros(1), "decoder.back.conv_in.weight": torch.zeros(1)}
     public, expected = flux.to_public(moved | extra), whole.state_dict()

@@ -37,7 +37,10 @@ def layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarra
 def block(x: np.ndarray, w: dict, name: str, heads: int) -> np.ndarray:
     """One pre-norm transformer block on tokens (N, W)."""
     width = x.shape[1]
-    qkv = layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"]) @ w[f"{name}.attn.qkv.weight"].T + w[f"{name}.attn.qkv.bias"]
+    qkv = (
+        layer_norm(x, w[f"{name}.norm1.weight"], w[f"{name}.norm1.bias"]) @ w[f"{name}.attn.qkv.weight"].T
+        + w[f"{name}.attn.qkv.bias"]
+    )
     q, k, v = qkv[:, :width], qkv[:, width : 2 * width], qkv[:, 2 * width :]
     mixed = np.zeros_like(x)
     for h in range(heads):
@@ -45,7 +48,10 @@ def block(x: np.ndarray, w: dict, name: str, heads: int) -> np.ndarray:
         scores = np.exp(q[:, part] @ k[:, part].T / math.sqrt(width / heads))
         mixed[:, part] = scores / scores.sum(1, keepdims=True) @ v[:, part]
     x = x + mixed @ w[f"{name}.attn.proj.weight"].T + w[f"{name}.attn.proj.bias"]
-    inner = layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]) @ w[f"{name}.mlp.fc1.weight"].T + w[f"{name}.mlp.fc1.bias"]
+    inner = (
+        layer_norm(x, w[f"{name}.norm2.weight"], w[f"{name}.norm2.bias"]) @ w[f"{name}.mlp.fc1.weight"].T
+        + w[f"{name}.mlp.fc1.bias"]
+    )
     inner = inner * 0.5 * (1 + np.vectorize(math.erf)(inner / math.sqrt(2)))
     return x + inner @ w[f"{name}.mlp.fc2.weight"].T + w[f"{name}.mlp.fc2.bias"]
 
@@ -64,11 +70,16 @@ def reference(w: dict, image: np.ndarray, visible: list[int]) -> tuple[np.ndarra
     tokens = layer_norm(tokens, w["norm.weight"], w["norm.bias"])
 
     known = tokens @ w["decoder_embed.weight"].T + w["decoder_embed.bias"]
-    whole = [known[0]] + [known[1 + visible.index(i)] if i in visible else w["mask_token"][0, 0] for i in range(GRID * GRID)]
+    whole = [known[0]] + [
+        known[1 + visible.index(i)] if i in visible else w["mask_token"][0, 0] for i in range(GRID * GRID)
+    ]
     whole = np.array(whole) + w["decoder_pos_embed"][0]
     for i in range(TINY["decoder_depth"]):
         whole = block(whole, w, f"decoder_blocks.{i}", TINY["decoder_heads"])
-    whole = layer_norm(whole, w["decoder_norm.weight"], w["decoder_norm.bias"]) @ w["decoder_pred.weight"].T + w["decoder_pred.bias"]
+    whole = (
+        layer_norm(whole, w["decoder_norm.weight"], w["decoder_norm.bias"]) @ w["decoder_pred.weight"].T
+        + w["decoder_pred.bias"]
+    )
     pixels = np.zeros((3, SIDE, SIDE))
     for index in range(GRID * GRID):
         top, left = index // GRID * PATCH, index % GRID * PATCH
@@ -90,7 +101,14 @@ def public_names() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     for prefix, w, depth in (("blocks", width, TINY["depth"]), ("decoder_blocks", inner, TINY["decoder_depth"])):
         for i in range(depth):
-            shapes = {"norm1": (w,), "attn.qkv": (3 * w, w), "attn.proj": (w, w), "norm2": (w,), "mlp.fc1": (4 * w, w), "mlp.fc2": (w, 4 * w)}
+            shapes = {
+                "norm1": (w,),
+                "attn.qkv": (3 * w, w),
+                "attn.proj": (w, w),
+                "norm2": (w,),
+                "mlp.fc1": (4 * w, w),
+                "mlp.fc2": (w, 4 * w),
+            }
             for name, shape in shapes.items():
                 names |= {f"{prefix}.{i}.{name}.weight": shape, f"{prefix}.{i}.{name}.bias": shape[:1]}
     return names
@@ -197,4 +215,6 @@ def test_the_initial_weights_of_a_seed_never_change():
     model = weights.build(config.Model(options=TINY), 7)
     found = [*model.encoder.cls_token.flatten()[:3].tolist(), *model.decoder.pred.weight.flatten()[:3].tolist()]
     assert found == pytest.approx([0.0042, 0.0437, 0.0198, -0.1428, 0.0439, -0.0597], abs=6e-5)
-    assert sum(float(p.detach().double().abs().sum()) for p in model.parameters()) == pytest.approx(1598.43989, rel=1e-6)
+    assert sum(float(p.detach().double().abs().sum()) for p in model.parameters()) == pytest.approx(
+        1598.43989, rel=1e-6
+    )

@@ -86,7 +86,9 @@ def logits(w: dict, embedding: np.ndarray, visible: list[int]) -> np.ndarray:
     for i in range(SMALL["decoder_depth"]):
         whole = block(whole, w, f"decoder_blocks.{i}", SMALL["decoder_heads"])
     whole = gelu(linear(layer_norm(whole, w, "decoder_norm"), w, "mlm_layer.fc"))
-    words = layer_norm(whole, w, "mlm_layer.ln", 1e-5) @ w["token_emb.word_embeddings.weight"].T + w["mlm_layer.bias"][0]
+    words = (
+        layer_norm(whole, w, "mlm_layer.ln", 1e-5) @ w["token_emb.word_embeddings.weight"].T + w["mlm_layer.bias"][0]
+    )
     return words[1:]
 
 
@@ -164,7 +166,10 @@ def tokenizer_names() -> dict[str, tuple[int, ...]]:
             blocks[f"encoder.down.{level}.block.{i}"] = (width if i else below, width)
             blocks[f"decoder.up.{level}.block.{i}"] = (width if i else above, width)
         if level:
-            names |= {f"decoder.up.{level}.upsample.conv.weight": (width, width, 3, 3), f"decoder.up.{level}.upsample.conv.bias": (width,)}
+            names |= {
+                f"decoder.up.{level}.upsample.conv.weight": (width, width, 3, 3),
+                f"decoder.up.{level}.upsample.conv.bias": (width,),
+            }
     for name, (inside, outside) in blocks.items():
         norms |= {f"{name}.norm1": inside, f"{name}.norm2": outside}
         names |= {f"{name}.conv1.weight": (outside, inside, 3, 3), f"{name}.conv2.weight": (outside, outside, 3, 3)}
@@ -186,7 +191,14 @@ def mage_names() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     for prefix, w, depth in (("blocks", WIDTH, SMALL["depth"]), ("decoder_blocks", INNER, SMALL["decoder_depth"])):
         for i in range(depth):
-            shapes = {"norm1": (w,), "attn.qkv": (3 * w, w), "attn.proj": (w, w), "norm2": (w,), "mlp.fc1": (4 * w, w), "mlp.fc2": (w, 4 * w)}
+            shapes = {
+                "norm1": (w,),
+                "attn.qkv": (3 * w, w),
+                "attn.proj": (w, w),
+                "norm2": (w,),
+                "mlp.fc1": (4 * w, w),
+                "mlp.fc2": (w, 4 * w),
+            }
             for name, shape in shapes.items():
                 names |= {f"{prefix}.{i}.{name}.weight": shape, f"{prefix}.{i}.{name}.bias": shape[:1]}
     return names
@@ -257,7 +269,9 @@ def test_tokens_and_pixels_of_the_public_tokenizer_are_those_of_the_reference(co
     assert tokens.shape == (2, 2, GRID * GRID) and tokens.dtype == torch.int64 and len(tokens.unique()) > 4
     for row in range(2):
         pixels, mask = images[row].numpy() * STD + MEAN, view.pixel_mask(SIDE)[row].numpy()
-        for which, given in enumerate((np.where(mask, MEAN, pixels), pixels)):  # the hole is filled with the mean colour
+        for which, given in enumerate(
+            (np.where(mask, MEAN, pixels), pixels)
+        ):  # the hole is filled with the mean colour
             expected, clear = tokens_of(w, given)
             sure = clear > 1e-6
             assert sure.sum() > 12 and np.array_equal(tokens[row, which].numpy()[sure], expected[sure])
@@ -285,7 +299,11 @@ def test_the_first_stage_of_a_folder_of_ours_serves_another_model(loaded, tmp_pa
     for name, tensor in other.state_dict().items():
         if name.startswith(tokenizer.TOKENIZER_TENSORS):
             assert torch.equal(tensor, loaded.state_dict()[name])
-    assert {n.split(".")[1] for n in loaded.state_dict() if n.startswith(tokenizer.TOKENIZER_TENSORS)} == {"encoder", "codebook", "pixels"}
+    assert {n.split(".")[1] for n in loaded.state_dict() if n.startswith(tokenizer.TOKENIZER_TENSORS)} == {
+        "encoder",
+        "codebook",
+        "pixels",
+    }
 
 
 def test_a_diffusers_folder_gives_the_codes_and_images_of_diffusers(tmp_path):
@@ -309,7 +327,9 @@ def test_a_diffusers_folder_gives_the_codes_and_images_of_diffusers(tmp_path):
         assert torch.equal(tokens.flatten(), expected) and len(tokens.unique()) > 4
         codes = model.decoder.codebook(tokens).transpose(1, 2).unflatten(2, (GRID, GRID))
         pixels = (theirs.decode(latents).sample + 1) / 2
-        torch.testing.assert_close(model.decoder.paint(codes) * torch.from_numpy(STD).float() + torch.from_numpy(MEAN).float(), pixels)
+        torch.testing.assert_close(
+            model.decoder.paint(codes) * torch.from_numpy(STD).float() + torch.from_numpy(MEAN).float(), pixels
+        )
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match="no weights at .*empty"):
         build(DIFFUSERS, first_stage=str(tmp_path / "empty"))
@@ -336,7 +356,11 @@ def test_decoding_keeps_what_is_seen_and_repeats_in_any_batch(public, coder, loa
     rounds = rounds[: len(rounds) // 3]
     assert torch.equal(full.gather(1, view.visible), tokens.gather(1, view.visible)) and int(full.max()) < CODES
     counts = [known.shape[1] for known in rounds]
-    assert len(counts) == min(steps, view.hidden.shape[1]) and counts == sorted(set(counts)) and counts[0] == view.visible.shape[1]
+    assert (
+        len(counts) == min(steps, view.hidden.shape[1])
+        and counts == sorted(set(counts))
+        and counts[0] == view.visible.shape[1]
+    )
     for earlier, later in zip(rounds, rounds[1:], strict=False):  # what is known stays known
         assert all(set(a) <= set(b) for a, b in zip(earlier.tolist(), later.tolist(), strict=True))
 
@@ -389,7 +413,10 @@ def test_the_tokenizer_is_never_trained_with_the_rest():
     model = build()
     trained = {id(p) for p in runs.method("pretrain").trainable(model)}
     names = {n for n, p in model.named_parameters() if id(p) in trained}
-    assert names == {n for n in model.state_dict() if not n.startswith(tokenizer.TOKENIZER_TENSORS)} and "decoder.head.weight" in names
+    assert (
+        names == {n for n in model.state_dict() if not n.startswith(tokenizer.TOKENIZER_TENSORS)}
+        and "decoder.head.weight" in names
+    )
 
 
 def test_moving_the_encoders_words_leaves_the_logits_words_alone(loaded):

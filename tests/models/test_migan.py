@@ -104,7 +104,9 @@ def test_levels_and_pixels_of_public_weights_are_those_of_the_plain_model(public
     assert [len(levels), levels[0].shape[-1]] == [5, size // 8] and rgb.shape == images.shape
 
 
-@pytest.mark.skipif(not (SHARED / "migan_reference_128.npz").exists(), reason="the public weights are not here: set UNLEARN_SHARED")
+@pytest.mark.skipif(
+    not (SHARED / "migan_reference_128.npz").exists(), reason="the public weights are not here: set UNLEARN_SHARED"
+)
 def test_the_public_model_gives_the_reference():
     expected = {n: torch.from_numpy(t) for n, t in np.load(SHARED / "migan_reference_128.npz").items()}
     file = str(SHARED / "migan_512_places2.safetensors")

@@ -47,8 +47,12 @@ def whole_and_parts(kind: str):
     """diffusers' model with random weights, and our three parts with the same ones and a prompt."""
     torch.manual_seed(0)
     whole = UNet2DConditionModel(**KINDS[kind]).eval()
-    parts = torch.nn.ModuleDict(zip(("encoder", "decoder", "shared"), unet_condition.split(KINDS[kind], 5, 64), strict=True)).eval()
-    prompt = {"shared.prompt": torch.randn(1, 5, 12)} | ({"shared.pooled": torch.randn(1, 10)} if kind == "SDXL" else {})
+    parts = torch.nn.ModuleDict(
+        zip(("encoder", "decoder", "shared"), unet_condition.split(KINDS[kind], 5, 64), strict=True)
+    ).eval()
+    prompt = {"shared.prompt": torch.randn(1, 5, 12)} | (
+        {"shared.pooled": torch.randn(1, 10)} if kind == "SDXL" else {}
+    )
     parts.load_state_dict(unet_condition.from_public(whole.state_dict()) | prompt)
     return whole, parts, prompt
 
@@ -93,7 +97,10 @@ def test_prompt_and_sizes_reach_the_prediction(kind):
 @kinds
 def test_names_go_to_diffusers_and_back(kind):
     whole, parts, _ = whole_and_parts(kind)
-    tensors = parts.state_dict() | {"first_stage.encoder.conv_in.weight": torch.zeros(1), "decoder.back.decoder.conv_in.weight": torch.zeros(1)}
+    tensors = parts.state_dict() | {
+        "first_stage.encoder.conv_in.weight": torch.zeros(1),
+        "decoder.back.decoder.conv_in.weight": torch.zeros(1),
+    }
     public, expected = unet_condition.to_public(tensors), whole.state_dict()
     assert public.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in public.items())
     ours = unet_condition.from_public(tensors)

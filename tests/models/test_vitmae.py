@@ -51,7 +51,9 @@ def inputs():
 
 def noise_for(view):
     """Both see the same patches: theirs shuffle by noise, so the noise puts the visible ones first, in order."""
-    return torch.zeros(2, 16).scatter(1, torch.cat([view.visible, view.hidden], 1), torch.arange(16.0).expand(2, 16).contiguous())
+    return torch.zeros(2, 16).scatter(
+        1, torch.cat([view.visible, view.hidden], 1), torch.arange(16.0).expand(2, 16).contiguous()
+    )
 
 
 def compare(theirs, ours):
@@ -104,7 +106,9 @@ def test_pixels_normalised_by_patch_are_learnt_as_transformers_learn_them(theirs
 
 
 def test_the_image_processors_statistics_are_taken(folder):
-    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+    )
     assert build(folder).options.mean == (0.1, 0.2, 0.3) and build(folder).options.std == (0.4, 0.5, 0.6)
 
 

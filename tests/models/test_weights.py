@@ -42,7 +42,9 @@ def test_a_folder_of_ours_round_trips_here_and_on_s3(place):
     assert card["family"] == "mae" and card["run"] == "test" and card["options"]["width"] == 16
     back = build(place)
     assert not back.training and all(torch.equal(t, tensors[n]) for n, t in back.state_dict().items())
-    assert all(torch.equal(t.float(), tensors[n]) and tensors[n].dtype == torch.float32 for n, t in model.state_dict().items())
+    assert all(
+        torch.equal(t.float(), tensors[n]) and tensors[n].dtype == torch.float32 for n, t in model.state_dict().items()
+    )
     with pytest.raises(WeightsError, match="encoder.blocks.2.norm1.weight"):
         build(place, options={"depth": 3})
 
@@ -53,7 +55,11 @@ def test_a_single_file_loads_with_the_shape_given(tensors, tmp_path, place, suff
     if suffix == "safetensors":
         save_file(tensors, path)
     else:
-        torch.save({"state_dict": tensors} if suffix == "nested" else tensors, path, _use_new_zipfile_serialization=suffix != "legacy")
+        torch.save(
+            {"state_dict": tensors} if suffix == "nested" else tensors,
+            path,
+            _use_new_zipfile_serialization=suffix != "legacy",
+        )
     Storage(place).write(path.name, path.read_bytes())
     model = build(f"{place}/{path.name}", options=TINY)
     assert all(torch.equal(t, tensors[n]) for n, t in model.state_dict().items())
@@ -65,7 +71,11 @@ def test_every_tensor_that_does_not_fit_is_named(tensors, tmp_path):
     save_file(wrong, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError) as e:
         build(tmp_path / "w.safetensors", options=TINY)
-    for words in ("missing encoder.cls_token", "unexpected head.weight", "decoder.pred.bias has shape (3,), the model wants (192,)"):
+    for words in (
+        "missing encoder.cls_token",
+        "unexpected head.weight",
+        "decoder.pred.bias has shape (3,), the model wants (192,)",
+    ):
         assert words in str(e.value)
     assert "model.variant or model.options" in str(e.value)
     with pytest.raises(WeightsError, match="and [0-9]+ more"):
@@ -93,7 +103,9 @@ def test_a_pickle_with_code_is_refused_and_not_run(tensors, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth"])
-@pytest.mark.parametrize("damage", [lambda d: d[: len(d) // 2], lambda d: b"", lambda d: b"text" * 99, lambda d: b"PK\x03\x04" + b"\0" * 99])
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[: len(d) // 2], lambda d: b"", lambda d: b"text" * 99, lambda d: b"PK\x03\x04" + b"\0" * 99]
+)
 def test_a_damaged_file_is_told(tensors, tmp_path, name, damage):
     path = tmp_path / name
     save_file(tensors, path) if name.endswith("safetensors") else torch.save(tensors, path)
@@ -134,7 +146,10 @@ def test_a_variant_must_not_contradict_what_the_weights_say_of_themselves(tmp_pa
     weights.write(model, str(tmp_path), {})
     found = weights.build(config.Model(variant="vit_nano_patch4_32", weights=str(tmp_path)))
     assert found.options == model.options  # the mean too, of which the variant says nothing
-    with pytest.raises(ConfigError, match="model.variant vit_micro_patch8_64 has another .* than .* was made with: leave model.variant out"):
+    with pytest.raises(
+        ConfigError,
+        match="model.variant vit_micro_patch8_64 has another .* than .* was made with: leave model.variant out",
+    ):
         weights.build(config.Model(variant="vit_micro_patch8_64", weights=str(tmp_path)))
 
 
@@ -157,7 +172,9 @@ def test_a_written_file_is_safetensors_with_its_sha256(tmp_path):
     assert digest == hashlib.sha256((tmp_path / "t.safetensors").read_bytes()).hexdigest()
     back = load_file(tmp_path / "t.safetensors")
     assert back.keys() == ODD.keys()
-    assert all(torch.equal(back[n], t) and back[n].dtype == t.dtype and back[n].shape == t.shape for n, t in ODD.items())
+    assert all(
+        torch.equal(back[n], t) and back[n].dtype == t.dtype and back[n].shape == t.shape for n, t in ODD.items()
+    )
     tensor_files.save(ODD, tmp_path / "f.safetensors", floats=torch.float32)
     back = load_file(tmp_path / "f.safetensors")
     assert all(back[n].dtype == (torch.float32 if t.is_floating_point() else t.dtype) for n, t in ODD.items())
@@ -167,9 +184,15 @@ def test_a_written_file_is_safetensors_with_its_sha256(tmp_path):
 def test_the_card_names_the_sha256_and_another_file_is_refused(place):
     weights.write(weights.build(MODEL), place, {})
     content = Storage(place).read("weights.safetensors")
-    assert json.loads(Storage(place).read("model.json"))["sha256"] == hashlib.sha256(content).hexdigest() == weights.fingerprint(place)
+    assert (
+        json.loads(Storage(place).read("model.json"))["sha256"]
+        == hashlib.sha256(content).hexdigest()
+        == weights.fingerprint(place)
+    )
     Storage(place).write("weights.safetensors", content[:-1] + bytes([content[-1] ^ 1]))
-    with pytest.raises(WeightsError, match="weights.safetensors is not the file that model.json beside it was written with"):
+    with pytest.raises(
+        WeightsError, match="weights.safetensors is not the file that model.json beside it was written with"
+    ):
         weights.locate(place)
 
 
@@ -199,7 +222,9 @@ def test_a_folder_without_tensors_is_not_read_through(tmp_path):
 def large(tmp_path_factory) -> tuple[str, int]:
     """(a folder of ours with some 110 MiB of weights, their bytes)."""
     folder = str(tmp_path_factory.mktemp("large") / "model")
-    model = weights.build(config.Model(options={"width": 768, "depth": 3, "decoder_width": 256, "decoder_depth": 2, "image_size": 64}))
+    model = weights.build(
+        config.Model(options={"width": 768, "depth": 3, "decoder_width": 256, "decoder_depth": 2, "image_size": 64})
+    )
     weights.write(model, folder, {})
     return folder, Path(folder, "weights.safetensors").stat().st_size
 
@@ -213,7 +238,9 @@ def test_a_model_takes_the_memory_of_what_is_written_to_and_its_file_none(large,
         _, trained = peak(lambda: [p.add_(1) for p in student.encoder.parameters()])
     encoder = sum(p.numel() * p.element_size() for p in student.encoder.parameters())
     assert 0.9 * encoder < trained < 1.1 * encoder
-    assert torch.equal(student.encoder.norm.weight, teacher.encoder.norm.weight + 1)  # the teacher has not moved with it
+    assert torch.equal(
+        student.encoder.norm.weight, teacher.encoder.norm.weight + 1
+    )  # the teacher has not moved with it
     _, written = peak(lambda: weights.write(student, str(tmp_path / "out"), {}))
     assert written < 0.2 * size
     half = teacher.bfloat16()
@@ -321,6 +348,9 @@ def test_the_shape_is_told_without_the_tensors(proxied, s3):
     weights.write(model, s3, {})
     before = len(proxied.requests)
     assert model_options(config.Model(weights=s3))[0] == model.options
-    assert not any(path.partition("?")[0].endswith("weights.safetensors") and method == "GET" for method, path in proxied.requests[before:])
+    assert not any(
+        path.partition("?")[0].endswith("weights.safetensors") and method == "GET"
+        for method, path in proxied.requests[before:]
+    )
     named = config.Model(variant="vit_nano_patch4_32", weights="s3://nowhere/at/all")
     assert model_options(named)[0] == base.options(config.Model(variant="vit_nano_patch4_32"))

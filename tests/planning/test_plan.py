@@ -95,7 +95,12 @@ def test_every_family_can_be_planned(shape, tmp_path):
         model.drop_decoder()
     teacher.first_stage = None
     with recorded() as profile:
-        engine = TorchEngine(Objective(student, method, teacher.requires_grad_(False)), method.trainable(student), run.training, torch.device("cpu"))
+        engine = TorchEngine(
+            Objective(student, method, teacher.requires_grad_(False)),
+            method.trainable(student),
+            run.training,
+            torch.device("cpu"),
+        )
         for _ in range(3):
             with torch.profiler.record_function(STEP):
                 engine.step([batch], 0.0)
@@ -107,7 +112,9 @@ def test_every_family_can_be_planned(shape, tmp_path):
 
 def test_nothing_is_computed_and_nothing_fake_is_left_behind(tmp_path):
     """A ViT-H of 2.5 GB, its teacher and its activations take next to no memory."""
-    run = run_for(tmp_path, "model={family: mae, variant: vit_huge_patch14}", "training.engine=torch", "cluster.workers=1")
+    run = run_for(
+        tmp_path, "model={family: mae, variant: vit_huge_patch14}", "training.engine=torch", "cluster.workers=1"
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = footprint.measure(run, 16, "fp32", False)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 << 10
@@ -118,7 +125,9 @@ def test_nothing_is_computed_and_nothing_fake_is_left_behind(tmp_path):
 def test_two_sizes_of_micro_batch_tell_of_all(tmp_path):
     made = search.Search(run_for(tmp_path, "training.micro_batch_size=4", *TWO), 8 << 30, cuda=False)
     for rows in (2, 32):
-        exact = memory.estimate(footprint.measure(made.run, rows, "fp32", False), Strategy(2), "fp32", 2, 32 // rows, cuda=False)
+        exact = memory.estimate(
+            footprint.measure(made.run, rows, "fp32", False), Strategy(2), "fp32", 2, 32 // rows, cuda=False
+        )
         assert made.estimate(Strategy(2), rows).total == pytest.approx(exact.total, rel=0.01)
 
 
@@ -140,11 +149,19 @@ def measured_once():
 def test_the_advice_fits_and_keeps_what_is_asked_where_that_fits(tmp_path, gib, measured_once, monkeypatch):
     """ViT-L, 64 rows a GPU."""
     monkeypatch.setattr(footprint, "measure", measured_once)
-    overrides = ["model={family: mae, variant: vit_large_patch16}", "training.batch_size=128", "training.micro_batch_size=64", "training.dtype=bf16", *TWO]
+    overrides = [
+        "model={family: mae, variant: vit_large_patch16}",
+        "training.batch_size=128",
+        "training.micro_batch_size=64",
+        "training.dtype=bf16",
+        *TWO,
+    ]
     run = run_for(tmp_path, *overrides)
     made = search.Search(run, int(gib * 2**30), cuda=True)
     rows, advice = made.table(), made.advice()
-    assert [row.strategy for row in rows][:1] == [Strategy(2)] and {row.strategy for row in rows} >= {Strategy(stage) for stage in range(4)}
+    assert [row.strategy for row in rows][:1] == [Strategy(2)] and {row.strategy for row in rows} >= {
+        Strategy(stage) for stage in range(4)
+    }
     if advice is None:
         assert gib == 0.5 and not any(row.fits for row in rows)
         return
@@ -162,12 +179,16 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     kinds = [[0.5], [0.25, 0.375, 0.5, 0.625, 0.75]]
     means = []
     for kind, sizes in zip(("centre", "random"), kinds, strict=True):
-        found = [views.draw([config.ViewSpec(kind=kind, size=size)], model.grid, 1, order.generator(0)) for size in sizes]
+        found = [
+            views.draw([config.ViewSpec(kind=kind, size=size)], model.grid, 1, order.generator(0)) for size in sizes
+        ]
         means.append(sum(model.flops(view) for view in found) / len(found))
     work = cost.work(run, {"retain": 10, "forget": 10}, steps=7, measured=20)
     assert work.step == pytest.approx(64 * 4 * sum(means) / 2) and work.steps == 7 and work.evaluation > 0
     found = cost.cost(run, work, peak=1e12, plain=1e11, share=0.25)
-    assert found.step == pytest.approx(work.step / (0.25e12 * run.cluster.workers)) and found.training == pytest.approx(7 * found.step)
+    assert found.step == pytest.approx(work.step / (0.25e12 * run.cluster.workers)) and found.training == pytest.approx(
+        7 * found.step
+    )
     assert found.images == pytest.approx(0.25 * found.floor) == pytest.approx(64 / found.step)
     again = cost.cost(run_for(tmp_path, "training.activation_checkpointing=true"), work, 1e12, 1e11, 0.25)
     assert again.step == pytest.approx(found.step * 5 / 4)
@@ -177,13 +198,17 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
 def test_a_first_stage_counts_each_step_or_once(tmp_path):
     model = "model={family: mage, variant: mage_nano_32}"
     each = cost.work(run_for(tmp_path, model), {"retain": 3, "forget": 2}, 1)
-    once = cost.work(run_for(tmp_path, model, "data.latent_cache=codes", "data.latent_views=4"), {"retain": 3, "forget": 2}, 1)
+    once = cost.work(
+        run_for(tmp_path, model, "data.latent_cache=codes", "data.latent_views=4"), {"retain": 3, "forget": 2}, 1
+    )
     assert each.once == once.first_stage == 0 and each.step == once.step
     assert each.first_stage / 64 == pytest.approx(once.once / (5 * 4)) and once.once > 0
     # Fronts compute in float32, whatever the rest does.
     run = run_for(tmp_path, model)
     fast, slow = (cost.cost(run, each, 1e12, plain, 0.5) for plain in (1e12, 1e11))
-    assert (slow.step - fast.step) * run.cluster.workers == pytest.approx(each.first_stage * 0.9 / 0.05e12) and slow.floor < fast.floor
+    assert (slow.step - fast.step) * run.cluster.workers == pytest.approx(
+        each.first_stage * 0.9 / 0.05e12
+    ) and slow.floor < fast.floor
     assert cost.cost(run, once, 1e12, 1e11, 0.5).once == pytest.approx(once.once / (0.05e12 * run.cluster.workers))
 
 
@@ -193,7 +218,13 @@ def test_sizes_and_kinds_of_gpus():
     assert (found.memory, found.peak, found.share, found.guessed) == (141 << 30, 989e12, 0.35, False)
     assert report.device(run).guessed == (not torch.cuda.is_available())
     assert report.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
-    for name, key in (("H100", "H100 80GB HBM3"), ("A100", "A100"), ("a100-80g", "A100-80G"), ("NVIDIA L40S", "L40S"), ("L4", None)):
+    for name, key in (
+        ("H100", "H100 80GB HBM3"),
+        ("A100", "A100"),
+        ("a100-80g", "A100-80G"),
+        ("NVIDIA L40S", "L40S"),
+        ("L4", None),
+    ):
         assert cost.known_gpu(name) == key  # as users, Ray and the driver name them
     with pytest.raises(ConfigError, match="known: H100"):
         report.device(run, gpu="abacus")
@@ -203,7 +234,12 @@ def test_sizes_and_kinds_of_gpus():
 
 @pytest.mark.parametrize("kept", ["encoded", "decoded", "none"])
 def test_the_image_cache_is_what_a_worker_then_holds(tmp_path, kept):
-    run = run_for(tmp_path, f"data.cache={kept}", "data.forget={classes: [1], limit: 300}", "data.retain={classes: [2], limit: 900}")
+    run = run_for(
+        tmp_path,
+        f"data.cache={kept}",
+        "data.forget={classes: [1], limit: 300}",
+        "data.retain={classes: [2], limit: 900}",
+    )
     sets, free = selection.sets(run.data, run.seed), 1 << 30
     loader = Loader(run, sets, 4, 32)
     for images in loader.images.values():
@@ -278,9 +314,19 @@ def test_plan_and_dry_run_tell_and_write_nothing(told, written, tmp_path):  # no
 def test_what_the_data_at_hand_says_is_planned_also_without_the_rest(tiny_run, tmp_path):
     """Weights are not read, and evaluation data that is not here leaves the training's figures."""
     whole = report.report(tiny_run("training.steps=null", "training.epochs=2"))
-    assert whole.sizes == {"forget": 12, "retain": 36} and whole.work.steps == 18 and whole.work.evaluation > 0 and not whole.notes
-    shutil.copytree(whole.settings.model.weights, tmp_path / "model", ignore=lambda folder, names: ["weights.safetensors"])
-    assert report.report(tiny_run("training.steps=null", "training.epochs=2", f"model.weights={tmp_path}/model")).sizes == whole.sizes
+    assert (
+        whole.sizes == {"forget": 12, "retain": 36}
+        and whole.work.steps == 18
+        and whole.work.evaluation > 0
+        and not whole.notes
+    )
+    shutil.copytree(
+        whole.settings.model.weights, tmp_path / "model", ignore=lambda folder, names: ["weights.safetensors"]
+    )
+    assert (
+        report.report(tiny_run("training.steps=null", "training.epochs=2", f"model.weights={tmp_path}/model")).sizes
+        == whole.sizes
+    )
     missing = ["model.weights=/nowhere", "model.variant=vit_nano_patch4_32", "evaluation.data=/nowhere/else"]
     part = report.report(tiny_run("training.steps=null", "training.epochs=2", *missing))
     assert part.sizes == whole.sizes and part.work.steps == 18 and part.work.evaluation is None

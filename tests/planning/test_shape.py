@@ -29,13 +29,21 @@ def test_every_config_is_planned_without_weights_and_data(path, nothing_here):
     settings = config.load(path)
     options, note = model_options(settings.model)
     given = [uri for uri in (settings.model.weights, settings.model.first_stage) if uri and "embedded" not in uri]
-    assert note is None if not given else all(uri in note for uri in given) and f"model.variant {settings.model.variant}" in note
+    assert (
+        note is None
+        if not given
+        else all(uri in note for uri in given) and f"model.variant {settings.model.variant}" in note
+    )
     assert options == base.options(settings.model) or not given
     strategy = memory.strategy(settings)
     precision = memory.precision(settings, strategy)
     measured = footprint.measure(settings, settings.micro_batch, precision, strategy.checkpointing, options)
     needed = memory.estimate(measured, strategy, precision, settings.cluster.workers, settings.accumulation, cuda=True)
-    assert measured.trained.count and needed.total > measured.trained.count and cost.work(settings, options=options).step > 0
+    assert (
+        measured.trained.count
+        and needed.total > measured.trained.count
+        and cost.work(settings, options=options).step > 0
+    )
 
 
 def test_several_configs_are_planned_in_turn(told, nothing_here):
@@ -48,7 +56,9 @@ def test_several_configs_are_planned_in_turn(told, nothing_here):
 
 
 def test_without_weights_and_without_a_variant_there_is_no_shape(tmp_path):
-    with pytest.raises(WeightsError, match="no weights at /nowhere.*or name model.variant, to plan without weights; known: vit_base"):
+    with pytest.raises(
+        WeightsError, match="no weights at /nowhere.*or name model.variant, to plan without weights; known: vit_base"
+    ):
         model_options(config.Model(weights="/nowhere"))
     with pytest.raises(ConfigError, match="no variant 'vit_enormous'"):
         model_options(config.Model(weights="/nowhere", variant="vit_enormous"))
@@ -70,7 +80,10 @@ def test_a_folder_of_ours_says_its_shape(shape, tmp_path):
     weights.write(model, str(tmp_path), {})
     (tmp_path / weights.WEIGHTS).unlink()
     asked = config.Model(family=model.family, weights=str(tmp_path), first_stage="/nowhere")
-    assert model_options(asked) == (model.options, "not here: model.first_stage /nowhere; the shape planned for is that of model.weights")
+    assert model_options(asked) == (
+        model.options,
+        "not here: model.first_stage /nowhere; the shape planned for is that of model.weights",
+    )
     card = tmp_path / weights.CARD
     other = "migan" if model.family == "mae" else "mae"
     card.write_text(json.dumps(json.loads(card.read_text()) | {"family": other}))

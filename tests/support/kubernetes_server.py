@@ -24,7 +24,15 @@ import yaml
 
 SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[2] / "../shared/data")).resolve().parent
 BINARY = SHARED / "tools/crdserver/crdserver.xz"
-KINDS = ["rayjobs", "rayclusters", "clusterqueues", "localqueues", "resourceflavors", "workloadpriorityclasses", "workloads"]
+KINDS = [
+    "rayjobs",
+    "rayclusters",
+    "clusterqueues",
+    "localqueues",
+    "resourceflavors",
+    "workloadpriorityclasses",
+    "workloads",
+]
 DEFINITIONS = sorted(path for kind in KINDS for path in SHARED.glob(f"crds/ku*/*_{kind}.yaml"))
 CONTEXT = "tests"
 
@@ -54,7 +62,9 @@ class Server:
         place = f"/namespaces/{meta['namespace']}" if "namespace" in meta else ""
         return f"/apis/{document['apiVersion']}{place}/{self.resources[key]}/{meta['name']}"
 
-    def call(self, method: str, path: str, body=None, query=(), kind: str = "application/json") -> tuple[dict, list[str]]:
+    def call(
+        self, method: str, path: str, body=None, query=(), kind: str = "application/json"
+    ) -> tuple[dict, list[str]]:
         """The answer and its warnings. Raises kubernetes.client.ApiException where the server refuses."""
         data, _, headers = self.client.call_api(
             path, method, query_params=list(query), header_params={"Content-Type": kind, "Accept": "application/json"},
@@ -86,7 +96,9 @@ def api_server() -> Iterator[Server]:
     if not BINARY.exists() or not DEFINITIONS:
         pytest.skip(f"no API server or no definitions in {SHARED}: set UNLEARN_SHARED")
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kubernetes-", ignore_cleanup_errors=True)))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="kubernetes-", ignore_cleanup_errors=True))
+        )
         yield _started(folder, stack)
 
 
@@ -105,7 +117,9 @@ def _started(folder: Path, stack: contextlib.ExitStack) -> Server:
              "--listen-client-urls", etcd, "--advertise-client-urls", etcd, "--listen-peer-urls", peers,
              "--initial-advertise-peer-urls", peers, "--initial-cluster", f"default={peers}"], folder)
     )  # fmt: skip
-    server = stack.enter_context(_process([binary, "-etcd", etcd, "-port", port, "-cert-dir", folder / "certs", "-token", token], folder))
+    server = stack.enter_context(
+        _process([binary, "-etcd", etcd, "-port", port, "-cert-dir", folder / "certs", "-token", token], folder)
+    )
     certificate, kubeconfig = str(folder / "certs/apiserver.crt"), folder / "kubeconfig"
     tree = {
         "apiVersion": "v1", "kind": "Config", "current-context": CONTEXT,
@@ -137,7 +151,9 @@ def _free_port() -> int:
 def _process(command: list, folder: Path) -> Iterator[subprocess.Popen]:
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "GOMEMLIMIT": "500MiB"}
     with open(folder / "log", "ab") as log:
-        process = subprocess.Popen([str(c) for c in command], stdout=log, stderr=log, env=env, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(
+            [str(c) for c in command], stdout=log, stderr=log, env=env, cwd=folder, start_new_session=True
+        )
     try:
         yield process
     finally:

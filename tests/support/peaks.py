@@ -35,7 +35,9 @@ def peaks(runs: list[config.RunConfig]) -> list[Held]:
     workers = {run.cluster.workers for run in runs}.pop()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(_process, (workers, folder, runs), workers, start_method="forkserver")
-        found = [[Held(*one) for one in json.loads(Path(folder, f"held-{rank}").read_text())] for rank in range(workers)]
+        found = [
+            [Held(*one) for one in json.loads(Path(folder, f"held-{rank}").read_text())] for rank in range(workers)
+        ]
     return [max(held, key=lambda one: one.peak) for held in zip(*found, strict=True)]
 
 

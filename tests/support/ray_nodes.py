@@ -55,7 +55,9 @@ class Cluster:
         log = self.folder / f"{name}.log"
         for _ in range(4):  # a node gives up after half a minute, which a busy machine may need
             with open(log, "wb") as out:
-                code = subprocess.run(command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True).returncode
+                code = subprocess.run(
+                    command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                ).returncode
             if code == 0 and "Ray runtime started" in log.read_text():
                 return
             self.kill(name)

@@ -33,7 +33,9 @@ def train(settings: RunConfig, resume: bool = False, progress: Callable[[dict], 
     return training.train(training.prepare(settings, resume), progress)
 
 
-def evaluate(settings: RunConfig, progress: Callable[[int, int], None] = lambda done, total: None, show_forget: bool = False) -> dict:
+def evaluate(
+    settings: RunConfig, progress: Callable[[int, int], None] = lambda done, total: None, show_forget: bool = False
+) -> dict:
     """Measure a run; what is in metrics.json."""
     return evaluation.evaluate(resolve(settings, measured=True), progress, show_forget)
 

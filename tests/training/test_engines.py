@@ -99,7 +99,10 @@ def test_no_engine_takes_a_step_whose_gradient_is_not_finite(tiny_shards, tiny_m
     monkeypatch.setattr(METHODS, "entries", METHODS.entries | TOYS)
     options = [f"training.dtype={dtype}" for dtype in ("fp32", "bf16")]
     cases = [(*SHARDED, stage, option) for stage in STAGES for option in options]
-    runs = [resolve(tiny_config(tmp_path / "run", tiny_shards, tiny_model, *COMMON, "method.name=toy_endless", *case)) for case in cases]
+    runs = [
+        resolve(tiny_config(tmp_path / "run", tiny_shards, tiny_model, *COMMON, "method.name=toy_endless", *case))
+        for case in cases
+    ]
     in_group(_a_step_that_must_not_be, 2, runs)
     plain = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *COMMON, "method.name=toy_endless")
     _a_step_that_must_not_be(0, [resolve(plain)])

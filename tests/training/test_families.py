@@ -67,7 +67,10 @@ def test_only_the_encoder_moves(trained):
 
 
 def test_resumed_it_ends_with_the_same_bits(trained):
-    pairs = [(trained[stage], trained[stage].model_copy(update={"run_dir": f"{trained[stage].run_dir}-stopped"})) for stage in (2, 3)]
+    pairs = [
+        (trained[stage], trained[stage].model_copy(update={"run_dir": f"{trained[stage].run_dir}-stopped"}))
+        for stage in (2, 3)
+    ]
     for whole, stopped in pairs:
         shutil.copytree(whole.run_dir, stopped.run_dir)
         shutil.rmtree(Path(stopped.run_dir, "checkpoints", "step-00000004"))

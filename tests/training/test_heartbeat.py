@@ -8,7 +8,13 @@ from support.runs import tiny_config
 from support.workers import together
 from torch.multiprocessing import ProcessRaisedException
 
-TWO = ["training.engine=deepspeed", "cluster.workers=2", "training.steps=4", "training.checkpoint_every=4", "method.name=pretrain"]
+TWO = [
+    "training.engine=deepspeed",
+    "cluster.workers=2",
+    "training.steps=4",
+    "training.checkpoint_every=4",
+    "method.name=pretrain",
+]
 
 
 @pytest.mark.parametrize("sign", [signal.SIGSTOP, None], ids=["stopped", "asleep"])
@@ -20,5 +26,6 @@ def test_a_missing_rank_is_named(tiny_shards, tiny_model, tmp_path, sign):
     message = str(told.value).strip().splitlines()[-1]
     assert re.search(
         r"ClusterError: rank 0 of 2 was left alone at step 3 \(cluster.timeout is 20 s\): rank 1 \(process \d+ on \S+\) is missing: "
-        r"at step 2 since \d\d:\d\d:\d\d UTC, last heard of at \d\d:\d\d:\d\d UTC$", message
+        r"at step 2 since \d\d:\d\d:\d\d UTC, last heard of at \d\d:\d\d:\d\d UTC$",
+        message,
     ), str(told.value)

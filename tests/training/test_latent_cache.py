@@ -52,7 +52,10 @@ def make(tiny_shards, folder, tmp_path):
 
 def files(run: config.RunConfig) -> dict[str, tuple[int, int]]:
     """Every file of latents: its inode and when it was last written."""
-    return {str(p.relative_to(run.data.latent_cache)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in Path(run.data.latent_cache).rglob("*.safetensors")}
+    return {
+        str(p.relative_to(run.data.latent_cache)): (p.stat().st_ino, p.stat().st_mtime_ns)
+        for p in Path(run.data.latent_cache).rglob("*.safetensors")
+    }
 
 
 def kept(run: config.RunConfig) -> tuple[dict[str, LatentCache], torch.nn.Module, torch.nn.Module]:
@@ -104,7 +107,9 @@ def test_latents_are_in_memory_within_the_limit_and_the_batches_stay_the_same(ma
         assert loaded.bytes <= max(sizes.parse(limit), one)
         assert len(mapped(folder)) <= max(sizes.parse(limit) // one, 1) + 4  # those that threads still read from
     gc.collect()
-    assert len(mapped(folder)) == (len(loaded._held) if where == "local" else 0) and (len(loaded._held) > 1) == (limit != "0")
+    assert len(mapped(folder)) == (len(loaded._held) if where == "local" else 0) and (len(loaded._held) > 1) == (
+        limit != "0"
+    )
 
 
 def test_a_second_run_takes_what_a_first_has_made(make, monkeypatch):
@@ -117,7 +122,9 @@ def test_a_second_run_takes_what_a_first_has_made(make, monkeypatch):
     assert [row["loss"] for row in metrics.read(first.run_dir)] == [row["loss"] for row in metrics.read(second.run_dir)]
     a, b = (load_file(f"{export(run)}/weights.safetensors") for run in (first, second))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert all(torch.equal(a[n], t) for n, t in weights.build(first.model).state_dict().items() if not n.startswith("encoder."))
+    assert all(
+        torch.equal(a[n], t) for n, t in weights.build(first.model).state_dict().items() if not n.startswith("encoder.")
+    )
 
 
 def test_what_is_missing_alone_is_made(make):
@@ -172,7 +179,9 @@ def test_another_first_stage_other_views_or_rows_get_files_of_their_own(make, ti
         before = set(files(run))
         kept(run)
         names.append(set(files(run)) - before)
-    assert all(names) and len({Path(name).parent for new in names for name in new}) == 4  # other rows lie beside the first
+    assert (
+        all(names) and len({Path(name).parent for new in names for name in new}) == 4
+    )  # other rows lie beside the first
     assert not set.intersection(*names)
 
 
@@ -224,8 +233,13 @@ def test_damaged_images_are_counted_and_named_also_by_a_run_that_finds_their_lat
     for name in ("makes", "finds"):
         run = make(name, *bad, "data.max_bad_images=2")
         worker(run)
-        assert rows(run) == 2 and json.loads(Path(run.run_dir, "bad_images.json").read_text()) == {"retain": ["img-003", "img-009"]}
-    with pytest.raises(DataError, match=r"2 image\(s\) of .*damaged do not decode: img-00[39], img-00[39] .found when their latents were made"):
+        assert rows(run) == 2 and json.loads(Path(run.run_dir, "bad_images.json").read_text()) == {
+            "retain": ["img-003", "img-009"]
+        }
+    with pytest.raises(
+        DataError,
+        match=r"2 image\(s\) of .*damaged do not decode: img-00[39], img-00[39] .found when their latents were made",
+    ):
         worker(make("strict", *bad, "data.max_bad_images=1"))
 
 
@@ -251,7 +265,14 @@ def test_the_first_stage_is_gone_before_training(make, monkeypatch):
 def test_the_first_stage_is_let_go(make):
     run = make("run")
     caches, model, first_stage = kept(run)
-    assert model.first_stage is None and all(each.first_stage is None and each.model is None for each in caches.values())
+    assert model.first_stage is None and all(
+        each.first_stage is None and each.model is None for each in caches.values()
+    )
     student = weights.build(run.model)
-    engine = TorchEngine(Objective(student, methods.create(run.method), None), list(student.encoder.parameters()), run.training, CPU)
-    assert engine.objective.on(Loader(run, resolve(run).sets, 8, 32, caches).batch(0), CPU, torch.float32).images.dtype == torch.int64
+    engine = TorchEngine(
+        Objective(student, methods.create(run.method), None), list(student.encoder.parameters()), run.training, CPU
+    )
+    assert (
+        engine.objective.on(Loader(run, resolve(run).sets, 8, 32, caches).batch(0), CPU, torch.float32).images.dtype
+        == torch.int64
+    )

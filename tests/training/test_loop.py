@@ -40,7 +40,10 @@ def test_the_rehearsal_leaves_no_trace(tiny_run):
     method, student = methods.create(run.method), weights.build(run.model, run.seed)
     before = {n: p.clone() for n, p in student.named_parameters()}
     engine = TorchEngine(
-        Objective(student, method, weights.build(run.model)), method.trainable(student), run.training, torch.device("cpu")
+        Objective(student, method, weights.build(run.model)),
+        method.trainable(student),
+        run.training,
+        torch.device("cpu"),
     )
     loop._dry_run_step(engine, Loader(run, resolve(run).sets, student.grid, student.options.image_size), run)
     assert all(torch.equal(before[n], p) for n, p in student.named_parameters())
@@ -91,7 +94,12 @@ def test_the_export_says_what_it_is_and_is_no_pickle(tiny_run):
     folder = Path(export(run))
     assert sorted(p.name for p in folder.iterdir()) == ["model.json", "weights.safetensors"]
     _, card = weights.read(str(folder))
-    assert card["config_hash"] == run.hash() and card["step"] == 4 and card["samples"] == 32 and card["from"] == run.model.weights
+    assert (
+        card["config_hash"] == run.hash()
+        and card["step"] == 4
+        and card["samples"] == 32
+        and card["from"] == run.model.weights
+    )
     state = Checkpoints(run.run_dir, 2).state(4)
     assert card["data"] == state.data
     assert load_file(folder / "weights.safetensors").keys() == weights.build(run.model).state_dict().keys()

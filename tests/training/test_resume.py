@@ -21,7 +21,12 @@ from unlearn.training.checkpoint import Checkpoints
 from unlearn.training.fragments import OPTIMIZER_STATE, Fragment
 
 STEPS = 5
-SHARDED = ["training.engine=deepspeed", "training.micro_batch_size=2", f"training.steps={STEPS}", "training.checkpoint_every=2"]
+SHARDED = [
+    "training.engine=deepspeed",
+    "training.micro_batch_size=2",
+    f"training.steps={STEPS}",
+    "training.checkpoint_every=2",
+]
 
 
 def weights_of(run) -> bytes:
@@ -47,7 +52,9 @@ def resumed(whole, tmp_path_factory):
     go on share theirs, which saves starting them."""
     runs = {}
     for stage, (step, where) in itertools.product(whole, KILLS):
-        runs[stage, step, where] = run = whole[stage].model_copy(update={"run_dir": str(tmp_path_factory.mktemp("killed") / "run")})
+        runs[stage, step, where] = run = whole[stage].model_copy(
+            update={"run_dir": str(tmp_path_factory.mktemp("killed") / "run")}
+        )
         with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
             together([run], 2, kill_at=step, kill_in=where)
         assert Checkpoints(run.run_dir, 2).steps() == [s for s in (2, 4) if s < step or where == "committed"]
@@ -93,7 +100,12 @@ def test_one_two_one_workers_see_the_same_batches(tiny_shards, tiny_model, tmp_p
     """Elastic: the losses of every step are those of the run that was never resized."""
     for name, legs in (("steady", [(6, 1)]), ("resized", [(2, 1), (4, 2), (6, 1)])):
         for stop, workers in legs:
-            options = ["training.engine=deepspeed", "training.micro_batch_size=2", f"cluster.workers={workers}", "training.steps=6"]
+            options = [
+                "training.engine=deepspeed",
+                "training.micro_batch_size=2",
+                f"cluster.workers={workers}",
+                "training.steps=6",
+            ]
             run = tiny_config(tmp_path / name, tiny_shards, tiny_model, *options, "training.schedule=constant")
             if stop < 6:
                 with pytest.raises(torch.multiprocessing.ProcessExitedException):
@@ -247,7 +259,9 @@ def _ranks_agree(rank: int, run_dir: str) -> None:
     with checkpoints.open(STEPS) as saved:
         assert saved.names()
     assert ranks.on_this_machine() == (rank, 2) and len(read) == 1
-    assert sorted(name for names in ranks.gather(read) for name in names) == [f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)]
+    assert sorted(name for names in ranks.gather(read) for name in names) == [
+        f"rank-0000{r}-of-00002.safetensors" for r in (0, 1)
+    ]
 
     def fail():
         raise StorageError("out of reach")
@@ -291,7 +305,9 @@ def test_a_rank_reads_its_pieces_alone(whole):
     """Of the optimizer's state nothing but the elements of its fragments; these may be cut as another number of workers has them."""
     read = {}
     with Checkpoints(whole[2].run_dir, 2).open(STEPS) as saved:
-        saved._pieces = {k: [(at, n, Recorder(f, read), key) for at, n, f, key in pieces] for k, pieces in saved._pieces.items()}
+        saved._pieces = {
+            k: [(at, n, Recorder(f, read), key) for at, n, f, key in pieces] for k, pieces in saved._pieces.items()
+        }
         sizes = {name: saved.count("weights", name) for name in saved.names()}
         total = sum(sizes.values())
         flats = {name: torch.nn.Parameter(torch.zeros(n)) for name, n in sizes.items()}
@@ -302,7 +318,10 @@ def test_a_rank_reads_its_pieces_alone(whole):
         cuts = [(name, n // 3, n - n // 3 - n // 4) for name, n in sizes.items()]
         mine = [Fragment(name, start, count, flats[name], start, optimizer) for name, start, count in cuts]
         saved.restore(mine, STEPS)
-        assert read == {kind: sum(count for *_, count in cuts) for kind in ("weights", *OPTIMIZER_STATE)} and read["exp_avg"] < total / 2
+        assert (
+            read == {kind: sum(count for *_, count in cuts) for kind in ("weights", *OPTIMIZER_STATE)}
+            and read["exp_avg"] < total / 2
+        )
         for name, start, count in cuts:
             for kind in ("weights", *OPTIMIZER_STATE):
                 all_of_it = torch.empty(sizes[name])
@@ -351,7 +370,12 @@ def test_resuming_holds_no_second_copy_of_the_checkpoint(tmp_path):
 def test_what_a_method_remembers_is_in_the_checkpoint(tiny_run, tiny_shards, tiny_model, tmp_path, monkeypatch):
     """Resumed on plain torch and on two workers, with another number of workers too, it goes on as if it had not stopped."""
     monkeypatch.setattr(METHODS, "entries", METHODS.entries | TOYS)
-    options = ["method.name=toy_remembering", "training.steps=6", "training.schedule=constant", "training.micro_batch_size=4"]
+    options = [
+        "method.name=toy_remembering",
+        "training.steps=6",
+        "training.schedule=constant",
+        "training.micro_batch_size=4",
+    ]
     whole = tiny_run(*options)
     worker(whole)
     stopped = whole.model_copy(update={"run_dir": str(tmp_path / "stopped")})

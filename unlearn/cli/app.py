@@ -37,7 +37,10 @@ def main(argv: list[str] | None = None) -> None:
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
-    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="tell the stations of a run; twice: more (see UNLEARN_LOG)")] = 0,
+    verbose: Annotated[
+        int,
+        typer.Option("--verbose", "-v", count=True, help="tell the stations of a run; twice: more (see UNLEARN_LOG)"),
+    ] = 0,
 ):
     from unlearn.cli.console import show_log
 

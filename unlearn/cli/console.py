@@ -33,7 +33,13 @@ def progress(what: str, every: float = 10) -> Iterator[Advance]:
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}")
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=err) as bar:
         task = bar.add_task(what, total=None, note="starting")
         yield lambda done, total, note: bar.update(task, completed=done, total=total, note=note)
@@ -85,6 +91,8 @@ def show_log(verbose: int = 0) -> None:
     level, format = log.wanted(verbose)
     if format == "json":
         log.start(log.JsonLines(), level)
-        sys.excepthook = lambda kind, e, trace: logging.getLogger("unlearn").error("%s: %s", kind.__name__, e, exc_info=(kind, e, trace))
+        sys.excepthook = lambda kind, e, trace: logging.getLogger("unlearn").error(
+            "%s: %s", kind.__name__, e, exc_info=(kind, e, trace)
+        )
     else:
         log.start(_Sentences(), level)

@@ -9,10 +9,15 @@ import typer
 from unlearn.cli.options import Config, Set, load
 from unlearn.signals import Stopped
 
-app = typer.Typer(no_args_is_help=True, help="List, follow, stop, resume and forget jobs that `unlearn submit` has started.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, follow, stop, resume and forget jobs that `unlearn submit` has started."
+)
 
 To = Annotated[
-    str, typer.Option("--to", envvar="UNLEARN_TO", metavar="PLACE", help="local, a Ray cluster http://HEAD:8265, or k8s[:CONTEXT]")
+    str,
+    typer.Option(
+        "--to", envvar="UNLEARN_TO", metavar="PLACE", help="local, a Ray cluster http://HEAD:8265, or k8s[:CONTEXT]"
+    ),
 ]
 Id = Annotated[str, typer.Argument(metavar="ID", help="a job, as `unlearn jobs list` names it")]
 Namespace = Annotated[str | None, typer.Option("--namespace", "-n", help="k8s: the namespace; default: the context's")]
@@ -24,19 +29,36 @@ def submit(
     to: To = "local",
     overrides: Set = [],  # noqa: B006  read only
     driver: Annotated[str, typer.Option(help="the command that the job runs: run, pretrain or evaluate")] = "run",
-    arguments: Annotated[list[str], typer.Option("--arg", help="given to the driver behind its configuration; may be repeated")] = (),
+    arguments: Annotated[
+        list[str], typer.Option("--arg", help="given to the driver behind its configuration; may be repeated")
+    ] = (),
     name: Annotated[str | None, typer.Option(help="the readable part of the job's id; default: the run's name")] = None,
-    env: Annotated[list[str], typer.Option(metavar="NAME", help="a variable that must be set where the job runs; values never travel")] = (),
-    mounted: Annotated[bool, typer.Option("--mounted", help="run_dir is a path that every node of the cluster has")] = False,
-    working_dir: Annotated[str | None, typer.Option(help="Ray: code to send; `none` where it is installed; default: this checkout")] = None,
-    overlay: Annotated[str | None, typer.Option(help="k8s: gpu, gpu-spot, cpu-demo, or the YAML file of a RayJob")] = None,
+    env: Annotated[
+        list[str],
+        typer.Option(metavar="NAME", help="a variable that must be set where the job runs; values never travel"),
+    ] = (),
+    mounted: Annotated[
+        bool, typer.Option("--mounted", help="run_dir is a path that every node of the cluster has")
+    ] = False,
+    working_dir: Annotated[
+        str | None, typer.Option(help="Ray: code to send; `none` where it is installed; default: this checkout")
+    ] = None,
+    overlay: Annotated[
+        str | None, typer.Option(help="k8s: gpu, gpu-spot, cpu-demo, or the YAML file of a RayJob")
+    ] = None,
     image: Annotated[str | None, typer.Option(help="k8s: the image with this software")] = None,
     namespace: Namespace = None,
     queue: Annotated[str | None, typer.Option(help="k8s: Kueue's local queue")] = None,
-    priority: Annotated[str | None, typer.Option(help="k8s: Kueue's priority class; unlearn-request passes unlearn-batch")] = None,
-    secret: Annotated[list[str], typer.Option(metavar="NAME=SECRET/KEY", help="k8s: a variable from a key of a Secret there")] = (),
+    priority: Annotated[
+        str | None, typer.Option(help="k8s: Kueue's priority class; unlearn-request passes unlearn-batch")
+    ] = None,
+    secret: Annotated[
+        list[str], typer.Option(metavar="NAME=SECRET/KEY", help="k8s: a variable from a key of a Secret there")
+    ] = (),
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, and send nothing")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="follow the job to its end; exit with 1 where it did not succeed")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="follow the job to its end; exit with 1 where it did not succeed")
+    ] = False,
     retries: Annotated[int, typer.Option(min=0, help="with --wait: resume it so often after a failure")] = 0,
 ):
     """Run a configuration elsewhere: as a process of its own here, on a Ray cluster, or on Kubernetes.
@@ -57,7 +79,11 @@ def submit(
         return
     found, new = job.submit(place, sent, mounted)
     typer.echo(found.id)
-    err.print(f"{'submitted' if new else 'is there already'}: {found.state}, run folder {found.run_dir}", soft_wrap=True, markup=False)
+    err.print(
+        f"{'submitted' if new else 'is there already'}: {found.state}, run folder {found.run_dir}",
+        soft_wrap=True,
+        markup=False,
+    )
     if wait:
         _follow(place, found.id, retries)
     elif new:
@@ -76,7 +102,9 @@ def list_jobs(to: To = "local", namespace: Namespace = None, as_json: Json = Fal
     rows += [(job.id, job.state, _time(job.submitted), job.run_dir, job.message) for job in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:  # however narrow the terminal is: a run folder is there to be copied
-        out.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), soft_wrap=True)
+        out.print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip(), soft_wrap=True
+        )
 
 
 @app.command()
@@ -148,13 +176,20 @@ def _follow(place, id: str, retries: int) -> None:
     from jobs import submit as job
     from unlearn.cli.console import err, out, progress, training
 
-    with _interruptible(f"the job goes on; follow it with: unlearn jobs logs {id} --to {place.where} --follow"), progress("training") as advance:
+    with (
+        _interruptible(f"the job goes on; follow it with: unlearn jobs logs {id} --to {place.where} --follow"),
+        progress("training") as advance,
+    ):
         ended = job.wait(
             place, id, lambda row: advance(*training(row)), retries=retries,
             told=lambda job: err.print(f"{job.id}: {job.state}  {job.message}".rstrip(), soft_wrap=True, markup=False),
         )  # fmt: skip
     if ended.state != "succeeded":
-        err.print(f"go on from its newest checkpoint: unlearn jobs resume {id} --to {place.where} --wait", soft_wrap=True, markup=False)
+        err.print(
+            f"go on from its newest checkpoint: unlearn jobs resume {id} --to {place.where} --wait",
+            soft_wrap=True,
+            markup=False,
+        )
         raise typer.Exit(1)
     out.print(f"run folder: {ended.run_dir}", soft_wrap=True)
 

@@ -79,7 +79,9 @@ def _memory(report):
     table.add_row("sum", *(_number(row.estimate.total, power) for row in rows))
     if any(row.estimate.host for row in rows):
         table.add_row("besides, on the host", *(_number(row.estimate.host, power) for row in rows))
-    table.add_row("image cache" + (", on the host" if report.device.cuda else ""), *[_number(report.caches, power)] * len(rows))
+    table.add_row(
+        "image cache" + (", on the host" if report.device.cuda else ""), *[_number(report.caches, power)] * len(rows)
+    )
     table.add_row("fits", *("yes" if row.fits else "no" for row in rows))
     table.add_row("largest micro-batch", *(str(row.largest or "-") for row in rows))
     return table

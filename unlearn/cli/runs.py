@@ -81,11 +81,15 @@ def report(config: Config, show_forget: ShowForget = False):
 def demo(
     data: Annotated[str | None, typer.Option(help="other shards to train and to measure on")] = None,
     model: Annotated[str | None, typer.Option(help="weights of the model to unlearn, for those shards")] = None,
-    forget: Annotated[list[str] | None, typer.Option(help="a class to forget, may be repeated; default: half of the classes")] = None,
+    forget: Annotated[
+        list[str] | None, typer.Option(help="a class to forget, may be repeated; default: half of the classes")
+    ] = None,
     run_dir: Annotated[str | None, typer.Option(help="where to write; default: a new folder in runs/")] = None,
     overrides: Set = [],  # noqa: B006  read only
     resume: Resume = False,
-    show_forget: Annotated[bool | None, typer.Option(help="pictures of the forget set; default: for the embedded images only")] = None,
+    show_forget: Annotated[
+        bool | None, typer.Option(help="pictures of the forget set; default: for the embedded images only")
+    ] = None,
 ):
     """Forget half of the classes of an embedded data set with two workers: minutes on a laptop, no download.
 

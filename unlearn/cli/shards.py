@@ -11,15 +11,21 @@ app = typer.Typer(no_args_is_help=True, help="Pack, index, check and describe Pa
 def build(
     src: Annotated[str, typer.Argument(help="a folder, tar or zip, here or s3://, of CLASS/FILE images")],
     dest: Annotated[str, typer.Argument(help="an empty folder, or s3://bucket/prefix")],
-    split: Annotated[str | None, typer.Option(help="take only images below a folder of this name, as in train/CLASS/FILE")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="take only images below a folder of this name, as in train/CLASS/FILE")
+    ] = None,
     shard_mib: Annotated[int, typer.Option(help="size of one shard")] = 256,
     rows_per_group: Annotated[int, typer.Option(help="images of one row group, the unit of reading")] = 256,
     layout: Annotated[
         Literal["folder", "imagenet", "places365", "webdataset"] | None,
         typer.Option(help="how images and classes are laid out; guessed where it is plain"),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="text file of labels: NAME LABEL a line, or LABEL in the order of the names")] = None,
-    classes: Annotated[str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="text file of labels: NAME LABEL a line, or LABEL in the order of the names")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")
+    ] = None,
 ):
     """Pack images into shards; the encoded images are kept as they are.
 
@@ -31,7 +37,17 @@ def build(
 
     names = class_lists.read(classes) if classes else None
     with progress("packing") as advance:
-        packing.build(src, dest, split, rows_per_group, shard_mib << 20, lambda rows, total: advance(rows, total, "images"), layout, labels, names)
+        packing.build(
+            src,
+            dest,
+            split,
+            rows_per_group,
+            shard_mib << 20,
+            lambda rows, total: advance(rows, total, "images"),
+            layout,
+            labels,
+            names,
+        )
     inspect(dest)
 
 
@@ -43,10 +59,16 @@ def index(
     uri: Annotated[str, typer.Argument(help="folder of .parquet files with images and labels, or ids, or subjects")],
     split: Split = None,
     image_column: Annotated[str | None, typer.Option(help="column of the images, when not `image`")] = None,
-    label_column: Annotated[str | None, typer.Option(help="column of the labels, when not `label`; none: go without")] = None,
+    label_column: Annotated[
+        str | None, typer.Option(help="column of the labels, when not `label`; none: go without")
+    ] = None,
     id_column: Annotated[str | None, typer.Option(help="column of the ids, when not `id`; none: go without")] = None,
-    subject_column: Annotated[str | None, typer.Option(help="column of the subjects, when not `subject`; none: go without")] = None,
-    classes: Annotated[str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")] = None,
+    subject_column: Annotated[
+        str | None, typer.Option(help="column of the subjects, when not `subject`; none: go without")
+    ] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")
+    ] = None,
 ):
     """Write the manifest of shards that exist already; nothing is converted.
 
@@ -73,7 +95,11 @@ def verify(
 
     with progress("verifying") as advance:
         rows = checking.verify(uri, threads, lambda done, total: advance(done, total, "images"), split)
-    checked = "every checksum and every image is good" if shards.is_indexed(uri, split) else "every image is good; no manifest, so no checksums"
+    checked = (
+        "every checksum and every image is good"
+        if shards.is_indexed(uri, split)
+        else "every image is good; no manifest, so no checksums"
+    )
     out.print(f"{uri}: {rows} images, {checked}", soft_wrap=True)
 
 

@@ -23,7 +23,12 @@ from typing import BinaryIO
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
-COMPRESSED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"]\0\0": lzma.open}  # what a compressed tar begins with
+COMPRESSED = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"]\0\0": lzma.open,
+}  # what a compressed tar begins with
 DIRT = {"__MACOSX", "_temporary", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 LARGEST = 1 << 28  # bytes of one file: a small archive can unpack to any size
 Wanted = Callable[[str], bool]
@@ -119,7 +124,15 @@ def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
     def read(name: str) -> bytes:
         try:
             return archive.read(name)
-        except (zipfile.BadZipFile, OSError, RuntimeError, NotImplementedError, zlib.error, lzma.LZMAError, EOFError) as e:
+        except (
+            zipfile.BadZipFile,
+            OSError,
+            RuntimeError,
+            NotImplementedError,
+            zlib.error,
+            lzma.LZMAError,
+            EOFError,
+        ) as e:
             raise DataError(f"{path}: {name}: cannot be unpacked ({e})") from None
 
     try:
@@ -156,7 +169,9 @@ def _tar(path: Path, wanted: Wanted) -> Iterator[Source]:
         def read(name: str) -> bytes:
             place = scan.places[name]
             with _told_as_tar(path):
-                return tar.extractfile(place).read() if isinstance(place, tarfile.TarInfo) else _piece(file, place, name)
+                return (
+                    tar.extractfile(place).read() if isinstance(place, tarfile.TarInfo) else _piece(file, place, name)
+                )
 
         yield Source(sorted(scan.names), read, scan.left_out)
 
@@ -168,14 +183,18 @@ class _Scan:
         self.wanted = wanted
         self.names: list[str] = []
         self.places: dict[str, Place | tarfile.TarInfo] = {}
-        self.others: dict[str, Place | tarfile.TarInfo | None] = {}  # files that a link may lead to, by their clean name
+        self.others: dict[
+            str, Place | tarfile.TarInfo | None
+        ] = {}  # files that a link may lead to, by their clean name
         self.links: dict[str, str] = {}
         self.left_out: Counter = Counter()
 
     def wants(self, name: str) -> bool:
         return not is_dirt(name) and self.wanted(name)
 
-    def run(self, tar: tarfile.TarFile, place: Callable[[tarfile.TarInfo], Place | tarfile.TarInfo | None], file: BinaryIO) -> None:
+    def run(
+        self, tar: tarfile.TarFile, place: Callable[[tarfile.TarInfo], Place | tarfile.TarInfo | None], file: BinaryIO
+    ) -> None:
         """Note every member. place: where its content lies in `file`, or None where it does not."""
         while (member := tar.next()) is not None:
             tar.members.clear()  # it would keep every one of them
@@ -220,7 +239,7 @@ class _Scan:
                 yield link, target
             else:
                 for name in [n for n in self.others if n.startswith(f"{target}/")]:
-                    yield f"{link}{name[len(target):]}", name
+                    yield f"{link}{name[len(target) :]}", name
 
     def targets(self) -> set[str]:
         """Files that links want and whose content was not kept."""
@@ -237,7 +256,9 @@ class _Scan:
         self.left_out["links that lead nowhere"] += len(lost)
 
 
-def _inner(file: BinaryIO, name: str, wanted: Wanted, found: Source, place: Place = (0, 0)) -> Iterator[tuple[str, Place]]:
+def _inner(
+    file: BinaryIO, name: str, wanted: Wanted, found: Source, place: Place = (0, 0)
+) -> Iterator[tuple[str, Place]]:
     """(name, place in `file`) of the wanted members of a plain tar that begins at a place of an open file."""
     before = file.tell()
     file.seek(place[0])
@@ -260,7 +281,11 @@ def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO
 
     def write(member: tarfile.TarInfo) -> Place | None:
         inner = member.name.lower().endswith(".tar") and not is_dirt(member.name)
-        if member.size > LARGEST and not inner or not (keep(posixpath.normpath(member.name)) or keep(member.name) or (first and inner)):
+        if (
+            member.size > LARGEST
+            and not inner
+            or not (keep(posixpath.normpath(member.name)) or keep(member.name) or (first and inner))
+        ):
             return None
         content, place = tar.extractfile(member), file.seek(0, os.SEEK_END)
         with told(tempfile.gettempdir()):

@@ -31,7 +31,9 @@ def verify(
                 first += len(encoded)
                 progress(first, manifest.rows)
     if wrong:
-        raise DataError(f"{uri}: {len(wrong)} of {len(manifest.shards)} shards are damaged: {'; '.join(wrong[:5])}. Restore them")
+        raise DataError(
+            f"{uri}: {len(wrong)} of {len(manifest.shards)} shards are damaged: {'; '.join(wrong[:5])}. Restore them"
+        )
     if bad:
         names = ", ".join(selection.name_row(manifest, row) for row in bad[:5])
         raise DataError(f"{uri}: {len(bad)} of {manifest.rows} images do not decode: {names}. Mend or remove them")
@@ -43,13 +45,18 @@ def inspect(uri: str, split: str | None = None) -> dict[str, object]:
     manifest = shards.find(uri, split)
     labels = manifest.table(["label"])["label"].to_pylist() if "label" in manifest.columns else []
     counts = Counter(labels)
-    some = [f"{manifest.class_name(label) if label < len(manifest.classes) else label} ({count})" for label, count in sorted(counts.items())]
+    some = [
+        f"{manifest.class_name(label) if label < len(manifest.classes) else label} ({count})"
+        for label, count in sorted(counts.items())
+    ]
     size = sum(s.bytes for s in manifest.shards)
     return {
         "images": manifest.rows,
         "bytes": f"{size:,} ({size / max(1, manifest.rows):,.0f} an image)",
         "shards": f"{len(manifest.shards)} with {len(manifest.groups)} row groups",
-        "columns": ", ".join(f"{role} ({manifest.names[role]})" if role in manifest.names else role for role in manifest.columns),
+        "columns": ", ".join(
+            f"{role} ({manifest.names[role]})" if role in manifest.names else role for role in manifest.columns
+        ),
         "classes": f"{len(counts)}: {', '.join(some[:20])}{', ...' if len(some) > 20 else ''}" if counts else "none",
         "hash": manifest.hash,
     }

@@ -31,10 +31,14 @@ def common(lists: dict[str, list[str]], text: bool, given: list[str] | None) -> 
         return found[0] if found else []
     for where, names in lists.items():
         if not names:
-            raise DataError(f"{where}: its labels have no names, and files beside it name theirs; give all names with --classes, or index it apart")
+            raise DataError(
+                f"{where}: its labels have no names, and files beside it name theirs; give all names with --classes, or index it apart"
+            )
         if len(set(names)) < len(names) and any(names != other for other in found):
             twice = next(name for name, count in Counter(names).items() if count > 1)
-            raise DataError(f"{where}: two classes are called {twice!r}, and files beside it have other class lists; write them alike")
+            raise DataError(
+                f"{where}: two classes are called {twice!r}, and files beside it have other class lists; write them alike"
+            )
         if given is not None and (unknown := [name for name in names if name not in given]):
             raise DataError(f"{where}: class {unknown[0]!r} is not among the given class names")
     if given is not None:
@@ -63,7 +67,9 @@ def label(manifest: Manifest, span: tuple[int, int], value: int | str, where: st
             raise ConfigError(f"{where}: no class {value!r} in {manifest.uri}; it has {_some(manifest.classes)}")
         if len(labels) > 1:
             numbers = ", ".join(map(str, labels))
-            raise ConfigError(f"{where}: {len(labels)} classes of {manifest.uri} are called {value!r}; give the label: one of {numbers}")
+            raise ConfigError(
+                f"{where}: {len(labels)} classes of {manifest.uri} are called {value!r}; give the label: one of {numbers}"
+            )
         return labels[0]
     if not span[0] <= value <= span[1]:
         raise ConfigError(f"{where}: no class {value} in {manifest.uri}; labels run from {span[0]} to {span[1]}")
@@ -92,7 +98,9 @@ def translated(number: int, source: Manifest, target: Manifest, where: str) -> i
         raise ConfigError(f"{where}: {name} of {source.uri} has no name by which it could be found in {target.uri}")
     plain = source.classes[number]
     if plain in source.repeated or plain in target.repeated:
-        raise ConfigError(f"{where}: several classes are called {plain!r}, so class {name!r} of {source.uri} cannot be found in {target.uri}")
+        raise ConfigError(
+            f"{where}: several classes are called {plain!r}, so class {name!r} of {source.uri} cannot be found in {target.uri}"
+        )
     return target.classes.index(plain) if plain in target.classes else None
 
 
@@ -101,7 +109,9 @@ def read(path: str) -> list[str]:
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read as a list of class names ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
+        raise DataError(
+            f"{path}: cannot be read as a list of class names ({getattr(e, 'strerror', None) or 'not UTF-8'})"
+        ) from None
     if numbered := [match for line in lines if (match := re.fullmatch(r"(.*\S)\s+(\d+)", line))]:
         if len(numbered) == len(lines) and sorted(int(m[2]) for m in numbered) == list(range(len(lines))):
             lines = [m[1] for m in sorted(numbered, key=lambda m: int(m[2]))]
@@ -117,4 +127,6 @@ def _is_number(name: str) -> bool:
 
 
 def _some(names: list[str]) -> str:
-    return ("labels without names: use numbers" if not names else ", ".join(names[:20])) + (", ..." if len(names) > 20 else "")
+    return ("labels without names: use numbers" if not names else ", ".join(names[:20])) + (
+        ", ..." if len(names) > 20 else ""
+    )

@@ -25,7 +25,18 @@ NONE = "none"  # instead of a column's name: no column is to be taken for the ro
 LABELS = ("labels", "class", "class_id", "class_idx", "class_label", "class_name", "classes", "target", "category", "cls", "y",
           "fine_label", "coarse_label")  # fmt: skip
 # What encoded images begin with, or have at the fifth byte: JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF.
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*", b"\xff\x4f\xff\x51", b"jP  ", b"ftyp")
+_SIGNATURES = (
+    b"\xff\xd8\xff",
+    b"\x89PNG",
+    b"GIF8",
+    b"RIFF",
+    b"BM",
+    b"II*\0",
+    b"MM\0*",
+    b"\xff\x4f\xff\x51",
+    b"jP  ",
+    b"ftyp",
+)
 
 
 def partitions(path: str) -> dict[str, str]:
@@ -54,7 +65,11 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
             raise DataError(f"{where}: {' or '.join(likely)} may be the label; say which with --label-column")
         if likely:
             found["label"] = likely[0]
-    if "image" not in found or found["image"] not in schema.names or not _holds_images(schema.field(found["image"]).type):
+    if (
+        "image" not in found
+        or found["image"] not in schema.names
+        or not _holds_images(schema.field(found["image"]).type)
+    ):
         raise DataError(
             f"{where}: needs a column `image` (binary, or struct with `bytes`), or another named with --image-column; found "
             + ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -63,7 +78,9 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
         kind = schema.field(found[role]).type if found.get(role) in schema.names else pa.string()
         if role in found and not (_labels if role == "label" else _texts)(kind):
             needs = "whole numbers, or class names as text" if role == "label" else "text, whole numbers or binary"
-            raise DataError(f"{where}: column `{found[role]}` is {kind}, and the {role} must be {needs}; write it so, or say --{role}-column {NONE}")
+            raise DataError(
+                f"{where}: column `{found[role]}` is {kind}, and the {role} must be {needs}; write it so, or say --{role}-column {NONE}"
+            )
     return found
 
 
@@ -111,7 +128,11 @@ def encoded(chunk: pa.Array) -> pa.Array:
         chunk = chunk.field("bytes")
     if isinstance(chunk, pa.DictionaryArray):
         chunk = chunk.dictionary_decode()
-    return chunk if pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type) else chunk.cast(pa.large_binary())
+    return (
+        chunk
+        if pa.types.is_binary(chunk.type) or pa.types.is_large_binary(chunk.type)
+        else chunk.cast(pa.large_binary())
+    )
 
 
 def checksum(chunks: Iterable[pa.Array]) -> str:
@@ -123,7 +144,11 @@ def checksum(chunks: Iterable[pa.Array]) -> str:
             continue
         large = pa.types.is_large_binary(chunk.type) or pa.types.is_large_string(chunk.type)
         _, offsets, data = chunk.buffers()
-        places = np.frombuffer(offsets, np.int64 if large else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1] if len(chunk) else []
+        places = (
+            np.frombuffer(offsets, np.int64 if large else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            if len(chunk)
+            else []
+        )
         if len(places):
             content = zlib.crc32(memoryview(data or b"")[int(places[0]) : int(places[-1])], content)
             lengths = zlib.crc32(np.diff(places).astype(np.int64), lengths)
@@ -150,7 +175,12 @@ def _names(feature: object) -> list[str]:
 
 def _binary(kind: pa.DataType) -> bool:
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind)
+    return (
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -170,7 +200,9 @@ def _only_image(parquet: pq.ParquetFile) -> str | None:
             if first is not None:
                 found += [name] if first.startswith(_SIGNATURES) or first[4:8] in _SIGNATURES else []
                 break
-    return found[0] if len(found) == 1 else possible[0] if len(possible) == 1 and not parquet.metadata.num_rows else None
+    return (
+        found[0] if len(found) == 1 else possible[0] if len(possible) == 1 and not parquet.metadata.num_rows else None
+    )
 
 
 def _string(kind: pa.DataType) -> bool:
@@ -178,9 +210,20 @@ def _string(kind: pa.DataType) -> bool:
 
 
 def _labels(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+    if (
+        pa.types.is_dictionary(kind)
+        or pa.types.is_list(kind)
+        or pa.types.is_large_list(kind)
+        or pa.types.is_fixed_size_list(kind)
+    ):
         return _labels(kind.value_type)
-    return _string(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind) or pa.types.is_boolean(kind)
+    return (
+        _string(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_floating(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_boolean(kind)
+    )
 
 
 def _texts(kind: pa.DataType) -> bool:

@@ -35,7 +35,9 @@ def read(manifest: Manifest) -> np.ndarray | None:
     storage, name = Storage(manifest.uri), file_name(manifest.split)
     data = storage.read(name) if storage.is_file(name) else b""
     if hashlib.sha256(data).hexdigest() != manifest.images:
-        raise DataError(f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {manifest.uri}`")
+        raise DataError(
+            f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {manifest.uri}`"
+        )
     return np.frombuffer(data, "<u8")
 
 

@@ -119,5 +119,7 @@ def _alone(target: Path) -> Iterator[None]:
         except OSError as e:
             if e.errno not in _NO_LOCKS:
                 raise
-            raise StorageError(f"{target.parent}: this file system has no file locks (flock): use another disk, or S3") from None
+            raise StorageError(
+                f"{target.parent}: this file system has no file locks (flock): use another disk, or S3"
+            ) from None
         yield

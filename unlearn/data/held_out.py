@@ -40,7 +40,9 @@ def _manifest(settings: config.RunConfig) -> shards.Manifest | None:
     return shards.load(data or settings.data.train, split) if data or split else None
 
 
-def _same_classes(manifest: shards.Manifest, train: shards.Manifest, rows: config.Rows, seed: int, what: str) -> RowSet | None:
+def _same_classes(
+    manifest: shards.Manifest, train: shards.Manifest, rows: config.Rows, seed: int, what: str
+) -> RowSet | None:
     """The held-out rows of the same classes; None where the rows were named one by one.
 
     Raises ConfigError, which names it, for a class that the held-out shards do not have or that cannot be found there.
@@ -51,7 +53,9 @@ def _same_classes(manifest: shards.Manifest, train: shards.Manifest, rows: confi
     unwanted = _labels(manifest, train, rows.exclude_classes, f"data.{what}.exclude_classes")
     if wanted and None in wanted.values():
         missing = next(name for name, label in wanted.items() if label is None)
-        raise ConfigError(f"evaluation.data: {manifest.uri} has no class {missing!r}, which data.{what} names; measure on data that has it")
+        raise ConfigError(
+            f"evaluation.data: {manifest.uri} has no class {missing!r}, which data.{what} names; measure on data that has it"
+        )
     conditions = config.Rows(
         classes=None if wanted is None else list(wanted.values()),
         exclude_classes=None if unwanted is None else [label for label in unwanted.values() if label is not None],
@@ -66,7 +70,10 @@ def _labels(
     if named is None:
         return None
     labels = [selection.label(train, one, where) for one in named]
-    return {train.class_name(label): classes.translated(label, train, manifest, f"evaluation.data, {where}") for label in labels}
+    return {
+        train.class_name(label): classes.translated(label, train, manifest, f"evaluation.data, {where}")
+        for label in labels
+    }
 
 
 def _limit(rows: RowSet, limit: int | None, seed: int) -> RowSet:

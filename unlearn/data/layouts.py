@@ -24,7 +24,10 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["folder", "imagenet", "places365", "webdataset"]
 ABOUT = {".cls", ".json"}  # suffixes of the labels of a WebDataset
-_SPLIT = re.compile(r"(ilsvrc\d+_img_)?(train|training|val|valid|validation|test|testing)([_-](\d+|large|standard|challenge|images?|img|set|data))*", re.I)
+_SPLIT = re.compile(
+    r"(ilsvrc\d+_img_)?(train|training|val|valid|validation|test|testing)([_-](\d+|large|standard|challenge|images?|img|set|data))*",
+    re.I,
+)
 _IMAGES = {"images", "image", "imgs", "img"}  # folders that are no classes
 _PUBLISHED = re.compile(r"(ilsvrc\d+|places365)_(val|test)_\d+", re.I)  # files of flat validation folders
 
@@ -56,7 +59,11 @@ def arrange(
         found = _folders(images, src, layout, split)
     loose = len(images) - sum(name in found for name in images)
     values = set(found.values())
-    if values and all(re.fullmatch(r"\d{1,18}", value) for value in values) and (labels is not None or about and layout != "folder"):
+    if (
+        values
+        and all(re.fullmatch(r"\d{1,18}", value) for value in values)
+        and (labels is not None or about and layout != "folder")
+    ):
         number, names = {value: int(value) for value in values}, classes or []
         if names and max(number.values()) >= len(names):
             raise DataError(f"{src}: label {max(number.values())}, and there are {len(names)} class names")
@@ -103,11 +110,23 @@ def _no_flat(folders: dict[str, tuple], below: dict[tuple, tuple], holding: set[
     """Raises DataError where images lie in the folder of a split itself, as validation sets are published."""
     splits = {folder[: len(folder) - len(rest)] for folder, rest in below.items() if len(rest) < len(folder)}
     beside = {path[:-1] for path in splits if path}
-    flat = {f for f in holding if below[f] == f and _SPLIT.fullmatch(f[-1]) and (f[:-1] in beside or all(_SPLIT.fullmatch(o[-1]) for o in holding))}
-    flat |= {f for f in holding if len(below[f]) < len(f) and all(part.lower() in _IMAGES for part in below[f])}  # val/images/FILE
+    flat = {
+        f
+        for f in holding
+        if below[f] == f
+        and _SPLIT.fullmatch(f[-1])
+        and (f[:-1] in beside or all(_SPLIT.fullmatch(o[-1]) for o in holding))
+    }
+    flat |= {
+        f for f in holding if len(below[f]) < len(f) and all(part.lower() in _IMAGES for part in below[f])
+    }  # val/images/FILE
     count = Counter(folders.values())
     if len(holding) == 1 and not flat:
-        flat = {f for f in holding if any(_PUBLISHED.match(PurePosixPath(n).name) for n, folder in folders.items() if folder == f)}
+        flat = {
+            f
+            for f in holding
+            if any(_PUBLISHED.match(PurePosixPath(n).name) for n, folder in folders.items() if folder == f)
+        }
     if not holding and folders:
         flat = set(folders.values())
     if flat:
@@ -122,7 +141,11 @@ def _no_flat(folders: dict[str, tuple], below: dict[tuple, tuple], holding: set[
 def _shared(paths: list[tuple[str, ...]]) -> tuple[int, int]:
     """How many folders all paths have in common at their beginning, and at their end where that is `images`."""
     start = end = 0
-    while paths and all(len(p) > start + 1 and p[start] == paths[0][start] for p in paths) and not _letter(paths[0][start:]):
+    while (
+        paths
+        and all(len(p) > start + 1 and p[start] == paths[0][start] for p in paths)
+        and not _letter(paths[0][start:])
+    ):
         start += 1
     if all(len(p) > start + 1 and p[-1].lower() in _IMAGES for p in paths):
         end = 1
@@ -141,14 +164,19 @@ def _listed(images: Sequence[str], path: Path) -> dict[str, str]:
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read as a list of labels ({getattr(e, 'strerror', None) or 'not UTF-8'})") from None
+        raise DataError(
+            f"{path}: cannot be read as a list of labels ({getattr(e, 'strerror', None) or 'not UTF-8'})"
+        ) from None
     lines = [re.split(r"[\s,]+", line.strip(), maxsplit=2) for line in text.splitlines() if line.strip()]
     if lines and lines[0][0].lower() in ("imageid", "image", "filename", "name", "file"):
         lines = lines[1:]
     if lines and all(len(line) == 1 for line in lines):
         if len(lines) != len(images):
             raise DataError(f"{path}: {len(lines)} labels for {len(images)} images")
-        return {name: line[0] for name, line in zip(sorted(images, key=lambda n: (PurePosixPath(n).name, n)), lines, strict=True)}
+        return {
+            name: line[0]
+            for name, line in zip(sorted(images, key=lambda n: (PurePosixPath(n).name, n)), lines, strict=True)
+        }
     known: dict[str, str] = {line[0].lstrip("/"): line[1] for line in lines if len(line) > 1}
     found = {}
     for name in images:
@@ -159,7 +187,9 @@ def _listed(images: Sequence[str], path: Path) -> dict[str, str]:
         if label is not None:
             found[name] = label.strip("/")
     if missing := [name for name in images if name not in found]:
-        raise DataError(f"{path}: {len(missing)} of {len(images)} images are not in this list, for example {missing[0]}")
+        raise DataError(
+            f"{path}: {len(missing)} of {len(images)} images are not in this list, for example {missing[0]}"
+        )
     return found
 
 
@@ -170,7 +200,10 @@ def _beside(images: Sequence[str], about: Sequence[str], read: Callable[[str], b
         beside.setdefault(_key(name), []).append(name)
     found = {}
     for name in images:
-        label = next((value for other in beside.get(_key(name), ()) if (value := _value(read(other), other, src)) is not None), None)
+        label = next(
+            (value for other in beside.get(_key(name), ()) if (value := _value(read(other), other, src)) is not None),
+            None,
+        )
         if label is None:
             raise DataError(f"{src}: {name} has no label beside it: a .cls, or a .json with `label`, `cls` or `class`")
         found[name] = label

@@ -22,7 +22,12 @@ from unlearn.errors import DataError
 
 READERS = 8  # files that are read at the same time for their labels and ids
 SCHEMA = pa.schema(
-    {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64(), "id": pa.string(), "subject": pa.string()}
+    {
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "label": pa.int64(),
+        "id": pa.string(),
+        "subject": pa.string(),
+    }
 )
 
 
@@ -156,8 +161,14 @@ class Manifest:
         with parquet(Storage(self.uri), shard.path) as file:
             known = shard.row_groups
             for g in groups:
-                if file.num_row_groups != len(known) or extent(file, g) != (known[g].rows, known[g].offset, known[g].bytes):
-                    raise DataError(f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify {self.uri}`")
+                if file.num_row_groups != len(known) or extent(file, g) != (
+                    known[g].rows,
+                    known[g].offset,
+                    known[g].bytes,
+                ):
+                    raise DataError(
+                        f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify {self.uri}`"
+                    )
             stored = {role: self.names.get(role, role) for role in columns}
             inside = [column for column in stored.values() if column in file.schema_arrow.names]
             table = _rows(file, groups, inside, where)
@@ -196,7 +207,9 @@ class Manifest:
                 file.seek(group.offset)
                 if hashlib.sha256(file.read_buffer(group.bytes)).hexdigest() != group.sha256:
                     g = shard.row_groups.index(group)
-                    raise DataError(f"{where}, row group {g}: not the bytes of the manifest: the shard was replaced or is damaged; restore it")
+                    raise DataError(
+                        f"{where}, row group {g}: not the bytes of the manifest: the shard was replaced or is damaged; restore it"
+                    )
 
     def _own(self, shard: Shard, labels: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
         """The folder's labels for those of a file."""

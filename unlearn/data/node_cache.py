@@ -182,7 +182,9 @@ def _root() -> Path:
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = private.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
-        raise StorageError(f"{private}: not a folder that this user alone may enter: remove it, or set TMPDIR to another place")
+        raise StorageError(
+            f"{private}: not a folder that this user alone may enter: remove it, or set TMPDIR to another place"
+        )
     root = private / "copies"
     root.mkdir(mode=0o700, exist_ok=True)
     return root

@@ -27,7 +27,9 @@ def suffixes() -> frozenset[str]:
     from PIL import features
 
     some = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-    return frozenset(some | ({".jp2"} if features.check("jpg_2000") else set()) | ({".avif"} if features.check("avif") else set()))
+    return frozenset(
+        some | ({".jp2"} if features.check("jpg_2000") else set()) | ({".avif"} if features.check("avif") else set())
+    )
 
 
 def build(
@@ -51,7 +53,9 @@ def build(
         images = [n for n in found.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
         about = [n for n in found.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
         if not images:
-            raise DataError(f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else ""))
+            raise DataError(
+                f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else "")
+            )
         _readable(images, src)
         arranged = layouts.arrange(images, about, found.read, src, layout, split, labels, classes)
         _tell(src, found.left_out, arranged.loose)

@@ -92,8 +92,8 @@ class Bucket:
 
     def _below(self, name: str) -> Iterator[dict]:
         prefix = self.key(name)
-        pages = client().get_paginator("list_objects_v2").paginate(
-            Bucket=self.name, Prefix=f"{prefix}/" if prefix else ""
+        pages = (
+            client().get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=f"{prefix}/" if prefix else "")
         )
         for page in pages:
             yield from page.get("Contents", ())
@@ -122,7 +122,9 @@ def client():
     from botocore.config import Config
 
     style = {"addressing_style": "path"} if os.environ.get("AWS_ENDPOINT_URL") else {}
-    return boto3.client("s3", config=Config(retries={"mode": "standard", "max_attempts": 5}, s3=style, connect_timeout=10))
+    return boto3.client(
+        "s3", config=Config(retries={"mode": "standard", "max_attempts": 5}, s3=style, connect_timeout=10)
+    )
 
 
 @functools.cache

@@ -88,7 +88,9 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
         every = found["retain"]
         keep = ~np.isin(every.rows, found["forget"].rows)
         if not keep.any():
-            raise ConfigError("data.forget selects every image: nothing is left to retain; give data.retain or data.proxy")
+            raise ConfigError(
+                "data.forget selects every image: nothing is left to retain; give data.retain or data.proxy"
+            )
         found["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
         ids["retain"] = ids["retain"].filter(pa.array(keep)) if ids["retain"] is not None else None
     _no_overlap(found)
@@ -129,9 +131,15 @@ def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
     """Checks the conditions against the manifest; reads no shard. Raises ConfigError."""
     held = _spans(manifest)
     span = _span(held)
-    if "label" not in manifest.columns and (rows.classes is not None or rows.exclude_classes is not None or rows.per_class is not None):
+    if "label" not in manifest.columns and (
+        rows.classes is not None or rows.exclude_classes is not None or rows.per_class is not None
+    ):
         raise ConfigError(f"data.{what}: the shards at {manifest.uri} have no labels; choose rows by ids or subjects")
-    labels = None if rows.classes is None else {classes.label(manifest, span, c, f"data.{what}.classes") for c in rows.classes}
+    labels = (
+        None
+        if rows.classes is None
+        else {classes.label(manifest, span, c, f"data.{what}.classes") for c in rows.classes}
+    )
     unwanted = {classes.label(manifest, span, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
     columns = {"label"} & set(manifest.columns)
     if rows.ids is not None and "id" in manifest.columns:
@@ -196,7 +204,9 @@ def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.Chu
         kept = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
         table, chosen, labels = table.take(kept), chosen[kept], labels[kept]
     if not len(chosen):
-        raise ConfigError(f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions")
+        raise ConfigError(
+            f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions"
+        )
     ids = table["id"] if "id" in wanted.columns else None
     return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64)), ids
 
@@ -258,6 +268,10 @@ def _narrow(values: np.ndarray) -> np.ndarray:
 def describe(found: dict[str, RowSet]) -> dict[str, dict]:
     """Counts and classes (by name where they have one) of each set, for logs and reports: no id and no image."""
     return {
-        name: {"images": len(s), "classes": [s.manifest.class_name(int(c)) for c in np.unique(s.labels) if c >= 0], "manifest": s.manifest.hash}
+        name: {
+            "images": len(s),
+            "classes": [s.manifest.class_name(int(c)) for c in np.unique(s.labels) if c >= 0],
+            "manifest": s.manifest.hash,
+        }
         for name, s in found.items()
     }

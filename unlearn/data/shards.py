@@ -59,7 +59,9 @@ def load(uri: str, split: str | None = None) -> Manifest:
     """Read the manifest of a folder, or of one split of it. Raises DataError, StorageError."""
     storage = Storage(uri)
     if split is None and not storage.is_file(MANIFEST):
-        there = [n[len("manifest-") : -len(".json")] for n in storage.files() if re.fullmatch(r"manifest-[\w.-]+\.json", n)]
+        there = [
+            n[len("manifest-") : -len(".json")] for n in storage.files() if re.fullmatch(r"manifest-[\w.-]+\.json", n)
+        ]
         if len(there) > 1:
             raise DataError(f"{uri}: holds several splits: {', '.join(there)}; say which with `split`")
         split = there[0] if there else None
@@ -79,14 +81,18 @@ def load(uri: str, split: str | None = None) -> Manifest:
             Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
             for s in tree["shards"]
         ]
-        known = Manifest(storage.uri, tree["columns"], tree["classes"], shards, tree.get("names", {}), tree.get("images", ""), split)
+        known = Manifest(
+            storage.uri, tree["columns"], tree["classes"], shards, tree.get("names", {}), tree.get("images", ""), split
+        )
         if outside := [s.path for s in shards if s.path.startswith("/") or ".." in s.path.split("/")]:
             raise ValueError(f"{outside[0]!r} leads out of the folder")
         if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
         return known
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise DataError(f"{uri}/{name} is damaged ({short(e)}): make it anew with `unlearn shards index {uri}`") from None
+        raise DataError(
+            f"{uri}/{name} is damaged ({short(e)}): make it anew with `unlearn shards index {uri}`"
+        ) from None
 
 
 def index(
@@ -101,7 +107,9 @@ def index(
     storage = Storage(uri)
     name = manifest_name(split)
     if storage.is_file(name) and not _is_ours(storage.read(name)):
-        raise DataError(f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own")
+        raise DataError(
+            f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own"
+        )
     found, checksums = look(uri, split, columns, classes)
     return save(found, checksums)
 
@@ -148,12 +156,16 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
         called = {d.columns[role]: d.shard.path for d in described if role in d.columns}
         if len(called) > 1:
             (one, first), (other, second) = list(called.items())[:2]
-            raise DataError(f"{uri}: the {role} is column `{one}` of {first} and `{other}` of {second}: write them alike, or index them apart")
+            raise DataError(
+                f"{uri}: the {role} is column `{one}` of {first} and `{other}` of {second}: write them alike, or index them apart"
+            )
     columns = [role for role in roles.ROLES if all(role in d.columns for d in described)]
     filled = [d for d in described if len(d.images)]
     if "label" not in columns and any("label" in d.columns for d in filled):
         lacking = next(d for d in filled if "label" not in d.columns)
-        raise DataError(f"{uri}/{lacking.shard.path}: has no label, and files beside it have: write them alike, or index them apart")
+        raise DataError(
+            f"{uri}/{lacking.shard.path}: has no label, and files beside it have: write them alike, or index them apart"
+        )
     names = {role: d.columns[role] for d in described for role in columns if d.columns[role] != role}
     classes = classes or None
     lists = {f"{uri}/{d.shard.path}": d.classes if classes is None or d.text else classes for d in filled}
@@ -174,7 +186,9 @@ def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
     storage = Storage(manifest.uri)
     if checksums is not None:
         manifest = replace(manifest, images=duplicates.write(storage, manifest.split, checksums))
-    storage.write(manifest_name(manifest.split), json.dumps(manifest.tree() | {"hash": manifest.hash}, indent=1).encode())
+    storage.write(
+        manifest_name(manifest.split), json.dumps(manifest.tree() | {"hash": manifest.hash}, indent=1).encode()
+    )
     return manifest
 
 
@@ -193,7 +207,9 @@ def describe(
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
         found = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]
-        shard = Shard(name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, _, _ in found])
+        shard = Shard(
+            name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, _, _ in found]
+        )
     labels = [values for _, values, _ in found]
     text = any(values.dtype.kind == "O" for values in labels)
     if text:
@@ -202,7 +218,9 @@ def describe(
         labels = [np.array([place[value] for value in values], np.int64) for values in labels]
     else:
         classes = roles.class_names(schema, columns["label"]) if columns.get("label") in schema.names else []
-    return Described(shard, columns, classes, text, labels, np.concatenate([np.empty(0, np.uint64), *(sums for *_, sums in found)]))
+    return Described(
+        shard, columns, classes, text, labels, np.concatenate([np.empty(0, np.uint64), *(sums for *_, sums in found)])
+    )
 
 
 def _describe_group(
@@ -217,7 +235,9 @@ def _describe_group(
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{at}: unreadable ({short(e)}); restore the shard") from None
     found = {
-        role: roles.values(table[column] if column in inside else roles.of_path(name, column, role, rows, where), role, at)
+        role: roles.values(
+            table[column] if column in inside else roles.of_path(name, column, role, rows, where), role, at
+        )
         for role, column in columns.items()
     }
     labels = np.empty(0, np.int64)
@@ -229,7 +249,9 @@ def _describe_group(
                 f"leave that file out, choose a split with --split, or go without labels (--label-column {roles.NONE})"
             )
     if found.get("id") is not None and found["id"].null_count:
-        raise DataError(f"{at}: {found['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}")
+        raise DataError(
+            f"{at}: {found['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}"
+        )
     file.seek(offset)
     digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
     checks = {role: roles.checksum(column.chunks) for role, column in found.items()}
@@ -255,7 +277,9 @@ def split_of(name: str) -> str | None:
     if hub := re.match(r"(.+)-\d{5,}-of-\d{5,}", file):
         return hub[1]
     first = re.split(r"[-_.]", file)[0].lower()
-    inner = next((f.removeprefix("split=") for f in reversed(folders) if f.lower().removeprefix("split=") in SPLITS), None)
+    inner = next(
+        (f.removeprefix("split=") for f in reversed(folders) if f.lower().removeprefix("split=") in SPLITS), None
+    )
     return inner or (first if first in SPLITS else None)
 
 
@@ -273,14 +297,18 @@ def _of_split(storage: Storage, split: str | None) -> list[str]:
         try:
             name.encode()
         except UnicodeEncodeError:
-            raise DataError(f"{storage.uri}: the name of a file is not UTF-8: {name.encode(errors='replace').decode()}; rename it") from None
+            raise DataError(
+                f"{storage.uri}: the name of a file is not UTF-8: {name.encode(errors='replace').decode()}; rename it"
+            ) from None
     there = sorted({split_of(n) or "(none)" for n in names})
     if split is not None:
         if split not in there:
             raise DataError(f"{storage.uri}: no files of a split {split}; there are {', '.join(there)}")
         return [n for n in names if split_of(n) == split]
     if len(there) > 1:
-        raise DataError(f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of one split")
+        raise DataError(
+            f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of one split"
+        )
     return names
 
 

@@ -226,15 +226,22 @@ def told(where: str) -> Iterator[None]:
         raise StorageError(f"{where}: there is no such file or folder") from None
     except OSError as e:
         text = " ".join(str(e).split())
-        hint = next((hint for code, hint in _HINTS.items() if len(code) > 3 and code.lower() in text.lower().replace("_", "")), None)
+        hint = next(
+            (hint for code, hint in _HINTS.items() if len(code) > 3 and code.lower() in text.lower().replace("_", "")),
+            None,
+        )
         raise StorageError(f"{where}: {hint or e.strerror or text[:200]}") from None
     except Exception as e:
         # botocore is imported by the S3 calls alone, so its errors are told by their module and their answer.
         if not type(e).__module__.startswith(("botocore", "boto3")):
             raise
-        missing = {"NoCredentialsError": "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-                   "EndpointConnectionError": "no S3 server answers: check AWS_ENDPOINT_URL and the network"}
-        raise StorageError(f"{where}: {_HINTS.get(_code(e)) or missing.get(type(e).__name__) or str(e)[:200]}") from None
+        missing = {
+            "NoCredentialsError": "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            "EndpointConnectionError": "no S3 server answers: check AWS_ENDPOINT_URL and the network",
+        }
+        raise StorageError(
+            f"{where}: {_HINTS.get(_code(e)) or missing.get(type(e).__name__) or str(e)[:200]}"
+        ) from None
 
 
 def _code(error: Exception) -> str:

@@ -1,6 +1,5 @@
 """What is compared: the images, what of them is hidden, and what each generator makes of them."""
 
-
 import numpy as np
 import torch
 
@@ -23,7 +22,9 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
         uris["unlearned"] = folder.where("model")
     models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in uris.items() if uri}
     if not models:
-        raise UnlearnError(f"nothing to evaluate: no model.weights in the config and no trained model in {settings.run_dir}")
+        raise UnlearnError(
+            f"nothing to evaluate: no model.weights in the config and no trained model in {settings.run_dir}"
+        )
     return models
 
 
@@ -37,7 +38,9 @@ class Comparison:
         self._loaded: tuple[str, base.Adapter] | None = None
         first = next(iter(models))
         self.grid, self.size = self._shape(self.generator(first))
-        kept = cache.ImageCache(cache.limit(run.settings.data, run.settings.evaluation.workers or run.settings.cluster.workers))
+        kept = cache.ImageCache(
+            cache.limit(run.settings.data, run.settings.evaluation.workers or run.settings.cluster.workers)
+        )
         self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:
@@ -45,11 +48,15 @@ class Comparison:
         if self._loaded is None or self._loaded[0] != name:
             former = self._loaded[0] if self._loaded else None
             self._loaded = None  # before the next one is built, so that there is one in memory
-            built = weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
+            built = (
+                weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
+            )
             if former is not None and self._shape(built) != (self.grid, self.size):
                 known = f"{former} {self.size} px in {self.grid} x {self.grid} patches"
                 other = f"{name} {built.options.image_size} px in {built.grid} x {built.grid} patches"
-                raise ConfigError(f"the generators do not see the same images and views: {known}, {other}; compare models of one shape")
+                raise ConfigError(
+                    f"the generators do not see the same images and views: {known}, {other}; compare models of one shape"
+                )
             self._loaded = name, built
         return self._loaded[1]
 
@@ -80,7 +87,9 @@ class Comparison:
         """
         if (name, number) not in self._views:
             rng = order.generator(self.settings.seed, 1 << 22, number, sorted(self.sets).index(name))
-            self._views[name, number] = views.draw([self.settings.evaluation.views[number]], self.grid, len(self.sets[name]), rng)
+            self._views[name, number] = views.draw(
+                [self.settings.evaluation.views[number]], self.grid, len(self.sets[name]), rng
+            )
         whole, at = self._views[name, number], torch.from_numpy(positions)
         return views.View(whole.visible[at], whole.hidden[at], self.grid).to(self.device)
 

@@ -150,7 +150,9 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
     settings, sizes = run.settings, {name: len(rows) for name, rows in run.measured.items()}
     step, views = settings.evaluation.batch_size, range(len(settings.evaluation.views))
     # Generator by generator, so that a worker loads each once; what is compared with stays in memory: the originals' features.
-    cells = [(name, None, 0) for name in sizes] + [(name, g, view) for g in generators for name in sizes for view in views]
+    cells = [(name, None, 0) for name in sizes] + [
+        (name, g, view) for g in generators for name in sizes for view in views
+    ]
     pieces: list[Piece | Column] = []
     for name, generator, view in cells:
         pieces += [Piece(name, generator, view, i, min(i + step, sizes[name])) for i in range(0, sizes[name], step)]
@@ -205,7 +207,11 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
         )
     for name, described in document["sets"].items():
         if described["split"] == "training":
-            why = "held-out shards have no such rows" if settings.evaluation.data else "evaluation.data names no held-out ones"
+            why = (
+                "held-out shards have no such rows"
+                if settings.evaluation.data
+                else "evaluation.data names no held-out ones"
+            )
             notes.append(f"The {name} set is measured on training images: {why}.")
         if described["bad_images"]:
             notes.append(f"{described['bad_images']} damaged image(s) of the {name} set were left out.")

@@ -35,7 +35,9 @@ def write(run: Run, document: dict, grids: list[dict]) -> str:
     """
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     headline, sentences = verdict(document)
     shown = [grid["set"] for grid in grids]
     html = environment.from_string(Path(__file__).with_name(NAME).read_text()).render(
@@ -82,7 +84,10 @@ def table(document: dict):
         rich_table.add_column(head["name"], justify="right")
     for part in tables:
         for row in part["rows"]:
-            cells = [f"{cell['value']} {'(' + cell['change'] + ')' if cell['change'] else ''}".strip() for cell in row["cells"]]
+            cells = [
+                f"{cell['value']} {'(' + cell['change'] + ')' if cell['change'] else ''}".strip()
+                for cell in row["cells"]
+            ]
             name, view = part["set"] if row is part["rows"][0] else "", row["view"] if row["first"] else ""
             rich_table.add_row(name, view, row["generator"], *cells)
         rich_table.add_section()
@@ -155,7 +160,9 @@ def _facts(run: Run, document: dict) -> list[tuple[str, str]]:
     for name, described in selection.describe(run.sets).items():
         facts.append((f"Trained on: {name}", f"{_count(described)}; data sha256 {described['manifest']}"))
     for name, described in document["sets"].items():
-        facts.append((f"Measured on: {name}", f"{_count(described)} ({described['split']}); data sha256 {described['manifest']}"))
+        facts.append(
+            (f"Measured on: {name}", f"{_count(described)} ({described['split']}); data sha256 {described['manifest']}")
+        )
     return facts
 
 
@@ -170,7 +177,13 @@ def _count(described: dict) -> str:
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "not known"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _curves(rows: list[dict]) -> list[dict]:

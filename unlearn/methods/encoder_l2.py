@@ -43,9 +43,12 @@ class EncoderL2Options(config.Method):
     """Of the paper's method."""
 
     alpha: float = Field(default=0.25, ge=0, allow_inf_nan=False, description="weight of the forget term")
-    noise: Literal["standard", "batch", "dataset"] = Field(default="standard", description="covariance of the target noise")
+    noise: Literal["standard", "batch", "dataset"] = Field(
+        default="standard", description="covariance of the target noise"
+    )
     noise_region: Literal["image", "hole"] | None = Field(
-        default=None, description="where the teacher's input is noise; none: everywhere, for diffusion models in the hole"
+        default=None,
+        description="where the teacher's input is noise; none: everywhere, for diffusion models in the hole",
     )
     distance: Literal["mse", "relative"] = Field(
         default="mse", description="relative: each level's error is divided by the mean square of its target"
@@ -70,7 +73,9 @@ class EncoderL2(Method):
                 f"method.noise_region hole: the encoder of {model.family} never sees the hole, so nothing would be forgotten; use image"
             )
         if self.options.noise != "standard" and not model.continuous:
-            raise ConfigError(f"method.noise {self.options.noise}: the inputs of {model.family} are tokens, not numbers; use standard")
+            raise ConfigError(
+                f"method.noise {self.options.noise}: the inputs of {model.family} are tokens, not numbers; use standard"
+            )
 
     def sample_size(self) -> int:
         return 256 if self.options.noise == "dataset" else 0

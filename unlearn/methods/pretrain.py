@@ -22,7 +22,9 @@ class Pretrain(Method):
 
     def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
         # A run that names a forget set has its rows in the batch too: they are not learned.
-        return {"retain": student.training_loss(batch.images[: batch.retain], batch.view.rows(0, batch.retain), batch.seed)}
+        return {
+            "retain": student.training_loss(batch.images[: batch.retain], batch.view.rows(0, batch.retain), batch.seed)
+        }
 
 
 class PretrainFirstStage(Method):
@@ -37,7 +39,9 @@ class PretrainFirstStage(Method):
 
     def check(self, model: type[Adapter]) -> None:
         if model.first_stage_loss is Adapter.first_stage_loss:
-            raise ConfigError(f"method.name pretrain_first_stage: family {model.family} has no first stage that is trained here")
+            raise ConfigError(
+                f"method.name pretrain_first_stage: family {model.family} has no first stage that is trained here"
+            )
 
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         return model.first_stage_parameters()

@@ -46,7 +46,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
             break
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
-        raise WeightsError(f"{folder} lacks {', '.join(missing or [f'{FILE}.safetensors'])}: give a whole folder of diffusers")
+        raise WeightsError(
+            f"{folder} lacks {', '.join(missing or [f'{FILE}.safetensors'])}: give a whole folder of diffusers"
+        )
     found = {n: t for name in names for n, t in tensor_files.load(folder / name, str(folder / name)).items()}
     return {_today(n): t for n, t in found.items()}
 

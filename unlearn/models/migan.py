@@ -254,7 +254,9 @@ class MIGAN(base.Adapter):
 
     def to_folder(self, folder: Path) -> None:
         """Write PUBLIC_FILE, with the public names."""
-        tensor_files.save({_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}, folder / PUBLIC_FILE)
+        tensor_files.save(
+            {_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}, folder / PUBLIC_FILE
+        )
 
 
 def _swap(name: str, prefix: str, other: str) -> str:

@@ -71,7 +71,9 @@ def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     values = options(folder)
     path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
     if path is None:
-        raise WeightsError(f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read")
+        raise WeightsError(
+            f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read"
+        )
     return _renamed(tensor_files.load(path, str(path))), values
 
 

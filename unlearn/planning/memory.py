@@ -63,7 +63,9 @@ def precision(run: config.RunConfig, strategy: Strategy) -> str:
     return "bf16" if strategy.stage else "autocast"
 
 
-def estimate(found: Footprint, strategy: Strategy, precision: str, workers: int, accumulation: int, cuda: bool) -> MemoryEstimate:
+def estimate(
+    found: Footprint, strategy: Strategy, precision: str, workers: int, accumulation: int, cuda: bool
+) -> MemoryEstimate:
     """What one of `workers` holds at its worst moment; found: of this precision, with or without checkpointing as the strategy says."""
     n, share = found.trained.count, math.ceil(found.trained.count / workers)
     size = 2 if precision == "bf16" else 4
@@ -107,7 +109,9 @@ def _sharded(group: footprint.Group, workers: int) -> int:
     return math.ceil(group.count / workers) + group.small
 
 
-def _moments(found: Footprint, strategy: Strategy, size: int, workers: int, accumulation: int, cuda: bool) -> list[dict[str, int]]:
+def _moments(
+    found: Footprint, strategy: Strategy, size: int, workers: int, accumulation: int, cuda: bool
+) -> list[dict[str, int]]:
     """What comes and goes, at the moments that may be the worst: within forward and backward, and in the update."""
     n, share = found.trained.count, math.ceil(found.trained.count / workers)
     activations, grads = found.curve[:, 0], found.curve[:, 1]
@@ -132,7 +136,11 @@ def _moments(found: Footprint, strategy: Strategy, size: int, workers: int, accu
         bucket = np.where(backward | (strategy.stage == 3), size * min(n, BUCKET), 0)
         # Of float32 gradients the optimizer is given a copy.
         copies = 1 if strategy.stage == 2 and size == 2 else 2
-        update = {"gradients": copies * 4 * share, "activations": 0, "buckets": temporary + (size * min(n, BUCKET) if strategy.stage == 3 else 0)}
+        update = {
+            "gradients": copies * 4 * share,
+            "activations": 0,
+            "buckets": temporary + (size * min(n, BUCKET) if strategy.stage == 3 else 0),
+        }
         if strategy.stage == 3 and workers > 1:
             bucket = bucket + size * _gathered(found, cuda)
     if strategy.offload:

@@ -37,7 +37,9 @@ class Search:
     caches: bytes of a worker's caches on the host. options: the model's shape, where it is known already.
     """
 
-    def __init__(self, run: config.RunConfig, size: int, cuda: bool, caches: int = 0, options: base.ModelOptions | None = None):
+    def __init__(
+        self, run: config.RunConfig, size: int, cuda: bool, caches: int = 0, options: base.ModelOptions | None = None
+    ):
         self.run, self.size, self.cuda, self.caches = run, size, cuda, caches
         self.usable = int(USABLE * size)
         self._measured = functools.cache(
@@ -57,7 +59,9 @@ class Search:
         """The strategy the config asks for first, then its neighbours: every ZeRO stage, and with offload where the config has it."""
         asked = memory.strategy(self.run)
         others = [Strategy(stage, False, asked.checkpointing) for stage in range(4)]
-        others += [Strategy(stage, True, asked.checkpointing) for stage in (1, 2, 3)] if self.cuda or asked.offload else []
+        others += (
+            [Strategy(stage, True, asked.checkpointing) for stage in (1, 2, 3)] if self.cuda or asked.offload else []
+        )
         return [self.row(strategy) for strategy in (asked, *(other for other in others if other != asked))]
 
     def estimate(self, strategy: Strategy, micro_batch: int) -> MemoryEstimate:
@@ -71,7 +75,10 @@ class Search:
 
     def largest(self, strategy: Strategy) -> int:
         """The largest micro-batch that fits, of those that divide a worker's rows; 0 where none does."""
-        asked, least = self.run.micro_batch, 2 if methods.method_class(self.run.method.name).needs_forget and self.run.training.forget_fraction else 1
+        asked, least = (
+            self.run.micro_batch,
+            2 if methods.method_class(self.run.method.name).needs_forget and self.run.training.forget_fraction else 1,
+        )
         whole = self._fits(self.estimate(strategy, asked))
         sizes = [n for n in range(least, self.rows + 1) if self.rows % n == 0 and (n > asked if whole else n < asked)]
         found, low, high = asked if whole else 0, 0, len(sizes)
@@ -98,7 +105,11 @@ class Search:
 
     def starting(self) -> int:
         """Bytes of host memory that a worker takes while it starts: the student, and a teacher that is being filled from a file."""
-        found = self._measured(self.run.micro_batch, memory.precision(self.run, memory.strategy(self.run)), memory.strategy(self.run).checkpointing)
+        found = self._measured(
+            self.run.micro_batch,
+            memory.precision(self.run, memory.strategy(self.run)),
+            memory.strategy(self.run).checkpointing,
+        )
         models = 2 if self.run.model.weights else 1
         return (4 * found.trained.count if found.teacher.count else 0) + models * found.whole
 
@@ -112,7 +123,10 @@ def settings(strategy: Strategy, micro_batch: int) -> dict[str, object]:
     found: dict[str, object] = {"training.engine": "torch" if strategy.stage is None else "deepspeed"}
     if strategy.stage is not None:
         found |= {"training.zero_stage": strategy.stage, "training.offload_optimizer": strategy.offload}
-    return found | {"training.activation_checkpointing": strategy.checkpointing, "training.micro_batch_size": micro_batch}
+    return found | {
+        "training.activation_checkpointing": strategy.checkpointing,
+        "training.micro_batch_size": micro_batch,
+    }
 
 
 def _scaled(first: Footprint, second: Footprint, factor: float) -> Footprint:

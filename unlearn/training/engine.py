@@ -59,7 +59,9 @@ class Objective(nn.Module):
             return {"loss": batch.loss()}
         terms = self.method.terms(batch, self.student, self.teacher)
         loss = self.method.loss(terms)
-        parts = {"loss": loss} | {name: term if self.method.gradients_apart else term.detach() for name, term in terms.items()}
+        parts = {"loss": loss} | {
+            name: term if self.method.gradients_apart else term.detach() for name, term in terms.items()
+        }
         return parts if batch.weight == 1 else {name: value * batch.weight for name, value in parts.items()}
 
     @torch.no_grad()
@@ -117,7 +119,11 @@ class FiniteCheck:
 
     def culprit(self) -> str | None:
         """What was not finite on a GPU, where that is known."""
-        values = ((name, value) for names, seen in self._seen.items() for name, value in zip(names, seen.tolist(), strict=True))
+        values = (
+            (name, value)
+            for names, seen in self._seen.items()
+            for name, value in zip(names, seen.tolist(), strict=True)
+        )
         return next((name for name, value in values if not math.isfinite(value)), None)
 
 
@@ -236,7 +242,9 @@ class DeepSpeedEngine:
         for batch in batches:
             batch = self.objective.on(batch, self.device, self._dtype)
             # Past DeepSpeed, which would take each backward pass for a step's.
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._plain and self.settings.dtype == "bf16"):
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self._plain and self.settings.dtype == "bf16"
+            ):
                 parts = self.objective(batch)
             self.finite(parts)
             apart.add(_terms(parts))

@@ -26,7 +26,9 @@ log = logging.getLogger(__name__)
 
 EVERY = 2.0  # seconds between two beats
 ANSWER = 10.0  # seconds that the others have to find out that their collective has failed, too
-STALLED = 0.8  # share of the timeout after which it is said that nothing moves: NCCL ends the process when all of it is over
+STALLED = (
+    0.8  # share of the timeout after which it is said that nothing moves: NCCL ends the process when all of it is over
+)
 
 
 class Heartbeat:
@@ -59,7 +61,12 @@ class Heartbeat:
                 board.write(self.rank, self._now())
             if time.time() - self._since > self.timeout * STALLED and told != self._since:
                 told = self._since
-                log.warning("rank %s has been at %s for %.0f s; the stacks of its threads are on standard error", self.rank, self._place, time.time() - told)
+                log.warning(
+                    "rank %s has been at %s for %.0f s; the stacks of its threads are on standard error",
+                    self.rank,
+                    self._place,
+                    time.time() - told,
+                )
             if self._over.wait(EVERY):
                 return
 
@@ -83,7 +90,11 @@ class Heartbeat:
         if not found and self.rank:
             missing = ["rank 0, in whose process the group meets, does not answer"]
         else:
-            missing = [_told(rank, found.get(rank)) for rank in range(self.workers) if found.get(rank, {}).get("state") != "lost"]
+            missing = [
+                _told(rank, found.get(rank))
+                for rank in range(self.workers)
+                if found.get(rank, {}).get("state") != "lost"
+            ]
         return ClusterError(
             f"rank {self.rank} of {self.workers} was left alone at {self._place} (cluster.timeout is {self.timeout:g} s): "
             + ("; ".join(missing) or f"no rank is missing, so look at the network: {str(error)[:200]}")
@@ -97,7 +108,10 @@ class Heartbeat:
             for rank in range(self.workers):
                 if text := board.read(rank):
                     found[rank] = json.loads(text)
-            if all(found.get(rank, {}).get("state", "waits") != "waits" for rank in range(self.workers)) or time.monotonic() > until:
+            if (
+                all(found.get(rank, {}).get("state", "waits") != "waits" for rank in range(self.workers))
+                or time.monotonic() > until
+            ):
                 return
             time.sleep(0.2)
 
@@ -171,7 +185,9 @@ def _told(rank: int, about: dict | None) -> str:
     who = f"rank {rank} (process {about['pid']} on {about['host']})"
     if about["state"] != "waits":
         return f"{who} {about['state']}"
-    return f"{who} is missing: at {about['place']} since {_time(about['since'])}, last heard of at {_time(about['now'])}"
+    return (
+        f"{who} is missing: at {about['place']} since {_time(about['since'])}, last heard of at {_time(about['now'])}"
+    )
 
 
 def _time(seconds: float) -> str:

@@ -45,7 +45,9 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
 def _work(run: Run, report: Report, heart: Heartbeat) -> None:
     settings = run.settings
     torch.set_num_threads(settings.training.threads)
-    device = torch.device("cuda", torch.cuda.current_device()) if settings.cluster.gpus_per_worker else torch.device("cpu")
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if settings.cluster.gpus_per_worker else torch.device("cpu")
+    )
     checkpoints = Checkpoints(run.folder, settings.training.keep_checkpoints)
     start = checkpoints.newest()
 
@@ -85,10 +87,17 @@ def train(
 ) -> None:  # fmt: skip
     """Steps start .. run.steps: fetch, compute, update, log, save. log: of rank 0."""
     settings, stop = run.settings, run.steps
-    batches = _weighted(settings, engine, loader.batches(_numbers(settings, engine, start, stop), pin=engine.device.type == "cuda"))
+    batches = _weighted(
+        settings, engine, loader.batches(_numbers(settings, engine, start, stop), pin=engine.device.type == "cuda")
+    )
     window = _Window(settings, engine, student, method)
     if log:
-        logger.info("%s at step %s of %s", f"resumed from the checkpoint of step {start}," if start else "starts", start + 1, stop)
+        logger.info(
+            "%s at step %s of %s",
+            f"resumed from the checkpoint of step {start}," if start else "starts",
+            start + 1,
+            stop,
+        )
     for step in range(start + 1, stop + 1):
         heart.at(f"step {step}")
         mine = window.watch(itertools.islice(batches, settings.accumulation))
@@ -121,7 +130,12 @@ def learning_rate(settings: config.Training, step: int, stop: int) -> float:
 
 
 def make_engine(
-    settings: config.RunConfig, method: methods.Method, student, first_stage, device: torch.device, sources: weights.Sources | None = None
+    settings: config.RunConfig,
+    method: methods.Method,
+    student,
+    first_stage,
+    device: torch.device,
+    sources: weights.Sources | None = None,
 ) -> Engine:
     """The engine with student, teacher and first stage in it. sources: what has been looked up of the teacher's weights."""
     if not method.needs_decoder:
@@ -175,7 +189,9 @@ def _dry_run_step(engine: Engine, loader: Loader, settings: config.RunConfig) ->
 
     It sees the largest micro-batch that can come. The weights stay what they are to the bit, and the optimizer forgets it.
     """
-    view = views.fullest(settings.train_views, loader.grid, loader.retain + loader.forget, order.generator(settings.seed, 1 << 23))
+    view = views.fullest(
+        settings.train_views, loader.grid, loader.retain + loader.forget, order.generator(settings.seed, 1 << 23)
+    )
     engine.step(itertools.repeat(replace(loader.batch(0), view=view), settings.accumulation), 0.0)
     for fragment in engine.fragments():
         fragment.reset()

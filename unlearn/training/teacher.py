@@ -7,13 +7,23 @@ from unlearn.models import weights
 from unlearn.models.base import Adapter
 
 
-def load(settings: config.RunConfig, device: torch.device, decoder: bool, sources: weights.Sources | None = None) -> Adapter:
+def load(
+    settings: config.RunConfig, device: torch.device, decoder: bool, sources: weights.Sources | None = None
+) -> Adapter:
     """The teacher on its device, in the run's dtype, in eval mode. sources: what has been looked up of its weights."""
     teacher = weights.build(settings.model, settings.seed, sources, decoder).requires_grad_(False)
     teacher.take_first_stage(torch.device("cpu"))  # the student's serves both
-    bf16 = settings.training.dtype == "bf16" and settings.training.engine == "deepspeed" and settings.training.zero_stage > 0
+    bf16 = (
+        settings.training.dtype == "bf16"
+        and settings.training.engine == "deepspeed"
+        and settings.training.zero_stage > 0
+    )
     teacher = teacher.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
-    return _sharded(teacher, settings) if settings.training.engine == "deepspeed" and settings.training.zero_stage == 3 else teacher
+    return (
+        _sharded(teacher, settings)
+        if settings.training.engine == "deepspeed" and settings.training.zero_stage == 3
+        else teacher
+    )
 
 
 def _sharded(teacher: Adapter, settings: config.RunConfig) -> Adapter:

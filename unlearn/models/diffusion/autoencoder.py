@@ -221,7 +221,9 @@ def first_stage_from(path: Path) -> dict[str, torch.Tensor]:
         missing = [file.name for file in halves.values() if not file.is_file()]
         if missing:
             raise WeightsError(f"{path} lacks {missing[0]}: both halves of TAEF2 are needed")
-        tensors = {f"{half}.{n}": t for half, file in halves.items() for n, t in tensor_files.load(file, str(file)).items()}
+        tensors = {
+            f"{half}.{n}": t for half, file in halves.items() for n, t in tensor_files.load(file, str(file)).items()
+        }
         return from_public(tensors)
     home = path / "vae" if (path / "model_index.json").is_file() else path
     if not (home / "config.json").is_file():

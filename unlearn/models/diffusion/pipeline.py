@@ -114,7 +114,9 @@ def embedding(folder: Path, network: dict[str, Any], prompt: str) -> dict[str, t
         raise MissingExtra("transformers", "text", "a prompt's embedding")
     files = (f for part in TEXT for f in (folder / part).rglob("*"))
     made = _encoded(str(folder), tuple((str(f), f.stat().st_mtime_ns) for f in files), _pipeline_class(network), prompt)
-    return {name: tensor.clone() for name, tensor in made.items()}  # a model takes what it is given, and the teacher needs its own
+    return {
+        name: tensor.clone() for name, tensor in made.items()
+    }  # a model takes what it is given, and the teacher needs its own
 
 
 @functools.lru_cache(maxsize=4)
