@@ -18,6 +18,8 @@ KEYS = {
 }
 # (part, key) -> former value -> value
 VALUES = {("model", "family"): MODELS.aliases, ("method", "name"): METHODS.aliases}
+# Former beginnings of the names of tensors, in model folders and checkpoints -> today's.
+TENSORS = {"front.": "first_stage."}
 # Options that every method had before each declared its own. A method that forgets nothing never looked at them.
 SHARED_OPTIONS = {"alpha": 0.25, "noise": "standard", "noise_region": None, "distance": "mse"}
 
@@ -41,6 +43,12 @@ def renamed(tree: dict[str, Any], source: str) -> dict[str, Any]:
             log.warning("%s: method.%s is ignored: %s forgets nothing", source, key, method["name"])
             del method[key]
     return tree
+
+
+def tensor_name(name: str) -> str:
+    """Today's name of a tensor."""
+    former = next((prefix for prefix in TENSORS if name.startswith(prefix)), None)
+    return name if former is None else TENSORS[former] + name.removeprefix(former)
 
 
 # What the first schema of the hash covered.

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from unlearn.aliases import tensor_name
 from unlearn.errors import WeightsError
 
 # Torch begins its tensors at multiples of so many bytes. Products of the same numbers may round otherwise elsewhere.
@@ -36,7 +37,7 @@ def load(path: Path, uri: str) -> dict[str, torch.Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return {tensor_name(name): tensor for name, tensor in load_file(path).items()}
         # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch before 1.6 are no zip files, and cannot be mapped.

@@ -21,6 +21,7 @@ from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
 from unlearn.errors import StorageError, WeightsError
 from unlearn.models import base, tensor_files
+from unlearn.registry import MODELS
 
 WEIGHTS, CARD = "weights.safetensors", "model.json"
 # What tells a folder of diffusers or transformers.
@@ -170,6 +171,7 @@ def card(storage: Storage) -> dict[str, Any]:
     try:
         found = json.loads(storage.read(CARD))
         dict(found["options"], family=found["family"])
+        found["family"] = MODELS.aliases.get(found["family"], found["family"])
     except (ValueError, KeyError, TypeError):
         raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
     return found

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from unlearn.aliases import first_hash
+from unlearn.aliases import first_hash, tensor_name
 from unlearn.data.node_cache import node_copy, release
 from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
@@ -215,6 +215,7 @@ class Saved:
         for file in files:
             for key in file.keys():
                 kind, start, name = key.split("/", 2)
+                name = tensor_name(name)
                 piece = int(start), file.get_slice(key).get_shape()[0], file, key
                 self._pieces.setdefault((kind, name), []).append(piece)
         for (kind, name), pieces in self._pieces.items():
