@@ -140,7 +140,7 @@ def checksum(chunks: Iterable[pa.Array]) -> str:
     content = lengths = 0
     for chunk in chunks:
         if pa.types.is_integer(chunk.type):
-            content = zlib.crc32(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)), content)
+            content = zlib.crc32(memoryview(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False))), content)
             continue
         large = pa.types.is_large_binary(chunk.type) or pa.types.is_large_string(chunk.type)
         _, offsets, data = chunk.buffers()
@@ -151,7 +151,7 @@ def checksum(chunks: Iterable[pa.Array]) -> str:
         )
         if len(places):
             content = zlib.crc32(memoryview(data or b"")[int(places[0]) : int(places[-1])], content)
-            lengths = zlib.crc32(np.diff(places).astype(np.int64), lengths)
+            lengths = zlib.crc32(memoryview(np.diff(places).astype(np.int64)), lengths)
     return f"{content:08x}{lengths:08x}"
 
 
