@@ -91,6 +91,16 @@ def test_inception_score_is_the_mean_of_ten_splits():
     assert metrics.inception_score(scores[:1], 0) == (pytest.approx(1), None)
 
 
+def test_splits_of_the_inception_score_are_even():
+    """95 images are dealt to ten splits of nine or ten: none of five, whose score would stand far apart."""
+    scores = normal(95, 6, scale=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        p = torch.softmax(scores.double()[torch.randperm(95)], 1).numpy()
+    parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in np.array_split(p, 10)]
+    assert metrics.inception_score(scores, 3) == (pytest.approx(np.mean(parts)), pytest.approx(np.std(parts, ddof=1)))
+
+
 def test_cosine_is_of_each_image_to_its_own_original():
     a, b = normal(9, 30), normal(9, 30, seed=1)
     x, y = a.numpy().astype(float), b.numpy().astype(float)
