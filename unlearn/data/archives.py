@@ -1,7 +1,8 @@
-"""Files of a folder, a tar, a zip, or below s3://, by name: what is to be packed, without what no one means.
+"""Files of a folder, a tar, a zip, or below s3://, by name: the files to pack, without those that are not data.
 
-Left out are hidden files and folders, and what Spark, macOS and file servers leave behind. Symbolic links to folders are
-followed, links inside a tar are resolved. A tar inside a tar or a folder stands for a folder of its name, as ImageNet is published.
+Left out are hidden files and folders, and temporary files of Spark, macOS and file servers. Symbolic links to folders
+are followed, links inside a tar are resolved. A tar inside a tar or a folder is read as a folder of its name, as
+ImageNet is published.
 """
 
 import bz2
@@ -28,7 +29,7 @@ COMPRESSED = {
     b"BZh": bz2.open,
     b"\xfd7zXZ": lzma.open,
     b"]\0\0": lzma.open,
-}  # what a compressed tar begins with
+}  # signature of a compressed tar -> function that opens it
 DIRT = {"__MACOSX", "_temporary", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 LARGEST = 1 << 28  # bytes of one file: a small archive can unpack to any size
 Wanted = Callable[[str], bool]
@@ -37,7 +38,7 @@ Place = tuple[int, int]  # offset and bytes in a file
 
 @dataclass
 class Source:
-    """names: of the wanted files, sorted; of several members of one name the last counts. read: the content of one.
+    """names: of the wanted files, sorted; of members with equal names the last is used. read: the content of a file.
     left_out: how many files are not taken, by their suffix."""
 
     names: list[str] = field(default_factory=list)
@@ -46,7 +47,8 @@ class Source:
 
 
 def source(src: str, wanted: Wanted, nested: bool | None = None) -> contextlib.AbstractContextManager[Source]:
-    """The files of `src` for which wanted(name). nested: take tars inside a folder; None: where there is nothing else.
+    """The files of `src` for which wanted(name). nested: read tars inside a folder; None: only if there is nothing
+    else.
 
     Raises DataError, StorageError.
     """
@@ -61,7 +63,7 @@ def source(src: str, wanted: Wanted, nested: bool | None = None) -> contextlib.A
 
 
 def is_dirt(name: str) -> bool:
-    """Whether no one means this file to be data, by the name of a part of its path."""
+    """Whether a file is hidden or a system file, and not data, by the names in its path."""
     return any(part in DIRT or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
 
 
@@ -69,13 +71,13 @@ def is_dirt(name: str) -> bool:
 def _remote(src: str, wanted: Wanted, nested: bool | None) -> Iterator[Source]:
     storage = Storage(src)
     if storage.is_file():
-        with local_copy(src) as path, source(str(path), wanted, nested) as found:
-            yield found
+        with local_copy(src) as path, source(str(path), wanted, nested) as listing:
+            yield listing
         return
-    found = Source(read=storage.read)
+    listing = Source(read=storage.read)
     for name in storage.files():
-        _sort_in(found, name, wanted)
-    yield found
+        _sort_in(listing, name, wanted)
+    yield listing
 
 
 @contextlib.contextmanager
@@ -90,26 +92,26 @@ def _folder(path: Path, wanted: Wanted, nested: bool | None) -> Iterator[Source]
         with told(f"{path}/{name}"):
             return (path / name).read_bytes()
 
-    found = Source(read=read)
+    listing = Source(read=read)
     tars = []
     for name in sorted(_walk(path)):
         if name.lower().endswith(".tar") and not is_dirt(name):
             tars.append(name)
         else:
-            _sort_in(found, name, wanted)
-    if nested or (nested is None and not found.names):
+            _sort_in(listing, name, wanted)
+    if nested or (nested is None and not listing.names):
         for name in tars:
             with _told_as_tar(path / name), open(path / name, "rb") as file:
-                for member, place in _inner(file, name, wanted, found):
+                for member, place in _inner(file, name, wanted, listing):
                     inner[member] = path / name, place
-        found.names = sorted([*found.names, *inner])
+        listing.names = sorted([*listing.names, *inner])
     else:
-        found.left_out[".tar"] += len(tars)
-    yield found
+        listing.left_out[".tar"] += len(tars)
+    yield listing
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """Names of all files below a folder; links to folders are followed, but not round in a circle."""
+    """Names of all files below a folder; links to folders are followed, except those that form a cycle."""
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         below[:] = [name for name in below if not real.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), ""))
@@ -140,17 +142,17 @@ def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
     except (zipfile.BadZipFile, OSError) as e:
         raise DataError(f"{path}: not a zip file, or cut short ({e})") from None
     with archive:
-        found = Source(read=read)
+        listing = Source(read=read)
         for member in archive.infolist():
             if not member.is_dir():
-                _sort_in(found, member.filename, wanted, member.file_size)
-        found.names.sort()
-        yield found
+                _sort_in(listing, member.filename, wanted, member.file_size)
+        listing.names.sort()
+        yield listing
 
 
 @contextlib.contextmanager
 def _tar(path: Path, wanted: Wanted) -> Iterator[Source]:
-    """The members of a tar, read by their place in the file: tarfile looks a name up among all members each time."""
+    """The members of a tar, read by their offset: tarfile would search all members for each name."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(tempfile.TemporaryFile())
         scan = _Scan(wanted)
@@ -158,11 +160,11 @@ def _tar(path: Path, wanted: Wanted) -> Iterator[Source]:
             if _is_plain(path):
                 tar = stack.enter_context(tarfile.open(path, "r:"))
                 file = stack.enter_context(open(path, "rb"))
-                # The few members that are stored with holes are left to tarfile.
+                # Sparse members, which are rare, are read by tarfile.
                 scan.run(tar, lambda m: m if m.issparse() else (m.offset_data, m.size), file)
             else:
                 _unpack(path, scan, scan.wants, file)
-                if missing := scan.targets():  # what only links want
+                if missing := scan.targets():  # files wanted only through links
                     _unpack(path, scan, missing.__contains__, file)
         scan.resolve()
 
@@ -177,15 +179,13 @@ def _tar(path: Path, wanted: Wanted) -> Iterator[Source]:
 
 
 class _Scan:
-    """What the members of a tar are: wanted files and their places, and links to them."""
+    """The members of a tar: wanted files and their places, and links to them."""
 
     def __init__(self, wanted: Wanted):
         self.wanted = wanted
         self.names: list[str] = []
         self.places: dict[str, Place | tarfile.TarInfo] = {}
-        self.others: dict[
-            str, Place | tarfile.TarInfo | None
-        ] = {}  # files that a link may lead to, by their clean name
+        self.others: dict[str, Place | tarfile.TarInfo | None] = {}  # possible link targets, by normalized name
         self.links: dict[str, str] = {}
         self.left_out: Counter = Counter()
 
@@ -195,17 +195,17 @@ class _Scan:
     def run(
         self, tar: tarfile.TarFile, place: Callable[[tarfile.TarInfo], Place | tarfile.TarInfo | None], file: BinaryIO
     ) -> None:
-        """Note every member. place: where its content lies in `file`, or None where it does not."""
+        """Record every member. place: where its content is in `file`, or None where it is not there."""
         while (member := tar.next()) is not None:
-            tar.members.clear()  # it would keep every one of them
+            tar.members.clear()  # tarfile would keep every member in memory
             name = member.name
             if member.issym() or member.islnk():
                 base = posixpath.dirname(name) if member.issym() else ""
                 self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
             elif member.isfile() and name.lower().endswith(".tar") and (at := place(member)) and isinstance(at, tuple):
                 inner = Source()
-                for found, there in _inner(file, name, self.wanted, inner, at):
-                    self._take(found, there)
+                for inner_name, inner_place in _inner(file, name, self.wanted, inner, at):
+                    self._take(inner_name, inner_place)
                 self.left_out += inner.left_out
             elif member.isfile():
                 self.note(name, place(member), member.size)
@@ -227,7 +227,7 @@ class _Scan:
         self.places[name] = place
 
     def _ends(self) -> Iterator[tuple[str, str]]:
-        """(name, file that it leads to) of every link to a file, or of every file below a folder that is linked to."""
+        """(name, target file) of every link to a file, and of every file below a linked folder."""
         for link, target in self.links.items():
             if is_dirt(link):
                 continue
@@ -242,11 +242,11 @@ class _Scan:
                     yield f"{link}{name[len(target) :]}", name
 
     def targets(self) -> set[str]:
-        """Files that links want and whose content was not kept."""
+        """Targets of wanted links whose content was not stored."""
         return {target for name, target in self._ends() if self.wanted(name) and self.others[target] is None}
 
     def resolve(self) -> None:
-        """Take the files that links lead to, under the links' names."""
+        """Add the targets of links, under the links' names."""
         followed = [(name, target) for name, target in self._ends()]
         for name, target in followed:
             if self.wanted(name):
@@ -257,7 +257,7 @@ class _Scan:
 
 
 def _inner(
-    file: BinaryIO, name: str, wanted: Wanted, found: Source, place: Place = (0, 0)
+    file: BinaryIO, name: str, wanted: Wanted, listing: Source, place: Place = (0, 0)
 ) -> Iterator[tuple[str, Place]]:
     """(name, place in `file`) of the wanted members of a plain tar that begins at a place of an open file."""
     before = file.tell()
@@ -271,12 +271,13 @@ def _inner(
                 if wanted(inner) and not member.issparse() and member.size <= LARGEST:
                     yield inner, (member.offset_data, member.size)
                 else:
-                    found.left_out[PurePosixPath(inner).suffix.lower() or "no suffix"] += 1
+                    listing.left_out[PurePosixPath(inner).suffix.lower() or "no suffix"] += 1
     file.seek(before)
 
 
 def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO) -> None:
-    """Write members of a compressed tar to `file`: at first those that `scan` wants, later (keep) the files that links lead to."""
+    """Write members of a compressed tar to `file`: on the first call those that `scan` wants, then those selected by
+    `keep` (link targets)."""
     first = not scan.places and not scan.others
 
     def write(member: tarfile.TarInfo) -> Place | None:
@@ -303,19 +304,19 @@ def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO
                     tar.members.clear()
                     if member.isfile() and (place := write(member)):
                         scan.others[posixpath.normpath(member.name)] = place
-        while stream.read(1 << 20):  # the checksum stands at the end
+        while stream.read(1 << 20):  # read to the end, so that the checksum there is verified
             pass
 
 
-def _sort_in(found: Source, name: str, wanted: Wanted, size: int = 0) -> None:
+def _sort_in(listing: Source, name: str, wanted: Wanted, size: int = 0) -> None:
     if is_dirt(name):
         return
     if size > LARGEST:
-        found.left_out["larger than 256 MiB"] += 1
+        listing.left_out["larger than 256 MiB"] += 1
     elif wanted(name):
-        found.names.append(name)
+        listing.names.append(name)
     else:
-        found.left_out[PurePosixPath(name).suffix.lower() or "no suffix"] += 1
+        listing.left_out[PurePosixPath(name).suffix.lower() or "no suffix"] += 1
 
 
 def _piece(file: BinaryIO, place: Place, name: str) -> bytes:

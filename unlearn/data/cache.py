@@ -12,9 +12,9 @@ from unlearn import config, sizes
 from unlearn.data.selection import RowSet
 from unlearn.data.shards import Manifest, RowGroup
 
-# What a worker's caches take at most where the configuration does not say: several runs have room on one machine.
+# What a worker's caches take at most where the configuration does not say: leaves room for several runs on one machine.
 DEFAULT = 2 << 30
-# Bytes that Python needs besides the data of one kept image: its objects, and its place in a dict.
+# Overhead in bytes of one cached image in Python: its objects and its dict entry.
 ENTRY = 256
 
 
@@ -23,7 +23,7 @@ def limit(data: config.Data, workers: int) -> int:
 
     The default depends on the memory of the machine, so it is computed where the worker runs and not written into
     the configuration.
-    workers: how many may share this machine, where the environment (set by Ray Train) does not tell.
+    workers: how many may share this machine, where the environment (set by Ray Train) does not give it.
     """
     if data.cache_bytes is not None:
         return data.cache_bytes
@@ -36,9 +36,8 @@ def default_limit(memory: int) -> int:
 
 
 class Recent:
-    """Values read lately, by key, within a number of bytes. The least recently used leave first, and the newest
-    always stays, so that a value larger than the limit can be used at all. Safe from many threads, and a value that
-    several of them want is read once."""
+    """An LRU cache with a limit in bytes. The newest value always stays, so that a value larger than the limit can
+    be used. Thread-safe: a value that several threads request is read once."""
 
     def __init__(self, limit: int):
         self._limit, self._bytes = limit, 0
@@ -47,7 +46,7 @@ class Recent:
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, read: Callable[[], tuple[Any, int]]) -> Any:
-        """The value of a key; read() -> (value, bytes that it holds), where it is not here."""
+        """The value of a key; read() -> (value, its bytes), called if it is not cached."""
         with self._lock:
             reading = self._reading.setdefault(key, threading.Lock())
         with reading:
@@ -69,7 +68,7 @@ class Recent:
             return self._bytes
 
     def drop(self, key: Hashable) -> None:
-        """Forget a value that is not needed any more."""
+        """Remove a value that is no longer needed."""
         with self._lock:
             self._bytes -= self._held.pop(key, (None, 0))[1]
 
@@ -85,12 +84,12 @@ class Recent:
 
 class ImageCache:
     """The bytes that all sets of a worker share: at most three quarters of them for single images, the rest for row
-    groups read lately.
+    groups read recently.
 
-    Single images are let in while there is room, and then stay: an epoch reads every image once, so a cache that
-    evicts the least recently used would throw each one out shortly before its turn. Row groups are used for some
-    time and then not before the next epoch, so there the least recently used leave. Beyond the limit come the newest
-    row group and those that threads are still reading from.
+    Single images are added while there is room, and then stay: an epoch reads every image once, so a cache that
+    evicts the least recently used would evict each one shortly before its next use. Row groups are used for some
+    time and then not before the next epoch, so there the least recently used are evicted. Not counted in the limit
+    are the newest row group and those that threads still read from.
     """
 
     def __init__(self, limit: int):
@@ -105,7 +104,8 @@ class ImageCache:
             return self._images + self.row_groups.bytes
 
     def admit(self, size: int) -> bool:
-        """Whether `size` more bytes of single images may be kept; below zero where a smaller one replaces a larger."""
+        """Whether `size` more bytes of single images may be cached; negative where a smaller image replaces a larger
+        one."""
         with self._lock:
             if size > 0 and self._images + size > self.room:
                 return False
@@ -134,13 +134,14 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int) -> int |
     stored = sum(map(stored_bytes, sets.values())) + ENTRY * images
     if data.cache == "encoded":
         return stored
-    # An image is kept as it is stored until it is decoded. With crop_flip it is then kept whole, with sides nobody knows.
+    # An image is kept as it is stored until it is decoded. With crop_flip it is then kept whole, at a size that is not
+    # known before.
     return max(stored, images * (3 * size * size + ENTRY)) if data.augment == "none" else None
 
 
 def in_use(sets: dict[str, RowSet], data: config.Data) -> int:
-    """About how many bytes the row groups have that are read from at one time: reading ahead begins a shuffle window
-    before the one before it is done."""
+    """About how many bytes the row groups have that are read from at one time: reading ahead starts the next shuffle
+    window before the current one is done."""
     touched = ((_row_group_bytes(rows)[np.unique(rows.groups)].sum(), len(rows)) for rows in sets.values())
     return int(sum(size * min(1, 2 * data.shuffle_rows / count) for size, count in touched))
 

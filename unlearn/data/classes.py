@@ -1,6 +1,7 @@
 """Lists of class names: the common list of many files, and a class of one data set found in another.
 
-Classes of two data sets are compared by name wherever there are names: a label is a place in a list, and lists differ.
+Classes of two data sets are compared by name wherever there are names: a label is an index into a list, and lists
+differ.
 """
 
 import logging
@@ -23,18 +24,18 @@ def ordered(names: Collection[str]) -> list[str]:
 def common(lists: dict[str, list[str]], text: bool, given: list[str] | None) -> list[str]:
     """The class list of a folder. lists: those of its files. text: whether labels of some are written as names.
 
-    given: names that the user states. Where the files' lists differ, names that the first ones lack follow at their end.
-    Raises DataError where labels without names stand beside named ones, or a name is not among the given ones.
+    given: names from the user. Where the files' lists differ, names missing from earlier lists are appended.
+    Raises DataError where some files have class names and others do not, or a name is not among the given ones.
     """
-    found = list(lists.values())
-    if all(names == found[0] for names in found) and given is None:
-        return found[0] if found else []
+    name_lists = list(lists.values())
+    if all(names == name_lists[0] for names in name_lists) and given is None:
+        return name_lists[0] if name_lists else []
     for where, names in lists.items():
         if not names:
             raise DataError(
                 f"{where}: its labels have no names, and files beside it name theirs; give all names with --classes, or index it apart"
             )
-        if len(set(names)) < len(names) and any(names != other for other in found):
+        if len(set(names)) < len(names) and any(names != other for other in name_lists):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise DataError(
                 f"{where}: two classes are called {twice!r}, and files beside it have other class lists; write them alike"
@@ -44,12 +45,12 @@ def common(lists: dict[str, list[str]], text: bool, given: list[str] | None) -> 
     if given is not None:
         return given
     if text:
-        return ordered({name for names in found for name in names})
-    return list(dict.fromkeys(name for names in found for name in names))
+        return ordered({name for names in name_lists for name in names})
+    return list(dict.fromkeys(name for names in name_lists for name in names))
 
 
 def mapping(names: list[str], common: list[str]) -> list[int]:
-    """The place in the common list of each name of a file's."""
+    """The index in the common list of each name of a file's list."""
     if names == common[: len(names)]:  # also where two classes have one name
         return list(range(len(names)))
     place = {name: label for label, name in reversed(list(enumerate(common)))}
@@ -57,9 +58,10 @@ def mapping(names: list[str], common: list[str]) -> list[int]:
 
 
 def label(manifest: Manifest, span: tuple[int, int], value: int | str, where: str) -> int:
-    """The label of a class by its name (text) or its label (a number). span: the smallest and the largest label there are.
+    """The label of a class by its name (text) or its label (a number). span: the smallest and the largest label of the
+    data.
 
-    Raises ConfigError for a class that is not there, and for a name that several classes have.
+    Raises ConfigError for a class that does not exist, and for a name that several classes share.
     """
     if isinstance(value, str):
         labels = [i for i, name in enumerate(manifest.classes) if name == value]
@@ -83,7 +85,7 @@ def label(manifest: Manifest, span: tuple[int, int], value: int | str, where: st
 def translated(number: int, source: Manifest, target: Manifest, where: str) -> int | None:
     """The label in `target` of a class of `source`; None where `target` names its classes and has none of that name.
 
-    Raises ConfigError, which names the class, where it cannot be said.
+    Raises ConfigError, which names the class, where this cannot be determined.
     """
     if source.classes == target.classes:
         return number
@@ -105,7 +107,8 @@ def translated(number: int, source: Manifest, target: Manifest, where: str) -> i
 
 
 def read(path: str) -> list[str]:
-    """Class names from a text file: one a line in the order of the labels, or NAME NUMBER, or a WordNet id before its words."""
+    """Class names from a text file: one a line in the order of the labels, or NAME NUMBER, or a WordNet id followed by
+    its words."""
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:

@@ -1,4 +1,4 @@
-"""The columns of Parquet files that others wrote: which one holds the image, label, id and subject, and their values.
+"""The columns of Parquet files from any source: which one holds the image, label, id and subject, and their values.
 
     image     bytes: binary of every kind, dictionary-encoded, or a struct with `bytes`
     label     whole numbers, also as floats, decimals, booleans or lists of one; or text, which names the class
@@ -20,11 +20,11 @@ import pyarrow.parquet as pq
 from unlearn.errors import DataError
 
 ROLES = ("image", "label", "id", "subject")
-NONE = "none"  # instead of a column's name: no column is to be taken for the role
-# Names that are taken for the label where there is no `label`, if there is one of them alone.
+NONE = "none"  # in place of a column name: the role has no column
+# Names accepted for the label where there is no `label`, if exactly one of them is there.
 LABELS = ("labels", "class", "class_id", "class_idx", "class_label", "class_name", "classes", "target", "category", "cls", "y",
           "fine_label", "coarse_label")  # fmt: skip
-# What encoded images begin with, or have at the fifth byte: JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF.
+# Signatures of encoded images, at the first or the fifth byte: JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF.
 _SIGNATURES = (
     b"\xff\xd8\xff",
     b"\x89PNG",
@@ -46,7 +46,8 @@ def partitions(path: str) -> dict[str, str]:
 
 
 def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) -> dict[str, str]:
-    """{role: column} of a file; a role that it cannot fill is left out. given: what the user said, NONE where the role is not wanted.
+    """{role: column} of a file; roles without a column are left out. given: the user's choice, NONE where the role is
+    not wanted.
 
     Raises DataError where there is no image column, a column has another type than its role needs, or several could be meant.
     """
@@ -55,33 +56,33 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
     for role, column in given.items():
         if column not in there and column != NONE:
             raise DataError(f"{where}: no column {column!r} for the {role}; it has {', '.join(there)}")
-    found = {role: given.get(role, role) for role in ROLES if given.get(role, role) in there}
-    if "image" not in found and (column := _only_image(parquet)) is not None:
-        found["image"] = column
-    if "label" not in found and given.get("label") != NONE:
+    columns = {role: given.get(role, role) for role in ROLES if given.get(role, role) in there}
+    if "image" not in columns and (column := _only_image(parquet)) is not None:
+        columns["image"] = column
+    if "label" not in columns and given.get("label") != NONE:
         named = [name for name, feature in _features(schema).items() if name in there and _names(feature)]
-        likely = named or [name for name in there if name in LABELS and name not in found.values()]
+        likely = named or [name for name in there if name in LABELS and name not in columns.values()]
         if len(likely) > 1:
             raise DataError(f"{where}: {' or '.join(likely)} may be the label; say which with --label-column")
         if likely:
-            found["label"] = likely[0]
+            columns["label"] = likely[0]
     if (
-        "image" not in found
-        or found["image"] not in schema.names
-        or not _holds_images(schema.field(found["image"]).type)
+        "image" not in columns
+        or columns["image"] not in schema.names
+        or not _holds_images(schema.field(columns["image"]).type)
     ):
         raise DataError(
             f"{where}: needs a column `image` (binary, or struct with `bytes`), or another named with --image-column; found "
             + ", ".join(f"{field.name} ({field.type})" for field in schema)
         )
     for role in ("label", "id", "subject"):
-        kind = schema.field(found[role]).type if found.get(role) in schema.names else pa.string()
-        if role in found and not (_labels if role == "label" else _texts)(kind):
+        kind = schema.field(columns[role]).type if columns.get(role) in schema.names else pa.string()
+        if role in columns and not (_labels if role == "label" else _texts)(kind):
             needs = "whole numbers, or class names as text" if role == "label" else "text, whole numbers or binary"
             raise DataError(
-                f"{where}: column `{found[role]}` is {kind}, and the {role} must be {needs}; write it so, or say --{role}-column {NONE}"
+                f"{where}: column `{columns[role]}` is {kind}, and the {role} must be {needs}; write it so, or say --{role}-column {NONE}"
             )
-    return found
+    return columns
 
 
 def class_names(schema: pa.Schema, column: str) -> list[str]:
@@ -99,9 +100,9 @@ def with_class_names(schema: pa.Schema, names: list[str]) -> pa.Schema:
 
 
 def values(column: pa.ChunkedArray, role: str, where: str) -> pa.ChunkedArray:
-    """A column as its role has it: label int64 or string, id and subject string, images as `encoded` gives them.
+    """A column in the type of its role: label int64 or string, id and subject string, images as `encoded` gives them.
 
-    Raises DataError for a value that cannot be had so.
+    Raises DataError for a value that cannot be converted.
     """
     try:
         if role == "image":
@@ -113,7 +114,7 @@ def values(column: pa.ChunkedArray, role: str, where: str) -> pa.ChunkedArray:
 
 
 def of_path(path: str, column: str, role: str, rows: int, where: str) -> pa.ChunkedArray:
-    """The column that a part of the path stands for: text, and a label of digits a number."""
+    """The constant column given by a part of the path: text, or a number for a label of digits."""
     value = partitions(path).get(column)
     if value is None or value == "__HIVE_DEFAULT_PARTITION__":
         raise DataError(f"{where}: no value of `{column}` in its path")
@@ -123,7 +124,7 @@ def of_path(path: str, column: str, role: str, rows: int, where: str) -> pa.Chun
 
 
 def encoded(chunk: pa.Array) -> pa.Array:
-    """The encoded images of an array of any kind that can hold them, as binary or large binary; null where there is none."""
+    """The encoded images of an array of any accepted type, as binary or large binary; null where there is none."""
     if pa.types.is_struct(chunk.type):
         chunk = chunk.field("bytes")
     if isinstance(chunk, pa.DictionaryArray):
@@ -136,7 +137,8 @@ def encoded(chunk: pa.Array) -> pa.Array:
 
 
 def checksum(chunks: Iterable[pa.Array]) -> str:
-    """CRC-32 of the values of a column and of their lengths, in hexadecimal; it does not depend on how they are stored."""
+    """CRC-32 of the values of a column and of their lengths, in hexadecimal; independent of the storage type and
+    chunking."""
     content = lengths = 0
     for chunk in chunks:
         if pa.types.is_integer(chunk.type):
@@ -164,7 +166,7 @@ def _features(schema: pa.Schema) -> dict:
 
 
 def _names(feature: object) -> list[str]:
-    """Names of a ClassLabel, also in a list of one."""
+    """Names of a ClassLabel, also where it is in a list of one element."""
     if isinstance(feature, list) and len(feature) == 1:
         feature = feature[0]
     if isinstance(feature, dict) and isinstance(feature.get("feature"), dict):
@@ -190,18 +192,22 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _only_image(parquet: pq.ParquetFile) -> str | None:
-    """The one column whose first value begins as an encoded image does."""
+    """The only column whose first value has the signature of an encoded image."""
     possible = [field.name for field in parquet.schema_arrow if _holds_images(field.type)]
-    found = []
+    image_columns = []
     for name in possible:
         for g in range(parquet.num_row_groups):
             chunks = parquet.read_row_group(g, columns=[name])[name].chunks
             first = next((value.as_py() for chunk in chunks for value in encoded(chunk) if value.is_valid), None)
             if first is not None:
-                found += [name] if first.startswith(_SIGNATURES) or first[4:8] in _SIGNATURES else []
+                image_columns += [name] if first.startswith(_SIGNATURES) or first[4:8] in _SIGNATURES else []
                 break
     return (
-        found[0] if len(found) == 1 else possible[0] if len(possible) == 1 and not parquet.metadata.num_rows else None
+        image_columns[0]
+        if len(image_columns) == 1
+        else possible[0]
+        if len(possible) == 1 and not parquet.metadata.num_rows
+        else None
     )
 
 

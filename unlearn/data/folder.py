@@ -1,4 +1,4 @@
-"""Files below one folder, which may be shared by many machines (NFS). What is written appears whole or not at all."""
+"""Files below one folder, which may be shared by many machines (NFS). Writes are atomic."""
 
 import contextlib
 import errno
@@ -34,25 +34,26 @@ class Folder:
         return data, _version(data)
 
     def temporary(self, name: str) -> Path:
-        """A hidden neighbour of `name` to write to; no process of any machine has the same."""
+        """A hidden temporary path beside `name`, unique across processes and machines."""
         target = self.path(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         own = f"{socket.gethostname()[:60]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         return target.with_name(f".{target.name[:100]}.{own}.part")
 
     def publish(self, temporary: Path, name: str) -> None:
-        """Put a file that is whole in the place of `name`."""
+        """Replace `name` by a complete file."""
         _sync(temporary)
         os.replace(temporary, self.path(name))
 
     def create(self, temporary: Path, name: str) -> bool:
-        """Publish a file that is whole where `name` does not exist; False where it does. One of many callers wins."""
+        """Publish a complete file if `name` does not exist; False if it does. One of many concurrent callers
+        succeeds."""
         target = self.path(name)
         _sync(temporary)
         try:
             os.link(temporary, target)  # fails where the target exists, over NFS too, where O_EXCL may not
         except FileExistsError:
-            # NFS may lose the answer and ask again: a second link means that the file which exists is ours.
+            # NFS may lose the response and repeat the request: a link count of 2 means that this call made the file.
             return temporary.stat().st_nlink == 2
         except OSError as e:
             if e.errno not in _NO_LINKS:
@@ -86,9 +87,9 @@ class Folder:
         return pa.memory_map(str(self.path(name)))
 
     def listing(self, name: str) -> list[str]:
-        """Every file below `name`, without those that are being written and the locks."""
-        found = (p for p in self.path(name).rglob("*") if p.is_file())
-        return [str(p.relative_to(self.root)) for p in found if not _hidden(p.name)]
+        """Every file below `name`, without temporary files and locks."""
+        paths = (p for p in self.path(name).rglob("*") if p.is_file())
+        return [str(p.relative_to(self.root)) for p in paths if not _hidden(p.name)]
 
     def delete(self, name: str) -> None:
         if self.path(name).is_dir():
@@ -112,7 +113,8 @@ def _sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """One process at a time, by a lock that the kernel drops when its holder dies; on NFS it holds between machines."""
+    """Mutual exclusion by a file lock, which the kernel releases when the process ends; on NFS also between
+    machines."""
     with open(target.with_name(f".{target.name}.lock"), "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)

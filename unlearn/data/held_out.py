@@ -1,4 +1,4 @@
-"""Which rows are measured: held-out images of the same classes, or the training images where there are none."""
+"""The rows to measure on: held-out images of the same classes, or the training images where there are none."""
 
 from dataclasses import replace
 
@@ -14,12 +14,13 @@ def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, Ro
     """{"forget": ..., "retain": ...} to measure on, each cut to evaluation.limit, drawn with the seed.
 
     trained: the training sets. Without evaluation.data and evaluation.split they are measured (a proxy in the retain role).
-    With one of them: the held-out rows of the same classes, which are found by name wherever there are names. What held-out
-    shards cannot have is measured on the training images: a set chosen by ids or subjects, and a forget set that no class
-    describes. Retain is by its classes, or every held-out row that is not forgotten.
+    With one of them: the held-out rows of the same classes, which are matched by name wherever there are names. Sets
+    that held-out shards cannot have are measured on the training images: sets chosen by ids or subjects, and a forget
+    set that is not chosen by class. Retain is chosen by its classes, or is every held-out row that is not in the forget
+    set.
     """
     manifest = _manifest(settings)
-    # Classes of the configuration are those of data.train; a retain set may be of data.proxy_data.
+    # Classes in the configuration refer to data.train; a retain set may come from data.proxy_data.
     train = trained["forget"].manifest if "forget" in trained else shards.load(settings.data.train, settings.data.split)
     measured: dict[str, RowSet] = {}
     forget, retain = settings.data.forget, settings.data.retain or config.Rows()
@@ -43,9 +44,9 @@ def _manifest(settings: config.RunConfig) -> shards.Manifest | None:
 def _same_classes(
     manifest: shards.Manifest, train: shards.Manifest, rows: config.Rows, seed: int, what: str
 ) -> RowSet | None:
-    """The held-out rows of the same classes; None where the rows were named one by one.
+    """The held-out rows of the same classes; None where the rows were chosen by ids or subjects.
 
-    Raises ConfigError, which names it, for a class that the held-out shards do not have or that cannot be found there.
+    Raises ConfigError, which names the class, where the held-out shards do not have it or it cannot be matched.
     """
     if rows.ids is not None or rows.subjects is not None:
         return None
@@ -79,5 +80,5 @@ def _labels(
 def _limit(rows: RowSet, limit: int | None, seed: int) -> RowSet:
     if limit is None or len(rows) <= limit:
         return rows
-    kept = np.sort(order.generator(seed, 1 << 21).permutation(len(rows))[:limit])
-    return replace(rows, rows=rows.rows[kept], labels=rows.labels[kept])
+    index = np.sort(order.generator(seed, 1 << 21).permutation(len(rows))[:limit])
+    return replace(rows, rows=rows.rows[index], labels=rows.labels[index])

@@ -15,10 +15,10 @@ from unlearn.errors import DataError
 class Images:
     """Random access to the images of one RowSet. Safe from many threads.
 
-    size: every image is cut to (size, size, 3); None: images have the sides that they are stored with.
-    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps what is handed out, so an image cut to
-    size takes 3 * size**2 bytes whatever it was before; where a crop is drawn afresh in every epoch, images must be
-    kept whole (size=None), since a crop of an image that was scaled before has other pixels.
+    size: every image is cut to (size, size, 3); None: images keep the size in which they are stored.
+    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps the returned arrays, so an image cut to
+    size takes 3 * size**2 bytes whatever its original size; where every epoch draws a new crop, images must be
+    cached whole (size=None), since a crop of a scaled image has other pixels.
     """
 
     def __init__(self, rows: RowSet, data: config.Data, cache: ImageCache, size: int | None = None):
@@ -30,11 +30,12 @@ class Images:
         self._lock = threading.Lock()
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ValueError, OSError on damage."""
-        found = self.read(row)
-        if isinstance(found, np.ndarray):
-            return found
-        image = decode(found)
+        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ValueError, OSError if it is
+        damaged."""
+        entry = self.read(row)
+        if isinstance(entry, np.ndarray):
+            return entry
+        image = decode(entry)
         if self.size is not None:
             image = fit(image, self.size)
         if self.data.cache == "decoded":
@@ -42,7 +43,7 @@ class Images:
         return image
 
     def sound(self, row: int) -> np.ndarray:
-        """The decoded image of a row, or of the row that stands in for it where it is damaged."""
+        """The decoded image of a row, or of its replacement row where it is damaged."""
         while True:
             try:
                 return self[row]
@@ -51,13 +52,13 @@ class Images:
 
     def read(self, row: int) -> bytes | memoryview | np.ndarray:
         """The decoded image of a row where the cache has it, else its bytes as they are stored."""
-        found = self._kept.get(row)
-        if found is not None:
-            return found
+        entry = self._kept.get(row)
+        if entry is not None:
+            return entry
         manifest = self.set.manifest
         group = int(np.searchsorted(manifest.starts, row, side="right") - 1)
         with self._locks[group]:
-            if row in self._kept:  # by a thread that had the lock before
+            if row in self._kept:  # stored by another thread while this one waited for the lock
                 return self._kept[row]
             stored = self.cache.row_groups.get((manifest.uri, group), lambda: self._row_group(group))
             if self.data.cache != "none" and group not in self._offered:
@@ -65,12 +66,13 @@ class Images:
             return stored[row - int(manifest.starts[group])]
 
     def _row_group(self, group: int) -> tuple[list[memoryview], int]:
-        """(the stored images of a row group, bytes that they hold)."""
+        """(the stored images of a row group, bytes of memory that they take)."""
         table = self.set.manifest.read(group, ["image"])
         return list(shards.images(table)), table.get_total_buffer_size() + ENTRY * len(table)
 
     def _offer(self, group: int, stored: list[memoryview]) -> None:
-        """Copy the chosen rows of a row group into the cache while it has room, so that it is not read again for them.
+        """Copy the chosen rows of a row group into the cache while it has room, so that the row group is not read
+        again.
 
         Copies, since a view into the row group would keep all of it in memory.
         """
@@ -81,7 +83,8 @@ class Images:
         self._offered.add(group)
 
     def _keep(self, row: int, entry: bytes | np.ndarray) -> bool:
-        """Put an image into the cache, a decoded one in place of the stored one; whether the row is in it now."""
+        """Put an image into the cache, a decoded one in place of the stored one; returns whether the row is cached
+        now."""
         with self._lock:
             former = self._kept.get(row)
             if self.cache.admit(_bytes(entry) - _bytes(former)):
@@ -89,7 +92,7 @@ class Images:
             return row in self._kept
 
     def skip(self, row: int, error: Exception) -> int:
-        """Count a damaged image; the row that stands in for it. Raises DataError past the limit."""
+        """Count a damaged image; returns its replacement row. Raises DataError past the limit."""
         with self._lock:
             if row not in self.bad:
                 self.bad[row] = selection.name_row(self.set.manifest, row)
@@ -103,7 +106,7 @@ class Images:
 
 
 def _bytes(entry: bytes | np.ndarray | None) -> int:
-    """Bytes of memory that one kept image takes."""
+    """Bytes of memory that one cached image takes."""
     if entry is None:
         return 0
     return ENTRY + (entry.nbytes if isinstance(entry, np.ndarray) else len(entry))

@@ -1,4 +1,4 @@
-"""Which class an image belongs to, by where published data sets keep that.
+"""The class of each image, from the layouts in which data sets are published.
 
     folder       .../CLASS/FILE; the path below the split (a/abbey) where folders of one name lie in different places
     imagenet     .../SYNSET/FILE, or a tar for each synset; a flat validation folder with a list of labels
@@ -23,12 +23,12 @@ from unlearn.errors import DataError
 log = logging.getLogger(__name__)
 
 Layout = Literal["folder", "imagenet", "places365", "webdataset"]
-ABOUT = {".cls", ".json"}  # suffixes of the labels of a WebDataset
+ABOUT = {".cls", ".json"}  # suffixes of label files in a WebDataset
 _SPLIT = re.compile(
     r"(ilsvrc\d+_img_)?(train|training|val|valid|validation|test|testing)([_-](\d+|large|standard|challenge|images?|img|set|data))*",
     re.I,
 )
-_IMAGES = {"images", "image", "imgs", "img"}  # folders that are no classes
+_IMAGES = {"images", "image", "imgs", "img"}  # folder names that are not classes
 _PUBLISHED = re.compile(r"(ilsvrc\d+|places365)_(val|test)_\d+", re.I)  # files of flat validation folders
 
 
@@ -47,18 +47,18 @@ def arrange(
     layout: Layout | None = None, split: str | None = None, labels: str | None = None, classes: list[str] | None = None,
 ) -> Arranged:  # fmt: skip
     """The label of each image. about: names of the files that hold labels (webdataset); labels: path of a list of labels.
-    classes: names of the labels, where they are numbers or their order is another than that of their names.
+    classes: names of the labels, where labels are numbers or are not in the order of the names.
 
     Raises DataError where images have no class, a list does not fit, or a class is not among `classes`.
     """
     if labels is not None:
-        found = _listed(images, Path(labels))
+        class_of = _listed(images, Path(labels))
     elif layout == "webdataset" or (layout is None and any(n.endswith(".cls") for n in about)):
-        found = _beside(images, about, read, src)
+        class_of = _beside(images, about, read, src)
     else:
-        found = _folders(images, src, layout, split)
-    loose = len(images) - sum(name in found for name in images)
-    values = set(found.values())
+        class_of = _folders(images, src, layout, split)
+    loose = len(images) - sum(name in class_of for name in images)
+    values = set(class_of.values())
     if (
         values
         and all(re.fullmatch(r"\d{1,18}", value) for value in values)
@@ -72,13 +72,13 @@ def arrange(
         number = {name: label for label, name in reversed(list(enumerate(names)))}
         if unknown := sorted(values - set(names)):
             raise DataError(f"{src}: class {unknown[0]!r} is not among the given class names")
-    kept = [(name, number[found[name]]) for name in images if name in found]
+    labelled = [(name, number[class_of[name]]) for name in images if name in class_of]
     # Sorted by class, so that a row group holds few labels and a selection reads few row groups.
-    return Arranged(sorted(kept, key=lambda pair: (pair[1], pair[0])), names, loose)
+    return Arranged(sorted(labelled, key=lambda pair: (pair[1], pair[0])), names, loose)
 
 
 def _folders(images: Sequence[str], src: str, layout: Layout | None, split: str | None) -> dict[str, str]:
-    """{image: class} by the folders that it lies in."""
+    """{image: class} from the folders of its path."""
     folders = {name: _parts(name)[:-1] for name in images}
     below = {folder: _below_split(folder, split) for folder in set(folders.values())}
     holding = {folder for folder, rest in below.items() if rest}
@@ -99,7 +99,7 @@ def _folders(images: Sequence[str], src: str, layout: Layout | None, split: str 
 
 
 def _below_split(folder: tuple[str, ...], split: str | None) -> tuple[str, ...]:
-    """The part of a path below the folder of a split; without one the whole path."""
+    """The part of a path below the folder of a split; the whole path if there is none."""
     if split is not None:
         return folder[folder.index(split) + 1 :] if split in folder else ()
     place = next((i for i, part in enumerate(folder[:-1]) if _SPLIT.fullmatch(part)), None)
@@ -107,7 +107,7 @@ def _below_split(folder: tuple[str, ...], split: str | None) -> tuple[str, ...]:
 
 
 def _no_flat(folders: dict[str, tuple], below: dict[tuple, tuple], holding: set[tuple], src: str) -> None:
-    """Raises DataError where images lie in the folder of a split itself, as validation sets are published."""
+    """Raises DataError where images lie directly in the folder of a split, as in many published validation sets."""
     splits = {folder[: len(folder) - len(rest)] for folder, rest in below.items() if len(rest) < len(folder)}
     beside = {path[:-1] for path in splits if path}
     flat = {
@@ -139,7 +139,7 @@ def _no_flat(folders: dict[str, tuple], below: dict[tuple, tuple], holding: set[
 
 
 def _shared(paths: list[tuple[str, ...]]) -> tuple[int, int]:
-    """How many folders all paths have in common at their beginning, and at their end where that is `images`."""
+    """How many leading folders all paths share, and how many trailing ones (0 or 1) that are named `images`."""
     start = end = 0
     while (
         paths
@@ -155,7 +155,7 @@ def _shared(paths: list[tuple[str, ...]]) -> tuple[int, int]:
 
 
 def _letter(path: Sequence[str]) -> bool:
-    """Whether a path begins with the initial of the folder below, as a/abbey."""
+    """Whether the first folder is the initial of the second, as in a/abbey."""
     return len(path) > 1 and len(path[0]) == 1 and path[0].lower() == path[1][:1].lower()
 
 
@@ -178,27 +178,27 @@ def _listed(images: Sequence[str], path: Path) -> dict[str, str]:
             for name, line in zip(sorted(images, key=lambda n: (PurePosixPath(n).name, n)), lines, strict=True)
         }
     known: dict[str, str] = {line[0].lstrip("/"): line[1] for line in lines if len(line) > 1}
-    found = {}
+    label_of = {}
     for name in images:
-        # By its whole path, the end of it, or its name without a suffix, as lists have it.
+        # Lists name an image by its whole path, the end of it, or its name without a suffix.
         parts = _parts(name)
         forms = ["/".join(parts[i:]) for i in range(len(parts))] + [PurePosixPath(name).stem]
         label = next((known[form] for form in forms if form in known), None)
         if label is not None:
-            found[name] = label.strip("/")
-    if missing := [name for name in images if name not in found]:
+            label_of[name] = label.strip("/")
+    if missing := [name for name in images if name not in label_of]:
         raise DataError(
             f"{path}: {len(missing)} of {len(images)} images are not in this list, for example {missing[0]}"
         )
-    return found
+    return label_of
 
 
 def _beside(images: Sequence[str], about: Sequence[str], read: Callable[[str], bytes], src: str) -> dict[str, str]:
-    """{image: label} of a WebDataset: what stands beside it under the same key."""
+    """{image: label} of a WebDataset: from the file with the same key."""
     beside: dict[str, list[str]] = {}
     for name in sorted(about):  # .cls before .json
         beside.setdefault(_key(name), []).append(name)
-    found = {}
+    label_of = {}
     for name in images:
         label = next(
             (value for other in beside.get(_key(name), ()) if (value := _value(read(other), other, src)) is not None),
@@ -206,8 +206,8 @@ def _beside(images: Sequence[str], about: Sequence[str], read: Callable[[str], b
         )
         if label is None:
             raise DataError(f"{src}: {name} has no label beside it: a .cls, or a .json with `label`, `cls` or `class`")
-        found[name] = label
-    return found
+        label_of[name] = label
+    return label_of
 
 
 def _value(data: bytes, name: str, src: str) -> str | None:

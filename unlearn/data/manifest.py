@@ -1,6 +1,6 @@
-"""What a folder of shards holds: its row groups, their checksums, and reading them.
+"""The manifest of a folder of shards: its row groups, their checksums, and reading them.
 
-Rows are numbered through all shards, in the manifest's order.
+Rows are numbered across all shards, in the manifest's order.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the content, wherever it is stored. What a manifest may lack counts only where it is there."""
+        """sha256 of the content, independent of its URI. Optional fields count only where they are present."""
         content = self.tree()
         content.pop("images", None)
         for shard in content["shards"]:
@@ -98,7 +98,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def tree(self) -> dict:
-        """As plain values, without its place and what is empty by default."""
+        """As plain values, without `uri`, `split` and empty optional fields."""
         tree = {key: value for key, value in asdict(self).items() if key not in ("uri", "split")}
         for part, keys in [(tree, ("names", "images")), *((s, ("labels",)) for s in tree["shards"]),
                            *((g, ("checks",)) for s in tree["shards"] for g in s["row_groups"])]:  # fmt: skip
@@ -113,7 +113,7 @@ class Manifest:
 
     @cached_property
     def repeated(self) -> Counter:
-        """How often each class name stands in the list, where more than once."""
+        """{class name: count} of names that occur more than once."""
         return Counter({name: count for name, count in Counter(self.classes).items() if count > 1})
 
     def class_name(self, label: int) -> str:
@@ -124,14 +124,14 @@ class Manifest:
         return f"{name} ({label})" if name in self.repeated else name
 
     def read(self, group: int, columns: list[str]) -> pa.Table:
-        """Columns of one row group. Raises DataError where the shard is not what the manifest says."""
+        """Columns of one row group. Raises DataError where the shard does not match the manifest."""
         s, g = self.groups[group]
         return self._read(s, [g], columns)
 
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
         """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
 
-        Every file is opened once, several at a time. Raises DataError where a shard is not what the manifest says.
+        Every file is opened once, several at a time. Raises DataError where a shard does not match the manifest.
         """
         groups = range(len(self.groups)) if groups is None else list(groups)
         wanted: dict[int, list[int]] = {}  # shard -> its row groups
@@ -145,7 +145,7 @@ class Manifest:
         with ThreadPoolExecutor(READERS) as pool:
             tables = dict(zip(wanted, pool.map(lambda s: self._read(s, wanted[s], columns), wanted), strict=True))
         parts, taken = [], dict.fromkeys(wanted, 0)
-        for group in groups:  # in the order that is asked for, which may go to and fro between files
+        for group in groups:  # in the requested order, which may alternate between files
             s, g = self.groups[group]
             rows = self.shards[s].row_groups[g].rows
             numbers = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
@@ -174,17 +174,17 @@ class Manifest:
             table = _rows(file, groups, inside, where)
         if "image" in columns:
             self._check_bytes(shard, [known[g] for g in groups], where)
-        found = {}
+        values = {}
         for role, column in stored.items():
             if column in inside:
-                found[role] = table[column]
+                values[role] = table[column]
             else:
-                found[role] = roles.of_path(shard.path, column, role, sum(known[g].rows for g in groups), where)
+                values[role] = roles.of_path(shard.path, column, role, sum(known[g].rows for g in groups), where)
             if role != "image":
-                found[role] = roles.values(found[role], role, where)
+                values[role] = roles.values(values[role], role, where)
         first = 0
         for g in groups:
-            for role, column in found.items():
+            for role, column in values.items():
                 part = column.slice(first, known[g].rows).chunks
                 part = [roles.encoded(chunk) for chunk in part] if role == "image" else part
                 if role in known[g].checks and roles.checksum(part) != known[g].checks[role]:
@@ -193,12 +193,13 @@ class Manifest:
                         f"restore it, or make the manifest anew with `unlearn shards index {self.uri}`"
                     )
             first += known[g].rows
-        if "label" in found:
-            found["label"] = self._own(shard, found["label"], where)
-        return pa.table(found)
+        if "label" in values:
+            values["label"] = self._own(shard, values["label"], where)
+        return pa.table(values)
 
     def _check_bytes(self, shard: Shard, groups: list[RowGroup], where: str) -> None:
-        """For manifests that have no checksums of values: the bytes of the row groups, where they can be had without fetching them twice."""
+        """For manifests that have no checksums of values: checks the bytes of the row groups, for local files only
+        (remote ones would be fetched twice)."""
         storage = Storage(self.uri)
         if all(group.checks for group in groups) or not storage.is_local():
             return
@@ -224,7 +225,7 @@ class Manifest:
         return labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels])
 
     def __getstate__(self) -> dict:
-        """What is pickled: not what is quickly computed again."""
+        """What is pickled: without cached values that are cheap to recompute."""
         return {name: value for name, value in self.__dict__.items() if name not in ("groups", "starts", "repeated")}
 
 
@@ -241,10 +242,10 @@ def opened(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.Parq
 
 
 def extent(file: pq.ParquetFile, g: int) -> tuple[int, int, int]:
-    """(rows, offset, bytes) of a row group, as the file's footer has them."""
+    """(rows, offset, bytes) of a row group, from the file's footer."""
     meta = file.metadata.row_group(g)
     chunks = [meta.column(c) for c in range(meta.num_columns)]
-    # A column chunk that holds no dictionary says so with None, and some writers with 0.
+    # Without a dictionary page its offset is None, or 0 from some writers.
     offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
     return meta.num_rows, offset, sum(c.total_compressed_size for c in chunks)
 

@@ -1,11 +1,12 @@
-"""Copies of remote files on this machine's disk, one for all its processes: the ranks of a machine fetch weights once.
+"""Copies of remote files on this machine's disk, shared by all its processes, so that the ranks of a machine fetch
+weights once.
 
-    $TMPDIR/unlearn-UID/copies/KEY/NAME    the copy; KEY covers URI, sizes and ETags, so a changed object is another copy
+    $TMPDIR/unlearn-UID/copies/KEY/NAME    the copy; KEY: hash of URI, sizes and ETags (a changed object gets a new copy)
                                KEY.lock    a file lock: shared by every process that uses the copy, exclusive to fetch or delete
                                KEY.part/   being fetched, or deleted
 
-The kernel drops the lock of a process that ends, however it ends. What a killed process left is used by the next process
-that wants the same, and deleted by the next that wants anything else.
+The kernel releases the lock of a process however it ends. The copy of a killed process is used by the next process that
+needs the same files, and deleted by the next that needs other files.
 """
 
 import fcntl
@@ -27,15 +28,16 @@ from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage, download, told
 from unlearn.errors import StorageError
 
-_held: dict[Path, int] = {}  # the folder of a copy -> the open file whose lock this process holds
+_lock_files: dict[Path, int] = {}  # folder of a copy -> descriptor of its lock file, locked by this process
 _mutex = threading.Lock()
 
 
 def node_copy(uri: str, objects: dict[str, Facts] | None = None) -> Path:
     """A path at which a file or a folder can be read: its own, or that of the copy that this machine's processes share.
 
-    A copy is to be read only. It stays until this process ends or calls `release`, and as long as another process uses it.
-    objects: what is wanted of a remote folder, as `Storage.objects` gave it: the storage is not asked for it again.
+    The copy must not be modified. It stays until this process ends or calls `release`, and as long as another process
+    uses it.
+    objects: the objects to fetch, as from `Storage.objects`: saves another listing.
     Raises StorageError, also where those objects have changed since.
     """
     storage = Storage(uri)
@@ -48,17 +50,18 @@ def node_copy(uri: str, objects: dict[str, Facts] | None = None) -> Path:
     root = _root()
     copy = root / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
     with _mutex, told(str(root)):
-        if copy not in _held:
+        if copy not in _lock_files:
             _at_exit()
             _sweep(root, copy)
-            _held[copy] = _hold(copy, lambda folder: _fetch(storage, objects, folder))
+            _lock_files[copy] = _hold(copy, lambda folder: _fetch(storage, objects, folder))
     return next(copy.iterdir())
 
 
 def release(path: Path) -> None:
-    """Give up what `node_copy` gave, for this whole process: the last process deletes it. Memory maps of it stay good."""
+    """Release a copy from `node_copy` for this whole process; the last process deletes it. Its memory maps stay
+    valid."""
     with _mutex:
-        if (copy := path.parent) in _held:
+        if (copy := path.parent) in _lock_files:
             _release(copy)
 
 
@@ -86,12 +89,12 @@ def _hold(copy: Path, fetch: Callable[[Path], object]) -> int:
             raise
         os.close(file)
         if not copy.exists():
-            time.sleep(random.uniform(0.01, 0.05))  # others try to be the one that fetches, too
+            time.sleep(random.uniform(0.01, 0.05))  # other processes compete for the exclusive lock too
 
 
 def _fill(copy: Path, fetch: Callable[[Path], object]) -> None:
     part = copy.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(part, ignore_errors=True)  # left by a killed process
     part.mkdir(mode=0o700)
     try:
         fetch(part)
@@ -101,7 +104,7 @@ def _fill(copy: Path, fetch: Callable[[Path], object]) -> None:
 
 
 def _exclusive(file: int) -> bool:
-    """Whether the lock could be had alone. A shared one is lost either way."""
+    """Whether an exclusive lock was acquired. A shared lock is lost either way."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
@@ -110,7 +113,7 @@ def _exclusive(file: int) -> bool:
 
 
 def _is(file: int, lock: Path) -> bool:
-    """Whether the open file is still the one of that name: the last process to use a copy deletes its lock as well."""
+    """Whether the open file is still the file at that path: the last process to use a copy deletes its lock as well."""
     try:
         return os.path.samestat(os.fstat(file), lock.lstat())
     except FileNotFoundError:
@@ -118,7 +121,8 @@ def _is(file: int, lock: Path) -> bool:
 
 
 def _delete(copy: Path) -> None:
-    """Delete a copy and its lock, which is held alone. A copy that is deleted in part is never under its name."""
+    """Delete a copy and its lock file; needs the exclusive lock. A partly deleted copy is never under the copy's
+    name."""
     part = copy.with_suffix(".part")
     shutil.rmtree(part, ignore_errors=True)
     if copy.exists():
@@ -128,9 +132,9 @@ def _delete(copy: Path) -> None:
 
 
 def _sweep(root: Path, wanted: Path) -> None:
-    """Delete the copies that no process uses, but for the one that is wanted now."""
+    """Delete the copies that no process uses, except the wanted one."""
     for lock in root.glob("*.lock"):
-        if (copy := lock.with_suffix("")) == wanted or copy in _held:
+        if (copy := lock.with_suffix("")) == wanted or copy in _lock_files:
             continue
         try:
             file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
@@ -144,7 +148,7 @@ def _sweep(root: Path, wanted: Path) -> None:
 
 
 def _release(copy: Path) -> None:
-    file = _held.pop(copy)
+    file = _lock_files.pop(copy)
     try:
         if _exclusive(file):
             _delete(copy)
@@ -154,22 +158,22 @@ def _release(copy: Path) -> None:
 
 @functools.cache
 def _at_exit() -> None:
-    # Unlike atexit this runs at the end of a child of multiprocessing, too.
+    # Unlike atexit, this also runs at the end of a multiprocessing child.
     multiprocessing.util.Finalize(None, _release_all, exitpriority=0)
 
 
 def _release_all() -> None:
-    for copy in list(_held):
+    for copy in list(_lock_files):
         _release(copy)
 
 
 def _forget() -> None:
-    """A forked child shares its parent's locks: it gives up its part of them and deletes nothing."""
+    """A forked child shares its parent's locks: it closes its descriptors and deletes nothing."""
     global _mutex
     _mutex = threading.Lock()
-    for file in _held.values():
+    for file in _lock_files.values():
         os.close(file)
-    _held.clear()
+    _lock_files.clear()
     _at_exit.cache_clear()
 
 
@@ -177,7 +181,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def _root() -> Path:
-    """The folder of all copies of this user; its parent lets no other user in."""
+    """The folder of all copies of this user; no other user can enter its parent."""
     private = Path(tempfile.gettempdir(), f"unlearn-{os.getuid()}")
     private.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = private.lstat()

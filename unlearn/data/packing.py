@@ -37,9 +37,9 @@ def build(
     progress: Callable[[int, int], None] = lambda rows, total: None,
     layout: layouts.Layout | None = None, labels: str | None = None, classes: list[str] | None = None,
 ) -> shards.Manifest:  # fmt: skip
-    """Pack `src` into shards at `dest` and write their manifest. The encoded images are kept as they are.
+    """Pack `src` into shards at `dest` and write their manifest. The encoded images are stored unchanged.
 
-    split: take only what lies in a folder of that name (`train` of `train/CLASS/FILE`). An image's id is its path.
+    split: take only files below a folder of that name (`train` of `train/CLASS/FILE`). An image's id is its path.
     layout: guessed where it is None; labels, classes: see `layouts.arrange`.
     Raises DataError where there is nothing to pack, an image has no class, or `dest` holds shards already.
     """
@@ -49,23 +49,23 @@ def build(
         kind = suffix in suffixes() or (suffix in layouts.ABOUT and layout in (None, "webdataset"))
         return kind and (split is None or split in name.split("/")[:-1])
 
-    with archives.source(src, wanted, True if layout in ("imagenet", "webdataset") else None) as found:
-        images = [n for n in found.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
-        about = [n for n in found.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
+    with archives.source(src, wanted, True if layout in ("imagenet", "webdataset") else None) as source:
+        images = [n for n in source.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
+        about = [n for n in source.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
         if not images:
             raise DataError(
                 f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else "")
             )
         _readable(images, src)
-        arranged = layouts.arrange(images, about, found.read, src, layout, split, labels, classes)
-        _tell(src, found.left_out, arranged.loose)
+        arranged = layouts.arrange(images, about, source.read, src, layout, split, labels, classes)
+        _tell(src, source.left_out, arranged.loose)
         total = len(arranged.labels)
-        records = ({"image": found.read(n), "label": label, "id": n} for n, label in arranged.labels)
+        records = ({"image": source.read(n), "label": label, "id": n} for n, label in arranged.labels)
         return write(records, dest, arranged.classes, rows_per_group, shard_bytes, lambda rows: progress(rows, total))
 
 
 def _readable(names: list[str], src: str) -> None:
-    """Raises DataError where a name cannot be written down: it is the image's id."""
+    """Raises DataError where a name is not valid UTF-8: it becomes the image's id."""
     wrong = [name for name in names if any("\ud800" <= c <= "\udfff" for c in name)]
     if wrong:
         shown = wrong[0].encode(errors="replace").decode()

@@ -1,7 +1,7 @@
-"""Objects below one prefix of an S3 bucket: by boto3, and by pyarrow where Parquet is read at random places.
+"""Objects below one prefix of an S3 bucket: by boto3, and by pyarrow for random access to Parquet.
 
 Endpoint, region and credentials come from the usual AWS variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, pod identity
-...). What the libraries raise is passed on as it is: `Storage` tells it.
+...). Errors of the libraries are not caught here: `Storage` turns them into StorageError.
 """
 
 import functools
@@ -16,14 +16,14 @@ import pyarrow.fs
 
 from unlearn.errors import StorageError
 
-# Files are sent and fetched in parts of so many bytes, smaller ones whole. S3 takes 10,000 parts at most and a single PUT
-# of 5 GB at most.
+# Bytes of one part of a transfer; smaller files are transferred whole. S3 allows at most 10,000 parts, and 5 GB in a
+# single PUT.
 PART = 64 << 20
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a listing says of an object. etag: changes with its content."""
+    """Size and ETag of an object, as in a listing. etag: changes with its content."""
 
     size: int
     etag: str
@@ -39,21 +39,21 @@ class Bucket:
         return "/".join(part for part in (self.prefix.rstrip("/"), name) if part)
 
     def head(self, name: str) -> Facts | None:
-        """None where there is no such object; a bucket that does not exist is told alike by S3."""
+        """None where there is no such object; S3 gives the same answer for a bucket that does not exist."""
         if not self.key(name):
             return None
         try:
-            answer = client().head_object(Bucket=self.name, Key=self.key(name))
+            response = client().head_object(Bucket=self.name, Key=self.key(name))
         except client().exceptions.ClientError as e:
             if e.response["Error"]["Code"] in ("404", "NoSuchKey"):
                 return None
             raise
-        return Facts(answer["ContentLength"], answer["ETag"])
+        return Facts(response["ContentLength"], response["ETag"])
 
     def get(self, name: str) -> tuple[bytes, str]:
         """(content, ETag)."""
-        answer = client().get_object(Bucket=self.name, Key=self.key(name))
-        return answer["Body"].read(), answer["ETag"]
+        response = client().get_object(Bucket=self.name, Key=self.key(name))
+        return response["Body"].read(), response["ETag"]
 
     def put(self, name: str, data: bytes, **condition: str) -> bool:
         """Write a small object. condition: IfNoneMatch="*" or IfMatch=ETag; False where it is not met."""
@@ -63,19 +63,19 @@ class Bucket:
                 return True
             except client().exceptions.ClientError as e:
                 code = e.response["Error"]["Code"]
-                if code == "ConditionalRequestConflict":  # another writer is at work: S3 asks to try again
+                if code == "ConditionalRequestConflict":  # a concurrent write: S3 asks to retry
                     time.sleep(0.1 * attempt)
                 elif code == "NoSuchKey":
                     return False
                 elif code == "PreconditionFailed":
-                    # The answer to a first attempt may have been lost: then it is our own write that stands there.
+                    # The response to a first attempt may have been lost: then the object is the one written here.
                     return e.response["ResponseMetadata"].get("RetryAttempts", 0) > 0 and self.get(name)[0] == data
                 else:
                     raise
         raise StorageError(f"s3://{self.name}/{self.key(name)}: too many writers at once")
 
     def upload(self, path: Path, name: str) -> None:
-        """Send a file of any size, large ones by multipart; never held in memory whole."""
+        """Send a file of any size, large ones by multipart; it is never read into memory as a whole."""
         client().upload_file(str(path), self.name, self.key(name), Config=_transfer())
 
     def download(self, name: str, path: Path) -> None:
@@ -85,7 +85,8 @@ class Bucket:
         return arrow().open_input_file(f"{self.name}/{self.key(name)}")
 
     def listing(self, name: str) -> dict[str, Facts]:
-        """Every object below `name`; not the empty ones with `/` at the end, with which some programs mark a folder."""
+        """Every object below `name`; without the empty objects with `/` at the end that some programs use to mark
+        folders."""
         cut = len(self.prefix) + 1 if self.prefix else 0
         below = (o for o in self._below(name) if not o["Key"].endswith("/"))
         return {o["Key"][cut:]: Facts(o["Size"], o["ETag"]) for o in below}
@@ -99,20 +100,21 @@ class Bucket:
             yield from page.get("Contents", ())
 
     def delete(self, name: str) -> list[tuple[str, str]]:
-        """Delete an object or all below `name`; (key, error code) of what S3 refuses, which is no exception there."""
+        """Delete an object or all below `name`; (key, error code) of what S3 did not delete, for which boto3 raises
+        nothing."""
         keys = [o["Key"] for o in self._below(name)] or [self.key(name)]
         refused = []
         for start in range(0, len(keys), 1000):
             objects = [{"Key": k} for k in keys[start : start + 1000]]
-            answer = client().delete_objects(Bucket=self.name, Delete={"Objects": objects, "Quiet": True})
-            refused += [(e.get("Key", ""), e.get("Code", "")) for e in answer.get("Errors", ())]
+            response = client().delete_objects(Bucket=self.name, Delete={"Objects": objects, "Quiet": True})
+            refused += [(e.get("Key", ""), e.get("Code", "")) for e in response.get("Errors", ())]
         return refused
 
 
 def _transfer():
     from boto3.s3.transfer import TransferConfig
 
-    # The queue holds what is fetched and not yet written: 64 pieces of 256 KiB.
+    # The queue holds data fetched and not yet written: 64 chunks of 256 KiB.
     return TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=8, max_io_queue=64)
 
 

@@ -31,7 +31,7 @@ class RowSet:
         return self.manifest.group_of(self.rows)
 
     def __getstate__(self) -> dict:
-        """What is pickled: the steps from row to row and the labels, in the fewest bytes that hold them."""
+        """What is pickled: the steps from row to row and the labels, in the smallest integer types that fit."""
         steps = _narrow(np.diff(self.rows))
         return {"manifest": self.manifest, "first": self.rows[:1], "steps": steps, "labels": _narrow(self.labels)}
 
@@ -42,7 +42,7 @@ class RowSet:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what must be read for it."""
+    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what to read for it."""
 
     manifest: shards.Manifest
     conditions: config.Rows
@@ -62,7 +62,7 @@ def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -
 
 
 def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
-    """{"retain": ..., "forget": ...} as training takes them; a proxy set stands in the retain role.
+    """{"retain": ..., "forget": ...} as training takes them; a proxy set takes the retain role.
 
     A config without `retain` and `proxy` retains every row that is not forgotten. Each shard is opened once at most.
     Raises ConfigError on an overlap.
@@ -79,29 +79,30 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
     else:
         wanted["retain"] = _wanted(manifest, data.retain or config.Rows(), "retain")
     if "forget" in wanted and all("id" in one.manifest.columns for one in wanted.values()):
-        for one in wanted.values():  # to find an image that stands twice
+        for one in wanted.values():  # to find images that are in both sets
             one.columns.add("id")
     chosen = _select(list(wanted.values()), seed)
-    found = {name: rows for name, (rows, _) in zip(wanted, chosen, strict=True)}
-    ids = {name: held for name, (_, held) in zip(wanted, chosen, strict=True)}
+    row_sets = {name: rows for name, (rows, _) in zip(wanted, chosen, strict=True)}
+    ids = {name: column for name, (_, column) in zip(wanted, chosen, strict=True)}
     if data.forget is not None and data.proxy is None and data.retain is None:
-        every = found["retain"]
-        keep = ~np.isin(every.rows, found["forget"].rows)
+        every = row_sets["retain"]
+        keep = ~np.isin(every.rows, row_sets["forget"].rows)
         if not keep.any():
             raise ConfigError(
                 "data.forget selects every image: nothing is left to retain; give data.retain or data.proxy"
             )
-        found["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
+        row_sets["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
         ids["retain"] = ids["retain"].filter(pa.array(keep)) if ids["retain"] is not None else None
-    _no_overlap(found)
-    if "forget" in found:
-        found["retain"] = _without_forgotten(found, ids)
-    return found
+    _no_overlap(row_sets)
+    if "forget" in row_sets:
+        row_sets["retain"] = _without_forgotten(row_sets, ids)
+    return row_sets
 
 
-def _without_forgotten(found: dict[str, RowSet], ids: dict[str, pa.ChunkedArray | None]) -> RowSet:
-    """The retain set without images that stand in the forget set too, under another row number: by their id, or their bytes."""
-    forget, retain = found["forget"], found["retain"]
+def _without_forgotten(row_sets: dict[str, RowSet], ids: dict[str, pa.ChunkedArray | None]) -> RowSet:
+    """The retain set without images that are also in the forget set under another row number, compared by id and by
+    bytes."""
+    forget, retain = row_sets["forget"], row_sets["retain"]
     twice = np.zeros(len(retain), bool)
     if ids["forget"] is not None and ids["retain"] is not None:
         twice = pc.is_in(ids["retain"], ids["forget"].combine_chunks()).to_numpy().astype(bool)
@@ -129,8 +130,8 @@ def _no_foreign_number(rows: config.Rows, other: shards.Manifest, train: shards.
 
 def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
     """Checks the conditions against the manifest; reads no shard. Raises ConfigError."""
-    held = _spans(manifest)
-    span = _span(held)
+    spans = _spans(manifest)
+    span = _span(spans)
     if "label" not in manifest.columns and (
         rows.classes is not None or rows.exclude_classes is not None or rows.per_class is not None
     ):
@@ -151,7 +152,7 @@ def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
     groups = np.flatnonzero(np.diff(manifest.starts))
     if labels is not None:  # only row groups whose label range can hold one of the labels
         ordered = np.array(sorted(labels))
-        low, high = np.searchsorted(ordered, held[:, 0]), np.searchsorted(ordered, held[:, 1], side="right")
+        low, high = np.searchsorted(ordered, spans[:, 0]), np.searchsorted(ordered, spans[:, 1], side="right")
         groups = groups[low < high]
     return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()))
 
@@ -172,7 +173,7 @@ def _span(spans: np.ndarray) -> tuple[int, int]:
 
 
 def _select(wanted: list[_Wanted], seed: int) -> list[tuple[RowSet, pa.ChunkedArray | None]]:
-    """(rows, their ids where the set wants that column) for each; what several of them want of one manifest is read together."""
+    """(rows, their ids where the set needs that column) for each set; sets of the same manifest are read together."""
     columns: dict[int, set[str]] = {}
     groups: dict[int, set[int]] = {}
     for one in wanted:
@@ -198,11 +199,11 @@ def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.Chu
     chosen, labels = table["row"].to_numpy(), table["label"].to_numpy()
     if rows.per_class is not None:
         keep = [_draw(np.flatnonzero(labels == c), rows.per_class, seed, int(c)) for c in np.unique(labels)]
-        kept = np.sort(np.concatenate(keep)) if keep else np.arange(0)
-        table, chosen, labels = table.take(kept), chosen[kept], labels[kept]
+        index = np.sort(np.concatenate(keep)) if keep else np.arange(0)
+        table, chosen, labels = table.take(index), chosen[index], labels[index]
     if rows.limit is not None:
-        kept = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
-        table, chosen, labels = table.take(kept), chosen[kept], labels[kept]
+        index = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
+        table, chosen, labels = table.take(index), chosen[index], labels[index]
     if not len(chosen):
         raise ConfigError(
             f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions"
@@ -229,12 +230,12 @@ def name_row(manifest: shards.Manifest, row: int) -> str:
     return identity(manifest, table)[row - int(manifest.starts[group])]
 
 
-def _no_overlap(found: dict[str, RowSet]) -> None:
-    if len(found) < 2 or found["forget"].manifest.hash != found["retain"].manifest.hash:
+def _no_overlap(row_sets: dict[str, RowSet]) -> None:
+    if len(row_sets) < 2 or row_sets["forget"].manifest.hash != row_sets["retain"].manifest.hash:
         return
-    both = np.intersect1d(found["forget"].rows, found["retain"].rows)
+    both = np.intersect1d(row_sets["forget"].rows, row_sets["retain"].rows)
     if len(both):
-        manifest = found["forget"].manifest
+        manifest = row_sets["forget"].manifest
         names = ", ".join(name_row(manifest, int(r)) for r in both[:3])
         raise ConfigError(
             f"data: forget and retain overlap in {len(both)} image(s), for example {names}; an image can only be in one of them"
@@ -244,12 +245,12 @@ def _no_overlap(found: dict[str, RowSet]) -> None:
 def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
     if values is None:
         return table
-    kept = table.filter(pc.is_in(table[column], pa.array(sorted(values), table[column].type)))
+    matching = table.filter(pc.is_in(table[column], pa.array(sorted(values), table[column].type)))
     if where:
-        missing = sorted(set(values) - set(kept[column].to_pylist()))
+        missing = sorted(set(values) - set(matching[column].to_pylist()))
         if missing:
             raise ConfigError(f"{where}: {len(missing)} of {len(values)} not found, for example {missing[0]!r}")
-    return kept
+    return matching
 
 
 def _draw(index: np.ndarray, count: int, seed: int, name: int) -> np.ndarray:
@@ -259,13 +260,13 @@ def _draw(index: np.ndarray, count: int, seed: int, name: int) -> np.ndarray:
 
 
 def _narrow(values: np.ndarray) -> np.ndarray:
-    """The same whole numbers in the smallest type that holds them."""
+    """The same integers in the smallest type that fits them."""
     if not len(values):
         return values
     return values.astype(np.result_type(np.min_scalar_type(values.min()), np.min_scalar_type(values.max())))
 
 
-def describe(found: dict[str, RowSet]) -> dict[str, dict]:
+def describe(row_sets: dict[str, RowSet]) -> dict[str, dict]:
     """Counts and classes (by name where they have one) of each set, for logs and reports: no id and no image."""
     return {
         name: {
@@ -273,5 +274,5 @@ def describe(found: dict[str, RowSet]) -> dict[str, dict]:
             "classes": [s.manifest.class_name(int(c)) for c in np.unique(s.labels) if c >= 0],
             "manifest": s.manifest.hash,
         }
-        for name, s in found.items()
+        for name, s in row_sets.items()
     }

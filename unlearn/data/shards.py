@@ -1,8 +1,9 @@
 """Parquet shards and their manifest.
 
-A shard is Parquet as image data sets on hubs have it: `image` (struct<bytes, path> or binary), `label` (whole numbers or
-text), and optionally `id` and `subject`; `columns.py` says what else is understood. `manifest.json` beside the shards lists
-every row group with its rows, bytes, label range and checksums. A folder with several splits has a manifest for each.
+A shard is a Parquet file in the usual form of published image data sets: `image` (struct<bytes, path> or binary),
+`label` (whole numbers or text), and optionally `id` and `subject`; `columns.py` lists what else is accepted.
+`manifest.json` beside the shards lists every row group with its rows, bytes, label range and checksums. A folder with
+several splits has a manifest for each.
 """
 
 import hashlib
@@ -33,10 +34,10 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 
 @dataclass(frozen=True)
 class Described:
-    """What is to be known of one shard before those beside it are known.
+    """What can be read from one shard alone, without the other shards of the folder.
 
     columns: {role: column}. classes: names of its labels, or [] where they are numbers without names. text: whether its labels
-    are those names themselves. labels: the labels of each row group, once each. images: checksum of each image.
+    are stored as those names. labels: the distinct labels of each row group. images: checksum of each image.
     """
 
     shard: Shard
@@ -98,11 +99,11 @@ def load(uri: str, split: str | None = None) -> Manifest:
 def index(
     uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
 ) -> Manifest:  # fmt: skip
-    """Make the manifest of shards that are already there, and write it. Nothing is converted; every page is read once.
+    """Make and write the manifest of existing shards. Nothing is converted; every page is read once.
 
-    split: take only the files of that split. columns: {role: column} where a column has a name of its own. classes: names
-    of the labels 0, 1, ...; by default those that the shards carry, or the manifest before this one.
-    Raises DataError for shards that cannot be used, and where a manifest.json of another program stands.
+    split: take only the files of that split. columns: {role: column} where a column is not named as its role. classes:
+    names of the labels 0, 1, ...; by default those in the shards' metadata, or those of the previous manifest.
+    Raises DataError for shards that cannot be used, and where manifest.json was written by another program.
     """
     storage = Storage(uri)
     name = manifest_name(split)
@@ -110,17 +111,17 @@ def index(
         raise DataError(
             f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own"
         )
-    found, checksums = look(uri, split, columns, classes)
-    return save(found, checksums)
+    manifest, checksums = look(uri, split, columns, classes)
+    return save(manifest, checksums)
 
 
 def find(uri: str, split: str | None = None) -> Manifest:
-    """The manifest of a folder, or, where it has none, what its shards are found to hold; nothing is written."""
+    """The manifest of a folder, or, where it has none, one made from its shards; nothing is written."""
     return load(uri, split) if is_indexed(uri, split) else look(uri, split)[0]
 
 
 def is_indexed(uri: str, split: str | None = None) -> bool:
-    """Whether a folder, or this split of it, has a manifest of this program."""
+    """Whether a folder, or this split of it, has a manifest written by this program."""
     storage = Storage(uri)
     wanted = re.escape(manifest_name(split)) if split else r"manifest(-[\w.-]+)?\.json"
     return any(re.fullmatch(wanted, name) and _is_ours(storage.read(name)) for name in storage.files())
@@ -129,7 +130,7 @@ def is_indexed(uri: str, split: str | None = None) -> bool:
 def look(
     uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
 ) -> tuple[Manifest, np.ndarray]:  # fmt: skip
-    """(manifest of the shards that are there, checksum of each image); arguments and errors are those of `index`."""
+    """(manifest of the existing shards, checksum of each image); arguments and errors are those of `index`."""
     storage = Storage(uri)
     names = _of_split(storage, split)
     try:
@@ -143,12 +144,13 @@ def look(
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
-    found, checksums = collect(storage.uri, described, classes)
-    return replace(found, split=split), checksums
+    manifest, checksums = collect(storage.uri, described, classes)
+    return replace(manifest, split=split), checksums
 
 
 def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> tuple[Manifest, np.ndarray]:
-    """(manifest of shards that `describe` has described, checksum of each image). classes: instead of the shards' own names.
+    """(manifest of shards from the results of `describe`, checksum of each image). classes: instead of the shards' own
+    names.
 
     Raises DataError where files of one folder contradict each other.
     """
@@ -173,7 +175,7 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
     shards = []
     for d in described:
         own = class_lists.mapping(lists.get(f"{uri}/{d.shard.path}", []), common)
-        spans = [_span(found, own) for found in d.labels]
+        spans = [_span(labels, own) for labels in d.labels]
         groups = [replace(group, labels=span) for group, span in zip(d.shard.row_groups, spans, strict=True)]
         same = d.text or own == list(range(len(own)))
         shards.append(replace(d.shard, row_groups=groups, labels=[] if same else own))
@@ -182,7 +184,7 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
 
 
 def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
-    """Write the manifest beside the shards, and the checksums of their images; the manifest as it is written."""
+    """Write the manifest beside the shards, and the checksums of their images; returns the manifest as written."""
     storage = Storage(manifest.uri)
     if checksums is not None:
         manifest = replace(manifest, images=duplicates.write(storage, manifest.split, checksums))
@@ -195,22 +197,23 @@ def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
 def describe(
     path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None
 ) -> Described:  # fmt: skip
-    """What there is to say of the local Parquet file `path`; `where` names it in messages. Raises DataError.
+    """The description of the local Parquet file `path`; `where` names it in messages. Raises DataError.
 
-    given: {role: column} that the user names; before: those of an earlier manifest, which hold where the file has them.
+    given: {role: column} that the user names; before: those of an earlier manifest, used where the file has such
+    columns.
     """
     with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
         try:
-            kept = {role: column for role, column in (before or {}).items() if column in schema.names}
-            columns = roles.find(parquet, name, kept | (given or {}), where)
+            known = {role: column for role, column in (before or {}).items() if column in schema.names}
+            columns = roles.find(parquet, name, known | (given or {}), where)
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
-        found = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]
+        row_groups = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]
         shard = Shard(
-            name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, _, _ in found]
+            name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, _, _ in row_groups]
         )
-    labels = [values for _, values, _ in found]
+    labels = [values for _, values, _ in row_groups]
     text = any(values.dtype.kind == "O" for values in labels)
     if text:
         classes = class_lists.ordered({str(value) for values in labels for value in values})
@@ -219,14 +222,19 @@ def describe(
     else:
         classes = roles.class_names(schema, columns["label"]) if columns.get("label") in schema.names else []
     return Described(
-        shard, columns, classes, text, labels, np.concatenate([np.empty(0, np.uint64), *(sums for *_, sums in found)])
+        shard,
+        columns,
+        classes,
+        text,
+        labels,
+        np.concatenate([np.empty(0, np.uint64), *(sums for *_, sums in row_groups)]),
     )
 
 
 def _describe_group(
     parquet: pq.ParquetFile, file: pa.NativeFile, g: int, columns: dict[str, str], name: str, where: str
 ) -> tuple[RowGroup, np.ndarray, np.ndarray]:  # fmt: skip
-    """(row group with labels still unknown, its labels once each, checksum of each image)."""
+    """(row group with labels still unknown, its distinct labels, checksum of each image)."""
     rows, offset, size = extent(parquet, g)
     at = f"{where}, row group {g}"
     inside = [column for column in columns.values() if column in parquet.schema_arrow.names]
@@ -234,33 +242,33 @@ def _describe_group(
         table = parquet.read_row_group(g, columns=inside)
     except (pa.ArrowException, OSError) as e:
         raise DataError(f"{at}: unreadable ({short(e)}); restore the shard") from None
-    found = {
+    values = {
         role: roles.values(
             table[column] if column in inside else roles.of_path(name, column, role, rows, where), role, at
         )
         for role, column in columns.items()
     }
     labels = np.empty(0, np.int64)
-    if "label" in found:
-        labels = pc.unique(found["label"]).to_numpy(zero_copy_only=False)
+    if "label" in values:
+        labels = pc.unique(values["label"]).to_numpy(zero_copy_only=False)
         if labels.dtype != object and len(labels) and labels.min() < 0:
             raise DataError(
                 f"{at}: label {labels.min()}, and labels are 0 or more. Rows of a test split without labels are often marked so: "
                 f"leave that file out, choose a split with --split, or go without labels (--label-column {roles.NONE})"
             )
-    if found.get("id") is not None and found["id"].null_count:
+    if values.get("id") is not None and values["id"].null_count:
         raise DataError(
-            f"{at}: {found['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}"
+            f"{at}: {values['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}"
         )
     file.seek(offset)
     digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
-    checks = {role: roles.checksum(column.chunks) for role, column in found.items()}
-    sums = np.array([duplicates.checksum(image) for image in images(pa.table({"image": found["image"]}))], np.uint64)
+    checks = {role: roles.checksum(column.chunks) for role, column in values.items()}
+    sums = np.array([duplicates.checksum(image) for image in images(pa.table({"image": values["image"]}))], np.uint64)
     return RowGroup(rows, offset, size, (0, -1), digest, checks), labels, sums
 
 
 def _span(labels: np.ndarray, own: list[int]) -> tuple[int, int]:
-    """The smallest and the largest label of a row group, as the folder has them."""
+    """The smallest and the largest label of a row group, in the folder's numbering."""
     mapped = [own[label] if label < len(own) else int(label) for label in labels.tolist()]
     return (min(mapped), max(mapped)) if mapped else (0, -1)
 
@@ -284,7 +292,8 @@ def split_of(name: str) -> str | None:
 
 
 def is_shard(name: str) -> bool:
-    """Whether a file is data: Parquet by its suffix, and not hidden or temporary by the name of a part of its path."""
+    """Whether a file is data: it has a Parquet suffix, and no part of its path is hidden or temporary (`.` or `_`
+    first)."""
     parts = name.split("/")
     return parts[-1].lower().endswith((".parquet", ".pq")) and not any(part.startswith((".", "_")) for part in parts)
 
@@ -313,7 +322,8 @@ def _of_split(storage: Storage, split: str | None) -> list[str]:
 
 
 def _is_ours(data: bytes) -> bool:
-    """Whether a manifest is of this program, whole or damaged. An empty file is: it can be written over."""
+    """Whether this program wrote a manifest, intact or damaged. An empty file counts as its own: it can be
+    overwritten."""
     try:
         tree = json.loads(data or b'{"shards": 0, "columns": 0}')
         return isinstance(tree, dict) and "shards" in tree and "columns" in tree

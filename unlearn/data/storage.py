@@ -1,7 +1,7 @@
-"""One way to reach local folders and S3: `Storage("path" | "file://..." | "s3://bucket/prefix" | "embedded:NAME")`.
+"""One interface to local folders and S3: `Storage("path" | "file://..." | "s3://bucket/prefix" | "embedded:NAME")`.
 
 S3 takes its endpoint, region and credentials from the usual AWS variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, pod
-identity ...), never from a config of ours. What is written appears whole or not at all.
+identity ...), never from this program's configuration. Writes are atomic.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ _HINTS = {
 class Storage:
     """A folder (or one file) by URI. Names below it are relative, with `/`; "" is the root itself.
 
-    Raises StorageError for everything that goes wrong at the other end.
+    Raises StorageError for every error of the file system or the S3 server.
     """
 
     def __init__(self, uri: str | Path):
@@ -64,7 +64,7 @@ class Storage:
         return self.bucket is None
 
     def is_file(self, name: str = "") -> bool:
-        """Whether a file or an object stands there."""
+        """Whether a file or an object of that name exists."""
         with told(self.where(name)):
             return self.folder.path(name).is_file() if self.bucket is None else self.bucket.head(name) is not None
 
@@ -73,7 +73,7 @@ class Storage:
             return self.folder.path(name).read_bytes() if self.bucket is None else self.bucket.get(name)[0]
 
     def read_version(self, name: str) -> tuple[bytes, str] | None:
-        """(content, its version as `replace` wants it), or None where there is no such file."""
+        """(content, its version as `replace` takes it), or None where there is no such file."""
         with told(self.where(name)):
             try:
                 return self.folder.read(name) if self.bucket is None else self.bucket.get(name)
@@ -85,9 +85,9 @@ class Storage:
                 raise
 
     def write(self, name: str, data: bytes, private: bool = False) -> None:
-        """Publish `data` under `name`, whole or not at all. For what is large: `writing` or `upload`.
+        """Publish `data` under `name`, atomically. For large data use `writing` or `upload`.
 
-        private: a file on this machine is for its owner alone; who may read a bucket is for the bucket to say.
+        private: a local file is readable by its owner only; access to S3 objects is set by the bucket's policy.
         """
         with told(self.where(name)):
             if self.bucket is not None:
@@ -98,7 +98,8 @@ class Storage:
                 path.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> bool:
-        """Publish `data` where nothing has that name; False where something has. Exactly one of many callers wins."""
+        """Publish `data` if the name does not exist; False if it does. Exactly one of many concurrent callers
+        succeeds."""
         with told(self.where(name)):
             if self.bucket is not None:
                 return self.bucket.put(name, data, IfNoneMatch="*")
@@ -110,7 +111,7 @@ class Storage:
                 temporary.unlink(missing_ok=True)
 
     def replace(self, name: str, data: bytes, version: str) -> bool:
-        """Publish `data` where `name` still is what `read_version` gave; False where it has changed or is gone."""
+        """Publish `data` if `name` still has the version from `read_version`; False if it has changed or is gone."""
         with told(self.where(name)):
             if self.bucket is not None:
                 return self.bucket.put(name, data, IfMatch=version)
@@ -118,7 +119,7 @@ class Storage:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A local path to write to; what is there at the end of the block is published under `name`, of any size."""
+        """A local path to write to; the file there at the end of the block, of any size, is published under `name`."""
         if self.bucket is not None:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "part")
@@ -136,7 +137,7 @@ class Storage:
             temporary.unlink(missing_ok=True)
 
     def upload(self, path: Path, name: str) -> None:
-        """Publish a local file of any size under `name`, whole or not at all; the local file is gone after."""
+        """Publish a local file of any size under `name`, atomically; the local file is removed."""
         with told(self.where(name)):
             if self.bucket is not None:
                 self.bucket.upload(path, name)
@@ -146,7 +147,7 @@ class Storage:
                 shutil.move(path, temporary)
 
     def open(self, name: str = "") -> pa.NativeFile:
-        """A file to read at random places, as Parquet readers want it."""
+        """A file for random access, as Parquet readers need it."""
         with told(self.where(name)):
             return (self.folder if self.bucket is None else self.bucket).open(name)
 
@@ -162,13 +163,13 @@ class Storage:
         """
         with told(self.uri):
             one = self.bucket.head("")
-            found = {"": one} if one else self.bucket.listing("")
-        if not found:
+            facts = {"": one} if one else self.bucket.listing("")
+        if not facts:
             raise StorageError(f"{self.uri}: there is no such file or folder")
-        return found
+        return facts
 
     def delete(self, name: str) -> None:
-        """Delete a file or everything below a folder; nothing there is no error."""
+        """Delete a file or everything below a folder; no error if it does not exist."""
         with told(self.where(name)):
             if self.bucket is None:
                 self.folder.delete(name)
@@ -209,7 +210,7 @@ def download(storage: Storage, names: Iterable[str], folder: Path) -> Path:
     root = folder / (storage.bucket.key("").rpartition("/")[2] or storage.bucket.name)
     for name in names:
         path = Path(os.path.normpath(root / name))
-        if not path.is_relative_to(root):  # S3 takes any name, `..` too
+        if not path.is_relative_to(root):  # S3 allows any name, also with `..`
             raise StorageError(f"{storage.where(name)}: a name that leads out of its folder")
         with told(storage.where(name)):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def download(storage: Storage, names: Iterable[str], folder: Path) -> Path:
 
 @contextlib.contextmanager
 def told(where: str) -> Iterator[None]:
-    """Turn what the file system and S3 raise into one StorageError. No message carries a credential."""
+    """Turn errors of the file system and S3 into one StorageError. No message contains a credential."""
     try:
         yield
     except FileNotFoundError:
@@ -232,7 +233,7 @@ def told(where: str) -> Iterator[None]:
         )
         raise StorageError(f"{where}: {hint or e.strerror or text[:200]}") from None
     except Exception as e:
-        # botocore is imported by the S3 calls alone, so its errors are told by their module and their answer.
+        # Only S3 calls import botocore, so its errors are recognized by their module name and response.
         if not type(e).__module__.startswith(("botocore", "boto3")):
             raise
         missing = {
@@ -245,6 +246,6 @@ def told(where: str) -> Iterator[None]:
 
 
 def _code(error: Exception) -> str:
-    """The code of an error that S3 answered with; a failed upload carries the answer in its text alone."""
-    found = getattr(error, "response", {}).get("Error", {}).get("Code")
-    return found or (re.findall(r"\((\w+)\) when calling", str(error)) or [""])[0]
+    """The error code of S3's response; a failed upload has it only in its text."""
+    code = getattr(error, "response", {}).get("Error", {}).get("Code")
+    return code or (re.findall(r"\((\w+)\) when calling", str(error)) or [""])[0]
