@@ -16,7 +16,8 @@ PATIENCE = 8  # seconds that the controller has to end its workers: Kubernetes a
 
 class StoppableTrainer(TorchTrainer):
     """A run in a thread of its own. Ray's trainer keeps the handle of its controller, the actor that starts and owns the workers,
-    to a handler of SIGINT, which ends the process without a word; `_initialize_and_run_controller` is Ray's of 2.60 but for that.
+    to a handler of SIGINT, which ends the process without a message; `_initialize_and_run_controller` is otherwise
+    that of Ray 2.60.
     """
 
     def __init__(self, *args, **kwargs):
@@ -25,7 +26,7 @@ class StoppableTrainer(TorchTrainer):
 
     @contextlib.contextmanager
     def fitting(self, check: Callable[[], None]) -> Iterator[Future]:
-        """The outcome of `fit`, or what `check` raises before that. Behind the block no worker is left, however it ends."""
+        """The outcome of `fit`, or what `check` raises before that. After the block no worker is left, however it ends."""
         outcome, over = Future(), threading.Event()
 
         def checked() -> None:
@@ -72,8 +73,8 @@ def _settle(outcome: Future, call: Callable) -> None:
     """What the call returns or raises is the outcome, unless there is one already."""
     with contextlib.suppress(InvalidStateError):
         try:
-            found = call()
+            result = call()
         except BaseException as e:
             outcome.set_exception(e)
         else:
-            outcome.set_result(found)
+            outcome.set_result(result)

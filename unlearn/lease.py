@@ -1,14 +1,14 @@
 """A run folder has one owner at a time: `with held(run_dir, "unlearn run a.yaml") as lease: ... lease.check() ...`
 
-`lease.json` in the run folder names the owner and counts renewals. It is created only where it is not there (one of many
-wins), renewed by a thread, and marked as released at the end. Every change is conditional on the content that it
-replaces, so no process overwrites what it has not seen.
+`lease.json` in the run folder names the owner and counts renewals. It is created only where it does not exist (of several
+processes one succeeds), renewed by a thread, and marked as released at the end. Every change is conditional on the
+content that it replaces, so no process overwrites a version that it has not read.
 
-What is assumed of clocks: a second lasts equally long everywhere. Another process watches the file, and takes it over
+Clocks are assumed to run at the same rate everywhere, not to agree. Another process watches the file, and takes it over
 when it has not changed for as long as its owner said (60 s). The owner regards itself as lost when it could not renew
 for the same time, counted from before its last renewal. Times of day are compared only to take over a lease at once
-that is older by more than half an hour than it may be. A write of a former owner that is on its way when its time is
-over cannot be stopped.
+that is older by more than half an hour than it may be. A write of a former owner that is in flight when its lease expires
+cannot be stopped.
 
 On the owner's own machine its process is looked up: a run that was killed can be resumed at once there. The process that
 called `held` owns the folder; a forked child or a worker does not.
@@ -55,7 +55,7 @@ class Owner:
         return f"`{self.command}` (process {self.pid} on {self.host}, since {self.since}, last renewed {self.renewed})"
 
     def gone(self) -> bool | None:
-        """Whether it owns the folder no more; None where that cannot be told from here and now."""
+        """Whether it no longer owns the folder; None where that cannot be determined from here now."""
         if self.released:
             return True
         if self.place == _place() and (gone := _ended(self.pid, self.birth)) is not None:
@@ -95,16 +95,16 @@ class Lease:
     def _renew(self, released: bool = False) -> None:
         """Write the next renewal. Sets `_lost` where another process owns the folder. Raises StorageError."""
         for _ in range(3):
-            start, found = _elapsed(), self._storage.read_version(NAME)
-            owner = _parse(found[0]) if found else None
+            start, record = _elapsed(), self._storage.read_version(NAME)
+            owner = _parse(record[0]) if record else None
             if owner is None or owner.token != self._owner.token:
-                self._lost = f"{owner or 'another process'} has taken it over" if found else f"its {NAME} was deleted"
+                self._lost = f"{owner or 'another process'} has taken it over" if record else f"its {NAME} was deleted"
                 return
             if owner.released:
                 return
             now = _now()
             changed = replace(owner, renewals=owner.renewals + 1, renewed=now, released=released)
-            if self._storage.replace(NAME, _json(changed), found[1]):
+            if self._storage.replace(NAME, _json(changed), record[1]):
                 self._renewed = start
                 return
 
@@ -121,8 +121,9 @@ def held(
     """Own the run folder until the end of the block.
 
     what: the command, for the messages that others see; seconds: how long the folder stays taken after this process has
-    died; say: is told what is waited for. An owner that cannot be looked up from here is watched until it renews or its
-    lease expires. Raises LeaseError where another process owns the folder, and at the end where it was lost meanwhile.
+    died; say: called with a text that says what is waited for. An owner that cannot be looked up from here is watched
+    until it renews or its lease expires. Raises LeaseError where another process owns the folder, and at the end where the lease
+    was lost meanwhile.
     """
     lease = _acquire(Storage(run_dir), what, seconds, say)
     threading.Thread(target=lease._keep, name="lease", daemon=True).start()
@@ -136,9 +137,9 @@ def held(
 
 
 def owner_of(run_dir: str) -> Owner | None:
-    """Who owns a run folder, as far as can be told without waiting. Raises StorageError."""
-    found = Storage(run_dir).read_version(NAME)
-    owner = _parse(found[0]) if found else None
+    """Who owns a run folder, as far as can be determined without waiting. Raises StorageError."""
+    record = Storage(run_dir).read_version(NAME)
+    owner = _parse(record[0]) if record else None
     return owner if owner and not owner.gone() else None
 
 
@@ -149,12 +150,12 @@ def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], N
     )  # fmt: skip
     seen, until = None, 0.0
     while True:
-        start, found = _elapsed(), storage.read_version(NAME)
-        if not found:
+        start, record = _elapsed(), storage.read_version(NAME)
+        if not record:
             if storage.create(NAME, _json(own)):
                 return Lease(storage, own, start)
             continue
-        owner, version = _parse(found[0]), found[1]
+        owner, version = _parse(record[0]), record[1]
         gone = owner.gone() if owner else None
         if gone is False or (gone is None and seen not in (None, version)):
             who = (
@@ -200,12 +201,13 @@ def _now() -> str:
 
 
 def _elapsed() -> float:
-    """Seconds on a clock that nobody sets, and that counts on while the machine sleeps, where the system has one."""
+    """Seconds on a monotonic clock, one that includes time asleep where the system has it."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def _place() -> str:
-    """Where a process number means one process: this boot of the kernel and, as containers have their own, the namespace."""
+    """The scope in which a process number is unique: this boot of the kernel and the PID namespace
+    (containers have their own)."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"

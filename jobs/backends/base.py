@@ -1,4 +1,4 @@
-"""What every place to run a job agrees on: the words for its state, what is sent, and the face of a backend."""
+"""What every place to run a job agrees on: the names of its states, what is sent, and the interface of a backend."""
 
 import json
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ class NoSuchJob(ClusterError):
 
 
 class State(StrEnum):
-    """The same words everywhere. Queued: nothing of it is there yet; starting: its driver does not run yet."""
+    """The same states for every backend. Queued: nothing of it exists yet; starting: its driver does not run yet."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -71,9 +71,9 @@ class Request:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The job's environment beyond what is there."""
-        found = {JOB: self.id} | ({CONFIG: self.config} if self.source == f"env:{CONFIG}" else {})
-        return found | ({REQUIRED: ",".join(self.env)} if self.env else {})
+        """The job's environment besides what the place itself sets."""
+        variables = {JOB: self.id} | ({CONFIG: self.config} if self.source == f"env:{CONFIG}" else {})
+        return variables | ({REQUIRED: ",".join(self.env)} if self.env else {})
 
     def dump(self) -> str:
         """JSON of all but the configuration."""
@@ -104,7 +104,7 @@ class Backend(Protocol):
     remote: bool  # whether a path of this machine may mean nothing there
 
     def plan(self, request: Request) -> str:
-        """YAML of what `start` would send. Nobody is asked."""
+        """YAML of what `start` would send. No server is contacted."""
 
     def start(self, request: Request) -> Job:
         """Start the job, or start it again where an earlier attempt under the same id is over."""
@@ -115,7 +115,7 @@ class Backend(Protocol):
     def get(self, id: str) -> Job: ...
 
     def again(self, id: str) -> Job:
-        """Start a job that is over again, as it was sent: same code, image and secrets, whatever this backend was told."""
+        """Start a job that is over again, as it was sent: same code, image and secrets, whatever the settings of this backend."""
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         """What the job's driver has printed, in pieces; with `follow` until the job is over."""
@@ -150,4 +150,4 @@ def _told(log: str, level: str) -> list[str]:
 def _lines(log: str) -> list[str]:
     """A driver's lines, those that are JSON as they read where they are not."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    return [f"{found[0]}: {found[1]}" if (found := message(line)) else line for line in lines]
+    return [f"{parts[0]}: {parts[1]}" if (parts := message(line)) else line for line in lines]

@@ -1,4 +1,4 @@
-"""Jobs on Kubernetes: each is a RayJob, which brings a Ray cluster of its own and takes it down again (KubeRay, ray.io/v1).
+"""Jobs on Kubernetes: each is a RayJob, which starts a Ray cluster of its own and deletes it at the end (KubeRay, ray.io/v1).
 
 The RayJob comes from a template (jobs/rayjob.py), and keeps what was sent in an annotation. A job that is started again is a
 new RayJob ID-r2, ID-r3 ... with the same label; the newest one counts. Stopping suspends: the nodes are given back at once, and what is known of the job stays.
@@ -67,7 +67,7 @@ class Kubernetes:
         return self._send(self._document(request, request.id, self.namespace))
 
     def again(self, id: str) -> Job:
-        # Not the live object: Kueue and the server have written into that.
+        # Not the live object, which Kueue and the server have changed.
         return self._send(json.loads(self._newest(id)["metadata"]["annotations"][SENT]))
 
     def _send(self, document: dict) -> Job:
@@ -107,28 +107,28 @@ class Kubernetes:
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         """Of the submitter's pod, which is made when the cluster is ready; a retry of KubeRay has a pod of its own."""
-        name, told = self._newest(id)["metadata"]["name"], None
+        name, shown_pod = self._newest(id)["metadata"]["name"], None
         where = f"the log of {name}"
         while True:
-            job = self.get(id)  # asked before reading, so that the last words are read
+            job = self.get(id)  # asked before reading, so that the end of the log is read
             with self._told(where):
                 pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}").items
                 pod = max(pods, key=lambda p: p.metadata.creation_timestamp, default=None)
-                if pod and pod.status.phase != "Pending" and pod.metadata.name != told:
-                    told = pod.metadata.name
+                if pod and pod.status.phase != "Pending" and pod.metadata.name != shown_pod:
+                    shown_pod = pod.metadata.name
                     answer = self._core.read_namespaced_pod_log(
-                        told, self.namespace, follow=follow, _preload_content=False
+                        shown_pod, self.namespace, follow=follow, _preload_content=False
                     )
                     for piece in answer.stream(decode_content=False):
                         yield piece.decode(errors="replace")
             if not follow or not job.live:
                 break
             time.sleep(1)
-        if told is None and pod:
+        if shown_pod is None and pod:
             raise ClusterError(
                 f"{where}: its pod has not started ({waiting(pod) or 'Pending'}); wait for it with --follow"
             )
-        if told is None:
+        if shown_pod is None:
             raise ClusterError(
                 f"{where}: its pod is gone, or not there yet (the job is {job.state}); wait for it with --follow. Older logs are where "
                 "the cluster's log shipping takes them (infra/kubernetes/components/logs)"
@@ -143,7 +143,7 @@ class Kubernetes:
         name, deadline = document["metadata"]["name"], time.monotonic() + self._grace
         patch = {"metadata": {"annotations": {STOP: "true"}}}
         with self._told(f"stopping {name}"):
-            # Kueue owns `suspend` of what is in its queues, and starts it again: there the workload is what one stops.
+            # Kueue owns `suspend` of what is in its queues, and starts it again: there the workload must be stopped.
             workloads = self._awaited_workloads(document)
             for workload in workloads:
                 self._objects.patch_namespaced_custom_object(
@@ -175,10 +175,10 @@ class Kubernetes:
                         propagation_policy="Background",
                     )
 
-    # A document in our words
+    # From documents to jobs
 
     def _job(self, document: dict, closely: bool = False) -> Job:
-        """closely: ask for what stands behind a job that does not start."""
+        """closely: also look up why a job does not start."""
         meta, status = document["metadata"], document.get("status") or {}
         phase = status.get("jobDeploymentStatus", "")
         state, message = STATES.get(phase, State.RUNNING), reason(status)
@@ -206,16 +206,21 @@ class Kubernetes:
         status = document.get("status") or {}
         if state == State.QUEUED and (queue := document["metadata"].get("labels", {}).get(QUEUE)):
             workloads = []
-            with contextlib.suppress(Exception):  # out of this user's sight; the job's state is told anyway
+            with contextlib.suppress(Exception):  # not readable by this user; the job's state is reported anyway
                 workloads = self._workloads(document)
             conditions = [c for w in workloads for c in w.get("status", {}).get("conditions", [])]
-            told = {
+            messages = {
                 c["type"]: c.get("message", "")
                 for c in conditions
                 if c["status"] == "False" or c["type"] in ("Evicted", "Preempted")
             }
             why = next(
-                (told[kind] for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted") if told.get(kind)), ""
+                (
+                    messages[kind]
+                    for kind in ("QuotaReserved", "Admitted", "Preempted", "Evicted")
+                    if messages.get(kind)
+                ),
+                "",
             )
             return f"waits in Kueue's queue {queue}" + (
                 f": {why}" if why else "; no such queue, or Kueue has not looked yet"
@@ -224,7 +229,9 @@ class Kubernetes:
             if condition["type"] == "ReplicaFailure" and condition["status"] == "True":
                 return f"pods cannot be made ({condition.get('reason')}): {condition.get('message', '')}"
         if cluster := status.get("rayClusterName"):
-            with contextlib.suppress(Exception):  # pods may be out of this user's sight; the job's state is told anyway
+            with contextlib.suppress(
+                Exception
+            ):  # pods may not be readable by this user; the job's state is reported anyway
                 pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"ray.io/cluster={cluster}").items
                 return next(filter(None, map(waiting, pods)), "")
         return ""
@@ -235,43 +242,43 @@ class Kubernetes:
             return []
         chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
         try:
-            found = self._objects.list_namespaced_custom_object(
+            workloads = self._objects.list_namespaced_custom_object(
                 *WORKLOADS, self.namespace, "workloads", label_selector=chosen
             )["items"]
         except Exception as e:
             if getattr(e, "status", None) == 404:  # a cluster without Kueue
                 return []
             raise
-        over = {w["metadata"]["name"] for w in found for c in w.get("status", {}).get("conditions", [])
+        over = {w["metadata"]["name"] for w in workloads for c in w.get("status", {}).get("conditions", [])
                 if (c["type"], c["status"]) == ("Finished", "True")}  # fmt: skip
-        return [w for w in found if w["metadata"]["name"] not in over]
+        return [w for w in workloads if w["metadata"]["name"] not in over]
 
     def _awaited_workloads(self, document: dict) -> list[dict]:
         """The same; for a job that has just been made they are waited for."""
         age = time.time() - datetime.fromisoformat(document["metadata"]["creationTimestamp"]).timestamp()
         deadline = time.monotonic() + min(self._kueue, self._kueue - age)
         while (
-            not (found := self._workloads(document))
+            not (workloads := self._workloads(document))
             and QUEUE in document["metadata"]["labels"]
             and time.monotonic() < deadline
         ):
             time.sleep(0.5)
-        return found
+        return workloads
 
     # The server
 
     def _all(self) -> list[dict]:
         """Every RayJob of ours, the newest first."""
         with self._told("listing jobs"):
-            found = self._objects.list_namespaced_custom_object(
+            documents = self._objects.list_namespaced_custom_object(
                 *RAYJOBS, self.namespace, "rayjobs", label_selector=LABEL
             )["items"]
-        found = [
-            d for d in found if is_ours(d["metadata"].get("annotations", {}).get(REQUEST))
+        documents = [
+            d for d in documents if is_ours(d["metadata"].get("annotations", {}).get(REQUEST))
         ]  # others may use the label
         # Two within one second are told apart by their attempt.
         return sorted(
-            found,
+            documents,
             key=lambda d: (d["metadata"]["creationTimestamp"], len(d["metadata"]["name"]), d["metadata"]["name"]),
             reverse=True,
         )
@@ -309,7 +316,7 @@ class Kubernetes:
             except ImportError:
                 raise MissingExtra("the kubernetes client", "k8s", "submitting to Kubernetes") from None
             settings = kubernetes.client.Configuration()
-            settings.retries = False  # where nobody answers that is to be said at once
+            settings.retries = False  # an unreachable server is to be reported at once
             file = os.environ.get("KUBECONFIG")  # by itself the client looks once, when it is imported
             try:
                 contexts, current = kubernetes.config.list_kube_config_contexts(file)
@@ -334,7 +341,7 @@ class Kubernetes:
 
     @contextlib.contextmanager
     def _told(self, doing: str) -> Iterator[None]:
-        """What the client raises, in the user's words."""
+        """Translate what the client raises into messages for the user."""
         client, _ = self._connected  # says what is missing, should it be the package
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError

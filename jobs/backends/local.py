@@ -68,7 +68,7 @@ class Local:
         path = os.pathsep.join([str(Path(jobs.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
         command = ["/bin/sh", "-c", RECORD, "unlearn-job", str(folder / "exit"), sys.executable, *request.command]
         with open(folder / "log", "ab") as log:
-            earlier = log.tell()  # what earlier attempts have said
+            earlier = log.tell()  # the log of earlier attempts
             process = subprocess.Popen(
                 command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env=os.environ | request.variables | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
@@ -76,8 +76,8 @@ class Local:
         return {"pid": process.pid, "started": _birth(process.pid), "host": socket.gethostname(), "log": earlier}
 
     def jobs(self) -> list[Job]:
-        found = [self.get(path.parent.name) for path in self.home.glob("*/request.json") if _request(path)]
-        return sorted(found, key=lambda job: job.submitted, reverse=True)
+        all_jobs = [self.get(path.parent.name) for path in self.home.glob("*/request.json") if _request(path)]
+        return sorted(all_jobs, key=lambda job: job.submitted, reverse=True)
 
     def get(self, id: str) -> Job:
         about, folder = self._about(id), self.home / id
@@ -110,7 +110,7 @@ class Local:
         path = self.home / id / "log"
         with open(path, encoding="utf-8", errors="replace") as log:
             while True:
-                over = not follow or not self.get(id).live  # asked before reading, so that the last words are read
+                over = not follow or not self.get(id).live  # asked before reading, so that the end of the log is read
                 while piece := log.read(1 << 16):
                     yield piece
                 if over:
@@ -163,7 +163,7 @@ def _request(path: Path) -> dict | None:
 
 
 def _birth(pid: int) -> str | None:
-    """When a living process began, in words that no other process of that pid will ever have; None where there is none."""
+    """When a living process began, as a text that no other process of that pid will ever have; None where there is none."""
     import psutil
 
     try:

@@ -35,7 +35,7 @@ REQUEST, CODE = "unlearn", "unlearn-code"  # our keys in a submission's metadata
 GRACE = 30  # seconds that a driver has to end by itself once it is asked to
 PATIENCE = 60  # seconds for which a head that has just started may take no jobs yet
 HEAD = "/api/v0/nodes?filter_keys=is_head_node&filter_predicates=%3D&filter_values=True"
-# Of a working directory only the packages travel, and of them not what .gitignore names: no results, data or `.env` by mistake.
+# Of a working directory only the packages are sent, without what .gitignore names: no results, data or `.env` by mistake.
 EXCLUDES = ["/*", "!/.", "!/unlearn", "!/jobs", "!/pipelines", "__pycache__", ".env"]
 
 
@@ -49,7 +49,7 @@ class RayJobs:
 
     @functools.cached_property
     def remote(self) -> bool:
-        """Whether the head is another machine; a port here may be forwarded to such a one (ssh -L, kubectl port-forward)."""
+        """Whether the head is another machine; a local port may be forwarded to one (ssh -L, kubectl port-forward)."""
         host = urlsplit(self.where).hostname or ""
         with contextlib.suppress(ValueError):
             if not ipaddress.ip_address(host).is_loopback:
@@ -58,7 +58,7 @@ class RayJobs:
         return host != "localhost" or not self._head_is_here()
 
     def _head_is_here(self) -> bool:
-        """Whether the cluster's own process runs on this machine; also said where nobody answers, which is told later."""
+        """Whether the cluster's own process runs on this machine; also true where nothing answers, which is reported later."""
         import psutil
 
         try:
@@ -103,7 +103,7 @@ class RayJobs:
                 self._client.submit_job(**sent)
                 return
             except RuntimeError as e:
-                # Somebody else has sent the same request at the same time: then it is there, which is all we want.
+                # The same request was sent by another process at the same time: the job exists, as intended.
                 if "already exists" in str(e):
                     return
                 # The head answers before the agent is there that starts jobs.
@@ -121,20 +121,20 @@ class RayJobs:
         [job] = self._known([self._newest(id)])
         return job
 
-    def _known(self, found: Iterable) -> list[Job]:
-        """Submissions in our words. Ray goes on to call a job running whose driver died with the head's node."""
-        known = [_job(details) for details in found]
-        if any(job.live for job in known) and self._head_is_lost():
+    def _known(self, submissions: Iterable) -> list[Job]:
+        """Submissions as jobs. Ray still calls a job running whose driver died with the head's node."""
+        jobs = [_job(details) for details in submissions]
+        if any(job.live for job in jobs) and self._head_is_lost():
             why = f"the head's node is lost, and the driver with it: start the cluster anew, then {GOES_ON}"
-            known = [replace(job, state=State.FAILED, message=why) if job.live else job for job in known]
-        return known
+            jobs = [replace(job, state=State.FAILED, message=why) if job.live else job for job in jobs]
+        return jobs
 
     def _head_is_lost(self) -> bool:
         """Whether the node that runs drivers is gone, while the cluster's records can still be asked."""
         try:
             nodes = self._client._do_request("GET", HEAD).json()["data"]["result"]["result"]
             return bool(nodes) and all(node["state"] == "DEAD" for node in nodes)
-        except Exception:  # an older Ray; whether it answers at all is told elsewhere
+        except Exception:  # an older Ray; whether it answers at all is checked elsewhere
             return False
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
@@ -169,10 +169,10 @@ class RayJobs:
     def _details(self) -> list:
         """Every submission of ours, the newest first."""
         with self._told():
-            found = [
+            submissions = [
                 d for d in self._client.list_jobs() if is_ours((d.metadata or {}).get(REQUEST)) and d.submission_id
             ]
-        return sorted(found, key=lambda d: d.start_time or 0, reverse=True)
+        return sorted(submissions, key=lambda d: d.start_time or 0, reverse=True)
 
     def _newest(self, id: str):
         for details in self._details():
@@ -192,15 +192,15 @@ class RayJobs:
             for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
                 logging.getLogger(name).setLevel(logging.WARNING)
             with _meant(self.where):
-                found = token.read()
+                secret = token.read()
                 self._connected = JobSubmissionClient(
-                    self.where, headers={"Authorization": f"Bearer {found}"} if found else None
+                    self.where, headers={"Authorization": f"Bearer {secret}"} if secret else None
                 )
         return self._connected
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """What Ray's client raises, in the user's words."""
+        """Translate what Ray's client raises into messages for the user."""
         import requests
 
         try:
@@ -280,7 +280,7 @@ def _check_answers(address: str) -> None:
 
 @contextlib.contextmanager
 def _meant(address: str) -> Iterator[None]:
-    """Ray's client prefers these variables to the address it is given; here the address is meant."""
+    """Ray's client prefers these variables to the address it is given; here the address must be used."""
     names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     before = {name: os.environ.pop(name, None) for name in names}
     os.environ["RAY_API_SERVER_ADDRESS"] = address

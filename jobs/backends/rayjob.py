@@ -44,12 +44,12 @@ def template(overlay: str) -> dict:
     else:
         raise ConfigError(f"no overlay {overlay!r}: take one of {', '.join(OVERLAYS)}, or the path of a YAML file")
     try:
-        found = [d for d in yaml.safe_load_all(text) if isinstance(d, dict) and d.get("kind") == "RayJob"]
+        documents = [d for d in yaml.safe_load_all(text) if isinstance(d, dict) and d.get("kind") == "RayJob"]
     except yaml.YAMLError as e:
         raise ConfigError(f"{overlay} is not YAML: {' '.join(str(e).split())}") from None
-    if len(found) != 1:
-        raise ConfigError(f"{overlay} holds {len(found)} RayJobs: exactly one is the template")
-    return found[0]
+    if len(documents) != 1:
+        raise ConfigError(f"{overlay} holds {len(documents)} RayJobs: exactly one is the template")
+    return documents[0]
 
 
 def fill(
@@ -60,7 +60,7 @@ def fill(
 ) -> dict:  # fmt: skip
     """A copy of the template with these values; what is None stays as the template has it. Not checked: see `check`.
 
-    entrypoint: the command's words, quoted here. queue, priority: of Kueue; queue "" takes the job out of Kueue's hands.
+    entrypoint: the command's words, quoted here. queue, priority: of Kueue; queue "" removes the job from Kueue.
     workers: worker pods of the first group, a number, or (least, most). resources: of each worker pod, for example
     {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}. env: for head and workers. spec: further fields of the RayJob's spec,
     for example {"activeDeadlineSeconds": 3600}.
@@ -93,8 +93,8 @@ def fill(
             "limits": limits,
         }
     for container in containers:
-        kept = [e for e in container.get("env", []) if e["name"] not in (env or {})]
-        container["env"] = kept + [_variable(key, value) for key, value in (env or {}).items()]
+        variables = [e for e in container.get("env", []) if e["name"] not in (env or {})]
+        container["env"] = variables + [_variable(key, value) for key, value in (env or {}).items()]
     if image:
         submitter = body.get("submitterPodTemplate")
         for container in containers + ([submitter["spec"]["containers"][0]] if submitter else []):
@@ -108,7 +108,7 @@ def pods(job: dict, workers: int, cpus_per_worker: float, gpus_per_worker: float
     have = {**have.get("requests", {}), **have.get("limits", {})}
     gpus = sum(int(amount) for kind, amount in have.items() if kind.endswith("/gpu"))
     cpu = str(have.get("cpu", 0))
-    # As Ray is told by the operator: whole CPUs, rounded up.
+    # As the operator configures Ray: whole CPUs, rounded up.
     cpus = math.ceil(int(cpu[:-1]) / 1000) if cpu.endswith("m") else math.ceil(float(cpu))
     fit = min(cpus // cpus_per_worker, gpus // gpus_per_worker if gpus_per_worker else math.inf)
     if fit < 1:

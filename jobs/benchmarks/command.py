@@ -1,4 +1,4 @@
-"""What every benchmark's command line shares: the run that is measured, the number of rounds, how a ratio is told."""
+"""What every benchmark's command line shares: the run that is measured, the number of rounds, how a ratio is printed."""
 
 import argparse
 import os
@@ -14,22 +14,22 @@ from unlearn.errors import UnlearnError
 
 def parser(about: str) -> argparse.ArgumentParser:
     """A parser that knows CONFIG, --set and --rounds. about: the benchmark's own docstring."""
-    found = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("config", nargs="?", help="a YAML file; default: the demo's configuration")
-    found.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
-    found.add_argument("--rounds", type=int, default=3)
-    return found
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="a YAML file; default: the demo's configuration")
+    parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rounds", type=int, default=3)
+    return parser
 
 
 def settings(options: argparse.Namespace, overrides: list[str] = []) -> config.RunConfig:  # noqa: B006  read only
     """The configuration that is measured; `overrides` come before those of the command line."""
-    told = [*overrides, *options.overrides]
-    return config.load(options.config, told) if options.config else demo.demo_config(overrides=told)
+    changes = [*overrides, *options.overrides]
+    return config.load(options.config, changes) if options.config else demo.demo_config(overrides=changes)
 
 
 def main(module: str, call: Callable[[], None]) -> None:
-    """Run a benchmark with the environment that Ray's workers are given, or plain torch would be no fair baseline; malloc reads
-    it at start. A mistake of the user is told in one line."""
+    """Run a benchmark with the environment that Ray's workers are given, so that plain torch is a fair baseline; malloc reads
+    it at start. A mistake of the user is reported in one line."""
     if not WORKER_ENV.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | WORKER_ENV)
     try:

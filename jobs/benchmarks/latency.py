@@ -3,7 +3,7 @@
     python -m jobs.benchmarks.latency [CONFIG] --to http://HEAD:8265 [--set a.b=c] [--rounds 3]
 
 The first round is the warm-up. Each round submits the run into a new folder with `training.log_every=1`, and stops it after its first step.
-Wants a run folder that can be read from here; stages of the workers are seen where they run on this machine.
+The run folder must be readable from here; the stages of the workers are measured only where they run on this machine.
 """
 
 import statistics
@@ -22,29 +22,30 @@ STAGES = ("accepted", "driver runs", "checks are done", "workers run", "first st
 def measure(run: config.RunConfig, to: str) -> dict[str, float]:
     """Seconds from the call to the end of each stage."""
     began, wall = time.perf_counter(), time.time()
-    place, storage, found = submit.backend(to), Storage(run.run_dir), {}
+    place, storage, seconds = submit.backend(to), Storage(run.run_dir), {}
     job, _ = submit.submit(place, submit.request(run, elsewhere=to != "local"))
-    found["accepted"] = time.perf_counter() - began
-    while "first step" not in found and job.live:
+    seconds["accepted"] = time.perf_counter() - began
+    while "first step" not in seconds and job.live:
         now, job = time.perf_counter() - began, place.get(job.id)
-        if "driver runs" not in found:
+        if "driver runs" not in seconds:
             if job.state == "running":
-                found["driver runs"] = now
-        elif "checks are done" not in found and storage.is_file("config.yaml"):
-            found["checks are done"] = now
-        elif "first step" not in found and storage.is_file("metrics.jsonl"):
-            found["first step"] = now
+                seconds["driver runs"] = now
+        elif "checks are done" not in seconds and storage.is_file("config.yaml"):
+            seconds["checks are done"] = now
+        elif "first step" not in seconds and storage.is_file("metrics.jsonl"):
+            seconds["first step"] = now
         time.sleep(0.05)
-    if "first step" not in found:
+    if "first step" not in seconds:
         raise ClusterError(f"{job.id} is {job.state} before its first step: {job.message}")
     if started := _workers(wall):
-        found["workers run"] = started - wall
+        seconds["workers run"] = started - wall
     place.stop(job.id)
-    return found
+    return seconds
 
 
 def _workers(since: float) -> float | None:
-    """When the last of Ray Train's worker processes on this machine began to be one, by their age; Ray keeps idle ones ready."""
+    """When the last of Ray Train's worker processes on this machine became one, from their age;
+    Ray keeps idle processes ready."""
     import psutil
 
     ages = []
@@ -59,11 +60,13 @@ def latency(settings: config.RunConfig, to: str, count: int) -> None:
     rounds = []
     for number in range(count + 1):
         with tempfile.TemporaryDirectory(prefix="unlearn-latency-") as folder:
-            found = measure(settings.model_copy(update={"run_dir": folder}), to)
-        print(f"round {number}  " + "  ".join(f"{stage} {found[stage]:.1f} s" for stage in STAGES if stage in found))
-        rounds += [found] if number else []
+            seconds = measure(settings.model_copy(update={"run_dir": folder}), to)
+        print(
+            f"round {number}  " + "  ".join(f"{stage} {seconds[stage]:.1f} s" for stage in STAGES if stage in seconds)
+        )
+        rounds += [seconds] if number else []
     for stage in STAGES:
-        if values := [found[stage] for found in rounds if stage in found]:
+        if values := [seconds[stage] for seconds in rounds if stage in seconds]:
             print(
                 f"{stage:16} after {statistics.median(values):5.1f} s (median of {len(values)}, {min(values):.1f} to {max(values):.1f})"
             )

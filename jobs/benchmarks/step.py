@@ -36,10 +36,10 @@ def step(
     run: config.RunConfig, rounds: int, seconds: float = 2, warm_up: int = 3, compiled: bool = False, channels_last: bool = False,
     synthetic: bool = False,
 ) -> None:  # fmt: skip
-    """Rounds of engine steps and of bare steps in turn, each about `seconds` long: images/s of both, the ratio, MFU.
+    """Rounds of engine steps and of bare steps in turn, each about `seconds` long: images/s of both, their ratio, and MFU.
 
     compiled: torch.compile on both encoders. channels_last: of convolutions. synthetic: noise for images, else those of the
-    run. With training.engine deepspeed it is that engine, alone in its process group, that is measured beside the bare loop.
+    run. With training.engine deepspeed it is that engine, alone in its process group, that is compared with the bare loop.
     """
     if run.method.name != "encoder_l2" or run.method.noise != "standard":
         raise ConfigError("benchmark step: the bare loop knows method encoder_l2 with noise standard alone")
@@ -56,7 +56,7 @@ def step(
         if first_stage is not None:
             student.stock_noise(first_stage, run.seed)
         batches, has_first_stage = _batches(run, student, first_stage, device, synthetic), first_stage is not None
-        first_stage = None  # as where its latents are kept
+        first_stage = None  # as with a latent cache
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
         bare = Bare(run, copy.deepcopy(student), device, compiled, channels_last)
@@ -75,8 +75,8 @@ def step(
 def _rounds(
     calls: dict[str, Callable], rounds: int, seconds: float, warm_up: int, device: torch.device
 ) -> dict[str, list[tuple]]:
-    """(seconds by the clock, seconds of the processor) of one step of each call, a pair a round; who begins changes from round to
-    round. On a CPU that others use too the processor's time says more."""
+    """(seconds by the clock, seconds of the processor) of one step of each call, a pair a round; the order alternates
+    from round to round. On a shared CPU the processor time is more reliable."""
     times = {name: [] for name in calls}
     took = max(_time(call, 0, max(1, warm_up), device)[0] for call in calls.values())
     steps = max(1, round(seconds / took))
@@ -110,8 +110,8 @@ def _tell(
     _ratio("step time", times, 0)
     if device.type == "cpu":
         _ratio("processor time", times, 1)
-    for name, found in times.items():
-        rate = run.training.batch_size / statistics.median(wall for wall, _ in found)
+    for name, samples in times.items():
+        rate = run.training.batch_size / statistics.median(wall for wall, _ in samples)
         print(f"{name:9}  {rate:.1f} images/s, {flops:.3g} FLOPs an image, {rate * flops:.3g} FLOP/s")
     rate = run.training.batch_size / statistics.median(wall for wall, _ in times["engine"])
     if device.type == "cuda":
@@ -119,19 +119,19 @@ def _tell(
             print(f"MFU {share:.1%} of the bf16 peak; at the floor {rate / share:.0f} images/s")
         strategy = memory.strategy(run)
         precision = memory.precision(run, strategy)
-        if has_first_stage:  # it is not on the device here, and its latents are
+        if has_first_stage:  # the first stage is not on the device here, but its latents are
             run = run.model_copy(update={"data": run.data.model_copy(update={"latent_cache": "none"})})
-        found = footprint.measure(run, run.micro_batch, precision, strategy.checkpointing)
+        measured = footprint.measure(run, run.micro_batch, precision, strategy.checkpointing)
         needed, bare = (
-            memory.estimate(found, strategy, precision, 1, run.accumulation, True),
-            16 * found.trained.count + 4 * found.teacher.count,
+            memory.estimate(measured, strategy, precision, 1, run.accumulation, True),
+            16 * measured.trained.count + 4 * measured.teacher.count,
         )
         print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB, of which the bare loop keeps {bare / 2**30:.2f}; "
               f"plan says {needed.total / 2**30:.2f} without it")  # fmt: skip
 
 
 class Bare:
-    """The same step written down once more, with torch and nothing else."""
+    """The same step implemented with plain torch only."""
 
     def __init__(
         self, run: config.RunConfig, student: base.Adapter, device: torch.device, compiled: bool, channels_last: bool
@@ -180,8 +180,10 @@ class Bare:
             if (self.method.noise_region or self.student.noise_region) == "hole":
                 noise = self.student.fill_hole(images[batch.retain :], noise, view.rows(batch.retain, len(images)))
             target = self.teacher.encode(torch.cat([images[: batch.retain], noise]), view, batch.seed)
-        found = self.student.encode(images, view, batch.seed)
-        levels = [(found, target)] if isinstance(found, torch.Tensor) else list(zip(found, target, strict=True))
+        predicted = self.student.encode(images, view, batch.seed)
+        levels = (
+            [(predicted, target)] if isinstance(predicted, torch.Tensor) else list(zip(predicted, target, strict=True))
+        )
         loss = torch.zeros((), device=self.device)
         for x, y in levels:
             for rows, weight in ((slice(0, batch.retain), 1.0), (slice(batch.retain, None), self.method.alpha)):
@@ -203,23 +205,23 @@ def _prepare(models: tuple, compiled: bool, channels_last: bool) -> None:
 def _batches(
     run: config.RunConfig, student: base.Adapter, first_stage, device: torch.device, synthetic: bool
 ) -> list[Batch]:
-    """Micro-batches in memory, pinned where the device is a GPU; what a first stage makes of images is made here."""
+    """Micro-batches in memory, pinned where the device is a GPU; where there is a first stage, latents are computed here."""
     size = student.options.image_size
     if synthetic:
         retain, forget = order.split(run.micro_batch, run.training.forget_fraction)
-        found, generator = [], torch.Generator().manual_seed(run.seed)
+        batches, generator = [], torch.Generator().manual_seed(run.seed)
         for number in range(BATCHES):
             images = torch.randint(0, 256, (retain + forget, 3, size, size), generator=generator, dtype=torch.uint8)
             view = views.draw(run.train_views, student.grid, retain + forget, order.generator(run.seed, number))
-            found.append(Batch(images, view, retain, number))
+            batches.append(Batch(images, view, retain, number))
     else:
         loader = Loader(run, resolve(run).sets, student.grid, size)
-        found = [loader.batch(number) for number in range(BATCHES)]
+        batches = [loader.batch(number) for number in range(BATCHES)]
     if first_stage is not None:
         with torch.no_grad():
-            cached = [first_stage(student.normalise(b.images.to(device)), b.view.to(device)).cpu() for b in found]
-        found = [Batch(images, b.view, b.retain, b.seed) for images, b in zip(cached, found, strict=True)]
-    return [batch.pin() for batch in found] if device.type == "cuda" else found
+            cached = [first_stage(student.normalise(b.images.to(device)), b.view.to(device)).cpu() for b in batches]
+        batches = [Batch(images, b.view, b.retain, b.seed) for images, b in zip(cached, batches, strict=True)]
+    return [batch.pin() for batch in batches] if device.type == "cuda" else batches
 
 
 def _take(batches: list[Batch], number: int, count: int) -> list[Batch]:
@@ -243,17 +245,17 @@ def _group(run: config.RunConfig, cuda: bool) -> Iterator[None]:
 
 def _one_worker(options: argparse.Namespace) -> list[str]:
     """Overrides for a step of one process: those of the command line come after them."""
-    found = ["training.engine=torch", "cluster.workers=1"]
+    overrides = ["training.engine=torch", "cluster.workers=1"]
     if options.model:
         family, _, variant = options.model.partition("/")
-        found += [
+        overrides += [
             f"model={{family: {family}, variant: {variant or 'null'}}}",
             "train_views=[{kind: random, size: 0.75}]",
         ]
     if torch.cuda.is_available():
-        found += ["training.dtype=bf16", "cluster.gpus_per_worker=1"]
+        overrides += ["training.dtype=bf16", "cluster.gpus_per_worker=1"]
     rows = options.micro_batch
-    return found + ([f"training.micro_batch_size={rows}", f"training.batch_size={rows}"] if rows else [])
+    return overrides + ([f"training.micro_batch_size={rows}", f"training.batch_size={rows}"] if rows else [])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The commands that send jobs away and look after them: `unlearn submit`, `unlearn jobs ...`."""
+"""The commands that submit and manage jobs: `unlearn submit`, `unlearn jobs ...`."""
 
 import sys
 from contextlib import contextmanager
@@ -77,17 +77,17 @@ def submit(
     if dry_run:
         typer.echo(place.plan(sent), nl=False)
         return
-    found, new = job.submit(place, sent, mounted)
-    typer.echo(found.id)
+    submitted, new = job.submit(place, sent, mounted)
+    typer.echo(submitted.id)
     err.print(
-        f"{'submitted' if new else 'is there already'}: {found.state}, run folder {found.run_dir}",
+        f"{'submitted' if new else 'is there already'}: {submitted.state}, run folder {submitted.run_dir}",
         soft_wrap=True,
         markup=False,
     )
     if wait:
-        _follow(place, found.id, retries)
+        _follow(place, submitted.id, retries)
     elif new:
-        err.print(f"follow it: unlearn jobs logs {found.id} --to {to} --follow", soft_wrap=True, markup=False)
+        err.print(f"follow it: unlearn jobs logs {submitted.id} --to {to} --follow", soft_wrap=True, markup=False)
 
 
 @app.command(name="list")
@@ -95,11 +95,11 @@ def list_jobs(to: To = "local", namespace: Namespace = None, as_json: Json = Fal
     """List the jobs of a place, the newest first."""
     from unlearn.cli.console import out
 
-    found = _place(to, namespace).jobs()
+    jobs = _place(to, namespace).jobs()
     if as_json:
-        return _json([vars(job) for job in found])
+        return _json([vars(job) for job in jobs])
     rows = [("job", "state", "submitted", "run folder", "")]
-    rows += [(job.id, job.state, _time(job.submitted), job.run_dir, job.message) for job in found]
+    rows += [(job.id, job.state, _time(job.submitted), job.run_dir, job.message) for job in jobs]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:  # however narrow the terminal is: a run folder is there to be copied
         out.print(
@@ -172,7 +172,7 @@ def _place(to: str, namespace: str | None):
 
 
 def _follow(place, id: str, retries: int) -> None:
-    """A bar of the run's own metrics until the job is over; exits with 1 where it has not succeeded."""
+    """A progress bar from the run's metrics until the job is over; exits with 1 where it has not succeeded."""
     from jobs import submit as job
     from unlearn.cli.console import err, out, progress, training
 

@@ -17,18 +17,18 @@ _OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"
 def config(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except FileNotFoundError:
         raise WeightsError(f"{path} is missing: give a whole folder as diffusers' save_pretrained writes it") from None
     except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+        content = None
+    if not isinstance(content, dict):
         raise WeightsError(f"{path} is damaged: it holds no JSON object")
-    return found
+    return content
 
 
 def public(config: dict[str, Any]) -> dict[str, Any]:
-    """A diffusers config without what it says of itself."""
+    """A diffusers config without its metadata."""
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
@@ -49,8 +49,8 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(
             f"{folder} lacks {', '.join(missing or [f'{FILE}.safetensors'])}: give a whole folder of diffusers"
         )
-    found = {n: t for name in names for n, t in tensor_files.load(folder / name, str(folder / name)).items()}
-    return {_today(n): t for n, t in found.items()}
+    tensors = {n: t for name in names for n, t in tensor_files.load(folder / name, str(folder / name)).items()}
+    return {_today(n): t for n, t in tensors.items()}
 
 
 def _today(name: str) -> str:

@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from unlearn.aliases import tensor_name
 from unlearn.errors import WeightsError
 
-# Torch begins its tensors at multiples of so many bytes. Products of the same numbers may round otherwise elsewhere.
+# Torch aligns its tensors to so many bytes. With another alignment, products of the same numbers may round differently.
 ALIGNED = 64
 # What safetensors calls the types of numbers.
 _TYPES = {
@@ -41,16 +41,16 @@ def load(path: Path, uri: str) -> dict[str, torch.Tensor]:
         # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch before 1.6 are no zip files, and cannot be mapped.
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as e:  # a damaged pickle fails in any way there is
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # a damaged pickle can raise any exception
         why = (str(e).splitlines() or [type(e).__name__])[0][:200]
         raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {why}") from None
     for key in ("model", "state_dict"):
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise WeightsError(f"{uri} holds no dictionary of tensors")
-    return found
+    return tensors
 
 
 def save(
@@ -65,7 +65,7 @@ def save(
     """
     dtypes = {n: floats if floats and t.is_floating_point() else t.dtype for n, t in tensors.items()}
     sizes = {n: t.numel() * dtypes[n].itemsize for n, t in tensors.items()}
-    # Those first after which the next one is aligned, so that a model can be used where the file is mapped.
+    # Tensors after which the next one is aligned come first, so that a model can be used where the file is mapped.
     order = sorted(tensors, key=lambda n: (sizes[n] % ALIGNED > 0, -dtypes[n].itemsize, n))
     header: dict[str, dict] = {"__metadata__": metadata} if metadata else {}
     end = 0

@@ -33,11 +33,11 @@ SMALL = 16 << 20  # bytes: configs, and the embedding of a prompt
 
 @dataclass(frozen=True)
 class Source:
-    """What the storage says of weights, looked up once, by the driver, for all processes that read them.
+    """Where weights are and what they are, looked up once, by the driver, for all processes that read them.
 
     kind: "file", one file of tensors; "ours", a folder with CARD and WEIGHTS; "folder", one of another library.
     files: those that belong to it, relative to `uri`; "" is the file itself. card: what a folder of ours says.
-    fingerprint: sha256 of the file of tensors, or of all files of a folder of another library; "" where nobody asked.
+    fingerprint: sha256 of the file of tensors, or of all files of a folder of another library; "" where it was not requested.
     """
 
     uri: str
@@ -109,29 +109,29 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
     Weights in float32 are mapped from their file: they take memory of this process where they are written to.
     """
     cls, sources = base.adapter(model.family), sources or {}
-    held, found = start(cls, model, sources) if model.weights else ({}, None)
-    options = base.options(model, found)
+    tensors, saved_options = start(cls, model, sources) if model.weights else ({}, None)
+    options = base.options(model, saved_options)
     with torch.random.fork_rng(devices=[]), tensor_files.without_data() if model.weights else contextlib.nullcontext():
         torch.manual_seed(seed)
         built = cls(options)
-    held = cls.placed(held, options)
+    tensors = cls.placed(tensors, options)
     if model.first_stage:
         if built.first_stage is None:
             raise WeightsError(f"model.first_stage: this {model.family} has no frozen first stage")
         first_stage = cls.first_stage_from((sources.get(model.first_stage) or _look(model.first_stage)).path())
         rest = {n: t for n, t in built.state_dict().items() if not n.startswith(cls.first_stage_names)}
         tensor_files.check(built, rest | first_stage, model.first_stage)
-        held = held | first_stage
+        tensors = tensors | first_stage
     if model.weights:
-        if built.first_stage is not None and not any(n.startswith("first_stage.") for n in held):
+        if built.first_stage is not None and not any(n.startswith("first_stage.") for n in tensors):
             raise WeightsError(
                 f"{model.weights} lacks the frozen first stage of {model.family}: name its weights in model.first_stage"
             )
-        tensor_files.check(built, held, model.weights)
+        tensor_files.check(built, tensors, model.weights)
     if not decoder:
         built.drop_decoder()
     own = built.state_dict()
-    tensor_files.assign(built, {n: t for n, t in held.items() if n in own})
+    tensor_files.assign(built, {n: t for n, t in tensors.items() if n in own})
     return built.eval()
 
 
@@ -169,12 +169,12 @@ def _no_weights(uri: str) -> WeightsError:
 def card(storage: Storage) -> dict[str, Any]:
     """What a folder of ours says of itself: {"family", "options", ...}. Raises WeightsError."""
     try:
-        found = json.loads(storage.read(CARD))
-        dict(found["options"], family=found["family"])
-        found["family"] = MODELS.aliases.get(found["family"], found["family"])
+        card = json.loads(storage.read(CARD))
+        dict(card["options"], family=card["family"])
+        card["family"] = MODELS.aliases.get(card["family"], card["family"])
     except (ValueError, KeyError, TypeError):
         raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
-    return found
+    return card
 
 
 def fingerprint(uri: str) -> str:

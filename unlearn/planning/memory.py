@@ -1,4 +1,4 @@
-"""How much memory a run takes on each worker, for every strategy to share the work.
+"""Memory estimate of a run: bytes on each worker, for every strategy of distributing the work.
 
 What is counted is what the engines keep: torch's own (float32 weights, whole), and DeepSpeed 0.19's ZeRO stages with the
 settings of `engine.deepspeed_config` and its own defaults for the rest. N: elements of the trained parameters, W: workers.
@@ -38,7 +38,7 @@ class Strategy:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the moment when one worker holds most. device: by what they are for; host: the offloaded part."""
+    """Peak bytes of one worker. device: by purpose; host: the offloaded part."""
 
     device: dict[str, int]
     host: int
@@ -57,36 +57,42 @@ def strategy(run: config.RunConfig) -> Strategy:
 
 
 def precision(run: config.RunConfig, strategy: Strategy) -> str:
-    """How the arithmetic is done: see `footprint.measure`."""
+    """Number format of the arithmetic: see `footprint.measure`."""
     if run.training.dtype == "fp32":
         return "fp32"
     return "bf16" if strategy.stage else "autocast"
 
 
 def estimate(
-    found: Footprint, strategy: Strategy, precision: str, workers: int, accumulation: int, cuda: bool
+    measured: Footprint, strategy: Strategy, precision: str, workers: int, accumulation: int, cuda: bool
 ) -> MemoryEstimate:
-    """What one of `workers` holds at its worst moment; found: of this precision, with or without checkpointing as the strategy says."""
-    n, share = found.trained.count, math.ceil(found.trained.count / workers)
+    """Peak memory of one of `workers`; measured: the footprint at this precision, with or without checkpointing as
+    the strategy says."""
+    n, share = measured.trained.count, math.ceil(measured.trained.count / workers)
     size = 2 if precision == "bf16" else 4
-    parts = {"parameters": size * (n + found.frozen.count) + found.buffers, "teacher": size * found.teacher.count}
+    parts = {
+        "parameters": size * (n + measured.frozen.count) + measured.buffers,
+        "teacher": size * measured.teacher.count,
+    }
     parts["optimizer"] = 12 * share if strategy.stage else 8 * n
     if strategy.stage == 3:
-        parts["parameters"] = size * sum(_sharded(g, workers) for g in (found.trained, found.frozen)) + found.buffers
-        parts["teacher"] = size * _sharded(found.teacher, workers)
+        parts["parameters"] = (
+            size * sum(_sharded(g, workers) for g in (measured.trained, measured.frozen)) + measured.buffers
+        )
+        parts["teacher"] = size * _sharded(measured.teacher, workers)
     host = 0
     if strategy.offload:
         host = (20 if strategy.stage == 3 else 16 + size + (4 if accumulation > 1 else 0)) * share
         parts["optimizer"] = 0
-    moments = _moments(found, strategy, size, workers, accumulation, cuda)
+    moments = _moments(measured, strategy, size, workers, accumulation, cuda)
     worst = max(moments, key=lambda moment: sum(moment.values()))
-    return MemoryEstimate({**parts, **worst, "first_stage": found.first_stage}, host)
+    return MemoryEstimate({**parts, **worst, "first_stage": measured.first_stage}, host)
 
 
 def caches(run: config.RunConfig, sets: dict[str, RowSet] | None, limit: int) -> int:
-    """Bytes on the host that the caches of one worker come to: what the data takes, at most `limit`.
+    """Host memory, in bytes, of the caches of one worker: what the data needs, at most `limit`.
 
-    sets: None where the data is not here, and the limit has to do."""
+    sets: None where the data cannot be read here; `limit` is assumed then."""
     if sets is None:
         return limit
     options, method = model_options(run.model)[0], methods.create(run.method)
@@ -99,40 +105,40 @@ def caches(run: config.RunConfig, sets: dict[str, RowSet] | None, limit: int) ->
     if latent:
         return min(limit, latent * run.data.latent_views * sum(map(len, sets.values())))
     needed = cache.needed_bytes(sets, run.data, options.image_size)
-    # Where single images do not all have room, row groups take the rest.
+    # Where not all single images fit, row groups fill the rest.
     room = limit if run.data.cache == "none" else cache.ImageCache(limit).room
     return limit if needed is None or needed > room else needed
 
 
 def _sharded(group: footprint.Group, workers: int) -> int:
-    """Elements that a rank keeps of parameters that ZeRO-3 has cut: its share, and the small ones whole besides."""
+    """Elements that a rank keeps of parameters sharded by ZeRO-3: its share, plus the small ones, which stay whole."""
     return math.ceil(group.count / workers) + group.small
 
 
 def _moments(
-    found: Footprint, strategy: Strategy, size: int, workers: int, accumulation: int, cuda: bool
+    measured: Footprint, strategy: Strategy, size: int, workers: int, accumulation: int, cuda: bool
 ) -> list[dict[str, int]]:
-    """What comes and goes, at the moments that may be the worst: within forward and backward, and in the update."""
-    n, share = found.trained.count, math.ceil(found.trained.count / workers)
-    activations, grads = found.curve[:, 0], found.curve[:, 1]
+    """Temporary memory at the two moments that may be the peak: within forward and backward, and in the update."""
+    n, share = measured.trained.count, math.ceil(measured.trained.count / workers)
+    activations, grads = measured.curve[:, 0], measured.curve[:, 1]
     backward = grads > 0
     bucket = np.zeros_like(grads)
     # torch's AdamW makes two temporary tensors as large as what it updates, unless it is fused.
-    temporary = 0 if cuda and not strategy.offload else 8 * (share if strategy.stage else found.trained.largest)
+    temporary = 0 if cuda and not strategy.offload else 8 * (share if strategy.stage else measured.trained.largest)
     if not strategy.stage:
-        kept = grads if accumulation == 1 else np.full_like(grads, size * n)
+        gradients = grads if accumulation == 1 else np.full_like(grads, size * n)
         copy = 4 * min(n, BUCKET) if strategy.stage == 0 and workers > 1 else 0
         update = {"gradients": 4 * n, "activations": 0, "buckets": max(copy, temporary)}
     elif strategy.stage == 1 and size == 2 and not strategy.offload:
         # DeepSpeed's BF16_Optimizer: float32 gradients of everything, always there, besides those of the micro-batches.
-        kept = 4 * n + (grads if accumulation == 1 else np.full_like(grads, 2 * n))
+        gradients = 4 * n + (grads if accumulation == 1 else np.full_like(grads, 2 * n))
         update = {"gradients": 6 * n, "activations": 0, "buckets": temporary}
     elif strategy.stage == 1:
-        kept = grads * (4 // size) if accumulation == 1 else np.full_like(grads, 4 * n)
+        gradients = grads * (4 // size) if accumulation == 1 else np.full_like(grads, 4 * n)
         bucket = np.where(backward, 4 * min(n, BUCKET), 0)
         update = {"gradients": 4 * n + 8 * share, "activations": 0, "buckets": temporary}
     else:
-        kept = np.full_like(grads, 4 * share if strategy.stage == 3 or accumulation > 1 else 0)
+        gradients = np.full_like(grads, 4 * share if strategy.stage == 3 or accumulation > 1 else 0)
         bucket = np.where(backward | (strategy.stage == 3), size * min(n, BUCKET), 0)
         # Of float32 gradients the optimizer is given a copy.
         copies = 1 if strategy.stage == 2 and size == 2 else 2
@@ -142,28 +148,28 @@ def _moments(
             "buckets": temporary + (size * min(n, BUCKET) if strategy.stage == 3 else 0),
         }
         if strategy.stage == 3 and workers > 1:
-            bucket = bucket + size * _gathered(found, cuda)
+            bucket = bucket + size * _gathered(measured, cuda)
     if strategy.offload:
-        bucket = bucket + 2 * size * found.trained.largest
-        kept, update["gradients"] = np.zeros_like(grads) if (strategy.stage or 0) > 1 else kept, 0
-    at = int(np.argmax(activations + kept + bucket))
-    within = {"gradients": int(kept[at]), "activations": int(activations[at]), "buckets": int(bucket[at])}
+        bucket = bucket + 2 * size * measured.trained.largest
+        gradients, update["gradients"] = np.zeros_like(grads) if (strategy.stage or 0) > 1 else gradients, 0
+    at = int(np.argmax(activations + gradients + bucket))
+    within = {"gradients": int(gradients[at]), "activations": int(activations[at]), "buckets": int(bucket[at])}
     return [within, update]
 
 
-def _gathered(found: Footprint, cuda: bool) -> np.ndarray:
+def _gathered(measured: Footprint, cuda: bool) -> np.ndarray:
     """Elements of sharded parameters that ZeRO-3 holds whole at each moment, with the buffers they are gathered in.
 
-    Gathered parameters are copied out of the buffer, which stays until the last of them is used. What is needed again within
-    LIVE elements is kept, so the student's parameters stay from the forward to the backward, and the teacher's do not.
+    Gathered parameters are copied out of the buffer, which stays until the last of them is used. Parameters used again within
+    LIVE elements are kept, so the student's parameters stay from the forward to the backward, and the teacher's do not.
     """
-    teacher, student = found.teacher.count - found.teacher.small, found.trained.count + found.frozen.count
-    student -= found.trained.small + found.frozen.small
-    used_t, used_s = (np.minimum(found.curve[:, 2 + i], count) for i, count in enumerate((teacher, student)))
-    # The student's first parameters are asked for before the teacher's forward.
+    teacher, student = measured.teacher.count - measured.teacher.small, measured.trained.count + measured.frozen.count
+    student -= measured.trained.small + measured.frozen.small
+    used_t, used_s = (np.minimum(measured.curve[:, 2 + i], count) for i, count in enumerate((teacher, student)))
+    # The student's first parameters are prefetched before the teacher's forward.
     ahead_t, ahead_s = min(teacher, PREFETCH), min(student, PREFETCH)
     copied_t = np.where(used_t > 0, np.minimum(teacher - used_t, LIVE), 0)
-    held = np.where(used_t < teacher, ahead_t + copied_t, 0) + np.where(used_s < student, ahead_s, 0)
+    whole = np.where(used_t < teacher, ahead_t + copied_t, 0) + np.where(used_s < student, ahead_s, 0)
     if not cuda:  # gloo receives into a buffer of its own
-        held = held + np.where((used_t == 0) & (used_s == 0), ahead_t + ahead_s, 0)
-    return held + np.where(used_s > 0, min(student, LIVE), 0)
+        whole = whole + np.where((used_t == 0) & (used_s == 0), ahead_t + ahead_s, 0)
+    return whole + np.where(used_s > 0, min(student, LIVE), 0)

@@ -10,9 +10,9 @@ from unlearn.planning import footprint, memory
 from unlearn.planning.footprint import Footprint
 from unlearn.planning.memory import MemoryEstimate, Strategy
 
-# Of a device's memory: the rest is for its context, for communication, and for holes between the allocations.
+# Usable share of a device's memory: the rest is for its context, communication and fragmentation.
 USABLE = 0.9
-# Rows of a micro-batch below which a GPU has too little to do: then rather share or recompute more.
+# Below this many rows in a micro-batch a GPU is underused: sharding or recomputing more is preferred then.
 ENOUGH = 8
 # From the quickest to the one that takes the least memory.
 STRATEGIES = [
@@ -32,7 +32,7 @@ class Row:
 
 
 class Search:
-    """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes lie elsewhere.
+    """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes are in host memory.
 
     caches: bytes of a worker's caches on the host. options: the model's shape, where it is known already.
     """
@@ -65,7 +65,7 @@ class Search:
         return [self.row(strategy) for strategy in (asked, *(other for other in others if other != asked))]
 
     def estimate(self, strategy: Strategy, micro_batch: int) -> MemoryEstimate:
-        """What a worker needs. A micro-batch's allocations grow with its rows, so two sizes tell of all."""
+        """What a worker needs. Allocations grow linearly with the rows of a micro-batch, so two sizes determine all others."""
         asked, precision = self.run.micro_batch, memory.precision(self.run, strategy)
         first = self._measured(asked, precision, strategy.checkpointing)
         if micro_batch != asked:
@@ -81,49 +81,49 @@ class Search:
         )
         whole = self._fits(self.estimate(strategy, asked))
         sizes = [n for n in range(least, self.rows + 1) if self.rows % n == 0 and (n > asked if whole else n < asked)]
-        found, low, high = asked if whole else 0, 0, len(sizes)
+        best, low, high = asked if whole else 0, 0, len(sizes)
         while low < high:
             middle = (low + high) // 2
             if self._fits(self.estimate(strategy, sizes[middle])):
-                found, low = sizes[middle], middle + 1
+                best, low = sizes[middle], middle + 1
             else:
                 high = middle
-        return found
+        return best
 
     def advice(self) -> tuple[Strategy, int] | None:
-        """(strategy, micro-batch) to take, or None where nothing fits. What the config asks for stays where it can."""
+        """(strategy, micro-batch) to take, or None where nothing fits. The settings of the config are kept where they fit."""
         asked = memory.strategy(self.run)
         plain = [Strategy(None), Strategy(None, checkpointing=True)] if asked.stage is None else []
         strategies = [asked, *plain, *STRATEGIES]
         enough = min(self.run.micro_batch, ENOUGH)
         for least in (self.run.micro_batch, enough, 1):
             for strategy in strategies:
-                if (found := self.largest(strategy)) >= least:
-                    # A GPU is the busier the more it gets at once; a CPU is not.
-                    return strategy, found if self.cuda and strategy != asked else min(found, self.run.micro_batch)
+                if (largest := self.largest(strategy)) >= least:
+                    # A GPU is used better by larger micro-batches; a CPU is not.
+                    return strategy, largest if self.cuda and strategy != asked else min(largest, self.run.micro_batch)
         return None
 
     def starting(self) -> int:
         """Bytes of host memory that a worker takes while it starts: the student, and a teacher that is being filled from a file."""
-        found = self._measured(
+        measured = self._measured(
             self.run.micro_batch,
             memory.precision(self.run, memory.strategy(self.run)),
             memory.strategy(self.run).checkpointing,
         )
         models = 2 if self.run.model.weights else 1
-        return (4 * found.trained.count if found.teacher.count else 0) + models * found.whole
+        return (4 * measured.trained.count if measured.teacher.count else 0) + models * measured.whole
 
     def _fits(self, needed: MemoryEstimate) -> bool:
-        held = needed.total if self.cuda else max(needed.total + needed.host + self.caches, self.starting())
-        return held <= self.usable
+        total = needed.total if self.cuda else max(needed.total + needed.host + self.caches, self.starting())
+        return total <= self.usable
 
 
 def settings(strategy: Strategy, micro_batch: int) -> dict[str, object]:
     """A strategy as values of a config."""
-    found: dict[str, object] = {"training.engine": "torch" if strategy.stage is None else "deepspeed"}
+    values: dict[str, object] = {"training.engine": "torch" if strategy.stage is None else "deepspeed"}
     if strategy.stage is not None:
-        found |= {"training.zero_stage": strategy.stage, "training.offload_optimizer": strategy.offload}
-    return found | {
+        values |= {"training.zero_stage": strategy.stage, "training.offload_optimizer": strategy.offload}
+    return values | {
         "training.activation_checkpointing": strategy.checkpointing,
         "training.micro_batch_size": micro_batch,
     }

@@ -4,8 +4,9 @@
                               method.safetensors                 what the method remembers, where it does
                               COMMIT                             JSON: trainer state, size and sha256 of every file
 
-A folder without COMMIT does not exist. The files know no world size: any number of ranks reads what any number wrote.
-Whatever else lies there is left alone.
+A folder without COMMIT is not a checkpoint. The files do not depend on the world size: any number of ranks reads what
+any number wrote.
+Other files there are not touched.
 """
 
 import contextlib
@@ -111,7 +112,7 @@ class Checkpoints:
                 f"{folder}/{COMMIT}", json.dumps({"state": asdict(state), "files": files}, indent=1).encode()
             )
             self._prune()
-        gather(None)  # nobody runs on before the checkpoint exists
+        gather(None)  # no rank continues before the checkpoint exists
 
     def _write(self, step: int, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
         with self.storage.writing(f"{_folder(step)}/{name}") as path:
@@ -162,39 +163,39 @@ class Checkpoints:
         where = f"{self.storage.where(_folder(step))}/{COMMIT}"
         try:
             tree = json.loads(self.storage.read(f"{_folder(step)}/{COMMIT}"))
-            told = {**tree["state"], "data": dict(tree["state"]["data"])}
+            state = {**tree["state"], "data": dict(tree["state"]["data"])}
             files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in tree["files"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
             raise CheckpointError(
                 f"{where} is damaged: delete that folder to go on from the checkpoint before"
             ) from None
         known = {field.name for field in fields(TrainerState)}
-        strange = [*(told.keys() ^ known), *(tree.keys() - {"state", "files"}), *(n for n in files if not _ours(n))]
-        if strange or told["step"] != step:
+        strange = [*(state.keys() ^ known), *(tree.keys() - {"state", "files"}), *(n for n in files if not _ours(n))]
+        if strange or state["step"] != step:
             why = (
                 f"{', '.join(sorted(map(str, strange)))} missing or unknown"
                 if strange
-                else f"it is of step {told['step']}"
+                else f"it is of step {state['step']}"
             )
             raise CheckpointError(
                 f"{where} is not of this version or not of this place ({why}): "
                 "delete that folder to go on from the one before"
             )
-        return Commit(TrainerState(**told), files)
+        return Commit(TrainerState(**state), files)
 
     def _listed(self) -> dict[int, set[str]]:
         """Step -> names in its folder; what does not look like a checkpoint is left out."""
-        found = defaultdict(set)
+        names = defaultdict(set)
         for match in filter(None, map(_STEP.fullmatch, self.storage.files("checkpoints"))):
             if match[1] == _folder(int(match[2])).rpartition("/")[2]:
-                found[int(match[2])].add(match[3])
-        return found
+                names[int(match[2])].add(match[3])
+        return names
 
     def _prune(self) -> None:
         """Delete all but the newest, COMMIT first, and older ones never committed; nothing that is not ours."""
-        kept = self.steps()[-self.keep :]
+        newest = self.steps()[-self.keep :]
         for step, names in self._listed().items():
-            if step < kept[0]:
+            if step < newest[0]:
                 self.storage.delete(f"{_folder(step)}/{COMMIT}")
                 if all(map(_ours, names)):
                     self.storage.delete(_folder(step))

@@ -1,6 +1,6 @@
-"""What carries the arithmetic of a step: DeepSpeed (ZeRO 0-3), or plain torch in one process, with one face.
+"""Engines that run a step: DeepSpeed (ZeRO 0-3), or plain torch in one process, with the same interface.
 
-The plain engine is the yardstick: same batches, same loss, same optimizer, nothing else.
+The plain engine is the reference: same batches, same loss, same optimizer, nothing else.
 """
 
 import math
@@ -22,7 +22,7 @@ from unlearn.training.apart import Imposed, TermGradients
 from unlearn.training.fragments import Fragment
 
 Parts = dict[str, torch.Tensor]
-BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket where nothing is said
+BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket by default
 
 
 def check(settings: Training, method: Method) -> None:
@@ -35,9 +35,9 @@ def check(settings: Training, method: Method) -> None:
 
 
 class Objective(nn.Module):
-    """The student and its loss as one module, so that ZeRO sees every use of a parameter inside a forward.
+    """The student and its loss as one module, so that every use of a parameter is inside a forward that ZeRO hooks.
 
-    Teacher and first stage are kept out of the module: their parameters are nobody's here.
+    Teacher and first stage are not submodules: their parameters are not trained here.
     """
 
     def __init__(self, student: Adapter, method: Method, teacher: Adapter | None, first_stage: nn.Module | None = None):
@@ -99,22 +99,22 @@ class Engine(Protocol):
 class FiniteCheck:
     """Stops before an update that is not finite, without waiting for the device: there the assertion runs in the stream.
 
-    A GPU whose assertion failed tells no more than that; the last values are kept in the host's memory to say what it was.
+    A failed assertion on a GPU gives no values, so the last ones are copied to host memory for the message.
     """
 
     def __init__(self):
         self._seen: dict[tuple[str, ...], torch.Tensor] = {}
 
     def __call__(self, values: Parts) -> None:
-        # The parts come before their sum, so that the message names the one at fault.
+        # The parts come before their sum, so that the message names the part at fault.
         order = sorted(values, key=lambda name: name == "loss")
         names = tuple(f"{name} loss" if name in ("retain", "forget") else name for name in order)
-        found = torch.stack([values[name].detach().float() for name in order])
-        if found.is_cuda:
+        stacked = torch.stack([values[name].detach().float() for name in order])
+        if stacked.is_cuda:
             if names not in self._seen:
                 self._seen[names] = torch.zeros(len(names), pin_memory=True)
-            self._seen[names].copy_(found, non_blocking=True)
-        for name, finite in zip(names, torch.isfinite(found), strict=True):
+            self._seen[names].copy_(stacked, non_blocking=True)
+        for name, finite in zip(names, torch.isfinite(stacked), strict=True):
             torch._assert_async(finite, f"the {name} is not finite")
 
     def culprit(self) -> str | None:
@@ -271,7 +271,7 @@ class DeepSpeedEngine:
 
 
 def deepspeed_config(settings: Training, accumulation: int, micro_batch: int, trained: int) -> dict:
-    """The run's settings in DeepSpeed's words; trained: elements of all trained parameters."""
+    """The run's settings as a DeepSpeed configuration; trained: elements of all trained parameters."""
     # DeepSpeed allocates the whole bucket, and most models are smaller.
     zero: dict = {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, trained)}
     if settings.offload_optimizer and settings.zero_stage:
@@ -293,7 +293,7 @@ def deepspeed_config(settings: Training, accumulation: int, micro_batch: int, tr
 
 
 def import_deepspeed():
-    """DeepSpeed, told the accelerator, and kept from compiling a shared-memory op where plain gloo serves."""
+    """The DeepSpeed module, with the accelerator set, and without compiling a shared-memory op where gloo is enough."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed

@@ -1,8 +1,8 @@
-"""Who is waited for: where each rank of a process group is, kept where the group meets (its store, or beside its file).
+"""Which rank is missing: the state of each rank of a process group, kept in the group's store or beside its file.
 
-A collective that times out says only that somebody is missing. So every rank writes what it does at every step, without a wait
-for the device, and a thread of it writes that it lives; a rank whose collective has failed writes that as well. Who has not, a
-moment later, is missing: it hangs elsewhere, or its process has stopped or died.
+A collective that times out does not say which rank is missing. So every rank writes its position at every step, without waiting
+for the device, and a thread of it writes a heartbeat; a rank whose collective has failed writes that as well. A rank that has
+not done so a moment later is missing: it hangs elsewhere, or its process has stopped or died.
 """
 
 import contextlib
@@ -25,14 +25,13 @@ from unlearn.errors import ClusterError
 log = logging.getLogger(__name__)
 
 EVERY = 2.0  # seconds between two beats
-ANSWER = 10.0  # seconds that the others have to find out that their collective has failed, too
-STALLED = (
-    0.8  # share of the timeout after which it is said that nothing moves: NCCL ends the process when all of it is over
-)
+ANSWER = 10.0  # seconds that the other ranks have to notice that their collective has failed, too
+STALLED = 0.8  # share of the timeout after which a stall is reported: NCCL ends the process at the full timeout
 
 
 class Heartbeat:
-    """Of one rank; in a process without a group it only says when nothing moves. timeout: seconds, of the group's collectives."""
+    """Heartbeat of one rank; in a process without a group it only reports a stall. timeout: of the group's collectives,
+    in seconds."""
 
     def __init__(self, timeout: float):
         self.timeout, self.group = timeout, dist.is_available() and dist.is_initialized()
@@ -42,30 +41,30 @@ class Heartbeat:
         self.at("the start")
 
     def at(self, place: str) -> None:
-        """This rank has come to a place of the run, as in "step 12"."""
+        """Record the place in the run that this rank has reached, as in "step 12"."""
         self._place, self._since = place, time.time()
         faulthandler.dump_traceback_later(self.timeout * STALLED, file=2)
         if self._board:
             self._board.write(self.rank, self._now())  # some microseconds: no answer is waited for
 
     def limit_groups(self) -> None:
-        """Let every group of processes that is there time out as the run says: DeepSpeed makes some of its own, with torch's default."""
+        """Apply the run's timeout to every existing process group: DeepSpeed creates some of its own, with torch's default."""
         for group in list(_world.pg_map) if self.group else ():
             _set_pg_timeout(timedelta(seconds=self.timeout), group)
 
     def beat(self) -> None:
         """Until `stop`: write where this rank is."""
-        board, told = _board() if self.group else None, 0.0
+        board, reported = _board() if self.group else None, 0.0
         while True:
             if board:
                 board.write(self.rank, self._now())
-            if time.time() - self._since > self.timeout * STALLED and told != self._since:
-                told = self._since
+            if time.time() - self._since > self.timeout * STALLED and reported != self._since:
+                reported = self._since
                 log.warning(
                     "rank %s has been at %s for %.0f s; the stacks of its threads are on standard error",
                     self.rank,
                     self._place,
-                    time.time() - told,
+                    time.time() - reported,
                 )
             if self._over.wait(EVERY):
                 return
@@ -75,41 +74,42 @@ class Heartbeat:
         self._over.set()
 
     def ended(self, error: Exception) -> Exception:
-        """What ended this rank's part of the run, in words: where a collective has failed, who has not come. Tells the others."""
+        """What ended this rank's part of the run, in words: where a collective has failed, which ranks are missing.
+        Tells the others."""
         if not self.group:
             return error
         lost = isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in str(error)
-        self._state = "lost" if lost else f"ended by a {type(error).__name__}"  # not what it says: that may name images
-        found: dict[int, dict] = {}
-        # In a thread, since a store whose process does not move is waited for without end.
-        asked = threading.Thread(target=self._tell_and_ask, args=(found, lost), daemon=True)
-        asked.start()
-        asked.join(ANSWER * 2)
+        self._state = "lost" if lost else f"ended by a {type(error).__name__}"  # not its message, which may name images
+        reports: dict[int, dict] = {}
+        # In a thread, since a store whose process is stopped blocks without a timeout.
+        exchange = threading.Thread(target=self._tell_and_ask, args=(reports, lost), daemon=True)
+        exchange.start()
+        exchange.join(ANSWER * 2)
         if not lost:
             return error
-        if not found and self.rank:
+        if not reports and self.rank:
             missing = ["rank 0, in whose process the group meets, does not answer"]
         else:
             missing = [
-                _told(rank, found.get(rank))
+                _told(rank, reports.get(rank))
                 for rank in range(self.workers)
-                if found.get(rank, {}).get("state") != "lost"
+                if reports.get(rank, {}).get("state") != "lost"
             ]
         return ClusterError(
             f"rank {self.rank} of {self.workers} was left alone at {self._place} (cluster.timeout is {self.timeout:g} s): "
             + ("; ".join(missing) or f"no rank is missing, so look at the network: {str(error)[:200]}")
         )
 
-    def _tell_and_ask(self, found: dict[int, dict], ask: bool) -> None:
+    def _tell_and_ask(self, reports: dict[int, dict], ask: bool) -> None:
         """Tell that this rank has ended; then ask the others until each has told the same, or ANSWER is over."""
         board, until = _board(), time.monotonic() + ANSWER
         board.write(self.rank, self._now())
         while ask:
             for rank in range(self.workers):
                 if text := board.read(rank):
-                    found[rank] = json.loads(text)
+                    reports[rank] = json.loads(text)
             if (
-                all(found.get(rank, {}).get("state", "waits") != "waits" for rank in range(self.workers))
+                all(reports.get(rank, {}).get("state", "waits") != "waits" for rank in range(self.workers))
                 or time.monotonic() > until
             ):
                 return
@@ -122,7 +122,7 @@ class Heartbeat:
 
 @contextlib.contextmanager
 def beating(timeout: float) -> Iterator[Heartbeat]:
-    """The heartbeat of this rank for the length of its part of a run.
+    """The heartbeat of this rank while it runs the block.
 
     Raises ClusterError, which names who is missing, in place of the error of a collective that has failed.
     """
@@ -155,7 +155,7 @@ class _StoreBoard:
 
 
 class _FileBoard:
-    """The same beside the file of a FileStore, which itself only ever grows."""
+    """The same, in files beside that of a FileStore, which never shrinks."""
 
     def __init__(self, path: str):
         self._path = path

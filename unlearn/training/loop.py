@@ -59,7 +59,7 @@ def _work(run: Run, report: Report, heart: Heartbeat) -> None:
     caches = None
     if first_stage is not None and settings.data.latent_cache:
         caches = latents.filled(run, student, first_stage, device, report)
-        first_stage = None  # the caches stand for it, so it leaves the device
+        first_stage = None  # the latent cache replaces it, so it leaves the device
     loader = Loader(settings, run.sets, student.grid, student.options.image_size, caches)
     if start:
         checkpoints.state(start).check(run, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
@@ -137,7 +137,7 @@ def make_engine(
     device: torch.device,
     sources: weights.Sources | None = None,
 ) -> Engine:
-    """The engine with student, teacher and first stage in it. sources: what has been looked up of the teacher's weights."""
+    """The engine with student, teacher and first stage in it. sources: of the teacher's weights, where looked up already."""
     if not method.needs_decoder:
         student.drop_decoder()
     student.encoder.activation_checkpointing = settings.training.activation_checkpointing
@@ -149,8 +149,8 @@ def make_engine(
 
 
 def _numbers(settings: config.RunConfig, engine: Engine, start: int, stop: int):
-    """Where the workers cannot share a global batch evenly some compute one micro-batch too many, since all must take part in
-    every exchange; it counts for nothing."""
+    """Where a global batch does not divide evenly among the workers, some compute one extra micro-batch, since all must take part
+    in every collective; its weight is zero."""
     per_step = settings.training.batch_size // settings.micro_batch
     for step in range(start, stop):
         mine = order.micro_batches(step, engine.rank, engine.workers, per_step)
@@ -174,10 +174,10 @@ def _sample(engine: Engine, loader: Loader, count: int) -> torch.Tensor:
 
 
 def _bad_images(engine: Engine, loader: Loader, log: MetricsLog | None) -> int:
-    """Damaged images that all workers have met; their ids go to bad_images.json in the run folder."""
+    """Damaged images that any worker has met; their ids go to bad_images.json in the run folder."""
     met: dict[str, set[str]] = {}
-    for found in engine.gather(loader.bad_images):
-        for name, ids in found.items():
+    for bad_ids in engine.gather(loader.bad_images):
+        for name, ids in bad_ids.items():
             met.setdefault(name, set()).update(ids)
     if met and log:
         log.attach("bad_images.json", json.dumps({name: sorted(ids) for name, ids in met.items()}).encode())
@@ -187,7 +187,7 @@ def _bad_images(engine: Engine, loader: Loader, log: MetricsLog | None) -> int:
 def _dry_run_step(engine: Engine, loader: Loader, settings: config.RunConfig) -> None:
     """One whole step at learning rate 0 before the first: shapes, memory and communication fail here, not later.
 
-    It sees the largest micro-batch that can come. The weights stay what they are to the bit, and the optimizer forgets it.
+    It sees the largest micro-batch that can come. The weights stay bit-identical, and the optimizer state is reset.
     """
     view = views.fullest(
         settings.train_views, loader.grid, loader.retain + loader.forget, order.generator(settings.seed, 1 << 23)
@@ -199,7 +199,7 @@ def _dry_run_step(engine: Engine, loader: Loader, settings: config.RunConfig) ->
 
 @contextlib.contextmanager
 def _told(settings: config.RunConfig, engine: Engine):
-    """Tell what fails on the device in the user's words."""
+    """Translate a failure on the device into a message for the user."""
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -260,7 +260,7 @@ class _Window:
             if not math.isfinite(value):
                 raise RuntimeError(f"{name} is not finite")
         row["images_per_s"] = self.count * self.settings.training.batch_size / seconds
-        if not self.method.needs_decoder:  # whose FLOPs nobody has counted
+        if not self.method.needs_decoder:  # whose FLOPs have not been counted
             rate = self.flops / seconds
             row["flop_per_s"] = rate * self.engine.workers
             share = mfu(rate, self.engine.device) if self.settings.training.dtype == "bf16" else None

@@ -1,4 +1,4 @@
-"""What a run says while it trains: metrics.jsonl and TensorBoard events in the run folder."""
+"""Metrics of a run while it trains: metrics.jsonl and TensorBoard events in the run folder."""
 
 import contextlib
 import json
@@ -19,9 +19,9 @@ from unlearn.errors import StorageError
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
-# What a run says before its first row: {"latents": row groups whose latents are made, "of": row groups in all}.
+# Progress before the first row: {"latents": row groups whose latents are made, "of": row groups in all}.
 LATENTS = "latents.json"
-# dense bf16 peaks of one device, FLOP/s, from the makers' data sheets
+# dense bf16 peaks of one device, FLOP/s, from the vendors' data sheets
 PEAK = {"H100 80GB HBM3": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
 
 
@@ -36,8 +36,8 @@ class MetricsLog:
         from tensorboardX import SummaryWriter
 
         self._storage, self._every, self._patience = Storage(run_dir), every, patience
-        kept = [row for row in read(run_dir) if row["step"] <= start]
-        self._text = b"".join(_line(row) for row in kept)  # of all rows; the thread alone changes it
+        rows = [row for row in read(run_dir) if row["step"] <= start]
+        self._text = b"".join(_line(row) for row in rows)  # of all rows; the thread alone changes it
         self._temporary = None if self._storage.is_local() else tempfile.TemporaryDirectory()
         self._folder = self._temporary.name if self._temporary else self._storage.where("tensorboard")
         self._board = SummaryWriter(self._folder, purge_step=start or None)
@@ -45,12 +45,12 @@ class MetricsLog:
         self._sent: dict[
             str, bytes | int
         ] = {}  # file beside the rows -> what of it is published: its content, or its size
-        self._published = 0  # bytes of the text; 0: what stands there is to be written anew
-        self._rows: list[dict] = []  # that the thread has not seen
+        self._published = 0  # bytes of the text; 0: the published file is to be rewritten
+        self._rows: list[dict] = []  # not yet taken by the thread
         self._waiting = self._closed = False
         self._added = self._done = 0  # rows, and how many of them are published
-        self._error: BaseException | None = None  # of the last attempt
-        self._broken: BaseException | None = None  # what ended the thread
+        self._error: BaseException | None = None  # error of the last attempt
+        self._broken: BaseException | None = None  # the exception that ended the thread
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._publish, name="metrics", daemon=True)
         self._thread.start()
@@ -104,7 +104,7 @@ class MetricsLog:
                 self._temporary.cleanup()
 
     def _publish(self) -> None:
-        """What the thread does, until it is told to end."""
+        """What the thread does, until it is asked to end."""
         pause = 0.0
         try:
             while True:
@@ -125,7 +125,7 @@ class MetricsLog:
                         log.warning(
                             "the metrics of this run cannot be published now, and are kept to be tried again: %s", e
                         )
-                # Less often where it takes long: S3 is sent the whole file.
+                # Less often where it takes long: on S3 the whole file is sent.
                 pause = max(self._every, 10 * (time.monotonic() - began)) if error is None else self._every
                 with self._changed:
                     self._error, self._done = error, self._done if error else seen
@@ -226,10 +226,10 @@ def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: 
     follower, last, done = Follower(run_dir), None, False
     while not done:
         done = bool(wait([work], timeout=every).done)
-        with contextlib.suppress(StorageError, ValueError):  # a picture of progress is not worth a run
-            found = follower.newest()
-            if found and found != last:
-                last = found
+        with contextlib.suppress(StorageError, ValueError):  # a failure to show progress must not end a run
+            row = follower.newest()
+            if row and row != last:
+                last = row
                 progress(last)
 
 
