@@ -57,7 +57,7 @@ def _same_classes(
             f"evaluation.data: {manifest.uri} has no class {missing!r}, which data.{what} names; measure on data that has it"
         )
     conditions = config.Rows(
-        classes=None if wanted is None else list(wanted.values()),
+        classes=None if wanted is None else [label for label in wanted.values() if label is not None],
         exclude_classes=None if unwanted is None else [label for label in unwanted.values() if label is not None],
     )
     return selection.select(manifest, conditions, seed, what)

@@ -5,6 +5,9 @@ text), and optionally `id` and `subject`; `columns.py` says what else is underst
 every row group with its rows, bytes, label range and checksums. A folder with several splits has a manifest for each.
 """
 
+# pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import json
 import re
