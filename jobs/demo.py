@@ -1,6 +1,7 @@
 """The demo's configuration: embedded by default, or the same job on other shards and weights."""
 
 import copy
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.resources import files
 
@@ -14,7 +15,7 @@ CONFIG = "configs/demo_fashion.yaml"
 
 def demo_config(
     data: str | None = None, model: str | None = None, forget: list[str] | None = None, run_dir: str | None = None,
-    overrides: list[str] = (),
+    overrides: Sequence[str] = (),
 ) -> config.RunConfig:  # fmt: skip
     """The demo as a RunConfig. data, model: other shards and weights, both or none; forget: class names or labels."""
     if (data is None) != (model is None):

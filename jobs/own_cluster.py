@@ -14,9 +14,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from unlearn import signals
 from unlearn.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
 
 # The cluster's folder, for its processes: see jobs/rendezvous.py.
 FOLDER = "UNLEARN_RAY_FOLDER"
@@ -50,7 +54,7 @@ def _no_process_left() -> Iterator[None]:
     import psutil
     from ray._private import ray_constants, worker
 
-    started, node = [], worker._global_node
+    started, node = [], cast("Node | None", worker._global_node)  # of which Ray declares the None alone
     raylet = ray_constants.PROCESS_TYPE_RAYLET
     if node and raylet in node.all_processes:
         with contextlib.suppress(psutil.Error):
@@ -98,7 +102,8 @@ def _loopback_as_it_is() -> Iterator[None]:
 @contextlib.contextmanager
 def _authenticated(values: Mapping[str, str]) -> Iterator[None]:
     """Environment variables of a cluster. Ray keeps the mode and the token that it has once read: it reads them again, before and after."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    # Ray's stub of its compiled module leaves them out.
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
     def read() -> None:
         Config.initialize("")

@@ -56,7 +56,7 @@ def pool(
         )(_Actor)
         # In a list, which a worker looks into once. Ray cannot start an actor again whose own arguments lie in its object store.
         shared = [ray.put(arguments)]
-        actors = [kind.remote(task, logs.level(), number) for number in range(min(workers, room(cluster)))]
+        actors: list[Any] = [kind.remote(task, logs.level(), number) for number in range(min(workers, room(cluster)))]
         try:
             yield lambda pieces: _in_order(actors, shared, pieces)
         finally:

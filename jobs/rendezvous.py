@@ -7,6 +7,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.train.torch import TorchConfig
@@ -35,7 +36,8 @@ class FileRendezvous(TorchConfig):
 
 
 class _FileBackend(_TorchBackend):
-    def on_start(self, worker_group, backend_config: FileRendezvous) -> None:
+    # Any: Ray declares that it returns another class of ObjectRef than ray.get takes.
+    def on_start(self, worker_group: Any, backend_config: FileRendezvous) -> None:
         file = Path(
             backend_config.folder, f"workers-{uuid.uuid4().hex}"
         )  # another one for each start: the store is used once

@@ -4,8 +4,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
+from typing import Any
 
 import ray
+from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]  not in Ray's stub
+from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
@@ -22,7 +25,8 @@ class StoppableTrainer(TorchTrainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._controller, self._stopped, self._lock = None, False, threading.Lock()
+        self._controller: Any = None  # the actor's handle
+        self._stopped, self._lock = False, threading.Lock()
 
     @contextlib.contextmanager
     def fitting(self, check: Callable[[], None]) -> Iterator[Future]:
@@ -51,7 +55,7 @@ class StoppableTrainer(TorchTrainer):
             here = ray.get_runtime_context().get_node_id()
             environment = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
             kind = ray.remote(
-                num_cpus=0, label_selector={ray._raylet.RAY_NODE_ID_KEY: here}, runtime_env={"env_vars": environment}
+                num_cpus=0, label_selector={RAY_NODE_ID_KEY: here}, runtime_env={"env_vars": environment}
             )(TrainController)
             self._controller = kind.remote(**controller_init_kwargs)
         ray.get(self._controller.run.remote())
@@ -65,7 +69,7 @@ class StoppableTrainer(TorchTrainer):
             return
         try:
             ray.get(controller.abort.remote(), timeout=PATIENCE)
-        except ray.exceptions.RayError:  # it has ended itself; or it is busy: its workers end with it
+        except RayError:  # it has ended itself; or it is busy: its workers end with it
             ray.kill(controller)
 
 

@@ -266,8 +266,9 @@ class RunConfig(Part):
         return self
 
     def __reduce__(self):
-        # The class of a configuration depends on its method, so it is made again where it is unpickled.
-        return parse, (self.model_dump(mode="json"),)
+        # The class of a configuration depends on its method, so it is found again where it is unpickled. Nothing is validated
+        # anew: a worker group that has lost a worker has a number of workers that no file may name.
+        return _unpickled, (self.method.name, self.__getstate__())
 
     @property
     def micro_batch(self) -> int:
@@ -417,6 +418,13 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
         raise ConfigError(
             f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
         ) from None
+
+
+def _unpickled(method: str, state: dict[str, Any]) -> RunConfig:
+    kind = _kind(method)
+    settings = kind.__new__(kind)
+    settings.__setstate__(state)
+    return settings
 
 
 @functools.cache

@@ -22,9 +22,10 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import get_type_hints
 
 from unlearn.data.storage import Storage
 from unlearn.errors import LeaseError, StorageError
@@ -97,7 +98,7 @@ class Lease:
         for _ in range(3):
             start, record = _elapsed(), self._storage.read_version(NAME)
             owner = _parse(record[0]) if record else None
-            if owner is None or owner.token != self._owner.token:
+            if record is None or owner is None or owner.token != self._owner.token:
                 self._lost = f"{owner or 'another process'} has taken it over" if record else f"its {NAME} was deleted"
                 return
             if owner.released:
@@ -189,7 +190,7 @@ def _parse(data: bytes) -> Owner | None:
     """None where it is damaged."""
     try:
         tree = json.loads(data)
-        owner = Owner(**{f.name: f.type(tree[f.name]) for f in fields(Owner)})
+        owner = Owner(**{name: kind(tree[name]) for name, kind in get_type_hints(Owner).items()})
         datetime.fromisoformat(owner.renewed).astimezone(UTC)
         return owner if 0 < owner.seconds < 86400 else None
     except (ValueError, KeyError, TypeError):

@@ -79,6 +79,7 @@ def steps(settings: RunConfig, chosen: dict[str, RowSet]) -> int:
     training = settings.training
     if training.steps:
         return training.steps
+    assert training.epochs is not None, "a configuration gives one of the two"
     retain, forget = order.split(settings.micro_batch, training.forget_fraction if "forget" in chosen else 0)
     per_step = training.batch_size // settings.micro_batch
     passes = [len(chosen["retain"]) / (retain * per_step)]

@@ -101,30 +101,41 @@ class Backend(Protocol):
     """A place to run jobs. Everything raises UnlearnError; a job that is not there is a NoSuchJob."""
 
     where: str  # as the user names it in --to
-    remote: bool  # whether a path of this machine may mean nothing there
+
+    @property
+    def remote(self) -> bool:
+        """Whether a path of this machine may mean nothing there."""
+        ...
 
     def plan(self, request: Request) -> str:
         """YAML of what `start` would send. No server is contacted."""
+        ...
 
     def start(self, request: Request) -> Job:
         """Start the job, or start it again where an earlier attempt under the same id is over."""
+        ...
 
     def jobs(self) -> list[Job]:
         """Every job of ours, the newest first."""
+        ...
 
     def get(self, id: str) -> Job: ...
 
     def again(self, id: str) -> Job:
         """Start a job that is over again, as it was sent: same code, image and secrets, whatever the settings of this backend."""
+        ...
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:
         """What the job's driver has printed, in pieces; with `follow` until the job is over."""
+        ...
 
     def stop(self, id: str) -> None:
         """Ask the job to stop, and return when it is over or beyond reach."""
+        ...
 
     def remove(self, id: str) -> None:
         """Forget a job that is over, its log too. Its run folder stays."""
+        ...
 
 
 def next_attempt(id: str, before: list[str]) -> str:

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from datetime import datetime
+from typing import Any, cast
 
 import yaml
 
@@ -50,10 +51,11 @@ class Kubernetes:
     def _document(self, request: Request, name: str, namespace: str) -> dict:
         template = rayjob.template(self._overlay)
         cluster = config.parse(yaml.safe_load(request.config)).cluster
-        most, least = (
-            count and rayjob.pods(template, count, cluster.cpus_per_worker, cluster.gpus_per_worker)
-            for count in (cluster.workers, cluster.min_workers)
-        )
+
+        def pods(workers: int) -> int:
+            return rayjob.pods(template, workers, cluster.cpus_per_worker, cluster.gpus_per_worker)
+
+        most, least = pods(cluster.workers), pods(cluster.min_workers) if cluster.min_workers else None
         document = rayjob.fill(
             template, name=name, entrypoint=["python", *request.command], image=self._image, namespace=namespace,
             queue=self._queue, priority=self._priority,
@@ -141,7 +143,7 @@ class Kubernetes:
         if not self._job(document).live:
             return
         name, deadline = document["metadata"]["name"], time.monotonic() + self._grace
-        patch = {"metadata": {"annotations": {STOP: "true"}}}
+        patch: dict[str, dict] = {"metadata": {"annotations": {STOP: "true"}}}
         with self._told(f"stopping {name}"):
             # Kueue owns `suspend` of what is in its queues, and starts it again: there the workload must be stopped.
             workloads = self._awaited_workloads(document)
@@ -315,11 +317,12 @@ class Kubernetes:
                 import kubernetes
             except ImportError:
                 raise MissingExtra("the kubernetes client", "k8s", "submitting to Kubernetes") from None
-            settings = kubernetes.client.Configuration()
+            settings = cast(Any, kubernetes.client.Configuration())  # declares what it takes by its defaults alone
             settings.retries = False  # an unreachable server is to be reported at once
             file = os.environ.get("KUBECONFIG")  # by itself the client looks once, when it is imported
             try:
-                contexts, current = kubernetes.config.list_kube_config_contexts(file)
+                found = kubernetes.config.list_kube_config_contexts(file)  # untyped
+                contexts, current = cast(tuple[list[dict[str, Any]], dict[str, Any]], found)
                 chosen = next((c for c in contexts if c["name"] == self._context), None) if self._context else current
                 if chosen is None:
                     raise ConfigError(

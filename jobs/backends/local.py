@@ -77,7 +77,7 @@ class Local:
 
     def jobs(self) -> list[Job]:
         all_jobs = [self.get(path.parent.name) for path in self.home.glob("*/request.json") if _request(path)]
-        return sorted(all_jobs, key=lambda job: job.submitted, reverse=True)
+        return sorted(all_jobs, key=lambda job: job.submitted or 0, reverse=True)
 
     def get(self, id: str) -> Job:
         about, folder = self._about(id), self.home / id

@@ -13,9 +13,10 @@ import re
 import shlex
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 from urllib.parse import urlsplit
 
 import yaml
@@ -47,8 +48,12 @@ class RayJobs:
         if working_dir and not (Path(working_dir) / "jobs").is_dir():
             raise ConfigError(f"--working-dir {working_dir}: no folder `jobs` in it; give the project's root")
 
-    @functools.cached_property
+    @property
     def remote(self) -> bool:
+        return self._remote
+
+    @functools.cached_property
+    def _remote(self) -> bool:
         """Whether the head is another machine; a local port may be forwarded to one (ssh -L, kubectl port-forward)."""
         host = urlsplit(self.where).hostname or ""
         with contextlib.suppress(ValueError):
@@ -143,7 +148,8 @@ class RayJobs:
             if not follow:
                 yield self._client.get_job_logs(attempt)
                 return
-            loop, pieces = asyncio.new_event_loop(), self._client.tail_job_logs(attempt)
+            loop = asyncio.new_event_loop()
+            pieces = cast(AsyncGenerator[str, None], self._client.tail_job_logs(attempt))  # declared as an iterator
             try:
                 with contextlib.suppress(StopAsyncIteration):
                     while True:
@@ -170,7 +176,7 @@ class RayJobs:
         """Every submission of ours, the newest first."""
         with self._told():
             submissions = [
-                d for d in self._client.list_jobs() if is_ours((d.metadata or {}).get(REQUEST)) and d.submission_id
+                d for d in self._client.list_jobs() if is_ours((d.metadata or {}).get(REQUEST, "")) and d.submission_id
             ]
         return sorted(submissions, key=lambda d: d.start_time or 0, reverse=True)
 

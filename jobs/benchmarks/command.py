@@ -12,7 +12,7 @@ from unlearn import config
 from unlearn.errors import UnlearnError
 
 
-def parser(about: str) -> argparse.ArgumentParser:
+def parser(about: str | None) -> argparse.ArgumentParser:
     """A parser that knows CONFIG, --set and --rounds. about: the benchmark's own docstring."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", help="a YAML file; default: the demo's configuration")

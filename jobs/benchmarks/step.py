@@ -23,6 +23,7 @@ from unlearn.data import order
 from unlearn.data.loader import Batch, Loader
 from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
+from unlearn.methods.encoder_l2 import EncoderL2Options
 from unlearn.models import base, weights
 from unlearn.planning import footprint, memory
 from unlearn.run import resolve
@@ -41,7 +42,7 @@ def step(
     compiled: torch.compile on both encoders. channels_last: of convolutions. synthetic: noise for images, else those of the
     run. With training.engine deepspeed it is that engine, alone in its process group, that is compared with the bare loop.
     """
-    if run.method.name != "encoder_l2" or run.method.noise != "standard":
+    if not isinstance(run.method, EncoderL2Options) or run.method.noise != "standard":
         raise ConfigError("benchmark step: the bare loop knows method encoder_l2 with noise standard alone")
     if channels_last and run.training.engine == "deepspeed":
         raise ConfigError(
@@ -136,6 +137,7 @@ class Bare:
     def __init__(
         self, run: config.RunConfig, student: base.Adapter, device: torch.device, compiled: bool, channels_last: bool
     ):
+        assert isinstance(run.method, EncoderL2Options), "checked by `step`"
         self.settings, self.method, self.device = run.training, run.method, device
         student.drop_decoder()
         self.student = student.to(device).train()
@@ -181,9 +183,11 @@ class Bare:
                 noise = self.student.fill_hole(images[batch.retain :], noise, view.rows(batch.retain, len(images)))
             target = self.teacher.encode(torch.cat([images[: batch.retain], noise]), view, batch.seed)
         predicted = self.student.encode(images, view, batch.seed)
-        levels = (
-            [(predicted, target)] if isinstance(predicted, torch.Tensor) else list(zip(predicted, target, strict=True))
-        )
+        if isinstance(predicted, torch.Tensor):
+            assert isinstance(target, torch.Tensor), "both are of one encoder"
+            levels = [(predicted, target)]
+        else:
+            levels = list(zip(predicted, target, strict=True))
         loss = torch.zeros((), device=self.device)
         for x, y in levels:
             for rows, weight in ((slice(0, batch.retain), 1.0), (slice(batch.retain, None), self.method.alpha)):

@@ -53,7 +53,7 @@ def test_version_models_methods_schema(told):
         ("model.weights=null", "model.weights is missing"),
         ("model.options={width: 32}", "encoder.cls_token has shape (1, 1, 16)"),
         ("model.family=gpt", "no model family 'gpt'; known: mae"),
-        ("model.first_stage=/nowhere", "this mae has no frozen first stage"),
+        ("model.first_stage=/nowhere", "no weights at /nowhere"),
         ("method.name=pretrain_first_stage", "mae has no first stage that is trained here"),
         ("method.name=hope", "no method 'hope'; known: encoder_l2"),
         ("method.noise_region=hole", "never sees the hole"),

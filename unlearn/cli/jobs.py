@@ -31,12 +31,12 @@ def submit(
     driver: Annotated[str, typer.Option(help="the command that the job runs: run, pretrain or evaluate")] = "run",
     arguments: Annotated[
         list[str], typer.Option("--arg", help="given to the driver behind its configuration; may be repeated")
-    ] = (),
+    ] = [],  # noqa: B006  read only
     name: Annotated[str | None, typer.Option(help="the readable part of the job's id; default: the run's name")] = None,
     env: Annotated[
         list[str],
         typer.Option(metavar="NAME", help="a variable that must be set where the job runs; values never travel"),
-    ] = (),
+    ] = [],  # noqa: B006  read only
     mounted: Annotated[
         bool, typer.Option("--mounted", help="run_dir is a path that every node of the cluster has")
     ] = False,
@@ -54,7 +54,7 @@ def submit(
     ] = None,
     secret: Annotated[
         list[str], typer.Option(metavar="NAME=SECRET/KEY", help="k8s: a variable from a key of a Secret there")
-    ] = (),
+    ] = [],  # noqa: B006  read only
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print what would be sent, and send nothing")] = False,
     wait: Annotated[
         bool, typer.Option("--wait", help="follow the job to its end; exit with 1 where it did not succeed")

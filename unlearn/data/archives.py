@@ -171,9 +171,11 @@ def _tar(path: Path, wanted: Wanted) -> Iterator[Source]:
         def read(name: str) -> bytes:
             place = scan.places[name]
             with _told_as_tar(path):
-                return (
-                    tar.extractfile(place).read() if isinstance(place, tarfile.TarInfo) else _piece(file, place, name)
-                )
+                if not isinstance(place, tarfile.TarInfo):
+                    return _piece(file, place, name)
+                content = tar.extractfile(place)
+                assert content is not None, "a regular file"
+                return content.read()
 
         yield Source(sorted(scan.names), read, scan.left_out)
 
@@ -196,8 +198,7 @@ class _Scan:
         self, tar: tarfile.TarFile, place: Callable[[tarfile.TarInfo], Place | tarfile.TarInfo | None], file: BinaryIO
     ) -> None:
         """Record every member. place: where its content is in `file`, or None where it is not there."""
-        while (member := tar.next()) is not None:
-            tar.members.clear()  # tarfile would keep every member in memory
+        for member in _members(tar):
             name = member.name
             if member.issym() or member.islnk():
                 base = posixpath.dirname(name) if member.issym() else ""
@@ -256,6 +257,12 @@ class _Scan:
         self.left_out["links that lead nowhere"] += len(lost)
 
 
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  it would keep every one of them
+        yield member
+
+
 def _inner(
     file: BinaryIO, name: str, wanted: Wanted, listing: Source, place: Place = (0, 0)
 ) -> Iterator[tuple[str, Place]]:
@@ -264,8 +271,7 @@ def _inner(
     file.seek(place[0])
     folder = name[: -len(".tar")]
     with tarfile.open(fileobj=file, mode="r:") as tar:
-        while (member := tar.next()) is not None:
-            tar.members.clear()
+        for member in _members(tar):
             inner = f"{folder}/{member.name}"
             if member.isfile() and not is_dirt(inner):
                 if wanted(inner) and not member.issparse() and member.size <= LARGEST:
@@ -289,19 +295,21 @@ def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO
         ):
             return None
         content, place = tar.extractfile(member), file.seek(0, os.SEEK_END)
+        assert content is not None, "a regular file"
         with told(tempfile.gettempdir()):
             for piece in iter(lambda: content.read(1 << 20), b""):
                 file.write(piece)
             file.flush()
         return place, member.size
 
-    with _decompressor(path)(path) as stream:
+    decompressor = _decompressor(path)
+    assert decompressor is not None, "a tar that is not plain"
+    with decompressor(path) as stream:
         with tarfile.open(fileobj=stream, mode="r|") as tar:
             if first:
                 scan.run(tar, write, file)
             else:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()
+                for member in _members(tar):
                     if member.isfile() and (place := write(member)):
                         scan.others[posixpath.normpath(member.name)] = place
         while stream.read(1 << 20):  # read to the end, so that the checksum there is verified

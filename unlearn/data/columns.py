@@ -7,6 +7,9 @@
 A label, an id or a subject may also be a part of the path, as in `label=3/part-0.parquet` (hive partitions).
 """
 
+# pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
+# pyright: reportAttributeAccessIssue=false
+
 import json
 import urllib.parse
 import zlib
@@ -142,7 +145,7 @@ def checksum(chunks: Iterable[pa.Array]) -> str:
     content = lengths = 0
     for chunk in chunks:
         if pa.types.is_integer(chunk.type):
-            content = zlib.crc32(memoryview(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False))), content)
+            content = zlib.crc32(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)).data, content)
             continue
         large = pa.types.is_large_binary(chunk.type) or pa.types.is_large_string(chunk.type)
         _, offsets, data = chunk.buffers()
@@ -153,7 +156,7 @@ def checksum(chunks: Iterable[pa.Array]) -> str:
         )
         if len(places):
             content = zlib.crc32(memoryview(data or b"")[int(places[0]) : int(places[-1])], content)
-            lengths = zlib.crc32(memoryview(np.diff(places).astype(np.int64)), lengths)
+            lengths = zlib.crc32(np.diff(places).astype(np.int64).data, lengths)
     return f"{content:08x}{lengths:08x}"
 
 

@@ -81,6 +81,7 @@ class Loader:
         return Batch(images, view, self.retain, int(rng.integers(1 << 62)))
 
     def _of_latents(self, number: int, rng: np.random.Generator) -> Batch:
+        assert self.latents, "called only where the batches hold latents"
         which = int(rng.integers(self.settings.data.latent_views))
         latents = torch.stack([self.latents[name](row, which) for name, row in self._rows(number)])
         view = views.repeated(next(iter(self.latents.values())).views[which], len(latents))
@@ -93,7 +94,11 @@ class Loader:
 
     def batches(self, numbers: Iterable[int], pin: bool = False) -> Iterator[Batch]:
         """The micro-batches of these numbers in turn, the next ones made in threads meanwhile."""
-        make = (lambda n: self.batch(n).pin()) if pin else self.batch
+
+        def pinned(number: int) -> Batch:
+            return self.batch(number).pin()
+
+        make = pinned if pin else self.batch
         with ThreadPoolExecutor(self.settings.data.decode_threads, thread_name_prefix="decode") as pool:
             ahead: deque = deque()
             try:

@@ -3,6 +3,9 @@
 Rows are numbered across all shards, in the manifest's order.
 """
 
+# pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import json
 from collections import Counter

@@ -1,5 +1,8 @@
 """Which rows are the forget, the retain and the proxy set."""
 
+# pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
+# pyright: reportAttributeAccessIssue=false
+
 import logging
 from dataclasses import dataclass
 from functools import cached_property

@@ -6,6 +6,9 @@ A shard is a Parquet file in the usual form of published image data sets: `image
 several splits has a manifest for each.
 """
 
+# pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
+# pyright: reportAttributeAccessIssue=false
+
 import hashlib
 import json
 import re

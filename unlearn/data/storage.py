@@ -41,7 +41,7 @@ class Storage:
         uri = str(uri)
         if uri.startswith("embedded:"):
             root = files("unlearn") / "embedded" / uri.removeprefix("embedded:")
-            if not root.exists():
+            if not (root.is_file() or root.is_dir()):
                 raise StorageError(f"{uri}: the package carries nothing of that name")
             uri = str(root)
         self.bucket: Bucket | None = None
@@ -161,6 +161,7 @@ class Storage:
 
         Raises StorageError where there is none.
         """
+        assert self.bucket is not None, "only S3 has objects"
         with told(self.uri):
             one = self.bucket.head("")
             facts = {"": one} if one else self.bucket.listing("")
@@ -207,14 +208,16 @@ def local_folder(uri: str) -> Iterator[Path]:
 
 def download(storage: Storage, names: Iterable[str], folder: Path) -> Path:
     """Fetch S3 objects to `folder`/LAST PART OF THE URI, and below it; that path."""
-    root = folder / (storage.bucket.key("").rpartition("/")[2] or storage.bucket.name)
+    bucket = storage.bucket
+    assert bucket is not None, "only S3 has objects"
+    root = folder / (bucket.key("").rpartition("/")[2] or bucket.name)
     for name in names:
         path = Path(os.path.normpath(root / name))
         if not path.is_relative_to(root):  # S3 allows any name, also with `..`
             raise StorageError(f"{storage.where(name)}: a name that leads out of its folder")
         with told(storage.where(name)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            storage.bucket.download(name, path)
+            bucket.download(name, path)
     return root
 
 

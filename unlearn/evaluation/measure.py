@@ -114,7 +114,7 @@ def evaluate(
     document = {
         "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
         "features": settings.evaluation.features, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
-        "weights": {name: sources[model.weights].fingerprint for name, model in models.items()},
+        "weights": {name: sources[model.weights].fingerprint for name, model in models.items() if model.weights},
         "sets": {
             name: described | {
                 "split": "held-out" if (settings.evaluation.data or settings.evaluation.split) and described["manifest"] != run.trained_on else "training",

@@ -99,7 +99,8 @@ def without_data() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    hook = register_module_parameter_registration_hook(empty)
+    # torch declares hooks that return nothing, and takes the parameter that one returns.
+    hook = register_module_parameter_registration_hook(empty)  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:

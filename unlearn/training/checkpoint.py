@@ -152,12 +152,13 @@ class Checkpoints:
     def _found(self, step: int) -> tuple[Commit, dict[str, Facts] | None]:
         """What is committed, and on S3 the objects of it."""
         commit, storage = self._commit(step), Storage(self.storage.where(_folder(step)))
-        listed = dict.fromkeys(storage.files()) if storage.is_local() else storage.objects()
+        objects = None if storage.is_local() else storage.objects()
+        listed = set(storage.files() if objects is None else objects)
         if missing := [name for name in commit.files if name not in listed]:
             raise CheckpointError(
                 f"{storage.where(missing[0])} is missing: delete that folder to go on from the checkpoint before"
             )
-        return commit, None if storage.is_local() else {name: listed[name] for name in commit.files}
+        return commit, None if objects is None else {name: objects[name] for name in commit.files}
 
     def _commit(self, step: int) -> Commit:
         where = f"{self.storage.where(_folder(step))}/{COMMIT}"

@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -86,14 +86,17 @@ class Engine(Protocol):
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         """One optimizer step over this rank's micro-batches. Sums of the loss parts over them, and `grad_norm`, all on
         the device. Raises RuntimeError before the update where a part is not finite."""
+        ...
 
     def fragments(self) -> list[Fragment]: ...
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """The mean over all ranks."""
+        ...
 
     def gather(self, value: object) -> list:
         """One object of every rank, in every rank."""
+        ...
 
 
 class FiniteCheck:
@@ -202,11 +205,13 @@ class DeepSpeedEngine:
         self._apart = objective.method.gradients_apart  # then DeepSpeed sees one backward pass a step
         self._named = _named(objective.student, trained)
         self.finite = FiniteCheck()
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=objective.to(device), model_parameters=trained, optimizer=_optimizer(trained, settings, device),
+        self._engine, optimizer, _, _ = deepspeed.initialize(
+            model=objective.to(device), optimizer=_optimizer(trained, settings, device),
+            model_parameters=trained,  # pyright: ignore[reportArgumentType]  DeepSpeed says Module, and wants a list
             config=deepspeed_config(settings, 1 if self._apart else accumulation, micro_batch, sum(p.numel() for p in trained)),
             dist_init_required=False,
         )  # fmt: skip
+        self._optimizer: Any = optimizer  # torch's own, or one of ZeRO's, which share no type
         self._engine.train()
         self._plain = settings.zero_stage == 0
         self._dtype = torch.bfloat16 if settings.dtype == "bf16" and not self._plain else torch.float32
@@ -220,7 +225,7 @@ class DeepSpeedEngine:
             self._engine.backward(loss)
             # Without ZeRO DeepSpeed keeps no norm, and updates whatever it is; the gradients are gone after its step.
             if self._plain and self._engine.is_gradient_accumulation_boundary():
-                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named])
+                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named if p.grad is not None])
                 self.finite({"gradient norm": norm})
             self._engine.step()  # updates at the end of the accumulation only
         norm = torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, device=self.device)

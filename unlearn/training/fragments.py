@@ -55,7 +55,8 @@ def zero12(named: list[tuple[str, torch.nn.Parameter]], zero) -> Iterator[Fragme
     """ZeRO 1 and 2, and DeepSpeed's bf16 optimizer: a rank's partition runs through the parameters' concatenation."""
     partitions = getattr(zero, "single_partition_of_fp32_groups", None) or zero.fp32_groups_flat_partition
     for name, p in named:
-        mapping = p._hp_mapping  # None where this rank holds nothing of the parameter
+        # DeepSpeed's attribute; None where this rank holds nothing of the parameter.
+        mapping = p._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
         if mapping is not None:
             at, flat = mapping.get_hp_fragment_address(), partitions[mapping.param_group_index]
             yield Fragment(name, mapping.lp_fragment_address.start, at.numel, flat, at.start, zero.optimizer)
@@ -66,6 +67,6 @@ def zero3(named: list[tuple[str, torch.nn.Parameter]], zero, rank: int) -> Itera
     for name, p in named:
         group, offset, size = zero.grad_position[zero.get_param_id(p)]
         start = rank * size
-        count = min(size, p.ds_numel - start)
+        count = min(size, p.ds_numel - start)  # pyright: ignore[reportAttributeAccessIssue]  DeepSpeed's
         if count > 0:
             yield Fragment(name, start, count, zero.fp32_partitioned_groups_flat[group], offset, zero.optimizer)

@@ -145,7 +145,9 @@ class _StoreBoard:
     """What each rank writes, in the group's store; each thread needs one of its own."""
 
     def __init__(self, store: dist.Store):
-        self._store = dist.PrefixStore("heartbeat", store).clone()
+        apart = dist.PrefixStore("heartbeat", store)
+        # torch does not declare `clone`.
+        self._store: dist.Store = apart.clone()  # pyright: ignore[reportAttributeAccessIssue]
 
     def write(self, rank: int, text: str) -> None:
         self._store.set(str(rank), text)
@@ -176,7 +178,9 @@ def _board() -> _StoreBoard | _FileBoard:
     store = _get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    return _FileBoard(store.path) if isinstance(store, dist.FileStore) else _StoreBoard(store)
+    if isinstance(store, dist.FileStore):
+        return _FileBoard(store.path)  # pyright: ignore[reportAttributeAccessIssue]  torch does not declare `path`
+    return _StoreBoard(store)
 
 
 def _told(rank: int, about: dict | None) -> str:

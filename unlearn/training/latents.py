@@ -43,7 +43,10 @@ class LatentCache:
         loaded: Recent | None = None,
     ):  # fmt: skip
         self.settings, self.set = settings, rows
-        self.model, self.first_stage, self.size = model, first_stage, model.options.image_size
+        # None once they were released.
+        self.model: Adapter | None = model
+        self.first_stage: torch.nn.Module | None = first_stage
+        self.size = model.options.image_size
         specs = [spec.model_dump(mode="json") for spec in settings.train_views]
         told = {
             "data": rows.manifest.hash, "first_stage": _fingerprint(first_stage), "grid": model.grid,
@@ -84,14 +87,15 @@ class LatentCache:
 
     def _make(self, images: Images, rows: np.ndarray, device: torch.device) -> torch.Tensor:
         """(rows, views, ...): int16 where the latents are small whole numbers, else float16."""
-        parts = []
+        model, first_stage, parts = self.model, self.first_stage, []
+        assert model is not None and first_stage is not None, "nothing is made after their release"
         with ThreadPoolExecutor(self.settings.data.decode_threads) as pool:
             for start in range(0, len(rows), BATCH):
                 pixels = list(pool.map(images.sound, rows[start : start + BATCH].tolist()))
-                inputs = self.model.normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device))
+                inputs = model.normalise(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device))
                 repeated = [views.repeated(view, len(pixels)).to(device) for view in self.views]
                 with torch.no_grad():
-                    made = [self.first_stage(inputs, view).cpu() for view in repeated]
+                    made = [first_stage(inputs, view).cpu() for view in repeated]
                 parts.append(torch.stack(made, dim=1))
         latents = torch.cat(parts)
         if latents.is_floating_point():
