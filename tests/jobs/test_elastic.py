@@ -1,15 +1,14 @@
 """Any number of workers computes the same batches, also where it does not divide them; cluster.min_workers relies on it."""
 
-import logging
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.runs import export, tiny_config
+from support.runs import export, tiny_config, train
 from support.workers import together
 
-from jobs.train import _telling_of_losses, train
+from jobs import train as job
 from unlearn import config
 from unlearn.errors import ConfigError
 from unlearn.training import metrics
@@ -55,15 +54,15 @@ def test_min_workers_in_the_config(tiny_run):
     assert fewer.accumulation == 2
 
 
-def test_lost_workers_are_told(tiny_run, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("jobs"), "propagate", True)  # which the command line turns off
-    rows = []
-    told = _telling_of_losses(tiny_run("training.engine=deepspeed", "cluster.workers=2").cluster, rows.append)
+def test_lost_workers_are_told(tiny_run, monkeypatch):
+    rows, messages = [], []
+    monkeypatch.setattr(job.log, "warning", lambda text, *values: messages.append(text % values))
+    told = job._telling_of_losses(tiny_run("training.engine=deepspeed", "cluster.workers=2").cluster, rows.append)
     for step, workers in ((90, 4), (10, 2), (20, 2), (15, 1), (25, 1), (30, 2), (25, 2)):
         told({"step": step, "workers": workers})
     told({"coding": 1, "of": 2})
     # What an attempt with more workers has left is no loss.
-    assert caplog.messages == [
+    assert messages == [
         "went back to a checkpoint; step 15 with 1 of 2 workers", "step 30 with 2 of 2 workers",
         "went back to a checkpoint; step 25 with 2 of 2 workers",
     ]  # fmt: skip
