@@ -5,10 +5,8 @@ YAML in (`load`), a frozen tree of small classes out. Every field states its mea
 
 import difflib
 import functools
-import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from unlearn import sizes
+from unlearn import config_hash, sizes
 from unlearn.aliases import renamed
+from unlearn.config_checks import contradictions
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
 
@@ -261,7 +260,7 @@ class RunConfig(Part):
 
     @model_validator(mode="after")
     def _whole(self):
-        if wrong := list(_contradictions(self)):
+        if wrong := list(contradictions(self)):
             raise ValueError("\n".join(wrong))
         return self
 
@@ -296,74 +295,8 @@ class RunConfig(Part):
         return {key: uri for key, uri in places.items() if uri}
 
     def hash(self) -> str:
-        """sha256 of what decides the weights, as far as it differs from the defaults: a new key with a default changes no hash.
-
-        Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
-        workers; data and first weights are told by hashes of their own instead.
-        """
-        tree = _differences(self)
-        for part, keys in NOT_HASHED.items():
-            for key in keys:
-                (tree if part is None else tree.get(part, {})).pop(key, None)
-        tree.setdefault("training", {})["micro_batch_size"] = self.micro_batch
-        tree.setdefault("data", {})["latent_cache"] = self.data.latent_cache is not None
-        told = json.dumps({"schema": SCHEMA, **tree}, sort_keys=True)
-        return hashlib.sha256(told.encode()).hexdigest()
-
-
-# Raised when the meaning or the default of a key changes; not for a new key with a default.
-SCHEMA = 2
-# Part -> keys that decide nothing of the weights.
-NOT_HASHED: dict[str | None, tuple[str, ...]] = {
-    None: ("cluster", "run_dir", "evaluation", "name"),
-    "model": ("weights", "first_stage"),
-    "data": ("train", "split", "proxy_data", "proxy_split", "cache", "cache_bytes", "decode_threads", "read_ahead", "max_bad_images",
-             "latent_cache"),
-    "training": ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
-                 "activation_checkpointing"),
-}  # fmt: skip
-
-
-def _differences(part: Part) -> dict[str, Any]:
-    """What differs from the defaults, as plain values; parts that differ in nothing are left out."""
-    plain, changed = part.model_dump(mode="json"), {}
-    for name, field in type(part).model_fields.items():
-        value = getattr(part, name)
-        if isinstance(value, Part) and (
-            field.is_required() or isinstance(field.get_default(call_default_factory=True), Part)
-        ):
-            if inner := _differences(value):
-                changed[name] = inner
-        elif field.is_required() or value != field.get_default(call_default_factory=True):
-            changed[name] = plain[name]
-    return changed
-
-
-def _contradictions(run: RunConfig) -> Iterator[str]:
-    """Every pair of values that cannot both be meant, one sentence each."""
-    t, c, d = run.training, run.cluster, run.data
-    if (t.steps is None) == (t.epochs is None):
-        yield "training: give exactly one of steps and epochs"
-    if t.engine == "torch" and c.workers != 1:
-        yield f"training.engine torch is one process: set cluster.workers to 1 (now {c.workers})"
-    if t.engine == "deepspeed" and c.workers > 1 and c.gpus_per_worker not in (0, 1):
-        yield f"cluster.gpus_per_worker {c.gpus_per_worker:g}: a worker drives one GPU; give 0 or 1, and more workers"
-    if c.min_workers and c.min_workers > c.workers:
-        yield f"cluster.min_workers {c.min_workers} is more than cluster.workers {c.workers}"
-    if c.min_workers and t.micro_batch_size is None:
-        yield "cluster.min_workers: give training.micro_batch_size too, which must not change with the number of workers"
-    if t.micro_batch_size is None and t.batch_size % c.workers:
-        yield f"training.batch_size {t.batch_size} does not divide among {c.workers} workers"
-    elif t.batch_size % (run.micro_batch * c.workers):
-        yield (
-            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = {run.micro_batch} x {c.workers}"
-        )
-    if run.micro_batch < 2 and d.forget is not None and t.forget_fraction:
-        yield "training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more"
-    if d.retain is not None and d.proxy is not None:
-        yield "data: give retain or proxy, not both: the proxy set takes the retain role"
-    if (d.proxy_data or d.proxy_split) and d.proxy is None:
-        yield "data.proxy_data is given without data.proxy: say which rows of it to use"
+        """sha256 of what decides the weights, as far as it differs from the defaults: see unlearn/config_hash.py."""
+        return config_hash.of(self)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -434,33 +367,6 @@ def _kind(method: str) -> type[RunConfig]:
     return create_model(
         "RunConfig", __base__=RunConfig, __module__=__name__, method=(options, Field(default_factory=options))
     )
-
-
-def ignored(run: RunConfig) -> list[str]:
-    """What differs from the defaults and this run will not look at, one sentence each."""
-    t, c, e = run.training, run.cluster, run.evaluation
-    notes = []
-
-    def note(part: Part, where: str, keys: tuple[str, ...], why: str) -> None:
-        changed = (key for key in keys if getattr(part, key) != type(part).model_fields[key].default)
-        notes.extend(f"{where}.{key} is ignored: {why}" for key in changed)
-
-    if t.engine == "torch":
-        note(t, "training", ("zero_stage", "offload_optimizer"), "engine torch is one plain process")
-        note(c, "cluster", ("address", "max_failures", "min_workers"), "engine torch does not use Ray to train")
-    elif t.offload_optimizer and t.zero_stage == 0:
-        note(
-            t, "training", ("offload_optimizer",), "there is nothing to offload without ZeRO; set zero_stage 1, 2 or 3"
-        )
-    if run.method.name.startswith("pretrain"):
-        note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
-    if t.steps and t.warmup_steps >= t.steps:
-        notes.append(
-            f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value"
-        )
-    if e.features == "efficientnet_lite0":
-        note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")
-    return notes
 
 
 def _explain(error: Any, kind: type[RunConfig]) -> list[str]:

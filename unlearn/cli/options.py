@@ -44,7 +44,7 @@ def load(source: str, overrides: list[str]) -> "RunConfig":
 def warned(settings: "RunConfig") -> "RunConfig":
     """`settings`, after a warning for everything in it that will be ignored."""
     from unlearn.cli.console import warn
-    from unlearn.config import ignored
+    from unlearn.config_checks import ignored
 
     for text in ignored(settings):
         warn(text)
