@@ -277,7 +277,7 @@ def test_a_job_outlives_its_shell_is_stopped_and_goes_on(told, here, tiny_run, t
     assert told("jobs", "stop", id)[1] == f"{id}: stopped\n"
     stopped = Checkpoints(run.run_dir, 2).steps()[-1]
     assert stopped < run.training.steps, "the run was over too soon"
-    assert "--resume" in told("jobs", "logs", id)[1]
+    assert f"unlearn jobs resume {id}" in told("jobs", "logs", id)[1]
 
     train(whole)
     code, out, err = told("jobs", "resume", id, "--wait")

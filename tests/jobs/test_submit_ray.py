@@ -136,9 +136,8 @@ def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, t
     assert told("jobs", "stop", job.id, "--to", there.where)[1] == f"{job.id}: stopped\n"
     stopped = checkpoints.steps()[-1]
     assert stopped < run.training.steps, "the run was over too soon"
-    assert "unlearn pretrain" in "".join(
-        there.logs(job.id, follow=False)
-    )  # it ended by itself, with its hint how to go on
+    # It ended by itself, with its hint how to go on.
+    assert f"unlearn jobs resume {job.id}" in "".join(there.logs(job.id, follow=False))
     rows = []
     assert submit.resume(there, job.id).live
     ended = submit.wait(there, job.id, rows.append, every=0.2)
