@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 from jobs import token
-from jobs.own_cluster import started, variables
+from jobs.own_cluster import loopback_as_it_is, started, variables
 from unlearn import config, signals
 from unlearn.errors import ClusterError
 
@@ -55,7 +55,7 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
         token.read()  # one that cannot be sent makes Ray abort this process
     try:
-        with signals.kept():
+        with loopback_as_it_is() if _on_loopback_alone(address) else contextlib.nullcontext(), signals.kept():
             ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError:
         raise ClusterError(
@@ -70,6 +70,20 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _on_loopback_alone(address: str) -> bool:
+    """Whether a cluster listens on this machine's loopback address and not on its outward one, which Ray would ask instead."""
+    from ray.util import get_node_ip_address
+
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost") or not port.isdigit():
+        return False
+    try:
+        socket.create_connection((get_node_ip_address(), int(port)), timeout=2).close()
+        return False
+    except OSError:
+        return True
 
 
 def _check_answers(address: str) -> None:

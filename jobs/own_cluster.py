@@ -35,7 +35,7 @@ def started(runtime_env: dict) -> Iterator[None]:
 
     with _folder() as folder, _authenticated(_environment(folder)):
         try:
-            with _loopback_as_it_is(), signals.kept():
+            with loopback_as_it_is(), signals.kept():
                 ray.init(
                     address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=runtime_env,
                     object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
@@ -88,7 +88,7 @@ def _loopback() -> str:
 
 
 @contextlib.contextmanager
-def _loopback_as_it_is() -> Iterator[None]:
+def loopback_as_it_is() -> Iterator[None]:
     """Ray puts the machine's outward address in the place of 127.0.0.1 unless it is told that clusters are not wanted."""
     from ray._private import ray_constants
 

@@ -155,31 +155,45 @@ def test_no_worker_is_left_on_a_cluster_that_lives_on(cluster, written_to, tmp_p
     until(lambda: not workers(cluster), 60)
 
 
-def test_a_follower_that_fails_stops_the_workers(cluster, written_to, tmp_path, monkeypatch):
-    """In the same process, which stays connected: nothing but the driver can have ended them."""
-    import ray
+FOLLOWER = """
+import sys
+from jobs import train
+from jobs.cluster import connected
+from unlearn import config
 
-    from jobs import train
+def fail(row):
+    raise ValueError("the follower's own fault")
 
-    for name, value in {
+run = train.prepare(config.load(sys.argv[1]))
+with connected(run.settings.cluster, 2):
+    try:
+        train.train(run, fail)
+    except ValueError as error:
+        print(error, flush=True)
+    sys.stdin.read()  # it stays connected until the test has looked
+"""
+
+
+def test_a_follower_that_fails_stops_the_workers(cluster, written_to):
+    """In a process that stays connected: nothing but the driver can have ended them."""
+    env = os.environ | {
         "RAY_ADDRESS": f"127.0.0.1:{cluster.ports[0]}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": TOKEN,
-    }.items():
-        monkeypatch.setenv(name, value)
-    run = train.prepare(config.load(written_to(*RAY)))
-
-    def fail(row: dict) -> None:
-        assert workers(cluster)
-        raise ValueError("the follower's own fault")
-
-    from jobs.cluster import connected
-
-    with connected(run.settings.cluster, 2):
-        with pytest.raises(ValueError, match="the follower's own fault"):
-            train.train(run, fail)
-        until(lambda: not workers(cluster), 60)
-        assert ray.is_initialized()
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", FOLLOWER, written_to(*RAY)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=env,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "the follower's own fault\n"
+        until(lambda: not workers(cluster))
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(600) == 0
 
 
 def workers(cluster: Cluster) -> list[psutil.Process]:

@@ -225,12 +225,12 @@ def follow(run_dir: str, work: Future, progress: Callable[[dict], None], every: 
     """Until `work` is done, call `progress` with the newest row of a run as it appears in the run's storage."""
     follower, last, done = Follower(run_dir), None, False
     while not done:
-        done = bool(wait([work], timeout=every).done)
-        with contextlib.suppress(StorageError, ValueError):  # a failure to show progress must not end a run
+        done, row = bool(wait([work], timeout=every).done), None
+        with contextlib.suppress(StorageError, ValueError):  # what cannot be read now is read later
             row = follower.newest()
-            if row and row != last:
-                last = row
-                progress(last)
+        if row and row != last:
+            last = row
+            progress(last)
 
 
 def peak_memory(device: torch.device) -> float:
