@@ -71,7 +71,7 @@ def test_a_run_tells_its_stations(told, written, monkeypatch):
     """Sets and hashes, start, checkpoints, export; no id of an image, and on JSON nothing else on standard error."""
     monkeypatch.setenv(log.VARIABLE, "info,json")
     code, _, err = told(
-        "pretrain", written("method.name=pretrain", "data.retain={ids: [img-000, img-001, img-002, img-003, img-004]}")
+        "pretrain", written("method.name=pretrain", "data.retain={ids: [img-020, img-021, img-022, img-023, img-024]}")
     )
     assert code == 0
     messages = [record["message"] for record in _objects(err)]
@@ -83,7 +83,7 @@ def test_a_run_tells_its_stations(told, written, monkeypatch):
         "exported ",
     ):
         assert any(station in message for message in messages), (station, messages)
-    assert "img-00" not in err
+    assert "img-02" not in err
 
 
 def _objects(text: str) -> list[dict]:

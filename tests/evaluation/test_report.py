@@ -128,7 +128,7 @@ def run(tmp_path_factory) -> config.RunConfig:
         weights.write(weights.build(config.Model(variant="vit_nano_patch4_32"), seed), str(root / name), {})
     same = {"steps": 40, "forget": 0.3, "lr": 1e-4, "images_per_s": 50}
     rows = [json.dumps({"step": step, "retain": 1 / step} | same) for step in (10, 20, 40)]
-    Storage(root / "run").write("metrics.jsonl", "\n".join(rows).encode())
+    Storage(root / "run").write("metrics.jsonl", "".join(f"{row}\n" for row in rows).encode())
     return config.parse({
         "run_dir": str(root / "run"), "model": {"weights": str(root / "original")},
         "data": {"train": "embedded:fashion-test", "forget": {"classes": ["Bag"]}, "retain": {"classes": ["Coat"]}},
