@@ -131,6 +131,7 @@ def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local
         assert secret not in logs
 
         assert run("stop.sh").stdout == "stopped\n"
+        psutil.wait_procs(ours, timeout=600)  # the last of them may still be on its way out
         assert not marked(str(token.parent)) and not any(map(lives, ours))
         assert bystander.poll() is None
         assert run("stop.sh").stdout.startswith("nothing of infra/local")
