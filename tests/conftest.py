@@ -29,6 +29,12 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders whose tests take longest first, so that the processes of a parallel run end together."""
+    long = ["jobs", "training", "planning"]
+    items.sort(key=lambda item: long.index(item.path.parent.name) if item.path.parent.name in long else len(long))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Torch on one thread: the same rounding everywhere, and no fight for cores."""
