@@ -15,6 +15,7 @@ import yaml
 from hypothesis import settings
 from support.images import CLASSES, tiny_table
 from support.kubernetes_server import api_server  # noqa: F401
+from support.methods import TOYS
 from support.models import TINY
 from support.runs import tiny_config
 from support.s3 import ADMIN, BUCKET, READER, s3_identity, s3_serving
@@ -24,6 +25,7 @@ from unlearn import config
 from unlearn.data import s3 as s3_objects
 from unlearn.data import shards
 from unlearn.models import weights
+from unlearn.registry import METHODS
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("tests")
@@ -39,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread():
     """Torch on one thread: the same rounding everywhere, and no fight for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def toys() -> Iterator[None]:
+    """The methods of support.methods are known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS, "entries", METHODS.entries | TOYS)
+        yield
 
 
 @pytest.fixture(scope="session")
