@@ -129,6 +129,16 @@ class Adapter(nn.Module):
         return tensors
 
     @classmethod
+    def from_file(
+        cls, tensors: dict[str, torch.Tensor], chosen: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """(tensors in our names, the options that they tell or None) of a public checkpoint in one file.
+
+        Raises WeightsError. chosen: the options that the config sets itself.
+        """
+        return cls.from_public(tensors), None
+
+    @classmethod
     def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors in our names, options) of a local folder as another library saves it. Raises WeightsError.
 

@@ -147,7 +147,9 @@ def start(
         return cls.from_folder(source.path(), dict(model.options))
     if source.card.get("family", cls.family) != cls.family:
         raise WeightsError(f"{uri} holds a model of family {source.card['family']}, the config says {cls.family}")
-    return cls.from_public(_tensors(source)), source.card.get("options")
+    if source.kind == "file":
+        return cls.from_file(_tensors(source), dict(model.options))
+    return cls.from_public(_tensors(source)), source.card["options"]
 
 
 def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -16,7 +16,7 @@ from unlearn.models import base, weights
 def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
     """(the shape that a config asks for, a note where its weights are not here).
 
-    No weight is read, only the options that lie beside the weights. Where these are missing or out of reach the shape
+    No weight is read, only what a local file is mapped for, and the options that lie beside the weights. Where these are missing or out of reach the shape
     is that of model.variant. Raises WeightsError where there is none, ConfigError.
     """
     recorded, absent = None, []
@@ -42,11 +42,11 @@ def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
 
 
 def _recorded(uri: str, model: config.Model) -> dict[str, Any] | None:
-    """The options that lie beside the weights; None for a file of weights, which says nothing. Raises StorageError
+    """The options that lie beside the weights, or that a file here tells; None where it tells none. Raises StorageError
     where no weights can be reached, WeightsError for damaged or other ones."""
     storage, cls = Storage(uri), base.adapter(model.family)
     if storage.is_file():
-        return None
+        return weights.start(cls, model, {})[1] if storage.is_local() else None
     if storage.is_file(weights.CARD):
         card = weights.card(storage)
         if base.adapter(card["family"]) is not cls:

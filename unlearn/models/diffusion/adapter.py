@@ -18,7 +18,7 @@ from torch import nn
 
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.models import base, folders
-from unlearn.models.diffusion import autoencoder, flow, networks, noising, pipeline
+from unlearn.models.diffusion import autoencoder, flow, networks, noising, palette, pipeline
 from unlearn.models.diffusion.shapes import LINEAR, PALETTE, VARIANTS
 from unlearn.views import View
 
@@ -38,6 +38,8 @@ class DiffusionOptions(base.ModelOptions):
     scheduler: dict[str, Any] = LINEAR
     # "class" and the config of the autoencoder in whose latents the network works; None: it works on pixels
     vae: dict[str, Any] | None = None
+    # what a network on pixels is told of the noise: the timestep, or gamma, the share of variance left, as Palette's is
+    conditioning: Literal["timestep", "gamma"] = "timestep"
     # the text for a network that takes one, and how many tokens long it is
     prompt: str = ""
     tokens: PositiveInt = 77
@@ -51,6 +53,8 @@ class DiffusionOptions(base.ModelOptions):
     def _fits(self):
         if reason := networks.mismatch(self.network, self.vae):
             raise ValueError(reason)
+        if self.conditioning == "gamma" and self.vae is not None:
+            raise ValueError("conditioning gamma is for networks on pixels: leave it out")
         _, f = autoencoder.noised_space(self.vae)
         halvings = networks.NETWORKS[self.network["class"]].halvings(self.network)
         for parts, what in (
@@ -125,7 +129,7 @@ class Diffusion(base.Adapter):
 
     def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> list[torch.Tensor]:
         sample, t, _ = self._noised(inputs, view, seed)
-        return self.encoder(sample, *self.shared(t, inputs.dtype))
+        return self.encoder(sample, *self.shared(self.noising.told(t), inputs.dtype))
 
     def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         """Mean squared error of the prediction (noise, velocity or image): in the hole, or over all latents."""
@@ -162,7 +166,7 @@ class Diffusion(base.Adapter):
         return sample, t, self.noising.target(clean.to(wide), eps.to(wide), t)
 
     def _predict(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        emb, context = self.shared(t, sample.dtype)
+        emb, context = self.shared(self.noising.told(t), sample.dtype)
         return self.decoder(self.encoder(sample, emb, context), emb, context)
 
     def fill_hole(self, inputs: torch.Tensor, noise: torch.Tensor, view: View) -> torch.Tensor:
@@ -189,6 +193,15 @@ class Diffusion(base.Adapter):
             return tensors
         transformer = any(name.startswith("transformer_blocks.") for name in tensors)
         return networks.module(networks.TRANSFORMER if transformer else networks.LATENT_UNET).from_public(tensors)
+
+    @classmethod
+    def from_file(
+        cls, tensors: dict[str, torch.Tensor], chosen: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """A file of Palette, or one with diffusers' names."""
+        if palette.is_palette(tensors):
+            return cls.from_public(palette.to_diffusers(tensors)), palette.options(tensors)
+        return cls.from_public(tensors), None
 
     @classmethod
     def placed(cls, tensors: dict[str, torch.Tensor], options: DiffusionOptions) -> dict[str, torch.Tensor]:
@@ -228,9 +241,14 @@ class Diffusion(base.Adapter):
         return {**options, "image_size": size} if isinstance(size, int) else options
 
     def to_folder(self, folder: Path) -> None:
-        """Write a pipeline folder of diffusers."""
+        """Write a pipeline folder of diffusers; of a network that is told gamma, which none of its pipelines knows,
+        Palette's own file."""
         if self.latent:
             return pipeline.write(self.state_dict(), self.options, folder)
+        if self.options.conditioning == "gamma":
+            return palette.write(
+                networks.module(networks.PIXEL_UNET).to_public(self.state_dict()), self.options, folder
+            )
         config = {"sample_size": self.options.image_size, **networks.arguments(self.options.network)}
         whole = diffusers.UNet2DModel(**config)
         whole.load_state_dict(networks.module(networks.PIXEL_UNET).to_public(self.state_dict()), assign=True)
@@ -250,7 +268,8 @@ def _unet_folder(folder: Path) -> Path:
 
 def _noising(options: DiffusionOptions) -> noising.DiscreteNoising | flow.FlowMatching:
     if options.network["class"] != networks.TRANSFORMER:
-        return noising.DiscreteNoising(options.scheduler, bounded=options.vae is None)
+        kind = noising.GammaNoising if options.conditioning == "gamma" else noising.DiscreteNoising
+        return kind(options.scheduler, bounded=options.vae is None)
     _, f = autoencoder.noised_space(options.vae)
     return flow.FlowMatching(options.scheduler, (options.image_size // f // 2) ** 2)
 
