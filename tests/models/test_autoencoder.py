@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from unlearn import config, views
 from unlearn.errors import MissingExtra, WeightsError
 from unlearn.models import base, folders, weights
-from unlearn.models.diffusion import autoencoder, flow, networks, pipeline
+from unlearn.models.diffusion import autoencoder, flow, networks, pipeline, prompts
 from unlearn.registry import MODELS
 
 import diffusers  # isort: skip  after the cure of torchvision
@@ -358,12 +358,12 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     assert options["tokens"] == text["shared.prompt"].shape[1] and options["image_size"] == (
         256 if kind == "flux" else 32
     )
-    met = pipeline._encoded.cache_info()
+    met = prompts._encoded.cache_info()
     other = pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})[0]  # as the teacher does
-    assert pipeline._encoded.cache_info().misses == met.misses
+    assert prompts._encoded.cache_info().misses == met.misses
     assert all(tensors[n].data_ptr() != other[n].data_ptr() for n in text)
     shutil.copytree(tmp_path / "theirs", tmp_path / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert pipeline.options(tmp_path / "shape") == options
+    assert pipeline.options(tmp_path / "shape", {}) == options
     empty = pipeline.read(tmp_path / "theirs", {})[0]
     # without a prompt SDXL is given zeros
     assert not torch.equal(empty["shared.prompt"], tensors["shared.prompt"]) and (kind == "xl") == (
@@ -372,7 +372,7 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
 
     pipeline.write(tensors, SimpleNamespace(**options), tmp_path / "ours")
     assert not list((tmp_path / "ours").rglob("*.bin"))
-    absent = {n: None for n in pipeline.TEXT if hasattr(whole, n)}
+    absent = {n: None for n in prompts.TEXT if hasattr(whole, n)}
     back = type(whole).from_pretrained(tmp_path / "ours", local_files_only=True, **absent)
     for part in (home, "vae"):
         theirs = getattr(whole, part).state_dict()
@@ -381,11 +381,13 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     again, same = pipeline.read(tmp_path / "ours", {})
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], t) for n, t in tensors.items())
     assert same["network"] == options["network"] | {"dropout": 0.0} or same["network"] == options["network"]
-    assert pipeline.options(tmp_path / "ours") == same
+    assert pipeline.options(tmp_path / "ours", {}) == same
     with pytest.raises(WeightsError, match="has no text_encoder, which model.options.prompt needs"):
         pipeline.read(tmp_path / "ours", {"prompt": "a cat"})
-    (tmp_path / "ours" / pipeline.PROMPT_FILE).unlink()
-    zeros = pipeline.read(tmp_path / "ours", {})[0]
+    (tmp_path / "ours" / prompts.FILE).unlink()
+    with pytest.raises(WeightsError, match="has no text_encoder to embed a prompt with.*model.options.prompt to null"):
+        pipeline.read(tmp_path / "ours", {})
+    zeros = pipeline.read(tmp_path / "ours", {"prompt": None})[0]
     assert all(not zeros[n].any() for n in text)
 
     # with the text encoders given it fills in holes, as the original does
@@ -463,9 +465,9 @@ def test_what_is_no_latent_pipeline_is_told(tmp_path, monkeypatch):
     ):
         pipeline.read(tmp_path, {})
     (tmp_path / "unet" / "config.json").write_text(json.dumps(described))
-    find = pipeline.importlib.util.find_spec
+    find = prompts.importlib.util.find_spec
     monkeypatch.setattr(
-        pipeline.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+        prompts.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
     )
     with pytest.raises(MissingExtra, match=r"a prompt's embedding needs transformers.*pip install 'unlearn\[text\]'"):
         pipeline.read(tmp_path, {})

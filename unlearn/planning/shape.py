@@ -16,8 +16,8 @@ from unlearn.models import base, weights
 def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
     """(the shape that a config asks for, a note where its weights are not here).
 
-    No weight is read, only what a local file is mapped for, and the options that lie beside the weights. Where these are missing or out of reach the shape
-    is that of model.variant. Raises WeightsError where there is none, ConfigError.
+    No weight is read, only the options that lie beside the weights, or that the names and shapes in a local file tell. Where
+    these are missing or out of reach the shape is that of model.variant. Raises WeightsError where there is none, ConfigError.
     """
     recorded, absent = None, []
     if model.weights:
@@ -54,7 +54,8 @@ def _recorded(uri: str, model: config.Model) -> dict[str, Any] | None:
         return card["options"]
     if any(storage.is_file(name) for name in weights.FOREIGN):
         with _small_files(storage, cls.option_files) as folder:
-            return cls.options_from_folder(folder, dict(model.options))
+            first = Path(model.first_stage) if model.first_stage and Storage(model.first_stage).is_local() else None
+            return cls.options_from_folder(folder, dict(model.options), first)
     raise StorageError(f"no weights at {uri}: give a .safetensors or .pth file, or the folder of a model")
 
 

@@ -34,6 +34,12 @@ def is_palette(tensors: dict[str, torch.Tensor]) -> bool:
     return any(name.startswith(ROOT) for name in tensors)
 
 
+def without_schedule(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without the buffers of Palette's schedule."""
+    buffers = _buffers(torch.full((1,), 0.5, dtype=torch.float64))
+    return {name: tensor for name, tensor in tensors.items() if name not in buffers}
+
+
 def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The options of the model in such a file: its network and the schedule that it was trained with. Raises WeightsError."""
     network = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
@@ -73,13 +79,17 @@ def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return renamed
 
 
-def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> None:
-    """Write FILE. tensors: the network's, by diffusers' names; options: DiffusionOptions. Raises WeightsError."""
+def write(tensors: dict[str, torch.Tensor], options, folder: Path) -> str:
+    """Write FILE; the expression that loads it, with FOLDER for its place. Raises WeightsError.
+
+    tensors: the network's, by diffusers' names; options: DiffusionOptions.
+    """
     try:
         public = from_diffusers(tensors, options.scheduler)
     except KeyError as e:
         raise WeightsError(f"this network is not Palette's, which has no {e}: no Palette file can be written") from None
     torch.save({name: tensor.contiguous() for name, tensor in public.items()}, folder / FILE)
+    return f"netG.load_state_dict(torch.load(FOLDER + '/{FILE}'))"
 
 
 def from_diffusers(tensors: dict[str, torch.Tensor], scheduler: dict[str, Any]) -> dict[str, torch.Tensor]:
