@@ -227,6 +227,15 @@ class Evaluation(Part):
     features_weights: Location | None = Field(
         default=None, description="local weights of that network, where it does not bring its own"
     )
+    resize: Literal["tf1", "clean"] = Field(
+        default="tf1",
+        description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid",
+    )
+    guidance_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="how far a diffusion model's samples are led towards its prompt, away from the empty one; none = not at all",
+    )
     oracle: Location | None = Field(
         default=None, description="weights of a model trained without the forget set, as the reference"
     )

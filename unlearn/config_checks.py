@@ -60,4 +60,6 @@ def ignored(run: RunConfig) -> list[str]:
         )
     if e.features == "efficientnet_lite0":
         note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")
+    if e.features != "inception":
+        note(e, "evaluation", ("resize",), f"{e.features} is given images as it was trained; it is for inception")
     return notes

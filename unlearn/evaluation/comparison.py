@@ -51,6 +51,8 @@ class Comparison:
             built = (
                 weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
             )
+            if self.settings.evaluation.guidance_scale is not None:
+                built.guide(self.settings.evaluation.guidance_scale)
             if former is not None and self._shape(built) != (self.grid, self.size):
                 known = f"{former} {self.size} px in {self.grid} x {self.grid} patches"
                 other = f"{name} {built.options.image_size} px in {built.grid} x {built.grid} patches"
