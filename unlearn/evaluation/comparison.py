@@ -18,8 +18,9 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
     """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle."""
     uris = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
     folder = Storage(settings.run_dir)
-    if folder.is_file(f"model/{weights.CARD}"):
-        uris["unlearned"] = folder.where("model")
+    trained = "model_ema" if settings.evaluation.weights == "ema" else "model"
+    if folder.is_file(f"{trained}/{weights.CARD}"):
+        uris["unlearned"] = folder.where(trained)
     models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in uris.items() if uri}
     if not models:
         raise UnlearnError(

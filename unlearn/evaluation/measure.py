@@ -221,6 +221,8 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
             notes.append(f"The {name} set is measured on training images: {why}.")
         if described["bad_images"]:
             notes.append(f"{described['bad_images']} damaged image(s) of the {name} set were left out.")
+    if settings.evaluation.weights == "ema" and "unlearned" in document["generators"]:
+        notes.append(f"The unlearned model is the moving average of the weights, decay {settings.training.ema}.")
     if settings.evaluation.guidance_scale is not None:
         notes.append(f"Samples were led towards the prompt by a guidance scale of {settings.evaluation.guidance_scale:g}.")
     if any(row["is"] is None for row in document["rows"]):

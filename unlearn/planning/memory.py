@@ -75,6 +75,8 @@ def estimate(
         "teacher": size * measured.teacher.count,
     }
     parts["optimizer"] = 12 * share if strategy.stage else 8 * n
+    average = 4 * measured.averaged * (share if strategy.stage else n)
+    parts["optimizer"] += average
     if strategy.stage == 3:
         parts["parameters"] = (
             size * sum(_sharded(g, workers) for g in (measured.trained, measured.frozen)) + measured.buffers
@@ -83,6 +85,7 @@ def estimate(
     host = 0
     if strategy.offload:
         host = (20 if strategy.stage == 3 else 16 + size + (4 if accumulation > 1 else 0)) * share
+        host += average
         parts["optimizer"] = 0
     moments = _moments(measured, strategy, size, workers, accumulation, cuda)
     worst = max(moments, key=lambda moment: sum(moment.values()))
