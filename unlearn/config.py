@@ -180,6 +180,10 @@ class Training(Part):
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=3.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    ema: Decay | None = Field(
+        default=None,
+        description="decay of a moving average of the weights, as 0.9999: kept beside them and written as model_ema; none = not kept",
+    )
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = Field(default=False, description="optimizer state in host memory (ZeRO 1-3)")
@@ -227,8 +231,21 @@ class Evaluation(Part):
     features_weights: Location | None = Field(
         default=None, description="local weights of that network, where it does not bring its own"
     )
+    resize: Literal["tf1", "clean"] = Field(
+        default="tf1",
+        description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid",
+    )
+    guidance_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="how far a diffusion model's samples are led towards its prompt, away from the empty one; none = not at all",
+    )
     oracle: Location | None = Field(
         default=None, description="weights of a model trained without the forget set, as the reference"
+    )
+    weights: Literal["trained", "ema"] = Field(
+        default="trained",
+        description="which weights of the run are measured: ema = their moving average (training.ema)",
     )
     limit: Positive | None = Field(default=None, description="images of each set at most")
     batch_size: Positive = 100

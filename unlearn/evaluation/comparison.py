@@ -18,8 +18,9 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
     """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle."""
     uris = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
     folder = Storage(settings.run_dir)
-    if folder.is_file(f"model/{weights.CARD}"):
-        uris["unlearned"] = folder.where("model")
+    trained = "model_ema" if settings.evaluation.weights == "ema" else "model"
+    if folder.is_file(f"{trained}/{weights.CARD}"):
+        uris["unlearned"] = folder.where(trained)
     models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in uris.items() if uri}
     if not models:
         raise UnlearnError(
@@ -51,6 +52,8 @@ class Comparison:
             built = (
                 weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
             )
+            if self.settings.evaluation.guidance_scale is not None:
+                built.guide(self.settings.evaluation.guidance_scale)
             if former is not None and self._shape(built) != (self.grid, self.size):
                 known = f"{former} {self.size} px in {self.grid} x {self.grid} patches"
                 other = f"{name} {built.options.image_size} px in {built.grid} x {built.grid} patches"

@@ -3,7 +3,9 @@
 metrics.json holds
 
     software, name, config_hash      what was run
-    features                         name of the feature network; figures of different networks cannot be compared
+    features, resize                 name of the feature network, and how images got to its size: figures of different ones
+                                     cannot be compared
+    guidance_scale                   of sampling; null without guidance
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
@@ -70,7 +72,10 @@ class Measurer:
         device = "cuda" if settings.cluster.gpus_per_worker else "cpu"
         self.compared = Comparison(run, models, device)
         evaluation = settings.evaluation
-        self.network = features.build(evaluation.features, evaluation.features_weights).to(device) if looks else None
+        self.network = None
+        if looks:
+            network = features.build(evaluation.features, evaluation.features_weights, evaluation.resize)
+            self.network = network.to(device)
 
     def __call__(self, piece: Piece | Column) -> dict:
         return self.picture(piece) if isinstance(piece, Column) else self.measure(piece)
@@ -113,7 +118,8 @@ def evaluate(
     sources = weights.located((model.weights for model in models.values()), run.sources)
     document = {
         "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
-        "features": settings.evaluation.features, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
+        "features": settings.evaluation.features, "resize": features.resizing(settings.evaluation.features, settings.evaluation.resize),
+        "guidance_scale": settings.evaluation.guidance_scale, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
         "weights": {name: sources[model.weights].fingerprint for name, model in models.items() if model.weights},
         "sets": {
             name: described | {
@@ -215,6 +221,10 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
             notes.append(f"The {name} set is measured on training images: {why}.")
         if described["bad_images"]:
             notes.append(f"{described['bad_images']} damaged image(s) of the {name} set were left out.")
+    if settings.evaluation.weights == "ema" and "unlearned" in document["generators"]:
+        notes.append(f"The unlearned model is the moving average of the weights, decay {settings.training.ema}.")
+    if settings.evaluation.guidance_scale is not None:
+        notes.append(f"Samples were led towards the prompt by a guidance scale of {settings.evaluation.guidance_scale:g}.")
     if any(row["is"] is None for row in document["rows"]):
         notes.append(f"{document['features']} has no class scores: no Inception Score.")
     elif document["features"] != "inception":

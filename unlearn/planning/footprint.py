@@ -46,6 +46,7 @@ class Footprint:
     """trained, frozen: the student's parameters that are trained, and its others. teacher: the teacher's parameters.
     buffers, first_stage: bytes. whole: bytes of the model as it is built, with decoder and first stage, in float32.
     apart: terms of the loss whose gradients the method wants apart, 0 for most methods.
+    averaged: whether a moving average of what is trained is kept.
 
     curve: (n, 4), a row for each operation of forward and backward: bytes of activations and other temporary tensors;
     bytes of the gradients computed so far; elements of the teacher's and of the student's parameters used so far.
@@ -59,6 +60,7 @@ class Footprint:
     whole: int
     apart: int
     curve: np.ndarray
+    averaged: bool = False
 
 
 def measure(
@@ -92,6 +94,7 @@ def measure(
             loss.backward()
         trained_ids = {id(p) for p in trained}
         return Footprint(
+            averaged=settings.training.ema is not None,
             trained=_group(trained),
             frozen=_group([p for p in student.parameters() if id(p) not in trained_ids]),
             teacher=_group(teacher.parameters() if teacher is not None else []),

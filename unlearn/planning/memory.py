@@ -77,6 +77,8 @@ def estimate(
     parts["optimizer"] = 12 * share if strategy.stage else 8 * n
     if measured.apart:  # from the first micro-batch to the update
         parts["terms"] = 4 * n * measured.apart
+    average = 4 * measured.averaged * (share if strategy.stage else n)
+    parts["optimizer"] += average
     if strategy.stage == 3:
         parts["parameters"] = (
             size * sum(_sharded(g, workers) for g in (measured.trained, measured.frozen)) + measured.buffers
@@ -85,6 +87,7 @@ def estimate(
     host = 0
     if strategy.offload:
         host = (20 if strategy.stage == 3 else 16 + size + (4 if accumulation > 1 else 0)) * share
+        host += average
         parts["optimizer"] = 0
     if measured.apart and strategy.stage is not None:
         moments = _moments_apart(measured, strategy, size, workers, cuda)
