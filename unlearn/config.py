@@ -25,6 +25,7 @@ from pydantic import (
 from unlearn import config_hash, sizes
 from unlearn.aliases import renamed
 from unlearn.config_checks import contradictions
+from unlearn.data import patience
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
 
@@ -236,6 +237,17 @@ class Evaluation(Part):
     pictures: Positive = Field(default=8, description="rows of each picture grid")
 
 
+class Storage(Part):
+    """How S3 is used. Where it is and who asks is said by the usual AWS variables and files, never here."""
+
+    patience: float | None = Field(
+        default=None,
+        ge=0,
+        le=patience.MOST,
+        description="seconds for which an outage of S3 is waited out; none = UNLEARN_STORAGE_PATIENCE, else 120",
+    )
+
+
 class RunConfig(Part):
     """One experiment."""
 
@@ -257,6 +269,7 @@ class RunConfig(Part):
     training: Training = Field(default_factory=Training)
     cluster: Cluster = Field(default_factory=Cluster)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    storage: Storage = Field(default_factory=Storage)
 
     @model_validator(mode="after")
     def _whole(self):
