@@ -8,7 +8,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 from support.images import tiny_table
 from support.runs import tiny_config, worker

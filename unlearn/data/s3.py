@@ -5,7 +5,7 @@ An outage of the server, or of the way to it, is waited out (see patience.py). E
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
