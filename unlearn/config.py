@@ -22,10 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from unlearn import config_hash, sizes
+from unlearn import config_hash, patience, sizes
 from unlearn.aliases import renamed
 from unlearn.config_checks import contradictions
-from unlearn.data import patience
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
 

@@ -27,7 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_type_hints
 
-from unlearn.data import patience
+from unlearn import patience
 from unlearn.data.storage import Storage
 from unlearn.errors import LeaseError, StorageError
 

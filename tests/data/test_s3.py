@@ -14,9 +14,9 @@ from support.runs import tiny_config, worker
 from support.s3 import ADMIN, BUCKET
 from support.s3_proxy import Proxy
 
-from unlearn import config
+from unlearn import config, patience
 from unlearn import lease as leases
-from unlearn.data import patience, selection, shards
+from unlearn.data import selection, shards
 from unlearn.data.manifest import RowGroup
 from unlearn.data.storage import Storage, local_folder
 from unlearn.errors import ConfigError, DataError, StorageError, UnlearnError

@@ -12,7 +12,8 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from unlearn.data import patience, s3_client, s3_errors
+from unlearn import patience
+from unlearn.data import s3_client, s3_errors
 from unlearn.data.s3_object import Object
 from unlearn.errors import StorageError
 

@@ -2,7 +2,7 @@
 
 import re
 
-from unlearn.data import patience
+from unlearn import patience
 
 _HINTS = {
     "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID or AWS_PROFILE",

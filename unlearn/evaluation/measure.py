@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unlearn import __version__, config
-from unlearn.data import patience, selection
+from unlearn import __version__, config, patience
+from unlearn.data import selection
 from unlearn.errors import UnlearnError
 from unlearn.evaluation import features
 from unlearn.evaluation.comparison import Comparison

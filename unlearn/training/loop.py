@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import torch
 
-from unlearn import config, views
-from unlearn.data import order, patience
+from unlearn import config, patience, views
+from unlearn.data import order
 from unlearn.data.loader import Loader
 from unlearn.errors import TrainingError
 from unlearn.methods import base as methods

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from unlearn.data import patience
+from unlearn import patience
 from unlearn.data.storage import Storage, told
 from unlearn.errors import StorageError
 
