@@ -27,7 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_type_hints
 
-from unlearn import patience
+from unlearn import documents, patience
 from unlearn.data.storage import Storage
 from unlearn.errors import LeaseError, StorageError
 
@@ -193,7 +193,7 @@ def _json(owner: Owner) -> bytes:
 def _parse(data: bytes) -> Owner | None:
     """None where it is damaged."""
     try:
-        tree = json.loads(data)
+        tree = documents.from_json(data)
         owner = Owner(**{name: kind(tree[name]) for name, kind in get_type_hints(Owner).items()})
         datetime.fromisoformat(owner.renewed).astimezone(UTC)
         return owner if 0 < owner.seconds < 86400 else None
