@@ -22,8 +22,7 @@ from support.s3 import ADMIN, BUCKET, READER, s3_identity, s3_serving
 from support.s3_proxy import Proxy
 
 from unlearn import config
-from unlearn.data import s3 as s3_objects
-from unlearn.data import shards
+from unlearn.data import s3_client, shards
 from unlearn.models import weights
 from unlearn.registry import METHODS
 
@@ -96,8 +95,10 @@ _LOADER = botocore.session.Session().get_component("data_loader")
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """The URL of a SeaweedFS server on loopback, with the bucket BUCKET and the users ADMIN and READER (of that bucket)."""
-    with s3_serving([s3_identity(READER, actions=[f"Read:{BUCKET}", f"List:{BUCKET}"])], []) as url:
+    """The URL of a SeaweedFS server on loopback, with the bucket BUCKET, the users ADMIN and READER (of that bucket), and the
+    bucket "public", which is read without keys."""
+    everyone = {"name": "anonymous", "actions": ["Read:public", "List:public"]}
+    with s3_serving([s3_identity(READER, actions=[f"Read:{BUCKET}", f"List:{BUCKET}"]), everyone], []) as url:
         yield url
 
 
@@ -109,16 +110,15 @@ def s3_user(s3_server, monkeypatch):
         session = botocore.session.Session()
         session.register_component("data_loader", _LOADER)
         boto3.setup_default_session(botocore_session=session)
-        s3_objects.client.cache_clear()
-        s3_objects.arrow.cache_clear()
+        s3_client.client.cache_clear()
 
     def login(user: tuple[str, str], url: str = s3_server) -> None:
         values = {
             "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": user[0], "AWS_SECRET_ACCESS_KEY": user[1], "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "AWS_EC2_METADATA_DISABLED": "true", "UNLEARN_STORAGE_PATIENCE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         }  # fmt: skip
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)

@@ -5,7 +5,7 @@ processes one succeeds), renewed by a thread, and marked as released at the end.
 content that it replaces, so no process overwrites a version that it has not read.
 
 Clocks are assumed to run at the same rate everywhere, not to agree. Another process watches the file, and takes it over
-when it has not changed for as long as its owner said (60 s). The owner regards itself as lost when it could not renew
+when it has not changed for as long as its owner said (60 s, and on S3 as long again as an outage is waited out). The owner regards itself as lost when it could not renew
 for the same time, counted from before its last renewal. Times of day are compared only to take over a lease at once
 that is older by more than half an hour than it may be. A write of a former owner that is in flight when its lease expires
 cannot be stopped.
@@ -27,6 +27,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_type_hints
 
+from unlearn import documents, patience
 from unlearn.data.storage import Storage
 from unlearn.errors import LeaseError, StorageError
 
@@ -111,22 +112,25 @@ class Lease:
 
     def _release(self) -> None:
         self._over.set()
-        with contextlib.suppress(StorageError):  # it will expire
+        with patience.at_most(5), contextlib.suppress(StorageError):  # it will expire
             self._renew(released=True)
 
 
 @contextlib.contextmanager
 def held(
-    run_dir: str, what: str, seconds: float = SECONDS, say: Callable[[str], None] = lambda text: None
+    run_dir: str, what: str, seconds: float | None = None, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Lease]:
     """Own the run folder until the end of the block.
 
     what: the command, for the messages that others see; seconds: how long the folder stays taken after this process has
-    died; say: called with a text that says what is waited for. An owner that cannot be looked up from here is watched
+    died, by default a minute, and on S3 longer than an outage that is waited out; say: called with a text that says what is waited for. An owner that cannot be looked up from here is watched
     until it renews or its lease expires. Raises LeaseError where another process owns the folder, and at the end where the lease
     was lost meanwhile.
     """
-    lease = _acquire(Storage(run_dir), what, seconds, say)
+    storage = Storage(run_dir)
+    if seconds is None:
+        seconds = SECONDS if storage.is_local() else SECONDS + patience.seconds()
+    lease = _acquire(storage, what, seconds, say)
     threading.Thread(target=lease._keep, name="lease", daemon=True).start()
     try:
         yield lease
@@ -189,7 +193,7 @@ def _json(owner: Owner) -> bytes:
 def _parse(data: bytes) -> Owner | None:
     """None where it is damaged."""
     try:
-        tree = json.loads(data)
+        tree = documents.from_json(data)
         owner = Owner(**{name: kind(tree[name]) for name, kind in get_type_hints(Owner).items()})
         datetime.fromisoformat(owner.renewed).astimezone(UTC)
         return owner if 0 < owner.seconds < 86400 else None

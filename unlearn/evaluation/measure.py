@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unlearn import __version__, config
+from unlearn import __version__, config, patience
 from unlearn.data import selection
 from unlearn.errors import UnlearnError
 from unlearn.evaluation import features
@@ -68,6 +68,7 @@ class Measurer:
     def __init__(self, run: Run, models: dict[str, config.Model], looks: bool = True):
         """looks: whether figures are wanted, and so the feature network; else pictures alone."""
         settings = run.settings
+        patience.use(settings.storage.patience)
         torch.set_num_threads(settings.training.threads)
         device = "cuda" if settings.cluster.gpus_per_worker else "cpu"
         self.compared = Comparison(run, models, device)

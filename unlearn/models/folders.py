@@ -20,7 +20,7 @@ def config(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise WeightsError(f"{path} is missing: give a whole folder as diffusers' save_pretrained writes it") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
         raise WeightsError(f"{path} is damaged: it holds no JSON object")

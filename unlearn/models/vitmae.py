@@ -135,5 +135,5 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text()))
-    except (ValueError, OSError, TypeError):
+    except (ValueError, OSError, TypeError, RecursionError):
         raise WeightsError(f"{path} is missing or damaged: save the model again with transformers") from None

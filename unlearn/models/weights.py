@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from unlearn import config
+from unlearn import config, documents
 from unlearn.data.node_cache import node_copy
 from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
@@ -203,7 +203,7 @@ def _no_weights(uri: str) -> WeightsError:
 def card(storage: Storage) -> dict[str, Any]:
     """What a folder of ours says of itself: {"family", "options", ...}. Raises WeightsError."""
     try:
-        card = json.loads(storage.read(CARD))
+        card = documents.from_json(storage.read(CARD))
         dict(card["options"], family=card["family"])
         card["family"] = MODELS.aliases.get(card["family"], card["family"])
     except (ValueError, KeyError, TypeError):

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from unlearn import documents
 from unlearn.aliases import first_hash, tensor_name
 from unlearn.data.node_cache import node_copy, release
 from unlearn.data.s3 import Facts
@@ -165,7 +166,7 @@ class Checkpoints:
     def _commit(self, step: int) -> Commit:
         where = f"{self.storage.where(_folder(step))}/{COMMIT}"
         try:
-            tree = json.loads(self.storage.read(f"{_folder(step)}/{COMMIT}"))
+            tree = documents.from_json(self.storage.read(f"{_folder(step)}/{COMMIT}"))
             state = {**tree["state"], "data": dict(tree["state"]["data"])}
             files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in tree["files"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):

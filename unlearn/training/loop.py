@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from unlearn import config, views
+from unlearn import config, patience, views
 from unlearn.data import order
 from unlearn.data.loader import Loader
 from unlearn.errors import TrainingError
@@ -39,6 +39,7 @@ def worker(run: Run, report: Report = lambda row: None) -> None:
     Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed. Raises ClusterError, which
     names a rank that is missing, where a collective fails.
     """
+    patience.use(run.settings.storage.patience)
     with heartbeat.beating(run.settings.cluster.timeout) as heart:
         _work(run, report, heart)
 
