@@ -26,7 +26,22 @@ def suffixes() -> frozenset[str]:
     """Suffixes of the images that can be decoded here."""
     from PIL import features
 
-    some = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    some = {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    }
     return frozenset(
         some | ({".jp2"} if features.check("jpg_2000") else set()) | ({".avif"} if features.check("avif") else set())
     )
