@@ -4,7 +4,7 @@ import io
 from typing import Literal
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from unlearn.data import grey, jpeg
 from unlearn.errors import ImageError
@@ -74,7 +74,7 @@ def crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
     return np.asarray(scaled)[:, ::-1] if rng.random() < 0.5 else np.asarray(scaled)
 
 
-def _open(data: memoryview | bytes) -> Image.Image:
+def _open(data: memoryview | bytes) -> ImageFile.ImageFile:
     """Reads the header alone."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -115,7 +115,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _transparent_value(image: Image.Image) -> object:
+def _transparent_value(image: ImageFile.ImageFile) -> object:
     """The value whose pixels are transparent (PNG, GIF), in the depth of the decoded pixels; None where there is none.
 
     PIL decodes 16 bits of colour, and 2 or 4 of grey, to 8, but not this value.

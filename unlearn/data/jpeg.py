@@ -13,7 +13,7 @@ def size(data: memoryview | bytes) -> tuple[int, int]:
     """(width, height) by the header; (0, 0) where simplejpeg does not understand the header."""
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        return width, height
+        return int(width), int(height)
     except ValueError:
         return 0, 0
 
