@@ -132,6 +132,9 @@ class Data(Part):
     augment: Literal["none", "crop_flip"] = Field(
         default="none", description="crop_flip: random resized crop (0.2-1) and flip"
     )
+    orientation: Literal["exif", "ignore"] = Field(
+        default="exif", description="ignore: images are not turned upright, for models that were trained so"
+    )
     shuffle_rows: Positive = Field(
         default=1 << 20, description="rows shuffled together; smaller reads fewer row groups at once"
     )

@@ -9,7 +9,7 @@ from unlearn.data import selection, shards
 from unlearn.data.cache import ENTRY, ImageCache
 from unlearn.data.decode import decode, fit
 from unlearn.data.selection import RowSet
-from unlearn.errors import DataError
+from unlearn.errors import DataError, ImageError
 
 
 class Images:
@@ -30,12 +30,11 @@ class Images:
         self._lock = threading.Lock()
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ValueError, OSError if it is
-        damaged."""
+        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ImageError if it is damaged."""
         entry = self.read(row)
         if isinstance(entry, np.ndarray):
             return entry
-        image = decode(entry)
+        image = decode(entry, self.data.orientation)
         if self.size is not None:
             image = fit(image, self.size)
         if self.data.cache == "decoded":
@@ -47,7 +46,7 @@ class Images:
         while True:
             try:
                 return self[row]
-            except (ValueError, OSError) as e:
+            except ImageError as e:
                 row = self.skip(row, e)
 
     def read(self, row: int) -> bytes | memoryview | np.ndarray:

@@ -7,7 +7,7 @@ from unlearn import config, views
 from unlearn.data import cache, order
 from unlearn.data.images import Images
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, UnlearnError
+from unlearn.errors import ConfigError, ImageError, UnlearnError
 from unlearn.models import base, weights
 from unlearn.run import Run
 
@@ -74,7 +74,7 @@ class Comparison:
             row = int(images.set.rows[position])
             try:
                 image = images[row]
-            except (ValueError, OSError) as e:
+            except ImageError as e:
                 images.skip(row, e)
                 continue
             kept.append(position)
