@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter
 
 from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
@@ -32,6 +33,8 @@ __all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "
            "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
 MANIFEST = "manifest.json"
+MOST = 1 << 50  # rows or bytes
+_MANIFEST = TypeAdapter(Manifest)
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
@@ -81,14 +84,13 @@ def load(uri: str, split: str | None = None) -> Manifest:
         raise DataError(f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`")
     try:
         tree = json.loads(data)
-        shards = [
-            Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
-            for s in tree["shards"]
-        ]
-        known = Manifest(
-            storage.uri, tree["columns"], tree["classes"], shards, tree.get("names", {}), tree.get("images", ""), split
-        )
-        if outside := [s.path for s in shards if s.path.startswith("/") or ".." in s.path.split("/")]:
+        known = _MANIFEST.validate_python(tree | {"uri": storage.uri, "split": split})
+        if wrong := set(known.columns) - set(roles.ROLES):
+            raise ValueError(f"{min(wrong)!r} is no role of a column")
+        groups = [group for shard in known.shards for group in shard.row_groups]
+        if any(not 0 <= number < MOST for g in groups for number in (g.rows, g.offset, g.bytes)):
+            raise ValueError("a row group of an impossible size")
+        if outside := [s.path for s in known.shards if s.path.startswith("/") or ".." in s.path.split("/")]:
             raise ValueError(f"{outside[0]!r} leads out of the folder")
         if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
@@ -205,7 +207,7 @@ def describe(
     given: {role: column} that the user names; before: those of an earlier manifest, used where the file has such
     columns.
     """
-    with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
+    with told(where), pa.OSFile(str(path), "rb") as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
         try:
             known = {role: column for role, column in (before or {}).items() if column in schema.names}

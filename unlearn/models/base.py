@@ -240,6 +240,10 @@ def options(model: config.Model, recorded: dict[str, Any] | None = None) -> Mode
         raise ConfigError(
             f"model.options.{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}"
         ) from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError) as e:  # a check met a value of another kind
+        raise ConfigError(
+            f"model.options: a value of {model.weights or model.family} is of no use here ({type(e).__name__}: {e})"
+        ) from None
 
 
 def _contradict(named: Any, recorded: Any) -> bool:

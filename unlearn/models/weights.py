@@ -19,7 +19,7 @@ from unlearn import config
 from unlearn.data.node_cache import node_copy
 from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
-from unlearn.errors import StorageError, WeightsError
+from unlearn.errors import StorageError, UnlearnError, WeightsError
 from unlearn.models import base, tensor_files
 from unlearn.registry import MODELS
 
@@ -107,8 +107,21 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
 
     sources: what has been looked up already. decoder: whether it is wanted; left out it takes no memory.
     Weights in float32 are mapped from their file: they take memory of this process where they are written to.
+    Raises WeightsError and ConfigError, whatever the files hold.
     """
-    cls, sources = base.adapter(model.family), sources or {}
+    try:
+        return _built(model, seed, sources or {}, decoder)
+    except UnlearnError:
+        raise
+    except Exception as e:  # values of damaged or foreign configs reach libraries, which raise whatever they meet
+        raise WeightsError(
+            f"{model.weights or model.family} cannot be loaded: damaged, or of a kind that is not known here "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        ) from e
+
+
+def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> base.Adapter:
+    cls = base.adapter(model.family)
     tensors, saved_options = start(cls, model, sources) if model.weights else ({}, None)
     options = base.options(model, saved_options)
     with torch.random.fork_rng(devices=[]), tensor_files.without_data() if model.weights else contextlib.nullcontext():
