@@ -185,7 +185,7 @@ def card(storage: Storage) -> dict[str, Any]:
         card = json.loads(storage.read(CARD))
         dict(card["options"], family=card["family"])
         card["family"] = MODELS.aliases.get(card["family"], card["family"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
     return card
 
