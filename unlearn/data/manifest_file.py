@@ -5,15 +5,18 @@ import re
 from dataclasses import replace
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from unlearn import documents
+from unlearn.data import columns as roles
 from unlearn.data import duplicates
-from unlearn.data.manifest import Manifest, RowGroup, Shard, short
+from unlearn.data.manifest import Manifest, short
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 
 MANIFEST = "manifest.json"
 ROWS = 1 << 31  # of one row group: Parquet writers stay far below
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def load(uri: str, split: str | None = None) -> Manifest:
@@ -38,13 +41,7 @@ def load(uri: str, split: str | None = None) -> Manifest:
         raise DataError(f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`")
     try:
         tree = documents.from_json(data)
-        shards = [
-            Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
-            for s in tree["shards"]
-        ]
-        known = Manifest(
-            storage.uri, tree["columns"], tree["classes"], shards, tree.get("names", {}), tree.get("images", ""), split
-        )
+        known = _MANIFEST.validate_python(tree | {"uri": storage.uri, "split": split})
         _check(known)
         if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
@@ -90,17 +87,16 @@ def is_ours(data: bytes) -> bool:
 
 
 def _check(manifest: Manifest) -> None:
-    """Raises ValueError where a shard lies out of the folder, and for numbers and names that are none."""
+    """Raises ValueError where a shard lies out of the folder, for numbers that cannot be, and for columns of no use."""
+    if wrong := set(manifest.columns) - set(roles.ROLES):
+        raise ValueError(f"{min(wrong)[:80]!r} is no role of a column")
     for shard in manifest.shards:
         if shard.path.startswith("/") or ".." in shard.path.split("/") or "\0" in shard.path:
             raise ValueError(f"{shard.path[:80]!r} leads out of the folder")
         numbers = [shard.bytes, *shard.labels]
         for group in shard.row_groups:
             numbers += [group.rows, group.offset, group.bytes]
-            if group.rows > ROWS or len(group.labels) != 2 or not all(type(label) is int for label in group.labels):
+            if group.rows > ROWS:
                 raise ValueError(f"{shard.path}: a row group that cannot be")
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"{shard.path}: sizes and labels are whole numbers, 0 or more")
-    texts = [*manifest.columns, *manifest.classes, *manifest.names, *manifest.names.values(), manifest.images]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError("names are text")
+        if min(numbers) < 0:
+            raise ValueError(f"{shard.path}: sizes and labels are 0 or more")

@@ -146,7 +146,7 @@ def describe(
     given: {role: column} that the user names; before: those of an earlier manifest, used where the file has such
     columns.
     """
-    with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
+    with told(where), pa.OSFile(str(path), "rb") as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
         try:
             known = {role: column for role, column in (before or {}).items() if column in schema.names}

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 # What the encoder hands to the decoder: one tensor, or one for each level.
 Embedding = torch.Tensor | list[torch.Tensor]
 
+LARGEST = 1 << 24  # number in the options of a model
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -268,6 +269,8 @@ def options(model: config.Model, recorded: dict[str, Any] | None = None) -> Mode
                 f"model.variant {model.variant} has another {key} than {model.weights} was made with: "
                 "leave model.variant out"
             )
+    if _largest(recorded) > LARGEST:  # building it would never end
+        raise ConfigError(f"model.options: {model.weights} names a number above {LARGEST:,}, which no shape has")
     try:
         return cls.Options.model_validate(named | recorded | model.options)
     except ValidationError as e:
@@ -275,6 +278,16 @@ def options(model: config.Model, recorded: dict[str, Any] | None = None) -> Mode
         raise ConfigError(
             f"model.options.{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}"
         ) from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError) as e:  # a check met a value of another kind
+        raise ConfigError(
+            f"model.options: a value of {model.weights or model.family} is of no use here ({type(e).__name__}: {e})"
+        ) from None
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in an option, or 0."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return max([value if isinstance(value, int) else 0, *map(_largest, parts)])
 
 
 def _contradict(named: Any, recorded: Any) -> bool:

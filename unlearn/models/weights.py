@@ -19,7 +19,7 @@ from unlearn import config, documents
 from unlearn.data.node_cache import node_copy
 from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
-from unlearn.errors import StorageError, WeightsError
+from unlearn.errors import StorageError, UnlearnError, WeightsError
 from unlearn.models import base, tensor_files
 from unlearn.registry import MODELS
 
@@ -109,8 +109,21 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
 
     sources: what has been looked up already. decoder: whether it is wanted; left out it takes no memory.
     Weights in float32 are mapped from their file: they take memory of this process where they are written to.
+    Raises WeightsError and ConfigError, whatever the files hold.
     """
-    cls, sources = base.adapter(model.family), dict(sources or {})
+    try:
+        return _built(model, seed, sources or {}, decoder)
+    except UnlearnError:
+        raise
+    except Exception as e:  # values of damaged or foreign configs reach libraries, which raise whatever they meet
+        raise WeightsError(
+            f"{model.weights or model.family} cannot be loaded: damaged, or of a kind that is not known here "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        ) from e
+
+
+def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> base.Adapter:
+    cls, sources = base.adapter(model.family), dict(sources)
     if model.weights:
         sources[model.weights] = sources.get(model.weights) or _look(model.weights)
     tensors, saved_options = start(cls, model, sources) if model.weights else ({}, None)
@@ -206,7 +219,7 @@ def card(storage: Storage) -> dict[str, Any]:
         card = documents.from_json(storage.read(CARD))
         dict(card["options"], family=card["family"])
         card["family"] = MODELS.aliases.get(card["family"], card["family"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
     return card
 
