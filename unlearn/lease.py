@@ -33,6 +33,7 @@ from unlearn.errors import LeaseError, StorageError
 
 NAME = "lease.json"
 SECONDS = 60.0
+DELETED = f"its {NAME} was deleted"
 CLOCKS_AGREE = timedelta(minutes=30)  # S3 itself refuses a client whose clock is 15 minutes off
 
 
@@ -77,13 +78,20 @@ class Lease:
     @property
     def lost(self) -> str:
         """Why this process may no longer write to the run folder; empty as long as it may."""
+        if not self._lost and self._storage.is_local() and not Path(self._storage.where(NAME)).exists():
+            self._lost = DELETED  # on S3 it is found at the next renewal
         if self._lost or _elapsed() - self._renewed < self._owner.seconds:
             return self._lost
         return f"the lease could not be renewed for {self._owner.seconds:.0f} s{self._trouble}"
 
     def check(self) -> None:
         """Raise LeaseError where the lease is lost: the run is to stop before it writes anything more."""
-        if lost := self.lost:
+        if (lost := self.lost) == DELETED:
+            raise LeaseError(
+                f"{self._storage.uri} was deleted while it was written to, or its {NAME} was: the run has ended, and what it had written may "
+                "be gone; start it again"
+            )
+        if lost:
             raise LeaseError(f"{self._storage.uri} is no longer owned by this process: {lost}. Add --resume to go on")
 
     def _keep(self) -> None:
@@ -100,7 +108,7 @@ class Lease:
             start, record = _elapsed(), self._storage.read_version(NAME)
             owner = _parse(record[0]) if record else None
             if record is None or owner is None or owner.token != self._owner.token:
-                self._lost = f"{owner or 'another process'} has taken it over" if record else f"its {NAME} was deleted"
+                self._lost = f"{owner or 'another process'} has taken it over" if record else DELETED
                 return
             if owner.released:
                 return
