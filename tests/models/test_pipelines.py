@@ -149,12 +149,12 @@ def test_training_draws_prompts_and_guidance_samples_away_from_none(theirs):
         alone[0].guide(7.5)
 
 
-def test_what_the_empty_prompt_of_sdxl_is_is_said(tmp_path, caplog):
+def test_what_the_empty_prompt_of_sdxl_is_is_said(tmp_path, logged):
     made("xl").save_pretrained(tmp_path)
     base.tell.cache_clear()
     prompts._encoded.cache_clear()
     assert not build(tmp_path).shared.prompt.any()
-    assert "the empty prompt of this SDXL is zeros" in caplog.text
+    assert "the empty prompt of this SDXL is zeros" in logged.text
 
 
 def ldm_network(unet) -> dict[str, torch.Tensor]:
