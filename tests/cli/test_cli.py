@@ -87,7 +87,7 @@ def test_convert_writes_what_other_libraries_read(told, tmp_path):
     size, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("again", "half"))
     assert half < 0.6 * size
     assert "--dtype int8: give one of float64" in refused(told, "convert", folder, tmp_path / "no", "--dtype", "int8")
-    assert "unknown key" not in refused(
+    assert "--option depth: write it as key=value" in refused(
         told, "convert", folder, tmp_path / "no", "--family", "mae", "--option", "depth"
     )
 

@@ -71,6 +71,8 @@ def convert(
 
     if dtype is not None and dtype not in weights.FLOATS:
         raise ConfigError(f"--dtype {dtype}: give one of {', '.join(weights.FLOATS)}")
+    if wrong := next((item for item in option or [] if "=" not in item), None):
+        raise ConfigError(f"--option {wrong}: write it as key=value, for example --option image_size=256")
     options = override({}, option or [])
     source = Model(family=family or weights.family(model), variant=variant, weights=model, options=options)
     if ours:
