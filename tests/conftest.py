@@ -1,6 +1,7 @@
 """What the test files share: one thread, small images, a small model and run, and a real S3 server on loopback."""
 
 import dataclasses
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -87,6 +88,18 @@ def told(capsys):
         return stopped.value.code or 0, out, " ".join(err.split())
 
     return call
+
+
+@pytest.fixture
+def logged(caplog):
+    """caplog, which sees the project's log from `info` on, also after a command of this process has taken it away."""
+    logger = logging.getLogger("unlearn")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = True
+    yield caplog
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
 
 
 # The descriptions of S3 are read once, not once a client.

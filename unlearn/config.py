@@ -236,7 +236,7 @@ class Evaluation(Part):
     )
     resize: Literal["tf1", "clean"] = Field(
         default="tf1",
-        description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid",
+        description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid, which the paper of the method used",
     )
     guidance_scale: float | None = Field(
         default=None,

@@ -239,7 +239,7 @@ def test_files_of_half_precision_in_parts_and_with_old_names_are_read(tmp_path):
     whole.save_pretrained(tmp_path / "half-parts", variant="fp16", max_shard_size="10KB")
     assert autoencoder.first_stage_from(tmp_path / "half-parts").keys() == expected.keys()
     next((tmp_path / "parts").glob("*.safetensors")).unlink()
-    with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model-.*: give a whole folder"):
+    with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model-.*: give a whole folder as save_pretrained"):
         folders.tensors(tmp_path / "parts")
     (tmp_path / "one" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="config.json is damaged"):

@@ -45,12 +45,11 @@ def test_what_wrappers_put_before_names_is_taken_off(prefix, model, tmp_path):
     assert load(tmp_path / "c.safetensors").state_dict().keys() == model.state_dict().keys()
 
 
-def test_a_moving_average_beside_the_weights_is_told(model, tmp_path, caplog):
+def test_a_moving_average_beside_the_weights_is_told(model, tmp_path, logged):
     zeros = {n: torch.zeros_like(t) for n, t in public(model).items()}
     torch.save({"model": public(model), "model_ema": zeros}, tmp_path / "w.pth")
-    with caplog.at_level("INFO"):
-        assert load(tmp_path / "w.pth").encoder.cls_token.any()
-    assert "its model is taken; it holds model_ema too" in caplog.text
+    assert load(tmp_path / "w.pth").encoder.cls_token.any()
+    assert "its model is taken; it holds model_ema too" in logged.text
 
 
 @pytest.mark.parametrize(
@@ -89,7 +88,7 @@ def test_numbers_that_are_not_finite_are_refused(value, dtype, model, tmp_path):
         load(tmp_path / "w.pth")
 
 
-def test_whether_pixels_were_normalised_is_read_or_asked(model, tmp_path, caplog):
+def test_whether_pixels_were_normalised_is_read_or_asked(model, tmp_path, logged):
     base.tell.cache_clear()
     arguments = argparse.Namespace(norm_pix_loss=True, lr=1e-3)
     torch.save({"model": public(model), "args": arguments}, tmp_path / "trained.pth")
@@ -97,9 +96,9 @@ def test_whether_pixels_were_normalised_is_read_or_asked(model, tmp_path, caplog
     assert not load(tmp_path / "trained.pth", norm_pix_loss=False).options.norm_pix_loss
     torch.save({"model": public(model)}, tmp_path / "released.pth")
     load(tmp_path / "released.pth", norm_pix_loss=False)
-    assert "norm_pix_loss" not in caplog.text
+    assert "norm_pix_loss" not in logged.text
     assert not load(tmp_path / "released.pth").options.norm_pix_loss
-    assert "set model.options.norm_pix_loss to false or true" in caplog.text
+    assert "set model.options.norm_pix_loss to false or true" in logged.text
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -109,7 +108,7 @@ def test_converting_keeps_the_type_of_the_numbers(dtype, model, tmp_path):
     weights.write(weights.build(source), str(tmp_path / "ours"), {})  # as at the end of a run: in float32
     assert json.loads((tmp_path / "ours" / "model.json").read_text())["stored"] == str(dtype).removeprefix("torch.")
     for n, (start, asked, written) in enumerate(
-        [(source, None, dtype), (config.Model(weights=str(tmp_path / "ours")), None, dtype), (source, torch.bfloat16, torch.bfloat16)]
+        [(source, None, dtype), (config.Model(weights=str(tmp_path / "ours")), None, dtype), (source, "bfloat16", torch.bfloat16)]
     ):  # fmt: skip
         line = weights.convert(start, str(tmp_path / str(n)), asked)
         assert line == f"transformers.ViTMAEForPreTraining.from_pretrained('{tmp_path / str(n)}')"

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.pipelines import KL, UNET, made
+from safetensors.torch import load_file, save_file
+from support.pipelines import KL, UNET, XL, made
 
 from unlearn import config
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.models import base, weights
-from unlearn.models.diffusion import autoencoder, prompts
+from unlearn.models.diffusion import autoencoder, prompts, unet_condition
 
 import diffusers  # isort: skip  after the cure of torchvision
 import transformers  # isort: skip
@@ -149,12 +149,24 @@ def test_training_draws_prompts_and_guidance_samples_away_from_none(theirs):
         alone[0].guide(7.5)
 
 
-def test_what_the_empty_prompt_of_sdxl_is_is_said(tmp_path, caplog):
+@torch.no_grad()
+def test_flux_is_told_the_guidance_scale(tmp_path):
+    made("flux").save_pretrained(tmp_path)
+    model = build(tmp_path)
+    t = torch.tensor([300.0])
+    before, same_as = model.shared(t, torch.float32)[0], 30.0  # of diffusers' pipeline
+    model.guide(same_as)
+    assert torch.equal(model.shared(t, torch.float32)[0], before)
+    model.guide(7.5)
+    assert not torch.equal(model.shared(t, torch.float32)[0], before)
+
+
+def test_what_the_empty_prompt_of_sdxl_is_is_said(tmp_path, logged):
     made("xl").save_pretrained(tmp_path)
     base.tell.cache_clear()
     prompts._encoded.cache_clear()
     assert not build(tmp_path).shared.prompt.any()
-    assert "the empty prompt of this SDXL is zeros" in caplog.text
+    assert "the empty prompt of this SDXL is zeros" in logged.text
 
 
 def ldm_network(unet) -> dict[str, torch.Tensor]:
@@ -169,6 +181,7 @@ def ldm_network(unet) -> dict[str, torch.Tensor]:
         "up_blocks.0.upsamplers.0.conv": "output_blocks.1.2.conv", "up_blocks.1.resnets.0": "output_blocks.2.0",
         "up_blocks.1.resnets.1": "output_blocks.3.0", "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     }  # fmt: skip
     layers = {
         "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
@@ -269,6 +282,20 @@ def test_a_single_file_of_stable_diffusions_own_code(kind, tmp_path):
     torch.save(tensors, tmp_path / "text2img.ckpt")
     with pytest.raises(WeightsError, match="one that fills in holes takes 9 channels"):
         build(tmp_path / "text2img.ckpt", **options)
+
+
+def test_a_single_file_of_sdxls_own_code(tmp_path):
+    """Its empty prompt is zeros; what tells it apart is the second text encoder."""
+    pipeline = made("xl")
+    tensors = ldm_network(pipeline.unet) | ldm_vae(pipeline.vae)
+    tensors["conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"] = torch.zeros(4)
+    save_file(tensors, tmp_path / "xl.safetensors")
+    options = {"network": {"class": "UNet2DConditionModel", **XL}, "vae": KL}
+    model = build(tmp_path / "xl.safetensors", **options)
+    assert not model.shared.prompt.any() and model.shared.prompt.shape == (1, 77, 32)
+    found = unet_condition.to_public(model.state_dict())
+    expected = pipeline.unet.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(t, expected[n]) for n, t in found.items())
 
 
 def test_half_precision_stays_half(tmp_path):

@@ -234,20 +234,31 @@ def _sha256(path: Path):
         return hashlib.file_digest(file, "sha256")
 
 
-def convert(model: config.Model, uri: str, dtype: torch.dtype | None = None) -> str:
+def adopt(model: config.Model, uri: str) -> None:
+    """Write a model of another library as a new folder of ours."""
+    _new(uri)
+    write(build(model), uri, {"from": model.weights})
+
+
+def convert(model: config.Model, uri: str, dtype: str | None = None) -> str:
     """Write a model to a new folder in the form that the library it comes from reads (diffusers, transformers).
 
-    dtype: of its numbers; by default the one that the model was stored in. Returns the expression that loads it.
+    dtype: of its numbers, one of FLOATS; by default the one that it was stored in. Returns the expression that loads it.
     """
-    target = Storage(uri)
-    if target.is_file() or target.files():
-        raise WeightsError(f"{uri} is not empty: give a new folder")
-    built = build(model)
+    target, built = _new(uri), build(model)
     with tempfile.TemporaryDirectory() as folder:
-        line = built.to(dtype or built.stored).to_folder(Path(folder), _origin(model))
+        line = built.to(getattr(torch, dtype) if dtype else built.stored).to_folder(Path(folder), _origin(model))
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             target.upload(path, path.relative_to(folder).as_posix())
     return line.replace("FOLDER", repr(uri))
+
+
+def _new(uri: str) -> Storage:
+    """The storage of a folder that is to be written. Raises WeightsError where something is there."""
+    target = Storage(uri)
+    if target.is_file() or target.files():
+        raise WeightsError(f"{uri} is not empty: give a new folder")
+    return target
 
 
 def _origin(model: config.Model) -> Path | None:

@@ -187,7 +187,7 @@ class Diffusion(base.Adapter):
         if not self.latent:
             raise ConfigError("evaluation.guidance_scale: a network on pixels takes no prompt; leave it out")
         if self.options.network["class"] == networks.TRANSFORMER:
-            self.shared.guidance = scale  # Flux is told the scale
+            networks.module(networks.TRANSFORMER).guide(self.shared, scale)
             return
         if "" not in self.options.prompts or not self.options.prompt:
             raise ConfigError(

@@ -59,6 +59,11 @@ class Conditioning(nn.Module):
         return emb, self.context_embedder(rows(self.prompt, texts).to(dtype)).expand(len(t), -1, -1)
 
 
+def guide(shared: Conditioning, scale: float) -> None:
+    """Let the network be told another guidance strength than GUIDANCE: Flux needs no second prediction for it."""
+    shared.guidance = scale
+
+
 class Blocks(CheckpointedModule):
     """The blocks number start .. stop, in the modules and under the numbers that they have in diffusers' model."""
 
