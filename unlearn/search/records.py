@@ -28,7 +28,8 @@ class Trial:
 
     parameters: the keys that the point sets, with their values. run: its run folder, relative to the sweep's. figures: of the
     trained model by name, derived ones among them, see unlearn/search/objectives.py; original, oracle: of the models it is
-    compared with; held_out: its figures on the held-out images, once they were measured. seconds: "start" until the first step,
+    compared with; held_out: its figures on the held-out images, once they were measured. stages: [{"step", "figures"}] of each
+    time that it was measured, the last one among them. seconds: "start" until the first step,
     "train", "measure", "other". warm: whether its workers had run a trial before.
     """
 
@@ -45,6 +46,7 @@ class Trial:
     original: Figures = field(default_factory=dict)
     oracle: Figures = field(default_factory=dict)
     held_out: Figures | None = None
+    stages: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     slot: int | None = None

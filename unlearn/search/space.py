@@ -106,13 +106,16 @@ class Domain(Part):
             return rng.randint(int(low), int(high))
         return math.exp(rng.uniform(math.log(low), math.log(high))) if self.loguniform else rng.uniform(low, high)
 
+    def told(self, value: Any) -> Any:
+        """The value as Optuna knows it: of a choice that is not of plain values alone, its JSON."""
+        plain = self.values is None or all(isinstance(each, str | int | float | bool | None) for each in self.values)
+        return value if plain else json.dumps(value)
+
     def suggest(self, key: str, trial: OptunaTrial) -> Any:
-        """A value that Optuna proposes. It knows plain values alone, so others are told to it as JSON."""
+        """A value that Optuna proposes."""
         if self.values is not None:
-            plain = all(isinstance(value, str | int | float | bool | None) for value in self.values)
-            names = self.values if plain else [json.dumps(value) for value in self.values]
-            chosen = trial.suggest_categorical(key, names)
-            return chosen if plain else json.loads(chosen)
+            names = [self.told(value) for value in self.values]
+            return copy.deepcopy(self.values[names.index(trial.suggest_categorical(key, names))])
         assert self.ends, "a tied key is not proposed"
         if self.randint:
             return trial.suggest_int(key, *self.randint)
@@ -235,6 +238,13 @@ class Sweep(Part):
 
     def _models(self) -> list[str | None]:
         return list(self.models or [None])
+
+    def stages(self, steps: int) -> list[int]:
+        """The steps behind which a trial of so many is measured, its last one among them."""
+        if self.stop_early == "none":
+            return [steps]
+        every = self.measure_every or -(-steps // 4)
+        return [*range(every, steps, every), steps]
 
     def pairs(self) -> list[tuple[int, str | None]]:
         """(seed, model) of each trial of a point; model None: the run's own."""
