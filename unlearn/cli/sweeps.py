@@ -2,16 +2,17 @@
 
 import contextlib
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.core import TyperGroup
 
-from unlearn.cli.options import ShowForget
+from unlearn.cli.options import Set, ShowForget
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -49,23 +50,57 @@ Dir = Annotated[
 PointId = Annotated[str, typer.Argument(metavar="POINT", help="a point, as `unlearn sweep show` names it")]
 
 
+@app.command(hidden=True)
+def start(
+    source: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a YAML file, or the folder of a sweep (path or s3://)")],
+    overrides: Set = [],  # noqa: B006  read only
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run trials again that have failed")] = False,
+):  # fmt: skip
+    """Run a sweep to its end, or on from where it has stopped. What `unlearn sweep SWEEP.yaml` does.
+
+    Example: `unlearn sweep jobs/configs/sweep_alpha_fashion.yaml --set budget.points=8`
+    """
+    from jobs import sweep as job
+    from jobs.owner import owned
+    from unlearn import signals
+    from unlearn.cli.console import out
+    from unlearn.search import space
+
+    sweep = space.load(source, overrides)
+    try:
+        with owned(sweep.sweep_dir, "sweep") as lease, live(sweep) as shown:
+            job.prepare(sweep)
+            trials = job.sweep(
+                sweep, lambda now: shown(now.trials, now.rows, now.seconds_left), lease.check, retry_failed
+            )
+    except signals.Stopped as e:
+        again = os.environ.get(signals.JOB)
+        e.hint = f"what is done is kept; go on with: {f'unlearn jobs resume {again}' if again else f'unlearn sweep {source}'}"
+        raise
+    out.print(status(sweep, trials))
+    out.print(f"measure the front on held-out images: unlearn sweep report --dir {sweep.sweep_dir}", soft_wrap=True)
+
+
 @app.command(name="list")
 def list_sweeps(
     folder: Annotated[str, typer.Argument(help="where to look: a path or s3://bucket/prefix")] = "runs",
 ):
     """List the sweeps below a folder."""
-    from rich.table import Table
-
     from unlearn.cli.console import out
     from unlearn.search import front
 
-    table = Table("sweep", "points", "on the front", "trials", box=None)
+    rows = [("sweep", "points", "front", "trials")]
     for found in _below(folder):
         sweep, trials = _opened(found)
         every = _points(sweep, trials)
-        best = front.of_points(every, sweep.wanted)
-        table.add_row(found, str(len(every)), str(len(best)), _counted(trials))
-    out.print(table if table.row_count else f"no sweep below {folder}", soft_wrap=True)
+        rows.append((found, str(len(every)), str(len(front.of_points(every, sweep.wanted))), _counted(trials)))
+    if len(rows) == 1:
+        out.print(f"no sweep below {folder}", soft_wrap=True)
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # however narrow the terminal is: a folder is there to be copied
+        cells = zip(row, widths, strict=True)
+        out.print("  ".join(cell.ljust(width) for cell, width in cells).rstrip(), soft_wrap=True)
 
 
 @app.command()
@@ -184,52 +219,58 @@ def report(
     out.print(f"report: {uri}", soft_wrap=True)
 
 
-@contextlib.contextmanager
-def live(sweep: "Sweep", every: float = 60) -> Iterator[Callable[[Sequence["Trial"]], None]]:
-    """Shows a sweep while it runs: call what this gives with all records whenever one has changed.
+# Called with the records, the newest row of each trial that trains, and the seconds that are left, where there is telling.
+Shown = Callable[[Sequence["Trial"], Mapping[str, dict], float | None], None]
 
-    A table on a terminal; elsewhere a line whenever a trial has ended, and one every `every` seconds at most.
+
+@contextlib.contextmanager
+def live(sweep: "Sweep", every: float = 60) -> Iterator[Shown]:
+    """Shows a sweep while it runs: call what this gives again and again.
+
+    A table on a terminal; elsewhere a line whenever a trial has ended, and every `every` seconds.
     """
     from unlearn import log
     from unlearn.cli.console import err, say
 
     if log.is_json() or not err.is_terminal:
-        last: list = [0, 0.0]
+        last: list[float] = [0, time.monotonic()]
 
-        def line(trials: Sequence["Trial"]) -> None:
+        def line(trials: Sequence["Trial"], rows: Mapping[str, dict], left: float | None) -> None:
             over, now = sum(trial.over for trial in trials), time.monotonic()
             if over != last[0] or now - last[1] >= every:
                 last[:] = [over, now]
-                say(headline(sweep, trials))
+                say(headline(sweep, trials, left))
 
         yield line
         return
     from rich.live import Live
 
     with Live(console=err, refresh_per_second=2) as shown:
-        yield lambda trials: shown.update(status(sweep, trials))
+        yield lambda trials, rows, left: shown.update(status(sweep, trials, rows, left))
 
 
-def headline(sweep: "Sweep", trials: Sequence["Trial"]) -> str:
+def headline(sweep: "Sweep", trials: Sequence["Trial"], left: float | None = None) -> str:
     """How far a sweep is, on one line: trials by status, the front and its volume, time left."""
     from unlearn.search import front
 
     every = _points(sweep, trials)
     losses, counted = front.table(every, sweep.wanted)
-    on_front, reference = front.front(losses, counted), front.reference(losses, counted)
-    planned, left = _planned(sweep), _left(sweep, trials)
-    parts = [_counted(trials, planned), f"front {len(on_front)} of {len(every)} points"]
+    best, reference = front.front(losses, counted), front.reference(losses, counted)
+    parts = [_counted(trials, _planned(sweep)), f"front {len(best)} of {len(every)} points"]
     parts += (
         [f"hypervolume {front.hypervolume(losses[counted], reference):.4g}"]
-        if len(sweep.wanted) > 1 and len(on_front)
+        if len(sweep.wanted) > 1 and len(best)
         else []
     )
     parts += [f"{_time(left)} left"] if left is not None else []
     return f"{sweep.name}: {', '.join(parts)}"
 
 
-def status(sweep: "Sweep", trials: Sequence["Trial"], shown: int | None = SHOWN) -> "Group":
-    """The headline, and a table of the points: the front, then the next in the first objective, `shown` of them at most."""
+def status(
+    sweep: "Sweep", trials: Sequence["Trial"], rows: Mapping[str, dict] | None = None, left: float | None = None, shown: int | None = SHOWN
+) -> "Group":  # fmt: skip
+    """The headline, a table of the points (the front, then the next in the first objective, `shown` of them at most), and the trials
+    that train."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -237,13 +278,10 @@ def status(sweep: "Sweep", trials: Sequence["Trial"], shown: int | None = SHOWN)
     from unlearn.search import front
     from unlearn.search.study import labels, text
 
-    every = _points(sweep, trials)
+    every, first = _points(sweep, trials), sweep.wanted[0]
     ahead = front.of_points(every, sweep.wanted)
-    first = sweep.wanted[0]
-    others = sorted(
-        (p for p in every if p not in ahead),
-        key=lambda p: (p.mean == {}, first.loss(p.mean) if first.figure in p.mean else 0),
-    )
+    known, unknown = [p for p in every if first.figure in p.mean], [p for p in every if first.figure not in p.mean]
+    others = [p for p in sorted(known, key=lambda p: first.loss(p.mean)) if p not in ahead]
     names = labels(key for point in every for key in point.parameters)
     table = Table(box=None)
     for head in ("", "point", *names.values()):
@@ -251,18 +289,13 @@ def status(sweep: "Sweep", trials: Sequence["Trial"], shown: int | None = SHOWN)
     for objective in sweep.wanted:
         table.add_column(f"{objective.figure} {'↓' if objective.direction == 'minimise' else '↑'}", justify="right")
     table.add_column("trials")
-    for point in [*ahead, *others][:shown]:
-        mark = "◆" if point in ahead else "" if point.feasible or not point.complete else "✗"
+    for point in [*ahead, *others, *unknown][:shown]:
+        mark = "◆" if point in ahead else "✗" if point.complete and not point.feasible else ""
         values = [text(point.parameters[key], 24) if key in point.parameters else "" for key in names]
-        table.add_row(
-            mark,
-            point.id,
-            *values,
-            *(_value(point, o.figure) for o in sweep.wanted),
-            _state(point),
-            style="bold" if point in ahead else None,
-        )
-    return Group(Text(headline(sweep, trials)), table)
+        figures = [_value(point, objective.figure) for objective in sweep.wanted]
+        table.add_row(mark, point.id, *values, *figures, _state(point), style="bold" if point in ahead else None)
+    training = ", ".join(f"{id} {row['step']}/{row['steps']}" for id, row in (rows or {}).items() if "step" in row)
+    return Group(Text(headline(sweep, trials, left)), table, *([Text(f"in training: {training}")] if training else []))
 
 
 def _both(sweep: "Sweep", trials: Sequence["Trial"]):
@@ -407,22 +440,6 @@ def _planned(sweep: "Sweep") -> int | None:
     points = [sweep.budget.points] if sweep.budget.points else []
     points += [len(sweep.grid())] if sweep.search_by == "grid" else []
     return min(points) * len(sweep.pairs()) if points else None
-
-
-def _left(sweep: "Sweep", trials: Sequence["Trial"]) -> float | None:
-    """Seconds that are left, from how long the trials have taken until now; None where that is not known."""
-    took = [_seconds(trial) for trial in trials if trial.over and trial.started and trial.ended]
-    planned = _planned(sweep)
-    if not took or planned is None:
-        return None
-    left = max(0, planned - sum(trial.over for trial in trials)) * sum(took) / len(took) / sweep.concurrent
-    return min(left, max(0.0, sweep.budget.seconds - sum(took) / sweep.concurrent)) if sweep.budget.seconds else left
-
-
-def _seconds(trial: "Trial") -> float:
-    from datetime import datetime
-
-    return (datetime.fromisoformat(trial.ended) - datetime.fromisoformat(trial.started)).total_seconds()
 
 
 def _time(seconds: float) -> str:
