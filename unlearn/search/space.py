@@ -268,7 +268,7 @@ class Sweep(Part):
             _put(tree, "model.weights", model)
         _put(tree, "name", f"{self.name}-{id}"[:100])
         _put(tree, "run_dir", Storage(self.sweep_dir).where(f"runs/{id}"))
-        data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
+        data: dict = tree["data"] if isinstance(tree.get("data"), dict) else {}
         _put(tree, "evaluation.data", self.tune_on.data or data.get("train"))
         _put(tree, "evaluation.split", self.tune_on.split or (None if self.tune_on.data else data.get("split")))
         _put(tree, "evaluation.limit", self.tune_on.limit)
@@ -311,6 +311,11 @@ class Sweep(Part):
             point = self.assembled(lambda key, domain, picked=picked: copy.deepcopy(picked[key]))
             made.setdefault(canonical(point), point)
         return list(made.values())
+
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None for a space of ranges."""
+        return None if any(domain.ends for domain in self.search.values()) else len(self.grid())
 
     def drawn(self) -> Iterator[Parameters]:
         """Points drawn with search_seed, without end; equal ones may come again."""
