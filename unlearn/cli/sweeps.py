@@ -1,0 +1,435 @@
+"""The commands that search: `unlearn sweep SWEEP.yaml`, and `unlearn sweep list`, `show`, `best`, `promote`, `report`."""
+
+import contextlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from unlearn.cli.options import ShowForget
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+    from unlearn.search.objectives import Constraint
+    from unlearn.search.records import Point, Trial
+    from unlearn.search.space import Sweep
+
+SHOWN = 8  # points in the table of a sweep that runs
+
+
+class StartsByDefault(TyperGroup):
+    """A group whose first word may be a file: `unlearn sweep SWEEP.yaml` is `unlearn sweep start SWEEP.yaml`."""
+
+    default = "start"
+
+    def resolve_command(self, ctx, args):
+        known = bool(args) and args[0] in self.commands
+        return super().resolve_command(
+            ctx, args if known or self.default not in self.commands else [self.default, *args]
+        )
+
+
+app = typer.Typer(
+    cls=StartsByDefault, no_args_is_help=True, subcommand_metavar="SWEEP.yaml | COMMAND [ARGS]...",
+    help="Search for the trade-off between forgetting and keeping: `unlearn sweep SWEEP.yaml` starts a sweep, or goes on with it.",
+)  # fmt: skip
+
+Dir = Annotated[
+    str | None,
+    typer.Option(
+        "--dir", envvar="UNLEARN_SWEEP", help="the sweep's folder, or its YAML; default: the only sweep below runs/"
+    ),
+]
+PointId = Annotated[str, typer.Argument(metavar="POINT", help="a point, as `unlearn sweep show` names it")]
+
+
+@app.command(name="list")
+def list_sweeps(
+    folder: Annotated[str, typer.Argument(help="where to look: a path or s3://bucket/prefix")] = "runs",
+):
+    """List the sweeps below a folder."""
+    from rich.table import Table
+
+    from unlearn.cli.console import out
+    from unlearn.search import front
+
+    table = Table("sweep", "points", "on the front", "trials", box=None)
+    for found in _below(folder):
+        sweep, trials = _opened(found)
+        every = _points(sweep, trials)
+        best = front.of_points(every, sweep.wanted)
+        table.add_row(found, str(len(every)), str(len(best)), _counted(trials))
+    out.print(table if table.row_count else f"no sweep below {folder}", soft_wrap=True)
+
+
+@app.command()
+def show(
+    point: Annotated[
+        str | None, typer.Argument(metavar="[POINT]", help="one point alone, with its trials and configuration")
+    ] = None,
+    folder: Dir = None,
+    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+):
+    """Show the points of a sweep, those of the front first; or all about one of them.
+
+    Example: `unlearn sweep show p003 --dir runs/alpha`
+    """
+    from unlearn.cli.console import out
+
+    sweep, trials = _opened(folder)
+    if as_json:
+        from unlearn.search.page import document
+
+        told = document(sweep, trials)
+        typer.echo(json.dumps(told if point is None else _named(told["points"], point), indent=1))
+    elif point is None:
+        out.print(status(sweep, trials, shown=None))
+    else:
+        _show_point(sweep, _find(_points(sweep, trials), point))
+
+
+@app.command()
+def best(
+    where: Annotated[list[str], typer.Option("--where", metavar="FIGURE<=NUMBER", help='a further bound, as in "retain.cosine.drop <= 0.01"; may be repeated')] = [],  # noqa: B006  read only
+    by: Annotated[str | None, typer.Option("--by", metavar="FIGURE", help="the objective that decides; default: the first")] = None,
+    folder: Dir = None,
+):  # fmt: skip
+    """Print the configuration of the best point, for `unlearn run`.
+
+    Example: `unlearn sweep best --where "retain.cosine.drop <= 0.01" --by forget.cosine.to_oracle > best.yaml`
+    """
+    from unlearn.cli.console import err
+    from unlearn.errors import UnlearnError
+    from unlearn.search import alone
+
+    sweep, trials = _opened(folder)
+    objective = _objective(sweep, by)
+    bounds = _bounds(sweep, where)
+    fit = [p for p in _points(sweep, trials) if p.complete and p.feasible and objective.figure in p.mean]
+    if not fit:
+        raise UnlearnError(f"{sweep.sweep_dir}: no point is complete and keeps the sweep's own bounds")
+    kept = [p for p in fit if all(bound.holds(p.mean) for bound in bounds)]
+    if not kept:
+        near = min(fit, key=lambda p: max(bound.violation(p.mean) for bound in bounds))
+        told = ", ".join(f"{b.figure} {near.mean[b.figure]:.4g}" for b in bounds if b.figure in near.mean)
+        raise UnlearnError(f"no point keeps {' and '.join(map(str, bounds))}; the nearest is {near.id} with {told}")
+    chosen = min(kept, key=lambda p: objective.loss(p.mean))
+    figures = dict.fromkeys([o.figure for o in sweep.wanted] + [b.figure for b in (*sweep.bounds, *bounds)])
+    told = ", ".join(f"{figure} {_value(chosen, figure)}" for figure in figures)
+    typer.echo(f"# {chosen.id} of {sweep.sweep_dir}: {told}")
+    typer.echo(alone.text(sweep, chosen, chosen.trials[0].seed, chosen.trials[0].model), nl=False)
+    err.print(
+        f"as a run folder: unlearn sweep promote {chosen.id} RUN_DIR --dir {sweep.sweep_dir}",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@app.command()
+def promote(
+    point: PointId, run_dir: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")], folder: Dir = None,
+    seed: Annotated[int | None, typer.Option(help="of which trial; default: the first that is done")] = None,
+    show_forget: ShowForget = False,
+):  # fmt: skip
+    """Make a run folder of a point, as if it had been run alone: model, checkpoints, figures on held-out images, report.
+
+    Example: `unlearn sweep promote p003 runs/chosen --dir runs/alpha`
+    """
+    from jobs import promote as job
+    from jobs.owner import owned
+    from unlearn.cli.console import out, progress
+    from unlearn.config import location
+    from unlearn.data.storage import Storage
+    from unlearn.errors import UnlearnError
+    from unlearn.evaluation.report import NAME, table
+
+    sweep, trials = _opened(folder)
+    done = [t for t in _find(_points(sweep, trials), point).trials if t.status == "done" and seed in (None, t.seed)]
+    if not done:
+        raise UnlearnError(f"{point} has no trial that is done{'' if seed is None else f' with seed {seed}'}")
+    run_dir = location(run_dir)
+    with owned(run_dir, "sweep promote") as lease, progress("evaluating") as advance:
+        run, metrics = job.promote(
+            sweep, done[0], run_dir, lambda d, total: advance(d, total, ""), show_forget, lease.check
+        )
+    out.print(table(metrics))
+    out.print(f"run folder: {run.folder}\nreport: {Storage(run.folder).where(NAME)}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folder: Dir = None, show_forget: ShowForget = False,
+    again: Annotated[bool, typer.Option("--again", help="measure on held-out images also what was measured there before")] = False,
+):  # fmt: skip
+    """Measure the points of the front once more, on held-out images, and write the sweep's page.
+
+    Example: `unlearn sweep report --dir runs/alpha`
+    """
+    from jobs import sweep_report as job
+    from jobs.owner import owned
+    from unlearn.cli.console import out, progress
+
+    sweep, _ = _opened(folder)
+    with owned(sweep.sweep_dir, "sweep report") as lease, progress("measuring the front") as advance:
+        uri = job.report(sweep, show_forget, lambda done, total: advance(done, total, ""), lease.check, again)
+    _, trials = _opened(sweep.sweep_dir)
+    if any(trial.held_out for trial in trials):
+        out.print(_both(sweep, trials))
+    out.print(f"report: {uri}", soft_wrap=True)
+
+
+@contextlib.contextmanager
+def live(sweep: "Sweep", every: float = 60) -> Iterator[Callable[[Sequence["Trial"]], None]]:
+    """Shows a sweep while it runs: call what this gives with all records whenever one has changed.
+
+    A table on a terminal; elsewhere a line whenever a trial has ended, and one every `every` seconds at most.
+    """
+    from unlearn import log
+    from unlearn.cli.console import err, say
+
+    if log.is_json() or not err.is_terminal:
+        last: list = [0, 0.0]
+
+        def line(trials: Sequence["Trial"]) -> None:
+            over, now = sum(trial.over for trial in trials), time.monotonic()
+            if over != last[0] or now - last[1] >= every:
+                last[:] = [over, now]
+                say(headline(sweep, trials))
+
+        yield line
+        return
+    from rich.live import Live
+
+    with Live(console=err, refresh_per_second=2) as shown:
+        yield lambda trials: shown.update(status(sweep, trials))
+
+
+def headline(sweep: "Sweep", trials: Sequence["Trial"]) -> str:
+    """How far a sweep is, on one line: trials by status, the front and its volume, time left."""
+    from unlearn.search import front
+
+    every = _points(sweep, trials)
+    losses, counted = front.table(every, sweep.wanted)
+    on_front, reference = front.front(losses, counted), front.reference(losses, counted)
+    planned, left = _planned(sweep), _left(sweep, trials)
+    parts = [_counted(trials, planned), f"front {len(on_front)} of {len(every)} points"]
+    parts += (
+        [f"hypervolume {front.hypervolume(losses[counted], reference):.4g}"]
+        if len(sweep.wanted) > 1 and len(on_front)
+        else []
+    )
+    parts += [f"{_time(left)} left"] if left is not None else []
+    return f"{sweep.name}: {', '.join(parts)}"
+
+
+def status(sweep: "Sweep", trials: Sequence["Trial"], shown: int | None = SHOWN) -> "Group":
+    """The headline, and a table of the points: the front, then the next in the first objective, `shown` of them at most."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    from unlearn.search import front
+    from unlearn.search.study import labels, text
+
+    every = _points(sweep, trials)
+    ahead = front.of_points(every, sweep.wanted)
+    first = sweep.wanted[0]
+    others = sorted(
+        (p for p in every if p not in ahead),
+        key=lambda p: (p.mean == {}, first.loss(p.mean) if first.figure in p.mean else 0),
+    )
+    names = labels(key for point in every for key in point.parameters)
+    table = Table(box=None)
+    for head in ("", "point", *names.values()):
+        table.add_column(head)
+    for objective in sweep.wanted:
+        table.add_column(f"{objective.figure} {'↓' if objective.direction == 'minimise' else '↑'}", justify="right")
+    table.add_column("trials")
+    for point in [*ahead, *others][:shown]:
+        mark = "◆" if point in ahead else "" if point.feasible or not point.complete else "✗"
+        values = [text(point.parameters[key], 24) if key in point.parameters else "" for key in names]
+        table.add_row(
+            mark,
+            point.id,
+            *values,
+            *(_value(point, o.figure) for o in sweep.wanted),
+            _state(point),
+            style="bold" if point in ahead else None,
+        )
+    return Group(Text(headline(sweep, trials)), table)
+
+
+def _both(sweep: "Sweep", trials: Sequence["Trial"]):
+    """The front as it was tuned, and as it is on held-out images."""
+    from rich.table import Table
+
+    from unlearn.search import charts, front
+
+    table = Table("point", box=None)
+    for objective in sweep.wanted:
+        table.add_column(f"{objective.figure}, tuned on", justify="right")
+        table.add_column("held out", justify="right")
+    for point in front.of_points(_points(sweep, trials), sweep.wanted):
+        held_out = charts.held_out(point)
+        cells = [
+            (_value(point, o.figure), f"{held_out[o.figure]:.4g}" if o.figure in held_out else "–")
+            for o in sweep.wanted
+        ]
+        table.add_row(point.id, *(cell for pair in cells for cell in pair))
+    return table
+
+
+def _show_point(sweep: "Sweep", point: "Point") -> None:
+    from rich.table import Table
+
+    from unlearn.cli.console import out
+    from unlearn.search import alone, charts
+
+    out.print(f"{point.id}: {_state(point)}" + (f", {point.message}" if point.message else ""), soft_wrap=True)
+    held_out, beside = charts.held_out(point), charts.compared_with([point])
+    table = Table("figure", "tuned on", "held out", *beside, box=None)
+    for figure in point.mean:
+        others = [held_out, *beside.values()]
+        table.add_row(figure, _value(point, figure), *(f"{of[figure]:.4g}" if figure in of else "–" for of in others))
+    out.print(table)
+    for trial in point.trials:
+        out.print(f"{trial.id}: {trial.status}  {trial.run}  {trial.message or ''}".rstrip(), soft_wrap=True)
+    out.print(f"\n{alone.text(sweep, point, point.trials[0].seed, point.trials[0].model)}", soft_wrap=True)
+
+
+def _opened(folder: str | None) -> tuple["Sweep", list["Trial"]]:
+    """A sweep and its records. Raises ConfigError where none is named, or none is there."""
+    from unlearn.config import location
+    from unlearn.data.storage import Storage
+    from unlearn.errors import ConfigError
+    from unlearn.search import space
+    from unlearn.search.records import Trials
+
+    if folder is None:
+        there = _below("runs")
+        if len(there) != 1:
+            raise ConfigError(f"name the sweep with --dir FOLDER: there are {', '.join(there) or 'none'} below runs/")
+        folder = there[0]
+    # The folder that was named is meant, also where it is a copy of the one that its file names.
+    here = [] if Path(folder).suffix in (".yaml", ".yml") else [f"sweep_dir={json.dumps(location(folder))}"]
+    sweep = space.load(folder, here)
+    return sweep, Trials(Storage(sweep.sweep_dir)).all()
+
+
+def _below(folder: str) -> list[str]:
+    """The sweeps' folders below this one, up to two levels down."""
+    from unlearn.data.storage import Storage
+    from unlearn.search.records import SWEEP
+
+    if "://" in folder:
+        storage = Storage(folder)
+        return [storage.where(name).rpartition("/")[0] for name in storage.files() if name.rpartition("/")[2] == SWEEP]
+    found = [*Path(folder).glob(SWEEP), *Path(folder).glob(f"*/{SWEEP}"), *Path(folder).glob(f"*/*/{SWEEP}")]
+    return sorted(str(path.parent) for path in found)
+
+
+def _points(sweep: "Sweep", trials: Sequence["Trial"]) -> list["Point"]:
+    from unlearn.search.records import points
+
+    return points(trials, sweep.bounds)
+
+
+def _find(every: list["Point"], id: str) -> "Point":
+    from unlearn.errors import UnlearnError
+
+    known = next((point for point in every if point.id == id), None)
+    if known is None:
+        raise UnlearnError(f"no point {id!r}; there are {', '.join(point.id for point in every[:20]) or 'none yet'}")
+    return known
+
+
+def _named(told: list[dict], id: str) -> dict:
+    from unlearn.errors import UnlearnError
+
+    for one in told:
+        if one["id"] == id:
+            return one
+    raise UnlearnError(f"no point {id!r}; there are {', '.join(one['id'] for one in told[:20]) or 'none yet'}")
+
+
+def _objective(sweep: "Sweep", by: str | None):
+    from unlearn.errors import ConfigError
+
+    for objective in sweep.wanted:
+        if by in (None, objective.figure):
+            return objective
+    raise ConfigError(f"--by {by}: no objective of this sweep; its objectives are {', '.join(sweep.objectives)}")
+
+
+def _bounds(sweep: "Sweep", where: Sequence[str]) -> list["Constraint"]:
+    from unlearn.errors import ConfigError
+    from unlearn.search.objectives import Constraint, check_name
+
+    try:
+        bounds = [Constraint.parse(text) for text in where]
+    except ConfigError as e:
+        raise ConfigError(f"--where: {e}") from None
+    for bound in bounds:
+        check_name(bound.figure, sweep.settings, "--where")
+    return bounds
+
+
+def _value(point: "Point", figure: str) -> str:
+    if figure not in point.mean:
+        return "–"
+    several = sum(trial.status == "done" for trial in point.trials) > 1
+    return f"{point.mean[figure]:.4g}" + (f" ± {point.spread[figure]:.2g}" if several else "")
+
+
+def _state(point: "Point") -> str:
+    """Of one point: how many of its trials are done, and what became of the others."""
+    counts = Counter(trial.status for trial in point.trials)
+    return _joined(counts, len(point.trials))
+
+
+def _counted(trials: Sequence["Trial"], planned: int | None = None) -> str:
+    return _joined(Counter(trial.status for trial in trials), planned or len(trials))
+
+
+def _joined(counts: Counter, total: int) -> str:
+    others = [f"{count} {status}" for status, count in sorted(counts.items()) if status != "done"]
+    return ", ".join([f"{counts['done']} of {total} done", *others])
+
+
+def _planned(sweep: "Sweep") -> int | None:
+    """Trials in all, where the sweep says so."""
+    points = [sweep.budget.points] if sweep.budget.points else []
+    points += [len(sweep.grid())] if sweep.search_by == "grid" else []
+    return min(points) * len(sweep.pairs()) if points else None
+
+
+def _left(sweep: "Sweep", trials: Sequence["Trial"]) -> float | None:
+    """Seconds that are left, from how long the trials have taken until now; None where that is not known."""
+    took = [_seconds(trial) for trial in trials if trial.over and trial.started and trial.ended]
+    planned = _planned(sweep)
+    if not took or planned is None:
+        return None
+    left = max(0, planned - sum(trial.over for trial in trials)) * sum(took) / len(took) / sweep.concurrent
+    return min(left, max(0.0, sweep.budget.seconds - sum(took) / sweep.concurrent)) if sweep.budget.seconds else left
+
+
+def _seconds(trial: "Trial") -> float:
+    from datetime import datetime
+
+    return (datetime.fromisoformat(trial.ended) - datetime.fromisoformat(trial.started)).total_seconds()
+
+
+def _time(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
