@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +48,42 @@ Dir = Annotated[
     ),
 ]
 PointId = Annotated[str, typer.Argument(metavar="POINT", help="a point, as `unlearn sweep show` names it")]
+
+
+@app.command()
+def start(
+    source: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a YAML file, or the folder of a sweep (path or s3://)")],
+    overrides: Annotated[
+        list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one value, as in concurrent=2 or run.training.steps=100")
+    ] = [],  # noqa: B006  read only
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run trials again that have failed")] = False,
+):  # fmt: skip
+    """Start a sweep, or go on with it: `unlearn sweep SWEEP.yaml` is the same.
+
+    Example: `unlearn sweep jobs/configs/sweep_alpha_fashion.yaml --set budget.points=8`
+    """
+    from jobs import sweep as job
+    from jobs.owner import owned
+    from unlearn import signals
+    from unlearn.cli.console import err, out
+    from unlearn.cli.options import required
+    from unlearn.search.space import load
+
+    required()
+    sweep = load(source, overrides)
+    with owned(sweep.sweep_dir, "sweep") as lease:
+        try:
+            job.prepare(sweep)
+            with live(sweep) as show:
+                trials = job.sweep(sweep, lambda now: show(now.trials), lease.check, retry_failed)
+        except signals.Stopped as e:
+            id = os.environ.get(signals.JOB)
+            again = f"unlearn jobs resume {id}" if id else f"unlearn sweep {sweep.sweep_dir}"
+            e.hint = f"what has ended stays, what runs goes on from its checkpoints: {again}"
+            raise
+    if not err.is_terminal:
+        out.print(status(sweep, trials, None))
+    out.print(f"sweep: {sweep.sweep_dir}; its page: unlearn sweep report --dir {sweep.sweep_dir}", soft_wrap=True)
 
 
 @app.command(name="list")
