@@ -23,7 +23,8 @@ class PointTrainable(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         ray.get(self.desk.go.remote(self.point, self.stage))
-        while (reply := ray.get(self.desk.reply.remote(self.point, self.stage))) is None:
-            pass  # the desk waits a moment before it says that there is none
+        reply: Any = None
+        while reply is None:  # the desk waits a moment before it says that there is none
+            reply = ray.get(self.desk.reply.remote(self.point, self.stage))
         self.stage += 1
         return reply

@@ -55,12 +55,15 @@ def work(settings: dict) -> None:
     slot_worker = SlotWorker()
 
     def taken() -> tuple[Leg, Run] | str | None:
-        leg = ray.get(desk.next.remote(slot))
+        leg: Any = ray.get(desk.next.remote(slot))
         return (leg, ray.get(leg.run[0])) if isinstance(leg, Leg) else leg
 
-    while (given := ranks.from_first(taken)) != "over":
+    while True:
+        given = ranks.from_first(taken)
         if given is None:
             continue
+        if isinstance(given, str):
+            return
         leg, run = given
         report = (lambda row, id=leg.trial: desk.row.remote(slot, id, row)) if rank == 0 else (lambda row: None)
         try:

@@ -44,7 +44,10 @@ class Suggestions(Searcher):
     def __init__(self, source: Source, state: SweepState):
         super().__init__()
         self.source, self.state = source, state
-        self.proposals: dict[str, tuple[str, str]] = {}  # trial of Ray Tune -> (its source's name for it, point)
+        self.running: dict[str, str] = {}  # trial of Ray Tune -> point
+        self.names: dict[
+            str, list[str]
+        ] = {}  # point that runs -> the source's names for it: it may be proposed again meanwhile
 
     def set_search_properties(self, metric, mode, config, **spec) -> bool:
         return True
@@ -60,19 +63,23 @@ class Suggestions(Searcher):
             point = self.state.begin(parameters)
             if point is None:  # it would be one more than the budget has
                 return Searcher.FINISHED
-            if self.state.to_run(point):
-                self.proposals[trial_id] = name, point
+            if point in self.names:
+                self.names[point].append(name)
+            elif self.state.to_run(point):
+                self.running[trial_id], self.names[point] = point, [name]
                 return {"point": point, "parameters": {key: _plain(value) for key, value in parameters.items()}}
-            self.source.tell(name, self.state.point(point))
-        return Searcher.FINISHED
+            else:
+                self.source.tell(name, self.state.point(point))
+        return Searcher.FINISHED if not self.names else None
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         pass
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
-        name, point = self.proposals.pop(trial_id)
+        point = self.running.pop(trial_id)
         self.state.ended(point)
-        self.source.tell(name, self.state.point(point))
+        for name in self.names.pop(point):
+            self.source.tell(name, self.state.point(point))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the records are what a sweep goes on from."""

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jobs.cluster import connected, waiting_for
 from jobs.own_cluster import variables
@@ -66,8 +66,7 @@ def sweep(
         from jobs.desk import Desk
 
         state = SweepState(sweep, lambda run: ray.put(run), retry_failed)
-        kind: Any = ray.remote(num_cpus=0, max_concurrency=1000)(Desk)
-        desk = kind.remote(cluster.max_failures)
+        desk = cast(Any, ray.remote(Desk)).options(num_cpus=0, max_concurrency=1000).remote(cluster.max_failures)
         with _slots(sweep, desk, scratch) as slots, _tuned(sweep, state, desk, Path(scratch)) as tuned:
             _follow(sweep, state, desk, slots, tuned, progress, check)
     return list(state.trials.values())

@@ -279,8 +279,7 @@ class SweepState:
 
     def _seconds_left(self, trials: list[Trial], slots: int) -> float | None:
         spent = [sum(trial.seconds.values()) for trial in trials if trial.status == "done"]
-        points = len(self.sweep.grid()) if self.sweep.search_by == "grid" else None
-        wanted = min((n for n in (points, self.sweep.budget.points) if n is not None), default=None)
+        wanted = min((n for n in (self.sweep.size, self.sweep.budget.points) if n is not None), default=None)
         if not spent or wanted is None:
             return None
         left = wanted * len(self.sweep.pairs()) - sum(trial.over for trial in trials)

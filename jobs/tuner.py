@@ -45,7 +45,7 @@ def _scheduler(sweep: Sweep) -> TrialScheduler | None:
     if sweep.stop_early == "none":
         return None
     objective = sweep.wanted[0]
-    told = {
+    told: Any = {
         "time_attr": "step",
         "metric": objective.figure,
         "mode": "min" if objective.direction == "minimise" else "max",

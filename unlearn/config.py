@@ -286,6 +286,10 @@ class RunConfig(Part):
         sets = (self.data.forget, self.data.retain, self.data.proxy)
         return any(rows is not None and bool(rows.ids or rows.subjects) for rows in sets)
 
+    def elsewhere(self) -> "RunConfig":
+        """The same for a job that finds its Ray cluster where it runs."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"address": None})})
+
     def locations(self) -> dict[str, str]:
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from unlearn.cli.options import Set, ShowForget
+from unlearn.cli.options import ShowForget
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -30,10 +30,7 @@ class StartsByDefault(TyperGroup):
     default = "start"
 
     def resolve_command(self, ctx, args):
-        known = bool(args) and args[0] in self.commands
-        return super().resolve_command(
-            ctx, args if known or self.default not in self.commands else [self.default, *args]
-        )
+        return super().resolve_command(ctx, args if args[0] in self.commands else [self.default, *args])
 
 
 app = typer.Typer(
@@ -50,35 +47,42 @@ Dir = Annotated[
 PointId = Annotated[str, typer.Argument(metavar="POINT", help="a point, as `unlearn sweep show` names it")]
 
 
-@app.command(hidden=True)
+@app.command()
 def start(
     source: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a YAML file, or the folder of a sweep (path or s3://)")],
-    overrides: Set = [],  # noqa: B006  read only
+    overrides: Annotated[
+        list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one value, as in concurrent=2 or run.training.steps=100")
+    ] = [],  # noqa: B006  read only
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run trials again that have failed")] = False,
 ):  # fmt: skip
-    """Run a sweep to its end, or on from where it has stopped. What `unlearn sweep SWEEP.yaml` does.
+    """Start a sweep, or go on with it: `unlearn sweep SWEEP.yaml` is the same.
 
     Example: `unlearn sweep jobs/configs/sweep_alpha_fashion.yaml --set budget.points=8`
     """
     from jobs import sweep as job
     from jobs.owner import owned
     from unlearn import signals
-    from unlearn.cli.console import out
-    from unlearn.search import space
+    from unlearn.cli.console import err, out
+    from unlearn.cli.options import required
+    from unlearn.search.space import load
 
-    sweep = space.load(source, overrides)
-    try:
-        with owned(sweep.sweep_dir, "sweep") as lease, live(sweep) as shown:
+    required()
+    sweep = load(source, overrides)
+    with owned(sweep.sweep_dir, "sweep") as lease:
+        try:
             job.prepare(sweep)
-            trials = job.sweep(
-                sweep, lambda now: shown(now.trials, now.rows, now.seconds_left), lease.check, retry_failed
-            )
-    except signals.Stopped as e:
-        again = os.environ.get(signals.JOB)
-        e.hint = f"what is done is kept; go on with: {f'unlearn jobs resume {again}' if again else f'unlearn sweep {source}'}"
-        raise
-    out.print(status(sweep, trials))
-    out.print(f"measure the front on held-out images: unlearn sweep report --dir {sweep.sweep_dir}", soft_wrap=True)
+            with live(sweep) as shown:
+                trials = job.sweep(
+                    sweep, lambda now: shown(now.trials, now.rows, now.seconds_left), lease.check, retry_failed
+                )
+        except signals.Stopped as e:
+            id = os.environ.get(signals.JOB)
+            again = f"unlearn jobs resume {id}" if id else f"unlearn sweep {sweep.sweep_dir}"
+            e.hint = f"what has ended stays, what runs goes on from its checkpoints: {again}"
+            raise
+    if not err.is_terminal:
+        out.print(status(sweep, trials, shown=None))
+    out.print(f"sweep: {sweep.sweep_dir}; its page: unlearn sweep report --dir {sweep.sweep_dir}", soft_wrap=True)
 
 
 @app.command(name="list")

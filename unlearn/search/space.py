@@ -239,6 +239,32 @@ class Sweep(Part):
     def _models(self) -> list[str | None]:
         return list(self.models or [None])
 
+    # What a job that is sent elsewhere is asked for, as of a RunConfig.
+
+    @property
+    def run_dir(self) -> str:
+        return self.sweep_dir
+
+    @property
+    def names_rows(self) -> bool:
+        """Whether it names single images or persons: see RunConfig."""
+        searched = (key.rpartition(".")[2] for key in self.search)
+        return self.settings.names_rows or any(key in ("ids", "subjects") for key in searched)
+
+    def locations(self) -> dict[str, str]:
+        """Every place that the sweep reads or writes, by its key."""
+        places = {f"run.{key}": uri for key, uri in self.settings.locations().items() if key != "run_dir"}
+        places |= {f"models.{number}": uri for number, uri in enumerate(self.models or ())}
+        return (
+            places | {"sweep_dir": self.sweep_dir} | ({"tune_on.data": self.tune_on.data} if self.tune_on.data else {})
+        )
+
+    def elsewhere(self) -> "Sweep":
+        """The same for a job that finds its Ray cluster where it runs."""
+        run = copy.deepcopy(self.run)
+        _put(run, "cluster.address", None)
+        return self.model_copy(update={"run": run})
+
     def stages(self, steps: int) -> list[int]:
         """The steps behind which a trial of so many is measured, its last one among them."""
         if self.stop_early == "none":
@@ -268,7 +294,7 @@ class Sweep(Part):
             _put(tree, "model.weights", model)
         _put(tree, "name", f"{self.name}-{id}"[:100])
         _put(tree, "run_dir", Storage(self.sweep_dir).where(f"runs/{id}"))
-        data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
+        data: dict = tree["data"] if isinstance(tree.get("data"), dict) else {}
         _put(tree, "evaluation.data", self.tune_on.data or data.get("train"))
         _put(tree, "evaluation.split", self.tune_on.split or (None if self.tune_on.data else data.get("split")))
         _put(tree, "evaluation.limit", self.tune_on.limit)
@@ -312,6 +338,11 @@ class Sweep(Part):
             made.setdefault(canonical(point), point)
         return list(made.values())
 
+    @property
+    def size(self) -> int | None:
+        """How many points there are; None for a space of ranges."""
+        return None if any(domain.ends for domain in self.search.values()) else len(self.grid())
+
     def drawn(self) -> Iterator[Parameters]:
         """Points drawn with search_seed, without end; equal ones may come again."""
         rng = random.Random(self.search_seed)
@@ -331,7 +362,7 @@ def canonical(parameters: Parameters) -> str:
 
 def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep that `source` names: a YAML file (path or s3://), the folder of a sweep, or env:VARIABLE. overrides: "key=value" of
-    the sweep itself. Raises ConfigError, StorageError."""
+    the sweep, and "run.key=value" of its run. Raises ConfigError, StorageError."""
     if source.startswith("env:"):
         variable = source.removeprefix("env:")
         if variable not in os.environ:
@@ -352,7 +383,12 @@ def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
         raise ConfigError(f"sweep {source} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"sweep {source}: expected keys and values at the top, found {type(tree).__name__}")
-    return parse(config.override(tree, overrides), source)
+    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
+    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
+    tree["set"] = (tree.get("set") or {}) | {
+        item.partition("=")[0]: config.override({}, [f"value={item.partition('=')[2]}"])["value"] for item in of_run
+    }
+    return parse(tree, source)
 
 
 def parse(tree: dict, source: str = "sweep") -> Sweep:
