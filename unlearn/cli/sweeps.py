@@ -426,15 +426,15 @@ def _value(point: "Point", figure: str) -> str:
 
 def _state(point: "Point") -> str:
     """Of one point: how many of its trials are done, and what became of the others."""
-    counts = Counter(trial.status for trial in point.trials)
-    return _joined(counts, len(point.trials))
+    return _joined(point.trials, len(point.trials))
 
 
 def _counted(trials: Sequence["Trial"], planned: int | None = None) -> str:
-    return _joined(Counter(trial.status for trial in trials), planned or len(trials))
+    return _joined(trials, planned or len(trials))
 
 
-def _joined(counts: Counter, total: int) -> str:
+def _joined(trials: Sequence["Trial"], total: int) -> str:
+    counts = Counter("waiting" if t.status == "running" and not t.started else t.status for t in trials)
     others = [f"{count} {status}" for status, count in sorted(counts.items()) if status != "done"]
     return ", ".join([f"{counts['done']} of {total} done", *others])
 
