@@ -15,7 +15,7 @@ from support.command import refused
 from support.images import CLASSES, tiny_table
 from support.runs import evaluate, tiny_config, train
 
-from unlearn.cli.sweeps import headline, live, status
+from unlearn.cli.sweep_table import headline, live, status
 from unlearn.data import shards
 from unlearn.data.storage import Storage
 from unlearn.search import alone, objectives, space
@@ -76,7 +76,7 @@ def test_list_and_show(told, swept, monkeypatch):
     assert code == 0 and re.search(r"tiny +3 +2 +5 of 6 done, 1 failed", out)
     monkeypatch.chdir(Path(swept).parents[1])  # the only sweep below runs/ is meant
     out = told("sweep", "show")[1]
-    assert "front 2 of 3 points" in out and re.search(r"◆ +p001 +10 +0.0135 ± 0.00071 +0.1 ± 0 +2 of 2 done", out)
+    assert "front 2 of 3 points" in out and re.search(r"◆ +p001 +10 +0.0135 ± 0.00071 +0.1 ± 0 +2/2", out)
     out = told("sweep", "show", "p002")[1]
     assert "1 of 2 done, 1 failed, a worker has died" in out and "alpha: 100.0" in out and "runs/p002-s3-m0" in out
     assert json.loads(told("sweep", "show", "p001", "--json")[1])["mean"]["forget.cosine.drop"] == 0.1
@@ -178,4 +178,4 @@ def test_a_sweep_that_runs_is_shown(tmp_path, capsys):
     console = Console(width=140, record=True, file=io.StringIO())
     console.print(status(sweep, trials, {"p002-s2-m0": {"step": 40, "steps": 100}}, shown=2))
     table = console.export_text()
-    assert "p000" in table and "p002-s2-m0 40/100" in table and len(table.splitlines()) == 5
+    assert "p000" in table and "p002-s2-m0 40/100" in table and len(table.splitlines()) == 6
