@@ -47,13 +47,10 @@ def live(sweep: Sweep, every: float = 60) -> Iterator[Shown]:
 
 
 def headline(sweep: Sweep, trials: Sequence[Trial], left: float | None = None) -> str:
-    """How far a sweep is, on one line: trials by status, the front and its volume, time left."""
+    """How far a sweep is, on one line: trials by status, the front, time left."""
     every = points(trials, sweep.bounds)
-    losses, counted = front.table(every, sweep.wanted)
-    best, reference = front.front(losses, counted), front.reference(losses, counted)
+    best = front.of_points(every, sweep.wanted)
     parts = [told(trials, _planned(sweep) or len(trials)), f"front {len(best)} of {len(every)} points"]
-    if len(sweep.wanted) > 1 and len(best):
-        parts.append(f"hypervolume {front.hypervolume(losses[counted], reference):.4g}")
     parts += [f"{_time(left)} left"] if left is not None else []
     return f"{sweep.name}: {', '.join(parts)}"
 
