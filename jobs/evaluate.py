@@ -44,8 +44,13 @@ def evaluate(
         document, grids = measure.evaluate(run, models, mapped, _pictured(run, show_forget), checked)
     check()
     document["config_hash"] = trained
-    document["seconds"]["total"] = round(time.perf_counter() - began, 3)
-    document["training_seconds"] = _training_seconds(run)
+    return write(run, document, grids, time.perf_counter() - began)
+
+
+def write(run: Run, document: dict, grids: list[dict], seconds: float) -> dict:
+    """Write metrics.json and the report of what measure.evaluate gave, `seconds` after it began. Returns what is in metrics.json."""
+    document["seconds"]["total"] = round(seconds, 3)
+    document["training_seconds"] = training_seconds(run)
     Storage(run.folder).write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
     uri = report.write(run, document, grids)
     log.info("measured in %.0f s: %s", document["seconds"]["total"], uri)
@@ -77,7 +82,7 @@ def _pictured(run: Run, show_forget: bool) -> list[str]:
     return [name for name in run.measured if name == "retain" or show_forget]
 
 
-def _training_seconds(run: Run) -> float | None:
+def training_seconds(run: Run) -> float | None:
     """Seconds in training steps, from the logged rates: each row tells of the steps since the one before."""
     rows = metrics.read(run.folder)
     steps = [row["step"] - before["step"] for row, before in zip(rows, [{"step": 0}, *rows], strict=False)]

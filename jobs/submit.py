@@ -24,9 +24,11 @@ from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request
 from unlearn import config, lease, patience
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
+from unlearn.search import space
 
 # driver, a command of `unlearn` -> what it is given beside its configuration
-DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": ()}
+DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": (), "sweep": ()}
+Settings = config.RunConfig | space.Sweep  # the latter of the driver `sweep`
 CONFIGS = "configs"  # the folder in a run folder
 # An environment variable holds 128 KiB, and on its way through a command line it is quoted.
 LARGEST = 64 << 10
@@ -35,13 +37,13 @@ AT_HAND = 5  # seconds that a storage is waited for which may be reached by the 
 
 
 def request(
-    run: config.RunConfig, driver: str = "run", arguments: Sequence[str] = (), env: Sequence[str] = (), name: str | None = None,
+    run: Settings, driver: str = "run", arguments: Sequence[str] = (), env: Sequence[str] = (), name: str | None = None,
     elsewhere: bool = False,
 ) -> Request:  # fmt: skip
     """What is sent for this run. name: the readable part of the job's id, else the run's name; elsewhere: the job finds its Ray
     cluster there, whatever cluster.address says here. Raises ConfigError."""
     if elsewhere:
-        run = run.model_copy(update={"cluster": run.cluster.model_copy(update={"address": None})})
+        run = run.elsewhere()
     if driver not in DRIVERS:
         raise ConfigError(f"--driver {driver}: give {', '.join(DRIVERS)}")
     for variable in env:
@@ -49,7 +51,7 @@ def request(
             raise ConfigError(
                 f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable where the job runs"
             )
-    text, given = config.dump(run), (*DRIVERS[driver], *arguments)
+    text, given = space.dump(run) if isinstance(run, space.Sweep) else config.dump(run), (*DRIVERS[driver], *arguments)
     told = json.dumps([run.model_dump(mode="json"), driver, given], sort_keys=True)
     id = f"{_label(name or run.name)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     source = f"{run.run_dir}/{CONFIGS}/{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"
@@ -97,7 +99,7 @@ def _only(where: str, to: str, options: dict) -> None:
 def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, bool]:
     """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped is
     started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
-    settings = config.read(sent.config, sent.id)
+    settings = _read(sent)
     if place.remote and not mounted:
         for key, uri in settings.locations().items():
             if not uri.startswith("embedded:") and Storage(uri).is_local():
@@ -120,7 +122,11 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
     return place.start(_stored(sent, settings, place)), True
 
 
-def _stored(sent: Request, settings: config.RunConfig, place: Backend) -> Request:
+def _read(sent: Request) -> Settings:
+    return (space if sent.driver == "sweep" else config).read(sent.config, sent.id)
+
+
+def _stored(sent: Request, settings: Settings, place: Backend) -> Request:
     """The request, its configuration put where the job finds it. Raises StorageError where that can be nowhere."""
     folder = Storage(sent.run_dir)
     try:

@@ -34,6 +34,14 @@ def check(settings: config.RunConfig) -> Run:
 
     Raises UnlearnError: no such data or class, an empty or overlapping set, weights that do not fit.
     """
+    check_method(settings)
+    run = resolve(settings)
+    check_models(settings)
+    return run
+
+
+def check_method(settings: config.RunConfig) -> None:
+    """Check the method's options, and what it needs. Raises ConfigError."""
     method = methods.create(settings.method)
     method.check(models.adapter(settings.model.family))
     engine.check(settings.training, method)
@@ -45,7 +53,10 @@ def check(settings: config.RunConfig) -> Run:
         raise ConfigError(
             f"training.forget_fraction is 0: {settings.method.name} needs forget rows in every micro-batch"
         )
-    run = resolve(settings)
+
+
+def check_models(settings: config.RunConfig) -> None:
+    """Check what depends on the models alone: their weights, and what the evaluation needs. Raises UnlearnError."""
     built = weights.build(settings.model, settings.seed)
     if settings.data.latent_cache and built.first_stage is not None and settings.data.augment != "none":
         raise ConfigError(
@@ -55,11 +66,10 @@ def check(settings: config.RunConfig) -> Run:
         log.warning(
             "these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, mean little"
         )
-    if method.needs_teacher:  # then there will be something to evaluate
+    if methods.method_class(settings.method.name).needs_teacher:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
         if settings.evaluation.oracle:
             weights.build(settings.model.model_copy(update={"weights": settings.evaluation.oracle}))
-    return run
 
 
 def prepare(settings: config.RunConfig, resume: bool = False) -> Run:
@@ -134,7 +144,7 @@ def _on_ray(run: Run, progress: Progress, check: Callable[[], None]) -> None:
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(cluster.min_workers, cluster.workers) if cluster.min_workers else cluster.workers,
                 use_gpu=cluster.gpus_per_worker > 0,
-                resources_per_worker=_resources(cluster),
+                resources_per_worker=resources(cluster),
             ),
             # Ray Train's own records go to a scratch folder: all that a run needs to go on is in its checkpoints.
             run_config=ray.train.RunConfig(
@@ -205,7 +215,7 @@ def _worker(settings: dict) -> None:
         raise
 
 
-def _resources(cluster: config.Cluster) -> dict[str, float]:
+def resources(cluster: config.Cluster) -> dict[str, float]:
     wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     return {kind: count for kind, count in wanted.items() if count}
 

@@ -33,7 +33,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _absolute(uri: str) -> str:
+def location(uri: str) -> str:
+    """One name for one place: a path is made absolute, since workers stand in other folders."""
     if uri.startswith("embedded:"):
         return uri
     if "://" in uri and not uri.startswith("file://"):
@@ -41,8 +42,8 @@ def _absolute(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 
 
-# A path, file://, s3:// or embedded:NAME; a path is made absolute, since workers stand in other folders.
-Location = Annotated[str, AfterValidator(_absolute)]
+# A path, file://, s3:// or embedded:NAME.
+Location = Annotated[str, AfterValidator(location)]
 
 
 def _bytes(given: Any) -> Any:
@@ -317,6 +318,10 @@ class RunConfig(Part):
         sets = (self.data.forget, self.data.retain, self.data.proxy)
         return any(rows is not None and bool(rows.ids or rows.subjects) for rows in sets)
 
+    def elsewhere(self) -> "RunConfig":
+        """The same for a job that finds its Ray cluster where it runs."""
+        return self.model_copy(update={"cluster": self.cluster.model_copy(update={"address": None})})
+
     def locations(self) -> dict[str, str]:
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation
@@ -381,7 +386,7 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
     try:
         return kind.model_validate(tree)
     except ValidationError as e:
-        lines = [line for error in e.errors() for line in _explain(error, kind)]
+        lines = [line for error in e.errors() for line in explain(error, kind)]
         raise ConfigError(
             f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
         ) from None
@@ -403,7 +408,7 @@ def _kind(method: str) -> type[RunConfig]:
     )
 
 
-def _explain(error: Any, kind: type[RunConfig]) -> list[str]:
+def explain(error: Any, kind: type[Part]) -> list[str]:
     """One line for each mistake that an error of pydantic tells."""
     path = [str(p) for p in error["loc"] if not str(p).startswith(("tuple[", "constrained-"))]
     where = ".".join(path)
@@ -419,7 +424,7 @@ def _explain(error: Any, kind: type[RunConfig]) -> list[str]:
     return [f"{where}: {line}{shown}" if where else line for line in message.split("\n")]
 
 
-def _fields(path: list[str], kind: type[RunConfig]) -> list[str]:
+def _fields(path: list[str], kind: type[Part]) -> list[str]:
     """Names that the part at `path` knows."""
     part: Any = kind
     for name in path:
@@ -429,6 +434,30 @@ def _fields(path: list[str], kind: type[RunConfig]) -> list[str]:
         kinds = [annotation, *getattr(annotation, "__args__", ())]
         part = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), part)
     return list(part.model_fields)
+
+
+def unknown_key(key: str, method: str) -> str | None:
+    """What is wrong with the key `a.b` of a configuration with this method; None where there is such a key."""
+    part: Any = _kind(method)
+    for name in key.split("."):
+        fields = getattr(part, "model_fields", None)
+        if fields is None:  # within a value, such as model.options
+            return None
+        if name not in fields:
+            close = difflib.get_close_matches(name, list(fields), n=1)
+            return f"no such key with method {method}" + (
+                f"; did you mean {close[0]}?" if close else f"; known there: {', '.join(fields)}"
+            )
+        annotation = fields[name].annotation
+        kinds = [annotation, *getattr(annotation, "__args__", ())]
+        part = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+        if part is None and dict not in kinds and not any(getattr(k, "__origin__", None) is dict for k in kinds):
+            part = _Leaf
+    return None
+
+
+class _Leaf(Part):
+    """A value that has no keys."""
 
 
 def dump(config: RunConfig) -> str:

@@ -21,7 +21,7 @@ from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import weights
-from unlearn.models.weights import Source
+from unlearn.models.weights import Source, Sources
 
 _SENT = re.compile(r"/configs/([0-9a-f]{16})\.yaml$")  # what a submitted job was sent, in its run folder
 
@@ -60,10 +60,11 @@ class Run:
         return replace(self, sources=self.sources | weights.located(uris, self.sources))
 
 
-def resolve(settings: RunConfig, measured: bool | None = None) -> Run:
+def resolve(settings: RunConfig, measured: bool | None = None, known: Sources | None = None) -> Run:
     """Look up everything that a run takes from its storage. Raises UnlearnError: no such data, class or weights; an overlap.
 
     measured: whether the rows of an evaluation are looked up too; by default where the method has an original to compare with.
+    known: weights that have been looked up already.
     """
     method = methods.method_class(settings.method.name)
     chosen = selection.sets(settings.data, settings.seed)
@@ -72,7 +73,7 @@ def resolve(settings: RunConfig, measured: bool | None = None) -> Run:
     if not method.needs_forget:
         chosen.pop("forget", None)
     files = {"weights": settings.model.weights, "first_stage": settings.model.first_stage}
-    sources = weights.located(files.values())
+    sources = weights.located(files.values(), known)
     origin = {name: rows.manifest.hash for name, rows in chosen.items()}
     origin |= {name: sources[uri].fingerprint for name, uri in files.items() if uri}
     return Run(settings, chosen, rows, origin, steps(settings, chosen), sources)

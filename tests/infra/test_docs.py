@@ -40,6 +40,8 @@ def unknown(words: list[str]) -> str | None:
     command, words = COMMAND, list(words)
     while words and hasattr(command, "commands") and command.commands:
         name = words.pop(0).rstrip(",")
+        if name not in command.commands and hasattr(command, "default"):  # unlearn sweep SWEEP.yaml
+            name = command.default
         if name not in command.commands:
             return name
         command = command.commands[name]

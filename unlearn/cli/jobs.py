@@ -28,7 +28,9 @@ def submit(
     config: Config,
     to: To = "local",
     overrides: Set = [],  # noqa: B006  read only
-    driver: Annotated[str, typer.Option(help="the command that the job runs: run, pretrain or evaluate")] = "run",
+    driver: Annotated[
+        str, typer.Option(help="the command that the job runs: run, pretrain, evaluate or sweep")
+    ] = "run",
     arguments: Annotated[
         list[str], typer.Option("--arg", help="given to the driver behind its configuration; may be repeated")
     ] = [],  # noqa: B006  read only
@@ -68,7 +70,12 @@ def submit(
     from jobs import submit as job
     from unlearn.cli.console import err
 
-    settings = load(config, overrides)
+    if driver == "sweep":
+        from unlearn.search.space import load as load_sweep
+
+        settings = load_sweep(config, overrides)
+    else:
+        settings = load(config, overrides)
     place = job.backend(
         to, working_dir=working_dir, overlay=overlay, image=image, namespace=namespace, queue=queue, priority=priority,
         secret=tuple(secret),

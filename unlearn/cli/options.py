@@ -31,6 +31,12 @@ def load(source: str, overrides: list[str]) -> "RunConfig":
     """The configuration that a command names, with a warning for everything in it that will be ignored. Raises UnlearnError."""
     from unlearn import run
 
+    required()
+    return warned(run.load(source, overrides))
+
+
+def required() -> None:
+    """Raise ConfigError where a variable is missing that a submitted job was promised."""
     missing = [
         name for name in os.environ.get("UNLEARN_REQUIRED_ENV", "").split(",") if name and name not in os.environ
     ]
@@ -38,7 +44,6 @@ def load(source: str, overrides: list[str]) -> "RunConfig":
         raise ConfigError(
             f"{', '.join(missing)}: not set where the job runs, and it was submitted with --env {missing[0]}; set it there"
         )
-    return warned(run.load(source, overrides))
 
 
 def warned(settings: "RunConfig") -> "RunConfig":

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,22 @@ class ImageCache:
         self.limit, self.room = limit, limit - limit // 4
         self.row_groups = Recent(limit)
         self._images, self._lock = 0, threading.Lock()
+        self._shelves: dict[Hashable, Shelf] = {}
+
+    def shelf(self, key: Hashable) -> "Shelf":
+        """The images of that key; the same shelf for everyone who asks for it."""
+        with self._lock:
+            return self._shelves.setdefault(key, Shelf())
+
+    def make_room(self, wanted: Mapping[Hashable, np.ndarray]) -> None:
+        """Drop the images that are not wanted (rows by shelf), where more than half of the room is taken."""
+        if self._images <= self.room // 2:
+            return
+        for key, shelf in self._shelves.items():
+            with shelf.lock:
+                rows = np.fromiter(shelf.images, np.int64, len(shelf.images))
+                for row in rows[~np.isin(rows, wanted.get(key, ()))].tolist():
+                    self.admit(-entry_bytes(shelf.images.pop(row)))
 
     @property
     def bytes(self) -> int:
@@ -112,6 +128,21 @@ class ImageCache:
             self._images += size
             self.row_groups.resize(self.limit - self._images)
             return True
+
+
+class Shelf:
+    """Single images by row number, as they are stored or decoded; `lock` is held to change them."""
+
+    def __init__(self):
+        self.images: dict[int, bytes | np.ndarray] = {}
+        self.lock = threading.Lock()
+
+
+def entry_bytes(entry: bytes | np.ndarray | None) -> int:
+    """Bytes of memory that one cached image takes."""
+    if entry is None:
+        return 0
+    return ENTRY + (entry.nbytes if isinstance(entry, np.ndarray) else len(entry))
 
 
 def stored_bytes(rows: RowSet) -> int:

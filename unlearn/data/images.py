@@ -1,12 +1,13 @@
 """The images of a set by row number, decoded and cached; damaged ones are counted."""
 
 import threading
+from collections.abc import Hashable
 
 import numpy as np
 
 from unlearn import config
 from unlearn.data import selection, shards
-from unlearn.data.cache import ENTRY, ImageCache
+from unlearn.data.cache import ENTRY, ImageCache, entry_bytes
 from unlearn.data.decode import decode, fit
 from unlearn.data.selection import RowSet
 from unlearn.errors import DataError, ImageError
@@ -24,10 +25,16 @@ class Images:
     def __init__(self, rows: RowSet, data: config.Data, cache: ImageCache, size: int | None = None):
         self.set, self.data, self.cache, self.size = rows, data, cache, size
         self.bad: dict[int, str] = {}
-        self._kept: dict[int, bytes | np.ndarray] = {}
+        shelf = cache.shelf(self.shelf(rows, data, size))
+        self._kept, self._shelf_lock = shelf.images, shelf.lock
         self._offered: set[int] = set()  # row groups whose images were offered to the cache
         self._locks = [threading.Lock() for _ in rows.manifest.groups]
         self._lock = threading.Lock()
+
+    @staticmethod
+    def shelf(rows: RowSet, data: config.Data, size: int | None) -> Hashable:
+        """The shelf of a cache that holds these images: one for all sets of the same shards."""
+        return rows.manifest.uri, rows.manifest.hash, data.cache, data.orientation, size
 
     def __getitem__(self, row: int) -> np.ndarray:
         """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ImageError if it is damaged."""
@@ -84,9 +91,11 @@ class Images:
     def _keep(self, row: int, entry: bytes | np.ndarray) -> bool:
         """Put an image into the cache, a decoded one in place of the stored one; returns whether the row is cached
         now."""
-        with self._lock:
+        with self._shelf_lock:
             former = self._kept.get(row)
-            if self.cache.admit(_bytes(entry) - _bytes(former)):
+            if isinstance(former, np.ndarray):  # another set of the same shards has decoded it
+                return True
+            if self.cache.admit(entry_bytes(entry) - entry_bytes(former)):
                 self._kept[row] = entry
             return row in self._kept
 
@@ -102,10 +111,3 @@ class Images:
                     f"Mend them, or raise data.max_bad_images (now {self.data.max_bad_images})"
                 )
         return int(self.set.rows[(np.searchsorted(self.set.rows, row) + 1) % len(self.set)])
-
-
-def _bytes(entry: bytes | np.ndarray | None) -> int:
-    """Bytes of memory that one cached image takes."""
-    if entry is None:
-        return 0
-    return ENTRY + (entry.nbytes if isinstance(entry, np.ndarray) else len(entry))

@@ -40,22 +40,24 @@ class Batch:
 
 class Loader:
     """Micro-batches by number. grid, size: of the model; sets: {"retain": ..., "forget": ...}; latents: the
-    LatentCache of each set, where the batches are to hold latents in place of pixels."""
+    LatentCache of each set, where the batches are to hold latents in place of pixels; kept: a cache that holds images
+    already."""
 
     def __init__(
-        self, settings: config.RunConfig, sets: dict[str, RowSet], grid: int, size: int, latents: dict | None = None
-    ):
+        self, settings: config.RunConfig, sets: dict[str, RowSet], grid: int, size: int, latents: dict | None = None,
+        kept: cache.ImageCache | None = None,
+    ):  # fmt: skip
         self.settings, self.grid, self.size, self.latents = settings, grid, size, latents
         fraction = settings.training.forget_fraction if "forget" in sets else 0
         self.retain, self.forget = order.split(settings.micro_batch, fraction)
         if latents:
             self.images = {name: latents[name].images for name in sets}
         else:
-            kept = cache.ImageCache(cache.limit(settings.data, settings.cluster.workers))
+            kept = kept or cache.ImageCache(cache.limit(settings.data, settings.cluster.workers))
             _warn_of_rereads(sets, settings.data, kept)
-            # A random crop is another one in every epoch, so it is taken from the whole image.
-            cut = size if settings.data.augment == "none" else None
-            self.images = {name: Images(rows, settings.data, kept, cut) for name, rows in sets.items()}
+            self.images = {
+                name: Images(rows, settings.data, kept, cut(settings.data, size)) for name, rows in sets.items()
+            }
         self.streams = {
             name: order.Stream(rows.rows, rows.groups, settings.seed, number, settings.data.shuffle_rows)
             for number, (name, rows) in enumerate(sorted(sets.items()))
@@ -111,6 +113,11 @@ class Loader:
             finally:
                 for future in ahead:
                     future.cancel()
+
+
+def cut(data: config.Data, size: int) -> int | None:
+    """The size in which images are kept: a random crop is another one in every epoch, so it is taken from the whole image."""
+    return size if data.augment == "none" else None
 
 
 def _warn_of_rereads(sets: dict[str, RowSet], data: config.Data, kept: cache.ImageCache) -> None:

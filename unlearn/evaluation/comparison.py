@@ -32,16 +32,18 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
 class Comparison:
     """The images of an evaluation, their views, and what each generator makes of them. One generator is in memory at a time."""
 
-    def __init__(self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu"):
+    def __init__(
+        self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu", kept: cache.ImageCache | None = None
+    ):  # fmt: skip
+        """kept: a cache that holds images already."""
         self.settings, self.sets, self.models, self.device = run.settings, run.measured, models, torch.device(device)
         self.sources = run.sources
         self._views: dict[tuple[str, int], views.View] = {}
         self._loaded: tuple[str, base.Adapter] | None = None
         first = next(iter(models))
         self.grid, self.size = self._shape(self.generator(first))
-        kept = cache.ImageCache(
-            cache.limit(run.settings.data, run.settings.evaluation.workers or run.settings.cluster.workers)
-        )
+        workers = run.settings.evaluation.workers or run.settings.cluster.workers
+        kept = kept or cache.ImageCache(cache.limit(run.settings.data, workers))
         self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:

@@ -22,14 +22,14 @@ No image, no id and no embedding of the sets is in it.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from unlearn import __version__, config, patience
-from unlearn.data import selection
+from unlearn.data import cache, selection
 from unlearn.errors import UnlearnError
 from unlearn.evaluation import features
 from unlearn.evaluation.comparison import Comparison
@@ -41,6 +41,15 @@ from unlearn.run import Run
 Progress = Callable[[int, int], None]
 # Maps pieces to results, in the order of the pieces.
 Map = Callable[[Iterable[Any]], Iterator[Any]]
+
+
+@dataclass
+class Known:
+    """What several evaluations of the same images share: the features of the originals by set, and the rows of the generators that
+    stay the same, by (set, view, generator)."""
+
+    real: dict[str, torch.Tensor] = field(default_factory=dict)
+    rows: dict[tuple[str, int, str], dict] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,18 +74,17 @@ class Column:
 class Measurer:
     """What a worker does with one piece after another: it holds the images, the feature network, and one generator at a time."""
 
-    def __init__(self, run: Run, models: dict[str, config.Model], looks: bool = True):
-        """looks: whether figures are wanted, and so the feature network; else pictures alone."""
+    def __init__(
+        self, run: Run, models: dict[str, config.Model], looks: bool = True, network: torch.nn.Module | None = None,
+        kept: cache.ImageCache | None = None,
+    ):  # fmt: skip
+        """looks: whether figures are wanted, and so the feature network; else pictures alone. network, kept: the feature network
+        on its device, and a cache of images, where this process has them already."""
         settings = run.settings
         patience.use(settings.storage.patience)
         torch.set_num_threads(settings.training.threads)
-        device = "cuda" if settings.cluster.gpus_per_worker else "cpu"
-        self.compared = Comparison(run, models, device)
-        evaluation = settings.evaluation
-        self.network = None
-        if looks:
-            network = features.build(evaluation.features, evaluation.features_weights, evaluation.resize)
-            self.network = network.to(device)
+        self.compared = Comparison(run, models, device(settings), kept)
+        self.network = network or (feature_network(settings) if looks else None)
 
     def __call__(self, piece: Piece | Column) -> dict:
         return self.picture(piece) if isinstance(piece, Column) else self.measure(piece)
@@ -107,14 +115,28 @@ class Measurer:
         return {"labels": self.compared.labels(column.set), "images": whole, "seen": seen}
 
 
+def device(settings: config.RunConfig) -> str:
+    """What a worker measures on."""
+    return "cuda" if settings.cluster.gpus_per_worker else "cpu"
+
+
+def feature_network(settings: config.RunConfig) -> torch.nn.Module:
+    """The network that looks at images, on the worker's device."""
+    evaluation = settings.evaluation
+    network = features.build(evaluation.features, evaluation.features_weights, evaluation.resize)
+    return network.to(device(settings))
+
+
 def evaluate(
-    run: Run, models: dict[str, config.Model], mapped: Map, pictured: list[str], progress: Progress = lambda done, total: None
+    run: Run, models: dict[str, config.Model], mapped: Map, pictured: list[str], progress: Progress = lambda done, total: None,
+    known: Known | None = None,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
     """(what metrics.json holds but for the whole time, the picture grids of the sets `pictured`), every generator loaded once a worker.
 
     mapped: calls a Measurer of this run and these models on pieces. The figures do not depend on the number of workers.
+    known: what is known from another evaluation of the same images, views and original; what this one finds out is added to it.
     """
-    rows, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress)
+    rows, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress, known or Known())
     settings = run.settings
     sources = weights.located((model.weights for model in models.values()), run.sources)
     document = {
@@ -152,23 +174,23 @@ def grids(pictures: dict[Column, dict], generators: list[str], pictured: list[st
     return made
 
 
-def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], progress: Progress):
+def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], progress: Progress, known: Known):
     """(rows of metrics.json, images measured by set, seconds by stage, pictures by column)."""
     settings, sizes = run.settings, {name: len(rows) for name, rows in run.measured.items()}
     step, views = settings.evaluation.batch_size, range(len(settings.evaluation.views))
     # Generator by generator, so that a worker loads each once; what is compared with stays in memory: the originals' features.
-    cells = [(name, None, 0) for name in sizes] + [
-        (name, g, view) for g in generators for name in sizes for view in views
+    cells = [(name, None, 0) for name in sizes if name not in known.real] + [
+        (name, g, view) for g in generators for name in sizes for view in views if (name, view, g) not in known.rows
     ]
     pieces: list[Piece | Column] = []
     for name, generator, view in cells:
         pieces += [Piece(name, generator, view, i, min(i + step, sizes[name])) for i in range(0, sizes[name], step)]
     pieces += columns([], pictured)
     for generator in generators:  # behind the last piece that this generator measures
-        last = max(i for i, piece in enumerate(pieces) if piece.generator == generator)
+        last = max((i for i, piece in enumerate(pieces) if piece.generator == generator), default=len(pieces) - 1)
         pieces[last + 1 : last + 1] = [Column(name, generator) for name in pictured]
     total, done = sum(p.stop - p.start for p in pieces if isinstance(p, Piece)), 0
-    figures, kept, real = {}, {}, {}
+    figures, real = dict(known.rows), known.real
     pictures: dict[Column, dict] = {}
     seconds = {"originals": 0.0} | dict.fromkeys([*generators, "figures"], 0.0)
     parts: list[dict] = []
@@ -187,14 +209,16 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
         if piece.generator is None:
             if made is None:
                 raise UnlearnError(f"no image of the {name} set decodes: nothing to measure")
-            real[name], kept[name] = made, len(made)
+            real[name] = made
         else:
             row = {"generator": piece.generator, "set": name, "view": settings.evaluation.views[piece.view].name}
             figures[name, piece.view, piece.generator] = row | scores(real[name], made, classes, errors, settings.seed)
+            if piece.generator != "unlearned":
+                known.rows[name, piece.view, piece.generator] = figures[name, piece.view, piece.generator]
         parts = []
         seconds["figures"] += time.perf_counter() - began
     rows = [figures[name, view, generator] for name in sizes for view in views for generator in generators]
-    return rows, kept, seconds, pictures
+    return rows, {name: len(real[name]) for name in sizes}, seconds, pictures
 
 
 def _joined(parts: list[dict]) -> tuple:
@@ -214,11 +238,8 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
         )
     for name, described in document["sets"].items():
         if described["split"] == "training":
-            why = (
-                "held-out shards have no such rows"
-                if settings.evaluation.data
-                else "evaluation.data names no held-out ones"
-            )
+            held_out = settings.evaluation.data not in (None, settings.data.train)
+            why = "held-out shards have no such rows" if held_out else "evaluation.data names no held-out ones"
             notes.append(f"The {name} set is measured on training images: {why}.")
         if described["bad_images"]:
             notes.append(f"{described['bad_images']} damaged image(s) of the {name} set were left out.")

@@ -20,11 +20,11 @@ from unlearn.models import weights
 from unlearn.models.base import Adapter
 from unlearn.run import Run
 from unlearn.training import heartbeat, latents
-from unlearn.training import teacher as teachers
 from unlearn.training.average import Average
 from unlearn.training.checkpoint import Checkpoints, TrainerState
 from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
 from unlearn.training.heartbeat import Heartbeat
+from unlearn.training.kept import Kept
 from unlearn.training.metrics import MetricsLog, mfu, peak_memory
 
 logger = logging.getLogger(__name__)
@@ -33,18 +33,21 @@ logger = logging.getLogger(__name__)
 Report = Callable[[dict], None]
 
 
-def worker(run: Run, report: Report = lambda row: None) -> None:
+def worker(
+    run: Run, report: Report = lambda row: None, until: int | None = None, kept: Kept | None = None
+) -> None:  # fmt: skip
     """Train this process's share of a run, going on from its newest checkpoint where there is one.
 
+    until: the step behind which it stops with a checkpoint, before its end; kept: what this process has kept of former runs.
     Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed. Raises ClusterError, which
     names a rank that is missing, where a collective fails.
     """
     patience.use(run.settings.storage.patience)
     with heartbeat.beating(run.settings.cluster.timeout) as heart:
-        _work(run, report, heart)
+        _work(run, report, heart, min(until or run.steps, run.steps), kept or Kept())
 
 
-def _work(run: Run, report: Report, heart: Heartbeat) -> None:
+def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) -> None:
     settings = run.settings
     torch.set_num_threads(settings.training.threads)
     device = (
@@ -62,13 +65,13 @@ def _work(run: Run, report: Report, heart: Heartbeat) -> None:
     if first_stage is not None and settings.data.latent_cache:
         caches = latents.filled(run, student, first_stage, device, report)
         first_stage = None  # the latent cache replaces it, so it leaves the device
-    loader = Loader(settings, run.sets, student.grid, student.options.image_size, caches)
+    loader = Loader(settings, run.sets, student.grid, student.options.image_size, caches, kept.images(settings))
     if start:
         checkpoints.state(start).check(run, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
-        engine = make_engine(settings, method, student, first_stage, device, run.sources)
+        engine = make_engine(settings, method, student, first_stage, device, run.sources, kept)
         heart.limit_groups()
         if method.sample_size():
             method.prepare(_sample(engine, loader, method.sample_size()))
@@ -84,17 +87,18 @@ def _work(run: Run, report: Report, heart: Heartbeat) -> None:
             saved.restore_average(average.fragments)
     metrics = MetricsLog(run.folder, start) if engine.rank == 0 else contextlib.nullcontext()
     with _told(settings, engine), metrics as log:
-        train(run, engine, loader, checkpoints, start, student, method, report, log, heart, average)
+        train(run, engine, loader, checkpoints, start, until, student, method, report, log, heart, average)
 
 
 def train(
-    run: Run, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, student: Adapter, method: methods.Method,
-    report: Report, log: MetricsLog | None, heart: Heartbeat, average: Average | None = None,
+    run: Run, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, until: int, student: Adapter,
+    method: methods.Method, report: Report, log: MetricsLog | None, heart: Heartbeat,
+    average: Average | None = None,
 ) -> None:  # fmt: skip
-    """Steps start .. run.steps: fetch, compute, update, log, save. log: of rank 0."""
+    """Steps start .. until: fetch, compute, update, log, save. log: of rank 0."""
     settings, stop = run.settings, run.steps
     batches = _weighted(
-        settings, engine, loader.batches(_numbers(settings, engine, start, stop), pin=engine.device.type == "cuda")
+        settings, engine, loader.batches(_numbers(settings, engine, start, until), pin=engine.device.type == "cuda")
     )
     window = _Window(settings, engine, student, method)
     if log:
@@ -104,19 +108,19 @@ def train(
             start + 1,
             stop,
         )
-    for step in range(start + 1, stop + 1):
+    for step in range(start + 1, until + 1):
         heart.at(f"step {step}")
         mine = window.watch(itertools.islice(batches, settings.accumulation))
         window.add(engine.step(mine, learning_rate(settings.training, step - 1, stop)))
         if average:
             average.update()
-        if step % settings.training.log_every == 0 or step == stop:
+        if step % settings.training.log_every == 0 or step == until:
             row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(settings.training, step - 1, stop)}
             row |= {"bad_images": _bad_images(engine, loader, log), "workers": engine.workers}
             if log:
                 log.add(row)
             report(row)
-        if step % settings.training.checkpoint_every == 0 or step == stop:
+        if step % settings.training.checkpoint_every == 0 or step == until:
             state = TrainerState(step, step * settings.training.batch_size, settings.hash(), run.origin, engine.workers)
             heart.at(f"the checkpoint of step {step}")
             with window.paused():
@@ -145,12 +149,15 @@ def make_engine(
     first_stage,
     device: torch.device,
     sources: weights.Sources | None = None,
+    kept: Kept | None = None,
 ) -> Engine:
     """The engine with student, teacher and first stage in it. sources: of the teacher's weights, where looked up already."""
     if not method.needs_decoder:
         student.drop_decoder()
     student.encoder.activation_checkpointing = settings.training.activation_checkpointing
-    teacher = teachers.load(settings, device, method.needs_decoder, sources) if method.needs_teacher else None
+    teacher = None
+    if method.needs_teacher:
+        teacher = (kept or Kept()).teacher(settings, device, method.needs_decoder, sources)
     objective, trained = Objective(student, method, teacher, first_stage), method.trainable(student)
     if settings.training.engine == "torch":
         return TorchEngine(objective, trained, settings.training, device)

@@ -13,17 +13,19 @@ def load(
     """The teacher on its device, in the run's dtype, in eval mode. sources: what has been looked up of its weights."""
     teacher = weights.build(settings.model, settings.seed, sources, decoder).requires_grad_(False)
     teacher.take_first_stage(torch.device("cpu"))  # the student's serves both
-    bf16 = (
-        settings.training.dtype == "bf16"
-        and settings.training.engine == "deepspeed"
-        and settings.training.zero_stage > 0
-    )
-    teacher = teacher.to(device, torch.bfloat16 if bf16 else torch.float32).eval()
+    teacher = teacher.to(device, dtype(settings)).eval()
     return (
         _sharded(teacher, settings)
         if settings.training.engine == "deepspeed" and settings.training.zero_stage == 3
         else teacher
     )
+
+
+def dtype(settings: config.RunConfig) -> torch.dtype:
+    """Of the teacher's weights."""
+    training = settings.training
+    bf16 = training.dtype == "bf16" and training.engine == "deepspeed" and training.zero_stage > 0
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def _sharded(teacher: Adapter, settings: config.RunConfig) -> Adapter:

@@ -1,0 +1,48 @@
+"""Promote: a trial of a sweep becomes a run folder, as if its configuration had been run alone; behind `unlearn sweep promote`."""
+
+import shutil
+from collections.abc import Callable
+
+from jobs.evaluate import RESULTS, evaluate
+from unlearn import config
+from unlearn.data.storage import Storage, local_copy
+from unlearn.errors import UnlearnError
+from unlearn.evaluation import report
+from unlearn.run import Run, resolve
+from unlearn.search import alone
+from unlearn.search.records import Trial
+from unlearn.search.space import Sweep
+from unlearn.training.export import export
+
+# Of the trial alone: where it ran, and what it came to on the images that were tuned on.
+LEFT = ("config.yaml", "lease.json", RESULTS, report.NAME)
+
+
+def promote(
+    sweep: Sweep, trial: Trial, run_dir: str, progress: Callable[[int, int], None] = lambda done, total: None,
+    show_forget: bool = False, check: Callable[[], None] = lambda: None,
+) -> tuple[Run, dict]:  # fmt: skip
+    """Copy a trial's run folder to `run_dir`, write its configuration, and measure it on the run's held-out images.
+
+    (the run, what is in its metrics.json). show_forget, check: as for `evaluate`. Raises UnlearnError where the trial is not done, its
+    folder is gone, or run_dir holds a run.
+    """
+    if trial.status != "done":
+        raise UnlearnError(f"{trial.id} is {trial.status}: only a trial that is done becomes a run")
+    settings = alone.settings(sweep, trial, run_dir)
+    source, dest = Storage(Storage(sweep.sweep_dir).where(trial.run)), Storage(settings.run_dir)
+    if dest.is_file("config.yaml"):
+        raise UnlearnError(f"{run_dir} holds a run: give a new folder")
+    names = [name for name in source.files() if name not in LEFT]
+    if not any(name.startswith("checkpoints/") for name in names):
+        raise UnlearnError(
+            f"{source.uri} holds no checkpoint: its files are gone; `unlearn run` makes the same run anew"
+        )
+    for name in names:
+        check()
+        with local_copy(source.where(name)) as file, dest.writing(name) as path:
+            shutil.copyfile(file, path)
+    dest.write("config.yaml", config.dump(settings).encode(), private=settings.names_rows)
+    run = resolve(settings, measured=True)
+    export(run)  # the model's card tells of this run
+    return run, evaluate(run, progress, show_forget, check)

@@ -1,0 +1,56 @@
+"""Ray Tune over the points of a sweep. To be imported where Ray is needed."""
+
+from pathlib import Path
+from typing import Any
+
+from ray import tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler, MedianStoppingRule, TrialScheduler
+
+from jobs.point import PointTrainable
+from jobs.suggestions import Listed, Suggestions
+from jobs.sweep_state import SweepState
+from unlearn.search.space import Sweep
+
+HEAD = "node:__internal_head__"  # every cluster has one of it; what only waits takes no CPU
+
+
+def tune(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> None:
+    """Run points until the sweep ends. scratch: a folder for Ray Tune's own files."""
+    listed = sweep.search_by in ("grid", "random")
+    if listed:
+        source = Listed(iter(sweep.grid()) if sweep.search_by == "grid" else sweep.drawn())
+    else:
+        from jobs.study import Study
+
+        source = Study(sweep, state, scratch)
+    # Where nothing is learned from a point, the next one is made ready while all slots are at work.
+    ahead = 1 if listed and sweep.stop_early == "none" else 0
+    ray_tune.Tuner(
+        ray_tune.with_resources(
+            ray_tune.with_parameters(PointTrainable, desk=desk), ray_tune.PlacementGroupFactory([{HEAD: 0.001}])
+        ),
+        tune_config=ray_tune.TuneConfig(
+            num_samples=-1, search_alg=Suggestions(source, state), scheduler=_scheduler(sweep), reuse_actors=True,
+            max_concurrent_trials=sweep.concurrent + ahead,
+        ),
+        run_config=ray_tune.RunConfig(
+            name=sweep.name, storage_path=str(scratch / "tune"), verbose=0,
+            checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    ).fit()  # fmt: skip
+
+
+def _scheduler(sweep: Sweep) -> TrialScheduler | None:
+    """What gives up trials by their first objective."""
+    if sweep.stop_early == "none":
+        return None
+    objective = sweep.wanted[0]
+    told: Any = {
+        "time_attr": "step",
+        "metric": objective.figure,
+        "mode": "min" if objective.direction == "minimise" else "max",
+    }
+    if sweep.stop_early == "median":
+        return MedianStoppingRule(**told, grace_period=0, min_samples_required=3)
+    steps = sweep.settings.training.steps or 1
+    return ASHAScheduler(**told, grace_period=sweep.stages(steps)[0], max_t=steps, reduction_factor=2)
