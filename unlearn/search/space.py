@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, Protocol
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from unlearn import config
+from unlearn import config, documents
 from unlearn.config import Location, Part, Positive, RunConfig
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
@@ -246,6 +246,13 @@ class Sweep(Part):
         return self.sweep_dir
 
     @property
+    def cluster(self) -> config.Cluster:
+        """What all trials at one time take."""
+        one = self.settings.cluster
+        least = one.min_workers and one.min_workers * self.concurrent
+        return one.model_copy(update={"workers": one.workers * self.concurrent, "min_workers": least})
+
+    @property
     def names_rows(self) -> bool:
         """Whether it names single images or persons: see RunConfig."""
         searched = (key.rpartition(".")[2] for key in self.search)
@@ -378,9 +385,9 @@ def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The same from the text of a file; `source` names it in messages."""
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e:
-        raise ConfigError(f"sweep {source} is not YAML: {' '.join(str(e).split())}") from None
+        tree = documents.from_yaml(text) or {}
+    except ValueError as e:
+        raise ConfigError(f"sweep {source} is not YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"sweep {source}: expected keys and values at the top, found {type(tree).__name__}")
     of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
@@ -428,9 +435,9 @@ def _run_file(given: str, source: str) -> dict:
     if not Storage(path).is_file():
         raise ConfigError(f"{source}: run: there is no file {given}")
     try:
-        tree = yaml.safe_load(Storage(path).read())
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{source}: run: {given} is not YAML: {' '.join(str(e).split())}") from None
+        tree = documents.from_yaml(Storage(path).read().decode(errors="replace"))
+    except ValueError as e:
+        raise ConfigError(f"{source}: run: {given} is not YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: run: {given} holds no configuration")
     return tree
