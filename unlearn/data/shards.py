@@ -10,6 +10,7 @@ several splits has a manifest for each.
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -90,6 +91,9 @@ def load(uri: str, split: str | None = None) -> Manifest:
         groups = [group for shard in known.shards for group in shard.row_groups]
         if any(not 0 <= number < MOST for g in groups for number in (g.rows, g.offset, g.bytes)):
             raise ValueError("a row group of an impossible size")
+        labels = [label for shard in known.shards for label in shard.labels]
+        if any(not -1 <= label < 1 << 63 for label in itertools.chain(labels, *(g.labels for g in groups))):
+            raise ValueError("an impossible label")
         if outside := [s.path for s in known.shards if s.path.startswith("/") or ".." in s.path.split("/")]:
             raise ValueError(f"{outside[0]!r} leads out of the folder")
         if tree["hash"] != known.hash:
