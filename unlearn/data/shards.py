@@ -94,8 +94,8 @@ def load(uri: str, split: str | None = None) -> Manifest:
         labels = [label for shard in known.shards for label in shard.labels]
         if any(not -1 <= label < 1 << 63 for label in itertools.chain(labels, *(g.labels for g in groups))):
             raise ValueError("an impossible label")
-        if outside := [s.path for s in known.shards if s.path.startswith("/") or ".." in s.path.split("/")]:
-            raise ValueError(f"{outside[0]!r} leads out of the folder")
+        if wrong := [s.path for s in known.shards if s.path[:1] == "/" or ".." in s.path.split("/") or "\0" in s.path]:
+            raise ValueError(f"{wrong[0]!r} leads out of the folder")
         if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
         return known
