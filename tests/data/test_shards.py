@@ -174,7 +174,7 @@ def test_a_damaged_manifest_is_told(copied, damage):
     "change, why",
     [(lambda m: {"shards": [replace(m.shards[0], path="../../x.parquet")]}, "leads out of the folder"), (lambda m: {"shards": [replace(m.shards[0], path="/x")]}, "leads out"),
      (lambda m: {"shards": [replace(m.shards[0], row_groups=[replace(m.shards[0].row_groups[0], rows=1 << 60)])]}, "cannot be"),
-     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "0 or more"), (lambda m: {"classes": [["a"]]}, "valid string")],
+     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "sizes are 0 or more"), (lambda m: {"classes": [["a"]]}, "valid string")],
 )  # fmt: skip
 def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
     """Its hash is right, and what it says is not."""
