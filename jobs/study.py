@@ -27,7 +27,7 @@ class Study(OptunaSearch):
         directions = ["min" if objective.direction == "minimise" else "max" for objective in sweep.wanted]
         super().__init__(
             space=self._define, metric=[objective.figure for objective in sweep.wanted], mode=directions, storage=self._where.storage,
-            study_name=sweep.name, sampler=self._sampler(0),
+            study_name=sweep.name, sampler=self._sampler_of(0),
         )  # fmt: skip
         self._setup_study(directions)
         self._remember([state.point(id).parameters for id in state.ids.values()])
@@ -37,7 +37,7 @@ class Study(OptunaSearch):
         """OptunaSearch declares that it may be None."""
         return self._ot_study
 
-    def _sampler(self, number: int):
+    def _sampler_of(self, number: int):
         import optuna
 
         kind = optuna.samplers.TPESampler if self.sweep.search_by == "tpe" else optuna.samplers.NSGAIISampler
@@ -67,7 +67,7 @@ class Study(OptunaSearch):
                 self._study.enqueue_trial(told)
 
     def propose(self, number: int) -> tuple[str, Parameters]:
-        self._study.sampler = self._sampler(number)
+        self._study.sampler = self._sampler_of(number)
         trial = self._study.ask()
         name = f"trial {trial.number}"
         self._ot_trials[name] = trial

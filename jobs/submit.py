@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from jobs.backends import base
 from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request, State, warning_line
 from unlearn import config, lease
 from unlearn.data.storage import Storage
@@ -98,7 +99,7 @@ def _only(where: str, to: str, options: dict) -> None:
 def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, bool]:
     """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped is
     started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
-    settings = _read(sent)
+    settings = base.settings(sent)
     if place.remote and not mounted:
         for key, uri in settings.locations().items():
             if not uri.startswith("embedded:") and Storage(uri).is_local():
@@ -120,10 +121,6 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
         if (owner := lease.owner_of(sent.run_dir)) and owner.gone() is False:
             raise ClusterError(f"{sent.run_dir} is in use by {owner}: wait until it ends, or give another run_dir")
     return place.start(_stored(sent, settings, place)), True
-
-
-def _read(sent: Request) -> Settings:
-    return (space if sent.driver == "sweep" else config).read(sent.config, sent.id)
 
 
 def _stored(sent: Request, settings: Settings, place: Backend) -> Request:

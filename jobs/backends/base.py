@@ -6,8 +6,12 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from unlearn import config
+from unlearn.config import RunConfig
 from unlearn.errors import ClusterError
 from unlearn.log import message
+from unlearn.search import space
+from unlearn.search.space import Sweep
 from unlearn.signals import JOB
 
 # Environment variables of a job beside JOB, its id: the configuration, where it does not lie in the run folder; the names that must
@@ -86,6 +90,11 @@ class Request:
         if former := tree.pop("module", None):  # how a driver was named before
             tree["driver"] = FORMER_DRIVERS[former]
         return cls(**tree | {"arguments": tuple(tree["arguments"]), "env": tuple(tree["env"]), "config": config})
+
+
+def settings(request: Request) -> RunConfig | Sweep:
+    """What the job's driver is given. Raises ConfigError."""
+    return (space if request.driver == "sweep" else config).read(request.config, request.id)
 
 
 def is_ours(text: str) -> bool:

@@ -15,11 +15,10 @@ from typing import Any, cast
 
 import yaml
 
-from jobs.backends import rayjob
+from jobs.backends import base, rayjob
 from jobs.backends.base import Job, NoSuchJob, Request, State, is_ours, next_attempt
 from jobs.backends.kubernetes_words import STATES, reason, refusal, waiting
 from jobs.backends.rayjob_rules import QUEUE
-from unlearn import config
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 LABEL, REQUEST, SENT, STOP = "unlearn.dev/job", "unlearn.dev/request", "unlearn.dev/sent", "unlearn.dev/stopped"
@@ -50,7 +49,7 @@ class Kubernetes:
 
     def _document(self, request: Request, name: str, namespace: str) -> dict:
         template = rayjob.template(self._overlay)
-        cluster = config.parse(yaml.safe_load(request.config)).cluster
+        cluster = base.settings(request).cluster
 
         def pods(workers: int) -> int:
             return rayjob.pods(template, workers, cluster.cpus_per_worker, cluster.gpus_per_worker)

@@ -1,10 +1,9 @@
 """Sweeps on a real Ray cluster of this machine: what their trials are, what fails in them, and how they go on."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,12 +15,15 @@ from support.workers import together
 
 from jobs import sweep as job
 from jobs.study import Study
-from jobs.sweep_state import SweepState
+from jobs.suggestions import Suggestions
+from jobs.sweep_state import Progress, SweepState
 from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.search import space
 from unlearn.search.records import Trials, points
+from unlearn.training import metrics
+from unlearn.training.checkpoint import Checkpoints
 
 STEPS = ["training.engine=deepspeed", "training.micro_batch_size=8", "evaluation.limit=null"]
 
@@ -95,3 +97,87 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
 
     with pytest.raises(ConfigError, match="holds another sweep: only budget and concurrent may change"):
         job.prepare(space.parse(space.parse(tree(s3, tiny_shards, tiny_model)).model_dump(mode="json")))
+
+
+def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
+    """The driver while its second trial trains, a worker in the next start; the trials are those of a sweep that nothing disturbs."""
+    long = [
+        "training.steps=120",
+        "training.checkpoint_every=20",
+        "training.log_every=20",
+        "cluster.workers=2",
+        "training.micro_batch_size=4",
+    ]
+    sweep = space.parse(tree(tmp_path / "sweep", tiny_shards, tiny_model, *long, "evaluation.views=[{size: 0.5}]"))
+    path = tmp_path / "sweep.yaml"
+    path.write_text(space.dump(sweep))
+    driver = subprocess.Popen([sys.executable, "-m", "unlearn", "sweep", str(path)], stderr=subprocess.PIPE, text=True)
+    second = Checkpoints(sweep.of({"method.alpha": 1.0}, 3, None, "p001-s3-m0").run_dir, 2)
+    deadline = time.monotonic() + 300
+    while not second.steps():
+        assert driver.poll() is None and time.monotonic() < deadline, driver.stderr and driver.stderr.read()
+        time.sleep(0.05)
+    started = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
+    driver.kill()
+    driver.wait()
+    psutil.wait_procs(started, timeout=60)
+    records = {t.id: t for t in Trials(Storage(sweep.sweep_dir)).all()}
+    assert records["p000-s3-m0"].status == "done" and records["p001-s3-m0"].status == "running"
+    saved, killed = second.steps()[-1], []
+
+    def kill(now: Progress) -> None:
+        row = now.rows.get("p001-s3-m0")
+        if row and not killed:
+            mine = psutil.Process().children(recursive=True)
+            workers = [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
+            killed.append(row["step"])
+            workers[-1].kill()
+
+    trials = {t.id: t for t in job.sweep(space.load(str(path)), kill)}
+    assert killed and killed[0] > saved, "it goes on from the checkpoint of before the kill"
+    assert trials["p000-s3-m0"] == records["p000-s3-m0"], "what is done is not run again"
+    for number, trial in enumerate(trials.values()):
+        settings = sweep.of(trial.parameters, 3, None, trial.id).model_copy(
+            update={"run_dir": str(tmp_path / str(number))}
+        )
+        together([settings], 2)
+        expected = Path(export(settings), "weights.safetensors").read_bytes()
+        assert (
+            trial.status == "done"
+            and Path(sweep.sweep_dir, trial.run, "model/weights.safetensors").read_bytes() == expected
+        )
+        assert trial.figures["cost.steps"] == 120 and len(metrics.read(f"{sweep.sweep_dir}/{trial.run}")) == 6
+
+
+def test_optuna_knows_after_a_restart_what_it_knew(tiny_shards, tiny_model, tmp_path):
+    """Told points are in its study, one that ran is proposed again, and what follows is what would have followed."""
+    search = {"method.alpha": {"loguniform": [0.01, 1]}, "data.forget.classes": {"choice": [["ant"], ["bee"]]}}
+
+    def play(folder, restarts: bool) -> list[dict]:
+        sweep = space.parse(tree(
+            folder, tiny_shards, tiny_model, search=search, search_by="tpe", budget={"points": 14}, constraints=["retain.cosine.drop <= 0.5"]
+        ))  # fmt: skip
+        job.prepare(sweep)
+        state = SweepState(sweep, lambda run: None)
+        suggestions, proposed = Suggestions(Study(sweep, state, folder), state), []
+        for number in range(15):
+            given = suggestions.suggest(f"t{number}")
+            if given == "FINISHED":
+                break
+            if restarts and number in (3, 11):  # killed while this point ran: the records say so, and the study
+                state = SweepState(sweep, lambda run: None)
+                suggestions = Suggestions(Study(sweep, state, folder), state)
+                again = suggestions.suggest(f"t{number}")
+                assert again == given
+            point = given["point"]
+            trial = state.trials[f"{point}-s3-m0"]
+            alpha = trial.parameters["method.alpha"]
+            assert trial.parameters["data.forget.classes"] in (["ant"], ["bee"])
+            figures = {"retain.cosine.drop": alpha, "forget.cosine.drop": alpha**0.5}
+            state._write(replace(trial, status="done", figures=figures))
+            suggestions.on_trial_complete(f"t{number}")
+            proposed.append(trial.parameters)
+        assert number == 14
+        return proposed
+
+    assert play(tmp_path / "disturbed", True) == play(tmp_path / "undisturbed", False)

@@ -246,6 +246,13 @@ class Sweep(Part):
         return self.sweep_dir
 
     @property
+    def cluster(self) -> config.Cluster:
+        """What all trials at one time take."""
+        one = self.settings.cluster
+        least = one.min_workers and one.min_workers * self.concurrent
+        return one.model_copy(update={"workers": one.workers * self.concurrent, "min_workers": least})
+
+    @property
     def names_rows(self) -> bool:
         """Whether it names single images or persons: see RunConfig."""
         searched = (key.rpartition(".")[2] for key in self.search)
