@@ -80,7 +80,8 @@ def _groups(sweep: Sweep, every: list[Point], best: set[str], again: bool) -> It
             if not Storage(settings.run_dir).is_file(f"model/{weights.CARD}"):
                 log.warning("%s: no model in %s: neither measured nor pictured", trial.id, settings.run_dir)
                 continue
-            run = resolve(settings, measured=True)
+            known = next((group.run.sources for group in made.values()), None)
+            run = resolve(settings, measured=True, known=known)
             rows = tuple((name, rows.manifest.hash, rows.rows.tobytes()) for name, rows in sorted(run.measured.items()))
             key = (trial.seed, settings.model.model_dump_json(), settings.evaluation.model_dump_json(), rows)
             group = made.setdefault(key, Group(run, [], []))
