@@ -110,7 +110,7 @@ class SlotWorker:
         if start < until:
             worker(run, told, until, self.kept)
         trained = time.perf_counter()
-        ranks.from_first(lambda: export(run))
+        export(run)
         exported = time.perf_counter()
         found = self._measured(run, pictured=["retain"] if last else [])
         measured = time.perf_counter()
