@@ -43,6 +43,7 @@ def report(
     A trial that was measured before is not measured again unless `again`. show_forget: whether the page holds pictures of forget
     images; check: asked with every progress; what it raises ends the report. Raises UnlearnError.
     """
+    page.check()  # before anything is measured
     known = Trials(Storage(sweep.sweep_dir))
     trials = {trial.id: trial for trial in known.all()}
     every = points(trials.values(), sweep.bounds)

@@ -1,12 +1,16 @@
 """The ready sweeps: each can be read, and so can the run of each of its points."""
 
+import itertools
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from unlearn.search import space
 
-CONFIGS = sorted((Path(__file__).parents[2] / "jobs/configs").glob("sweep_*.yaml"))
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "jobs/configs").glob("sweep_*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -23,3 +27,10 @@ def test_there_is_one_of_each_kind_for_each_family():
     assert families == {
         (kind, family) for kind in ("alpha", "proxy") for family in ("mae", "mage", "diffusion", "migan")
     }
+
+
+def test_the_sweep_of_the_docs_is_valid():
+    text = re.findall(r"```yaml\n(.*?)```", (ROOT / "infra/docs/sweeps.md").read_text(), re.S)
+    sweep = space.parse(yaml.safe_load(text[0]))
+    for point in itertools.islice(sweep.drawn(), 3):
+        assert sweep.of(point, *sweep.pairs()[0], "x").data.retain.per_class == 2 * point["data.forget.per_class"]

@@ -1,11 +1,8 @@
 """The commands that search: `unlearn sweep SWEEP.yaml`, and `unlearn sweep list`, `show`, `best`, `promote`, `report`."""
 
-import contextlib
 import json
 import os
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,13 +12,9 @@ from typer.core import TyperGroup
 from unlearn.cli.options import ShowForget
 
 if TYPE_CHECKING:
-    from rich.console import Group
-
     from unlearn.search.objectives import Constraint
     from unlearn.search.records import Point, Trial
     from unlearn.search.space import Sweep
-
-SHOWN = 8  # points in the table of a sweep that runs
 
 
 class StartsByDefault(TyperGroup):
@@ -30,10 +23,7 @@ class StartsByDefault(TyperGroup):
     default = "start"
 
     def resolve_command(self, ctx, args):
-        known = bool(args) and args[0] in self.commands
-        return super().resolve_command(
-            ctx, args if known or self.default not in self.commands else [self.default, *args]
-        )
+        return super().resolve_command(ctx, args if args[0] in self.commands else [self.default, *args])
 
 
 app = typer.Typer(
@@ -67,6 +57,7 @@ def start(
     from unlearn import signals
     from unlearn.cli.console import err, out
     from unlearn.cli.options import required
+    from unlearn.cli.sweep_table import live, status
     from unlearn.search.space import load
 
     required()
@@ -74,15 +65,17 @@ def start(
     with owned(sweep.sweep_dir, "sweep") as lease:
         try:
             job.prepare(sweep)
-            with live(sweep) as show:
-                trials = job.sweep(sweep, lambda now: show(now.trials), lease.check, retry_failed)
+            with live(sweep) as shown:
+                trials = job.sweep(
+                    sweep, lambda now: shown(now.trials, now.rows, now.seconds_left), lease.check, retry_failed
+                )
         except signals.Stopped as e:
             id = os.environ.get(signals.JOB)
             again = f"unlearn jobs resume {id}" if id else f"unlearn sweep {sweep.sweep_dir}"
             e.hint = f"what has ended stays, what runs goes on from its checkpoints: {again}"
             raise
     if not err.is_terminal:
-        out.print(status(sweep, trials, None))
+        out.print(status(sweep, trials, shown=None))
     out.print(f"sweep: {sweep.sweep_dir}; its page: unlearn sweep report --dir {sweep.sweep_dir}", soft_wrap=True)
 
 
@@ -91,18 +84,22 @@ def list_sweeps(
     folder: Annotated[str, typer.Argument(help="where to look: a path or s3://bucket/prefix")] = "runs",
 ):
     """List the sweeps below a folder."""
-    from rich.table import Table
-
     from unlearn.cli.console import out
+    from unlearn.cli.sweep_table import told
     from unlearn.search import front
 
-    table = Table("sweep", "points", "on the front", "trials", box=None)
+    rows = [("sweep", "points", "front", "trials")]
     for found in _below(folder):
         sweep, trials = _opened(found)
         every = _points(sweep, trials)
-        best = front.of_points(every, sweep.wanted)
-        table.add_row(found, str(len(every)), str(len(best)), _counted(trials))
-    out.print(table if table.row_count else f"no sweep below {folder}", soft_wrap=True)
+        rows.append((found, str(len(every)), str(len(front.of_points(every, sweep.wanted))), told(trials, len(trials))))
+    if len(rows) == 1:
+        out.print(f"no sweep below {folder}", soft_wrap=True)
+        return
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # however narrow the terminal is: a folder is there to be copied
+        cells = zip(row, widths, strict=True)
+        out.print("  ".join(cell.ljust(width) for cell, width in cells).rstrip(), soft_wrap=True)
 
 
 @app.command()
@@ -118,17 +115,21 @@ def show(
     Example: `unlearn sweep show p003 --dir runs/alpha`
     """
     from unlearn.cli.console import out
+    from unlearn.cli.sweep_table import show_point, status
 
     sweep, trials = _opened(folder)
     if as_json:
         from unlearn.search.page import document
 
-        told = document(sweep, trials)
-        typer.echo(json.dumps(told if point is None else _named(told["points"], point), indent=1))
+        whole = document(sweep, trials)
+        if point is not None:
+            _find(_points(sweep, trials), point)
+            whole = next(one for one in whole["points"] if one["id"] == point)
+        typer.echo(json.dumps(whole, indent=1))
     elif point is None:
         out.print(status(sweep, trials, shown=None))
     else:
-        _show_point(sweep, _find(_points(sweep, trials), point))
+        show_point(sweep, _find(_points(sweep, trials), point))
 
 
 @app.command()
@@ -142,6 +143,7 @@ def best(
     Example: `unlearn sweep best --where "retain.cosine.drop <= 0.01" --by forget.cosine.to_oracle > best.yaml`
     """
     from unlearn.cli.console import err
+    from unlearn.cli.sweep_table import value
     from unlearn.errors import UnlearnError
     from unlearn.search import alone
 
@@ -158,7 +160,7 @@ def best(
         raise UnlearnError(f"no point keeps {' and '.join(map(str, bounds))}; the nearest is {near.id} with {told}")
     chosen = min(kept, key=lambda p: objective.loss(p.mean))
     figures = dict.fromkeys([o.figure for o in sweep.wanted] + [b.figure for b in (*sweep.bounds, *bounds)])
-    told = ", ".join(f"{figure} {_value(chosen, figure)}" for figure in figures)
+    told = ", ".join(f"{figure} {value(chosen, figure)}" for figure in figures)
     typer.echo(f"# {chosen.id} of {sweep.sweep_dir}: {told}")
     typer.echo(alone.text(sweep, chosen, chosen.trials[0].seed, chosen.trials[0].model), nl=False)
     err.print(
@@ -211,133 +213,15 @@ def report(
     from jobs import sweep_report as job
     from jobs.owner import owned
     from unlearn.cli.console import out, progress
+    from unlearn.cli.sweep_table import both
 
     sweep, _ = _opened(folder)
     with owned(sweep.sweep_dir, "sweep report") as lease, progress("measuring the front") as advance:
         uri = job.report(sweep, show_forget, lambda done, total: advance(done, total, ""), lease.check, again)
     _, trials = _opened(sweep.sweep_dir)
     if any(trial.held_out for trial in trials):
-        out.print(_both(sweep, trials))
+        out.print(both(sweep, trials))
     out.print(f"report: {uri}", soft_wrap=True)
-
-
-@contextlib.contextmanager
-def live(sweep: "Sweep", every: float = 60) -> Iterator[Callable[[Sequence["Trial"]], None]]:
-    """Shows a sweep while it runs: call what this gives with all records whenever one has changed.
-
-    A table on a terminal; elsewhere a line whenever a trial has ended, and one every `every` seconds at most.
-    """
-    from unlearn import log
-    from unlearn.cli.console import err, say
-
-    if log.is_json() or not err.is_terminal:
-        last: list = [0, 0.0]
-
-        def line(trials: Sequence["Trial"]) -> None:
-            over, now = sum(trial.over for trial in trials), time.monotonic()
-            if over != last[0] or now - last[1] >= every:
-                last[:] = [over, now]
-                say(headline(sweep, trials))
-
-        yield line
-        return
-    from rich.live import Live
-
-    with Live(console=err, refresh_per_second=2) as shown:
-        yield lambda trials: shown.update(status(sweep, trials))
-
-
-def headline(sweep: "Sweep", trials: Sequence["Trial"]) -> str:
-    """How far a sweep is, on one line: trials by status, the front and its volume, time left."""
-    from unlearn.search import front
-
-    every = _points(sweep, trials)
-    losses, counted = front.table(every, sweep.wanted)
-    on_front, reference = front.front(losses, counted), front.reference(losses, counted)
-    planned, left = _planned(sweep), _left(sweep, trials)
-    parts = [_counted(trials, planned), f"front {len(on_front)} of {len(every)} points"]
-    parts += (
-        [f"hypervolume {front.hypervolume(losses[counted], reference):.4g}"]
-        if len(sweep.wanted) > 1 and len(on_front)
-        else []
-    )
-    parts += [f"{_time(left)} left"] if left is not None else []
-    return f"{sweep.name}: {', '.join(parts)}"
-
-
-def status(sweep: "Sweep", trials: Sequence["Trial"], shown: int | None = SHOWN) -> "Group":
-    """The headline, and a table of the points: the front, then the next in the first objective, `shown` of them at most."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    from unlearn.search import front
-    from unlearn.search.study import labels, text
-
-    every = _points(sweep, trials)
-    ahead = front.of_points(every, sweep.wanted)
-    first = sweep.wanted[0]
-    others = sorted(
-        (p for p in every if p not in ahead),
-        key=lambda p: (p.mean == {}, first.loss(p.mean) if first.figure in p.mean else 0),
-    )
-    names = labels(key for point in every for key in point.parameters)
-    table = Table(box=None)
-    for head in ("", "point", *names.values()):
-        table.add_column(head)
-    for objective in sweep.wanted:
-        table.add_column(f"{objective.figure} {'↓' if objective.direction == 'minimise' else '↑'}", justify="right")
-    table.add_column("trials")
-    for point in [*ahead, *others][:shown]:
-        mark = "◆" if point in ahead else "" if point.feasible or not point.complete else "✗"
-        values = [text(point.parameters[key], 24) if key in point.parameters else "" for key in names]
-        table.add_row(
-            mark,
-            point.id,
-            *values,
-            *(_value(point, o.figure) for o in sweep.wanted),
-            _state(point),
-            style="bold" if point in ahead else None,
-        )
-    return Group(Text(headline(sweep, trials)), table)
-
-
-def _both(sweep: "Sweep", trials: Sequence["Trial"]):
-    """The front as it was tuned, and as it is on held-out images."""
-    from rich.table import Table
-
-    from unlearn.search import charts, front
-
-    table = Table("point", box=None)
-    for objective in sweep.wanted:
-        table.add_column(f"{objective.figure}, tuned on", justify="right")
-        table.add_column("held out", justify="right")
-    for point in front.of_points(_points(sweep, trials), sweep.wanted):
-        held_out = charts.held_out(point)
-        cells = [
-            (_value(point, o.figure), f"{held_out[o.figure]:.4g}" if o.figure in held_out else "–")
-            for o in sweep.wanted
-        ]
-        table.add_row(point.id, *(cell for pair in cells for cell in pair))
-    return table
-
-
-def _show_point(sweep: "Sweep", point: "Point") -> None:
-    from rich.table import Table
-
-    from unlearn.cli.console import out
-    from unlearn.search import alone, charts
-
-    out.print(f"{point.id}: {_state(point)}" + (f", {point.message}" if point.message else ""), soft_wrap=True)
-    held_out, beside = charts.held_out(point), charts.compared_with([point])
-    table = Table("figure", "tuned on", "held out", *beside, box=None)
-    for figure in point.mean:
-        others = [held_out, *beside.values()]
-        table.add_row(figure, _value(point, figure), *(f"{of[figure]:.4g}" if figure in of else "–" for of in others))
-    out.print(table)
-    for trial in point.trials:
-        out.print(f"{trial.id}: {trial.status}  {trial.run}  {trial.message or ''}".rstrip(), soft_wrap=True)
-    out.print(f"\n{alone.text(sweep, point, point.trials[0].seed, point.trials[0].model)}", soft_wrap=True)
 
 
 def _opened(folder: str | None) -> tuple["Sweep", list["Trial"]]:
@@ -386,15 +270,6 @@ def _find(every: list["Point"], id: str) -> "Point":
     return known
 
 
-def _named(told: list[dict], id: str) -> dict:
-    from unlearn.errors import UnlearnError
-
-    for one in told:
-        if one["id"] == id:
-            return one
-    raise UnlearnError(f"no point {id!r}; there are {', '.join(one['id'] for one in told[:20]) or 'none yet'}")
-
-
 def _objective(sweep: "Sweep", by: str | None):
     from unlearn.errors import ConfigError
 
@@ -415,58 +290,3 @@ def _bounds(sweep: "Sweep", where: Sequence[str]) -> list["Constraint"]:
     for bound in bounds:
         check_name(bound.figure, sweep.settings, "--where")
     return bounds
-
-
-def _value(point: "Point", figure: str) -> str:
-    if figure not in point.mean:
-        return "–"
-    several = sum(trial.status == "done" for trial in point.trials) > 1
-    return f"{point.mean[figure]:.4g}" + (f" ± {point.spread[figure]:.2g}" if several else "")
-
-
-def _state(point: "Point") -> str:
-    """Of one point: how many of its trials are done, and what became of the others."""
-    counts = Counter(trial.status for trial in point.trials)
-    return _joined(counts, len(point.trials))
-
-
-def _counted(trials: Sequence["Trial"], planned: int | None = None) -> str:
-    return _joined(Counter(trial.status for trial in trials), planned or len(trials))
-
-
-def _joined(counts: Counter, total: int) -> str:
-    others = [f"{count} {status}" for status, count in sorted(counts.items()) if status != "done"]
-    return ", ".join([f"{counts['done']} of {total} done", *others])
-
-
-def _planned(sweep: "Sweep") -> int | None:
-    """Trials in all, where the sweep says so."""
-    points = [sweep.budget.points] if sweep.budget.points else []
-    points += [len(sweep.grid())] if sweep.search_by == "grid" else []
-    return min(points) * len(sweep.pairs()) if points else None
-
-
-def _left(sweep: "Sweep", trials: Sequence["Trial"]) -> float | None:
-    """Seconds that are left, from how long the trials have taken until now; None where that is not known."""
-    took = [_seconds(trial) for trial in trials if trial.over and trial.started and trial.ended]
-    planned = _planned(sweep)
-    if not took or planned is None:
-        return None
-    left = max(0, planned - sum(trial.over for trial in trials)) * sum(took) / len(took) / sweep.concurrent
-    return min(left, max(0.0, sweep.budget.seconds - sum(took) / sweep.concurrent)) if sweep.budget.seconds else left
-
-
-def _seconds(trial: "Trial") -> float:
-    from datetime import datetime
-
-    return (datetime.fromisoformat(trial.ended) - datetime.fromisoformat(trial.started)).total_seconds()
-
-
-def _time(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )

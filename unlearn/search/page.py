@@ -26,6 +26,13 @@ PICTURE = 128  # pixels of a picture's side at most: it is one of many in the pa
 Grids = dict[str, list[dict]]
 
 
+def check() -> None:
+    """Raises MissingExtra where what draws the page is not installed."""
+    charts.module()
+    with study.optuna("the page of a sweep"):
+        pass
+
+
 def write(sweep: Sweep, trials: Sequence[Trial], grids: Grids | None = None) -> str:
     """Write both into the sweep's folder; the page's URI. grids: the pictures that are shown, by point. No id is ever shown.
 

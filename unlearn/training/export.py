@@ -1,4 +1,4 @@
-"""The end of a run: its newest checkpoint as one model folder, whole, in float32."""
+"""The end of a run: its newest checkpoint as model folders, whole, in float32."""
 
 from unlearn import __version__
 from unlearn.data.storage import Storage
@@ -6,14 +6,14 @@ from unlearn.errors import CheckpointError
 from unlearn.models import weights
 from unlearn.run import Run
 from unlearn.training import ranks
-from unlearn.training.checkpoint import Checkpoints, Saved, TrainerState
+from unlearn.training.checkpoint import AVERAGE, Checkpoints, Saved, TrainerState
 
 
 def export(run: Run) -> str:
     """Write `run_dir/model`: the original weights with the trained ones in their place. Returns its URI.
 
-    What was not trained is copied from the original, so it keeps its bytes. Every rank of a group calls it: they check the checkpoint
-    together, and the first one writes.
+    Where the run kept a moving average of them, `run_dir/model_ema` holds that. What was not trained is copied from the original, so it
+    keeps its bytes. Every rank of a group calls it: they check the checkpoint together, and the first one writes.
     """
     checkpoints = Checkpoints(run.folder, run.settings.training.keep_checkpoints)
     step = checkpoints.newest()
@@ -24,12 +24,16 @@ def export(run: Run) -> str:
 
 
 def _write(run: Run, saved: Saved, state: TrainerState) -> str:
-    model = weights.build(run.settings.model, run.settings.seed, run.sources)
-    saved.weights(model)
+    model, ema = weights.build(run.settings.model, run.settings.seed), run.settings.training.ema
     card = {
         "software": f"unlearn {__version__}", "run": run.settings.name, "method": run.settings.method.name, "from": run.settings.model.weights,
         "config_hash": state.config, "data": state.data, "step": state.step, "samples": state.samples,
     }  # fmt: skip
-    uri = Storage(run.folder).where("model")
+    folder = Storage(run.folder)
+    if ema is not None:
+        saved.weights(model, AVERAGE)
+        weights.write(model, folder.where("model_ema"), card | {"ema": ema})
+    saved.weights(model)
+    uri = folder.where("model")
     weights.write(model, uri, card)
     return uri
