@@ -88,7 +88,7 @@ class SlotWorker:
     """One process of a slot, with what it keeps from trial to trial."""
 
     def __init__(self):
-        self.kept, self.rank = Kept(), dist.get_rank() if ranks.grouped() else 0
+        self.kept, self.rank = Kept(targets=True), dist.get_rank() if ranks.grouped() else 0
         self._network: tuple[str, torch.nn.Module] | None = None
         self._known: OrderedDict[str, measure.Known] = OrderedDict()
 
