@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator
 
 from jobs import token
-from jobs.own_cluster import loopback_as_it_is, started, variables
+from jobs.environment import variables
+from jobs.own_cluster import loopback_as_it_is, started
 from unlearn import config, signals
 from unlearn.errors import ClusterError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from jobs.pool import pool
 from unlearn.data.storage import Storage
 from unlearn.errors import UnlearnError
-from unlearn.evaluation import comparison, measure, report
+from unlearn.evaluation import comparison, measure, provenance, report
 from unlearn.run import Run
 from unlearn.training import metrics
 
@@ -27,6 +27,7 @@ def evaluate(
     asked with every progress and before anything is written; what it raises ends the measuring. Raises UnlearnError.
     """
     began = time.perf_counter()
+    trained = provenance.check(run)
     models = comparison.generators(run.settings)
     run = run.with_weights(model.weights for model in models.values())
     log.info(
@@ -42,6 +43,7 @@ def evaluate(
     with _workers(run, models) as mapped:
         document, grids = measure.evaluate(run, models, mapped, _pictured(run, show_forget), checked)
     check()
+    document["config_hash"] = trained
     return write(run, document, grids, time.perf_counter() - began)
 
 
@@ -60,6 +62,7 @@ def write_report(run: Run, show_forget: bool = False) -> str:
     storage = Storage(run.folder)
     if not storage.is_file(RESULTS):
         raise UnlearnError(f"{run.folder} has no {RESULTS}: run `unlearn evaluate` first")
+    provenance.check(run)
     document, models = json.loads(storage.read(RESULTS)), comparison.generators(run.settings)
     run = run.with_weights(model.weights for model in models.values())
     wanted = measure.columns(list(models), _pictured(run, show_forget))

@@ -88,7 +88,7 @@ class SlotWorker:
     """One process of a slot, with what it keeps from trial to trial."""
 
     def __init__(self):
-        self.kept, self.rank = Kept(), dist.get_rank() if ranks.grouped() else 0
+        self.kept, self.rank = Kept(targets=True), dist.get_rank() if ranks.grouped() else 0
         self._network: tuple[str, torch.nn.Module] | None = None
         self._known: OrderedDict[str, measure.Known] = OrderedDict()
 
@@ -110,7 +110,7 @@ class SlotWorker:
         if start < until:
             worker(run, told, until, self.kept)
         trained = time.perf_counter()
-        ranks.from_first(lambda: export(run))
+        export(run)
         exported = time.perf_counter()
         found = self._measured(run, pictured=["retain"] if last else [])
         measured = time.perf_counter()
@@ -153,7 +153,7 @@ class SlotWorker:
 
     def _looking(self, run: Run) -> torch.nn.Module:
         evaluation = run.settings.evaluation
-        key = repr((evaluation.features, evaluation.features_weights, measure.device(run.settings)))
+        key = repr((evaluation.features, evaluation.features_weights, evaluation.resize, measure.device(run.settings)))
         if self._network is None or self._network[0] != key:
             self._network = key, measure.feature_network(run.settings)
         return self._network[1]
@@ -162,7 +162,7 @@ class SlotWorker:
         """What is known of the original on the images of this run."""
         settings = run.settings
         digest = hashlib.sha256(json.dumps([
-            settings.seed, settings.evaluation.model_dump(mode="json"), settings.model.model_dump(mode="json"), settings.training.threads,
+            settings.seed, settings.evaluation.model_dump(mode="json"), settings.model.model_dump(mode="json"), settings.training.threads, settings.data.orientation,
             [run.origin.get("weights"), sorted(run.measured)],
         ], sort_keys=True).encode())  # fmt: skip
         for name in sorted(run.measured):

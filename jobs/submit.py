@@ -22,7 +22,7 @@ from pathlib import Path
 
 from jobs.backends import base
 from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request, State, warning_line
-from unlearn import config, lease
+from unlearn import config, lease, patience
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
 from unlearn.search import space
@@ -34,6 +34,7 @@ CONFIGS = "configs"  # the folder in a run folder
 # An environment variable holds 128 KiB, and on its way through a command line it is quoted.
 LARGEST = 64 << 10
 PATIENCE = 60  # seconds that a place may be silent
+AT_HAND = 5  # seconds that a storage is waited for which may be reached by the cluster alone
 
 
 def request(
@@ -115,9 +116,8 @@ def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, b
         raise ClusterError(
             f"{sent.run_dir}: job {busy.id} ({busy.state}) writes there; stop it first, or give another run_dir"
         )
-    with contextlib.suppress(
-        StorageError
-    ):  # out of reach from here: the job itself is refused, as where its owner is elsewhere
+    # Out of reach from here: the job itself is refused, as where its owner is elsewhere.
+    with contextlib.suppress(StorageError), patience.at_most(AT_HAND):
         if (owner := lease.owner_of(sent.run_dir)) and owner.gone() is False:
             raise ClusterError(f"{sent.run_dir} is in use by {owner}: wait until it ends, or give another run_dir")
     return place.start(_stored(sent, settings, place)), True
@@ -129,7 +129,10 @@ def _stored(sent: Request, settings: Settings, place: Backend) -> Request:
     try:
         if place.remote and folder.is_local() and not Path(folder.uri).parent.is_dir():
             raise StorageError(f"{folder.uri}: this machine has no such folder")  # mounted on the cluster's nodes alone
-        folder.write(sent.source.removeprefix(f"{sent.run_dir}/"), sent.config.encode(), private=settings.names_rows)
+        with patience.at_most(AT_HAND):
+            folder.write(
+                sent.source.removeprefix(f"{sent.run_dir}/"), sent.config.encode(), private=settings.names_rows
+            )
         return sent
     except StorageError as e:
         what = (

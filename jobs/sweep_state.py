@@ -55,7 +55,7 @@ class Limits:
             train.check_models(settings)
             self.models.add(key)
         strategy = memory.strategy(settings)
-        key = repr((settings.model, settings.method.name, settings.train_views, settings.micro_batch, training.batch_size, training.dtype,
+        key = repr((settings.model, settings.method.name, settings.train_views, settings.micro_batch, training.batch_size, training.dtype, training.ema,
                     training.forget_fraction, strategy))  # fmt: skip
         if key not in self.needed:
             row = Search(settings, self.device.memory, self.device.cuda).row(strategy)

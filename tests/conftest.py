@@ -1,6 +1,7 @@
 """What the test files share: one thread, small images, a small model and run, and a real S3 server on loopback."""
 
 import dataclasses
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -15,24 +16,39 @@ import yaml
 from hypothesis import settings
 from support.images import CLASSES, tiny_table
 from support.kubernetes_server import api_server  # noqa: F401
+from support.methods import TOYS
 from support.models import TINY
 from support.runs import tiny_config
 from support.s3 import ADMIN, BUCKET, READER, s3_identity, s3_serving
 from support.s3_proxy import Proxy
 
 from unlearn import config
-from unlearn.data import s3 as s3_objects
-from unlearn.data import shards
+from unlearn.data import s3_client, shards
 from unlearn.models import weights
+from unlearn.registry import METHODS
 
 settings.register_profile("tests", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The folders whose tests take longest first, so that the processes of a parallel run end together."""
+    long = ["jobs", "training", "planning"]
+    items.sort(key=lambda item: long.index(item.path.parent.name) if item.path.parent.name in long else len(long))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Torch on one thread: the same rounding everywhere, and no fight for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def toys() -> Iterator[None]:
+    """The methods of support.methods are known."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(METHODS, "entries", METHODS.entries | TOYS)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +90,28 @@ def told(capsys):
     return call
 
 
+@pytest.fixture
+def logged(caplog):
+    """caplog, which sees the project's log from `info` on, also after a command of this process has taken it away."""
+    logger = logging.getLogger("unlearn")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = True
+    yield caplog
+    logger.setLevel(before[0])
+    logger.propagate = before[1]
+
+
 # The descriptions of S3 are read once, not once a client.
 _LOADER = botocore.session.Session().get_component("data_loader")
 
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """The URL of a SeaweedFS server on loopback, with the bucket BUCKET and the users ADMIN and READER (of that bucket)."""
-    with s3_serving([s3_identity(READER, actions=[f"Read:{BUCKET}", f"List:{BUCKET}"])], []) as url:
+    """The URL of a SeaweedFS server on loopback, with the bucket BUCKET, the users ADMIN and READER (of that bucket), and the
+    bucket "public", which is read without keys."""
+    everyone = {"name": "anonymous", "actions": ["Read:public", "List:public"]}
+    with s3_serving([s3_identity(READER, actions=[f"Read:{BUCKET}", f"List:{BUCKET}"]), everyone], []) as url:
         yield url
 
 
@@ -93,16 +123,15 @@ def s3_user(s3_server, monkeypatch):
         session = botocore.session.Session()
         session.register_component("data_loader", _LOADER)
         boto3.setup_default_session(botocore_session=session)
-        s3_objects.client.cache_clear()
-        s3_objects.arrow.cache_clear()
+        s3_client.client.cache_clear()
 
     def login(user: tuple[str, str], url: str = s3_server) -> None:
         values = {
             "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": user[0], "AWS_SECRET_ACCESS_KEY": user[1], "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "AWS_EC2_METADATA_DISABLED": "true", "UNLEARN_STORAGE_PATIENCE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
         }  # fmt: skip
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
             monkeypatch.delenv(name, raising=False)
         for name, value in values.items():
             monkeypatch.setenv(name, value)

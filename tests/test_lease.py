@@ -237,7 +237,7 @@ def test_who_has_lost_the_folder_is_told_and_does_not_end_well(place):
 
 
 def test_a_loss_that_nobody_has_asked_about_is_told_at_the_end(place):
-    with pytest.raises(LeaseError, match="its lease.json was deleted"), lease.held(place, "first"):
+    with pytest.raises(LeaseError, match="was deleted while it was written to"), lease.held(place, "first"):
         Storage(place).delete(lease.NAME)
     with lease.held(place, "first"), pytest.raises(ValueError, match="own"), lease.held(f"{place}/b", "second"):
         Storage(place).delete(f"b/{lease.NAME}")

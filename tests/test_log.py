@@ -3,11 +3,15 @@
 import json
 import logging
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.command import refused
+from support.images import tiny_table
 
 from jobs.backends.base import error_line, warning_line
 from unlearn import log
+from unlearn.cli import console
 from unlearn.errors import ConfigError
 
 
@@ -65,6 +69,25 @@ def test_json_lines_of_a_job(capsys, monkeypatch):
     text = f"some line\n{err}report: x\n"
     assert error_line(text) == "error: gone" and warning_line(text).startswith('warning: a "quoted"')
     assert error_line("error: plain\nlast") == "error: plain"
+
+
+def test_nothing_that_a_terminal_obeys_reaches_it(told, tmp_path, capsys, monkeypatch):
+    """Escapes, back-spaces, changes of direction and bytes that are not UTF-8, in tables, sentences, errors and JSON."""
+    raw = "\x1b]0;owned\x07\x1b[31m[red]\r\b\x9b1A\u202e\x7f\udcff"
+    shown = r"\x1b]0;owned\x07\x1b[31m[red]\x0d\x08\x9b1A\u202e\x7f\udcff"
+    assert log.visible(raw + "\ta\nb") == shown + "\ta\nb"
+    name = raw.rstrip("\udcff")
+    table = tiny_table(0, 2).set_column(1, "label", pa.array([name, "plain"]))
+    pq.write_table(table, tmp_path / "a.parquet")
+    for command in ("index", "inspect"):
+        code, out, _ = told("shards", command, tmp_path)
+        assert code == 0 and "x1b]0;owned" in "".join(out.split()) and not set(out) & set(raw) - set(shown)
+    console.warn(raw)
+    console.say(raw)
+    assert refused(told, "shards", "inspect", f"/gone{raw}").count(shown) == 3
+    monkeypatch.setenv(log.VARIABLE, "json")
+    code, _, err = told("shards", "inspect", f"/gone{raw}")
+    assert f"/gone{raw}" in _objects(err)[0]["message"] and not set(err) & set(raw) - set(shown)
 
 
 def test_a_run_tells_its_stations(told, written, monkeypatch):

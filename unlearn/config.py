@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from unlearn import config_hash, sizes
+from unlearn import config_hash, documents, patience, sizes
 from unlearn.aliases import renamed
 from unlearn.config_checks import contradictions
 from unlearn.errors import ConfigError
@@ -133,6 +133,9 @@ class Data(Part):
     augment: Literal["none", "crop_flip"] = Field(
         default="none", description="crop_flip: random resized crop (0.2-1) and flip"
     )
+    orientation: Literal["exif", "ignore"] = Field(
+        default="exif", description="ignore: images are not turned upright, for models that were trained so"
+    )
     shuffle_rows: Positive = Field(
         default=1 << 20, description="rows shuffled together; smaller reads fewer row groups at once"
     )
@@ -181,6 +184,10 @@ class Training(Part):
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=3.0, ge=0, description="largest gradient norm; 0 = no clipping")
+    ema: Decay | None = Field(
+        default=None,
+        description="decay of a moving average of the weights, as 0.9999: kept beside them and written as model_ema; none = not kept",
+    )
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 2
     offload_optimizer: bool = Field(default=False, description="optimizer state in host memory (ZeRO 1-3)")
@@ -228,8 +235,21 @@ class Evaluation(Part):
     features_weights: Location | None = Field(
         default=None, description="local weights of that network, where it does not bring its own"
     )
+    resize: Literal["tf1", "clean"] = Field(
+        default="tf1",
+        description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid, which the paper of the method used",
+    )
+    guidance_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="how far a diffusion model's samples are led towards its prompt, away from the empty one; none = not at all",
+    )
     oracle: Location | None = Field(
         default=None, description="weights of a model trained without the forget set, as the reference"
+    )
+    weights: Literal["trained", "ema"] = Field(
+        default="trained",
+        description="which weights of the run are measured: ema = their moving average (training.ema)",
     )
     limit: Positive | None = Field(default=None, description="images of each set at most")
     batch_size: Positive = 100
@@ -237,11 +257,22 @@ class Evaluation(Part):
     pictures: Positive = Field(default=8, description="rows of each picture grid")
 
 
+class Storage(Part):
+    """How S3 is used. Where it is and who asks is said by the usual AWS variables and files, never here."""
+
+    patience: float | None = Field(
+        default=None,
+        ge=0,
+        le=patience.MOST,
+        description="seconds for which an outage of S3 is waited out; none = UNLEARN_STORAGE_PATIENCE, else 120",
+    )
+
+
 class RunConfig(Part):
     """One experiment."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
     run_dir: Location = Field(description="everything the run writes: a path or s3://bucket/prefix")
     model: Model = Field(default_factory=Model)
     data: Data
@@ -258,6 +289,7 @@ class RunConfig(Part):
     training: Training = Field(default_factory=Training)
     cluster: Cluster = Field(default_factory=Cluster)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    storage: Storage = Field(default_factory=Storage)
 
     @model_validator(mode="after")
     def _whole(self):
@@ -317,9 +349,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The same from the text of a file; `source` names it in messages."""
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e:
-        raise ConfigError(f"config {source} is not YAML: {' '.join(str(e).split())}") from None
+        tree = documents.from_yaml(text) or {}
+    except ValueError as e:
+        raise ConfigError(f"config {source} is not YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config {source}: expected keys and values at the top, found {type(tree).__name__}")
     return parse(override(tree, overrides), source)
@@ -332,14 +364,16 @@ def override(tree: dict, overrides: Sequence[str]) -> dict:
         if not equals or not key:
             raise ConfigError(f"--set {item}: write it as key=value, for example --set method.alpha=0.5")
         node, path = tree, key.split(".")
+        if len(path) > documents.DEPTH:
+            raise ConfigError(f"--set {item[:40]}...: a key of {len(path)} parts; there is none so deep")
         for name in path[:-1]:
             if not isinstance(node.get(name), dict):
                 node[name] = {}
             node = node[name]
         try:
-            node[path[-1]] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {item}: the value is not YAML") from None
+            node[path[-1]] = documents.from_yaml(text)
+        except ValueError as e:
+            raise ConfigError(f"--set {item[:80]}: the value is not YAML ({e})") from None
     return tree
 
 

@@ -28,6 +28,8 @@ def contradictions(run: RunConfig) -> Iterator[str]:
         yield (
             f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = {run.micro_batch} x {c.workers}"
         )
+    if run.evaluation.weights == "ema" and t.ema is None:
+        yield "evaluation.weights ema: the run keeps no moving average; give training.ema, as 0.9999"
     if run.micro_batch < 2 and d.forget is not None and t.forget_fraction:
         yield "training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more"
     if d.retain is not None and d.proxy is not None:
@@ -60,4 +62,6 @@ def ignored(run: RunConfig) -> list[str]:
         )
     if e.features == "efficientnet_lite0":
         note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")
+    if e.features != "inception":
+        note(e, "evaluation", ("resize",), f"{e.features} is given images as it was trained; it is for inception")
     return notes

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 SCHEMA = 2
 # Part -> keys that decide nothing of the weights.
 NOT_HASHED: dict[str | None, tuple[str, ...]] = {
-    None: ("cluster", "run_dir", "evaluation", "name"),
+    None: ("cluster", "run_dir", "evaluation", "name", "storage"),
     "model": ("weights", "first_stage"),
     "data": ("train", "split", "proxy_data", "proxy_split", "cache", "cache_bytes", "decode_threads", "read_ahead", "max_bad_images",
              "latent_cache"),

@@ -16,6 +16,10 @@ class DataError(UnlearnError):
     """A shard, a manifest, an image or a selection is wrong."""
 
 
+class ImageError(DataError, ValueError):
+    """An encoded image is damaged, too large, or of a format that is not read."""
+
+
 class StorageError(UnlearnError):
     """A file or an object cannot be reached, read or written."""
 

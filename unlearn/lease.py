@@ -5,7 +5,7 @@ processes one succeeds), renewed by a thread, and marked as released at the end.
 content that it replaces, so no process overwrites a version that it has not read.
 
 Clocks are assumed to run at the same rate everywhere, not to agree. Another process watches the file, and takes it over
-when it has not changed for as long as its owner said (60 s). The owner regards itself as lost when it could not renew
+when it has not changed for as long as its owner said (60 s, and on S3 as long again as an outage is waited out). The owner regards itself as lost when it could not renew
 for the same time, counted from before its last renewal. Times of day are compared only to take over a lease at once
 that is older by more than half an hour than it may be. A write of a former owner that is in flight when its lease expires
 cannot be stopped.
@@ -27,11 +27,13 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import get_type_hints
 
+from unlearn import documents, patience
 from unlearn.data.storage import Storage
 from unlearn.errors import LeaseError, StorageError
 
 NAME = "lease.json"
 SECONDS = 60.0
+DELETED = f"its {NAME} was deleted"
 CLOCKS_AGREE = timedelta(minutes=30)  # S3 itself refuses a client whose clock is 15 minutes off
 
 
@@ -76,13 +78,20 @@ class Lease:
     @property
     def lost(self) -> str:
         """Why this process may no longer write to the run folder; empty as long as it may."""
+        if not self._lost and self._storage.is_local() and not Path(self._storage.where(NAME)).exists():
+            self._lost = DELETED  # on S3 it is found at the next renewal
         if self._lost or _elapsed() - self._renewed < self._owner.seconds:
             return self._lost
         return f"the lease could not be renewed for {self._owner.seconds:.0f} s{self._trouble}"
 
     def check(self) -> None:
         """Raise LeaseError where the lease is lost: the run is to stop before it writes anything more."""
-        if lost := self.lost:
+        if (lost := self.lost) == DELETED:
+            raise LeaseError(
+                f"{self._storage.uri} was deleted while it was written to, or its {NAME} was: the run has ended, and what it had written may "
+                "be gone; start it again"
+            )
+        if lost:
             raise LeaseError(f"{self._storage.uri} is no longer owned by this process: {lost}. Add --resume to go on")
 
     def _keep(self) -> None:
@@ -99,7 +108,7 @@ class Lease:
             start, record = _elapsed(), self._storage.read_version(NAME)
             owner = _parse(record[0]) if record else None
             if record is None or owner is None or owner.token != self._owner.token:
-                self._lost = f"{owner or 'another process'} has taken it over" if record else f"its {NAME} was deleted"
+                self._lost = f"{owner or 'another process'} has taken it over" if record else DELETED
                 return
             if owner.released:
                 return
@@ -111,22 +120,25 @@ class Lease:
 
     def _release(self) -> None:
         self._over.set()
-        with contextlib.suppress(StorageError):  # it will expire
+        with patience.at_most(5), contextlib.suppress(StorageError):  # it will expire
             self._renew(released=True)
 
 
 @contextlib.contextmanager
 def held(
-    run_dir: str, what: str, seconds: float = SECONDS, say: Callable[[str], None] = lambda text: None
+    run_dir: str, what: str, seconds: float | None = None, say: Callable[[str], None] = lambda text: None
 ) -> Iterator[Lease]:
     """Own the run folder until the end of the block.
 
     what: the command, for the messages that others see; seconds: how long the folder stays taken after this process has
-    died; say: called with a text that says what is waited for. An owner that cannot be looked up from here is watched
+    died, by default a minute, and on S3 longer than an outage that is waited out; say: called with a text that says what is waited for. An owner that cannot be looked up from here is watched
     until it renews or its lease expires. Raises LeaseError where another process owns the folder, and at the end where the lease
     was lost meanwhile.
     """
-    lease = _acquire(Storage(run_dir), what, seconds, say)
+    storage = Storage(run_dir)
+    if seconds is None:
+        seconds = SECONDS if storage.is_local() else SECONDS + patience.seconds()
+    lease = _acquire(storage, what, seconds, say)
     threading.Thread(target=lease._keep, name="lease", daemon=True).start()
     try:
         yield lease
@@ -189,7 +201,7 @@ def _json(owner: Owner) -> bytes:
 def _parse(data: bytes) -> Owner | None:
     """None where it is damaged."""
     try:
-        tree = json.loads(data)
+        tree = documents.from_json(data)
         owner = Owner(**{name: kind(tree[name]) for name, kind in get_type_hints(Owner).items()})
         datetime.fromisoformat(owner.renewed).astimezone(UTC)
         return owner if 0 < owner.seconds < 86400 else None

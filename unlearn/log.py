@@ -10,6 +10,7 @@ No message holds the id of an image or a secret: logs are shipped to places that
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 from datetime import UTC, datetime
@@ -19,6 +20,9 @@ from unlearn.errors import ConfigError
 
 VARIABLE = "UNLEARN_LOG"
 LOGGERS = ("unlearn", "jobs")
+# Characters that a terminal obeys and does not show: control characters but for tab and line end, changes of the direction of
+# writing, lone surrogates (names of files that are not UTF-8).
+_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LEVELS, FORMATS = ("debug", "info", "warning"), ("text", "json")
 
 
@@ -63,6 +67,11 @@ def is_json() -> bool:
     return any(isinstance(handler, JsonLines) for handler in logging.getLogger(LOGGERS[0]).handlers)
 
 
+def visible(text: str) -> str:
+    r"""The text with what a terminal would obey written out, as in \x1b: names of classes and files come from strangers."""
+    return _UNSEEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
+
+
 class JsonLines(logging.Handler):
     """Writes {"time": UTC, "level": ..., "logger": ..., "message": ..., **context} to standard error, one object a line."""
 
@@ -78,7 +87,8 @@ class JsonLines(logging.Handler):
         }  # fmt: skip
         if record.exc_info:
             line["traceback"] = "".join(traceback.format_exception(*record.exc_info))
-        print(json.dumps(line), file=sys.stderr, flush=True)
+        # JSON escapes every control character but the last.
+        print(json.dumps(line).replace("\x7f", "\\u007f"), file=sys.stderr, flush=True)
 
 
 def message(line: str) -> tuple[str, str] | None:

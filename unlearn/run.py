@@ -3,8 +3,10 @@
 The driver resolves it once and hands it to workers and actors, so no station asks the storage again for the same facts.
 """
 
+import hashlib
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,8 @@ from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import weights
 from unlearn.models.weights import Source, Sources
+
+_SENT = re.compile(r"/configs/([0-9a-f]{16})\.yaml$")  # what a submitted job was sent, in its run folder
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,10 @@ def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
             raise ConfigError(f"{source}: this variable is not set; a configuration is expected in it")
         return config.read(os.environ[variable], source, overrides)
     if Path(source).suffix in (".yaml", ".yml"):
+        if (sent := _SENT.search(source)) and hashlib.sha256(Storage(source).read()).hexdigest()[:16] != sent[1]:
+            raise ConfigError(
+                f"{source} was changed after it was sent: its name is the hash of its content; submit again"
+            )
         if "://" not in source:
             return config.load(source, overrides)
         return config.read(Storage(source).read().decode(errors="replace"), source, overrides)

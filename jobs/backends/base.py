@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
-from unlearn import config
+from unlearn import config, documents
 from unlearn.config import RunConfig
 from unlearn.errors import ClusterError
 from unlearn.log import message
@@ -86,7 +86,7 @@ class Request:
     @classmethod
     def load(cls, text: str, config: str = "") -> "Request":
         """What `dump` made, former versions' too. Raises ValueError, KeyError or TypeError for anything else."""
-        tree = json.loads(text)
+        tree = documents.from_json(text)
         if former := tree.pop("module", None):  # how a driver was named before
             tree["driver"] = FORMER_DRIVERS[former]
         return cls(**tree | {"arguments": tuple(tree["arguments"]), "env": tuple(tree["env"]), "config": config})

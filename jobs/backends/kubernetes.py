@@ -5,24 +5,21 @@ new RayJob ID-r2, ID-r3 ... with the same label; the newest one counts. Stopping
 """
 
 import contextlib
-import functools
 import json
-import os
 import time
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Any, cast
 
 import yaml
 
 from jobs.backends import base, rayjob
 from jobs.backends.base import Job, NoSuchJob, Request, State, is_ours, next_attempt
-from jobs.backends.kubernetes_words import STATES, reason, refusal, waiting
+from jobs.backends.kubernetes_server import NAMESPACE, Server
+from jobs.backends.kubernetes_words import STATES, reason, waiting
 from jobs.backends.rayjob_rules import QUEUE
-from unlearn.errors import ClusterError, ConfigError, MissingExtra
+from unlearn.errors import ClusterError, ConfigError
 
 LABEL, REQUEST, SENT, STOP = "unlearn.dev/job", "unlearn.dev/request", "unlearn.dev/sent", "unlearn.dev/stopped"
-NAMESPACE = "unlearn"  # where neither the user nor the kubeconfig names one
 RAYJOBS = ("ray.io", "v1")
 WORKLOADS = ("kueue.x-k8s.io", "v1beta2")
 KUEUE = 5  # seconds that Kueue may need to make a workload of a job
@@ -38,9 +35,10 @@ class Kubernetes:
         queue: str | None = None, priority: str | None = None, secret: tuple[str, ...] = (), grace: float = 60, kueue: float = KUEUE,
     ):  # fmt: skip
         self.where = f"k8s:{context}" if context else "k8s"
-        self._context, self._overlay, self._image, self._grace = context, overlay, image, grace
+        self._overlay, self._image, self._grace = overlay, image, grace
         self._queue, self._priority, self._kueue = queue, priority, kueue
-        self._secrets, self._given, self._client = dict(map(_secret, secret)), namespace, None
+        self._secrets, self._given = dict(map(_secret, secret)), namespace
+        self._server = Server(context, namespace, self.where)
 
     # What is sent
 
@@ -65,7 +63,7 @@ class Kubernetes:
         return document
 
     def start(self, request: Request) -> Job:
-        return self._send(self._document(request, request.id, self.namespace))
+        return self._send(self._document(request, request.id, self._server.namespace))
 
     def again(self, id: str) -> Job:
         # Not the live object, which Kueue and the server have changed.
@@ -76,12 +74,12 @@ class Kubernetes:
         sent = json.dumps(document)
         document["metadata"]["name"] = next_attempt(id, [d["metadata"]["name"] for d in self._all() if _id(d) == id])
         document["metadata"]["annotations"][SENT] = sent
-        with self._told(f"sending {document['metadata']['name']}"):
+        with self._server.told(f"sending {document['metadata']['name']}"):
             for rehearsal in ({"dry_run": "All"}, {}):  # the server itself is asked first: every field, every admission
                 try:
-                    self._objects.create_namespaced_custom_object(
+                    self._server.objects.create_namespaced_custom_object(
                         *RAYJOBS,
-                        self.namespace,
+                        self._server.namespace,
                         "rayjobs",
                         document,
                         field_manager="unlearn",
@@ -112,13 +110,15 @@ class Kubernetes:
         where = f"the log of {name}"
         while True:
             job = self.get(id)  # asked before reading, so that the end of the log is read
-            with self._told(where):
-                pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"job-name={name}").items
+            with self._server.told(where):
+                pods = self._server.core.list_namespaced_pod(
+                    self._server.namespace, label_selector=f"job-name={name}"
+                ).items
                 pod = max(pods, key=lambda p: p.metadata.creation_timestamp, default=None)
                 if pod and pod.status.phase != "Pending" and pod.metadata.name != shown_pod:
                     shown_pod = pod.metadata.name
-                    answer = self._core.read_namespaced_pod_log(
-                        shown_pod, self.namespace, follow=follow, _preload_content=False
+                    answer = self._server.core.read_namespaced_pod_log(
+                        shown_pod, self._server.namespace, follow=follow, _preload_content=False
                     )
                     for piece in answer.stream(decode_content=False):
                         yield piece.decode(errors="replace")
@@ -143,34 +143,40 @@ class Kubernetes:
             return
         name, deadline = document["metadata"]["name"], time.monotonic() + self._grace
         patch: dict[str, dict] = {"metadata": {"annotations": {STOP: "true"}}}
-        with self._told(f"stopping {name}"):
+        with self._server.told(f"stopping {name}"):
             # Kueue owns `suspend` of what is in its queues, and starts it again: there the workload must be stopped.
             workloads = self._awaited_workloads(document)
             for workload in workloads:
-                self._objects.patch_namespaced_custom_object(
-                    *WORKLOADS, self.namespace, "workloads", workload["metadata"]["name"], {"spec": {"active": False}}
+                self._server.objects.patch_namespaced_custom_object(
+                    *WORKLOADS,
+                    self._server.namespace,
+                    "workloads",
+                    workload["metadata"]["name"],
+                    {"spec": {"active": False}},
                 )
             if not workloads:
                 patch["spec"] = {"suspend": True}
-            self._objects.patch_namespaced_custom_object(*RAYJOBS, self.namespace, "rayjobs", name, patch)
+            self._server.objects.patch_namespaced_custom_object(
+                *RAYJOBS, self._server.namespace, "rayjobs", name, patch
+            )
             if (
                 not workloads
             ):  # out of the queue, or a Kueue that looks at it later starts it; one that forbids this is at work
                 with contextlib.suppress(Exception):
-                    self._objects.patch_namespaced_custom_object(
-                        *RAYJOBS, self.namespace, "rayjobs", name, {"metadata": {"labels": {QUEUE: None}}}
+                    self._server.objects.patch_namespaced_custom_object(
+                        *RAYJOBS, self._server.namespace, "rayjobs", name, {"metadata": {"labels": {QUEUE: None}}}
                     )
         while self.get(id).live and time.monotonic() < deadline:
             time.sleep(0.5)
 
     def remove(self, id: str) -> None:
         self._newest(id)
-        with self._told(f"deleting {id}"):
+        with self._server.told(f"deleting {id}"):
             for document in self._all():
                 if _id(document) == id:
-                    self._objects.delete_namespaced_custom_object(
+                    self._server.objects.delete_namespaced_custom_object(
                         *RAYJOBS,
-                        self.namespace,
+                        self._server.namespace,
                         "rayjobs",
                         document["metadata"]["name"],
                         propagation_policy="Background",
@@ -233,7 +239,9 @@ class Kubernetes:
             with contextlib.suppress(
                 Exception
             ):  # pods may not be readable by this user; the job's state is reported anyway
-                pods = self._core.list_namespaced_pod(self.namespace, label_selector=f"ray.io/cluster={cluster}").items
+                pods = self._server.core.list_namespaced_pod(
+                    self._server.namespace, label_selector=f"ray.io/cluster={cluster}"
+                ).items
                 return next(filter(None, map(waiting, pods)), "")
         return ""
 
@@ -243,8 +251,8 @@ class Kubernetes:
             return []
         chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
         try:
-            workloads = self._objects.list_namespaced_custom_object(
-                *WORKLOADS, self.namespace, "workloads", label_selector=chosen
+            workloads = self._server.objects.list_namespaced_custom_object(
+                *WORKLOADS, self._server.namespace, "workloads", label_selector=chosen
             )["items"]
         except Exception as e:
             if getattr(e, "status", None) == 404:  # a cluster without Kueue
@@ -266,13 +274,13 @@ class Kubernetes:
             time.sleep(0.5)
         return workloads
 
-    # The server
+    # All there is
 
     def _all(self) -> list[dict]:
         """Every RayJob of ours, the newest first."""
-        with self._told("listing jobs"):
-            documents = self._objects.list_namespaced_custom_object(
-                *RAYJOBS, self.namespace, "rayjobs", label_selector=LABEL
+        with self._server.told("listing jobs"):
+            documents = self._server.objects.list_namespaced_custom_object(
+                *RAYJOBS, self._server.namespace, "rayjobs", label_selector=LABEL
             )["items"]
         documents = [
             d for d in documents if is_ours(d["metadata"].get("annotations", {}).get(REQUEST))
@@ -289,88 +297,8 @@ class Kubernetes:
             if _id(document) == id:
                 return document
         raise NoSuchJob(
-            f"no job {id} in namespace {self.namespace}: `unlearn jobs list --to {self.where}` names those there are"
+            f"no job {id} in namespace {self._server.namespace}: `unlearn jobs list --to {self.where}` names those there are"
         )
-
-    @property
-    def namespace(self) -> str:
-        return self._given or self._connected[1] or NAMESPACE
-
-    @property
-    def _objects(self):
-        import kubernetes
-
-        return kubernetes.client.CustomObjectsApi(self._connected[0])
-
-    @property
-    def _core(self):
-        import kubernetes
-
-        return kubernetes.client.CoreV1Api(self._connected[0])
-
-    @property
-    def _connected(self) -> tuple:
-        """(the client, the namespace that the kubeconfig names)."""
-        if self._client is None:
-            try:
-                import kubernetes
-            except ImportError:
-                raise MissingExtra("the kubernetes client", "k8s", "submitting to Kubernetes") from None
-            settings = cast(Any, kubernetes.client.Configuration())  # declares what it takes by its defaults alone
-            settings.retries = False  # an unreachable server is to be reported at once
-            file = os.environ.get("KUBECONFIG")  # by itself the client looks once, when it is imported
-            try:
-                found = kubernetes.config.list_kube_config_contexts(file)  # untyped
-                contexts, current = cast(tuple[list[dict[str, Any]], dict[str, Any]], found)
-                chosen = next((c for c in contexts if c["name"] == self._context), None) if self._context else current
-                if chosen is None:
-                    raise ConfigError(
-                        f"no context {self._context} in the kubeconfig: {', '.join(c['name'] for c in contexts)}"
-                    )
-                kubernetes.config.load_kube_config(file, context=self._context, client_configuration=settings)
-                namespace = chosen["context"].get("namespace")
-            except kubernetes.config.ConfigException as e:
-                try:
-                    kubernetes.config.load_incluster_config(client_configuration=settings)
-                    namespace = None
-                except kubernetes.config.ConfigException:
-                    raise ConfigError(
-                        f"no Kubernetes cluster is configured ({' '.join(str(e).split())[:160]}): set KUBECONFIG"
-                    ) from None
-            settings.refresh_api_key_hook = functools.partial(_stripped, settings.refresh_api_key_hook)
-            self._client = kubernetes.client.ApiClient(settings), namespace
-        return self._client
-
-    @contextlib.contextmanager
-    def _told(self, doing: str) -> Iterator[None]:
-        """Translate what the client raises into messages for the user."""
-        client, _ = self._connected  # says what is missing, should it be the package
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        try:
-            yield
-        except ApiException as e:
-            raise ClusterError(f"{doing}: {refusal(e, self.namespace, self.where)}") from None
-        except ValueError as e:
-            if "header value" not in str(e):
-                raise
-            raise ClusterError(
-                f"{self.where}: the token of this context holds characters that no header can: renew it"
-            ) from None
-        except HTTPError as e:
-            host = client.configuration.host
-            why = " ".join(str(getattr(e, "reason", None) or e).split())
-            raise ClusterError(
-                f"no Kubernetes cluster answers at {host} ({why[:160]}): check the context, and that you can reach it"
-            ) from None
-
-
-def _stripped(refresh, settings) -> None:
-    """Renews the client's token; its file may end with a line end, which no header may hold."""
-    if refresh:
-        refresh(settings)
-    settings.api_key.update({name: value.strip() for name, value in settings.api_key.items()})
 
 
 def _id(document: dict) -> str:

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import ipaddress
 import logging
-import os
 import re
 import shlex
 import socket
@@ -23,6 +22,7 @@ import yaml
 
 from jobs import token
 from jobs.backends.base import CONFIG, GOES_ON, Job, NoSuchJob, Request, State, error_line, is_ours, next_attempt
+from jobs.environment import variables
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 STATES = {
@@ -197,7 +197,8 @@ class RayJobs:
                 raise MissingExtra("Ray's client for jobs", "cluster", "submitting to a Ray cluster") from None
             for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
                 logging.getLogger(name).setLevel(logging.WARNING)
-            with _meant(self.where):
+            # Ray's client prefers these variables to the address that it is given.
+            with variables({"RAY_API_SERVER_ADDRESS": self.where, "RAY_ADDRESS": None}):
                 secret = token.read()
                 self._connected = JobSubmissionClient(
                     self.where, headers={"Authorization": f"Bearer {secret}"} if secret else None
@@ -282,18 +283,3 @@ def _check_answers(address: str) -> None:
         raise ClusterError(
             f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the cluster is up"
         ) from None
-
-
-@contextlib.contextmanager
-def _meant(address: str) -> Iterator[None]:
-    """Ray's client prefers these variables to the address it is given; here the address must be used."""
-    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-    before = {name: os.environ.pop(name, None) for name in names}
-    os.environ["RAY_API_SERVER_ADDRESS"] = address
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

@@ -71,12 +71,25 @@ def test_mistakes_in_the_config(told, written, override, message):
 
 def test_convert_writes_what_other_libraries_read(told, tmp_path):
     folder = tmp_path / "theirs"
-    assert f"written: {folder}" in told("convert", "embedded:mae-fashion", folder)[1]
+    out = told("convert", "embedded:mae-fashion", folder)[1]
+    assert f"written: {folder}" in out
+    assert f"loads with: transformers.ViTMAEForPreTraining.from_pretrained('{folder}')" in out
     assert json.loads((folder / "config.json").read_text())["model_type"] == "vit_mae"
     assert "is not empty: give a new folder" in refused(told, "convert", "embedded:mae-fashion", folder)
     assert "name it with --family" in refused(told, "convert", folder, tmp_path / "again")
     told("convert", folder, tmp_path / "again", "--family", "mae")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    told("convert", folder, tmp_path / "ours", "--family", "mae", "--ours", "--option", "norm_pix_loss=true")
+    card = json.loads((tmp_path / "ours" / "model.json").read_text())
+    assert card["options"]["norm_pix_loss"] is True and card["from"] == str(folder)
+    told("convert", tmp_path / "ours", tmp_path / "half", "--dtype", "float16", "--option", "norm_pix_loss=false")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["norm_pix_loss"] is False
+    size, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("again", "half"))
+    assert half < 0.6 * size
+    assert "--dtype int8: give one of float64" in refused(told, "convert", folder, tmp_path / "no", "--dtype", "int8")
+    assert "--option depth: write it as key=value" in refused(
+        told, "convert", folder, tmp_path / "no", "--family", "mae", "--option", "depth"
+    )
 
 
 def test_too_few_cpus_or_gpus(told, written):

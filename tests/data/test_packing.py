@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import tarfile
 import tracemalloc
+import zipfile
 from collections.abc import Iterable
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from support.images import encode, tiny_table
 
 from unlearn import config
-from unlearn.data import packing, selection, shards
+from unlearn.data import packing, selection, shards, sources
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, StorageError
 
@@ -183,21 +184,72 @@ def test_the_last_of_several_members_of_one_name_counts(tmp_path):
         assert contents(manifest) == [b"newer", b"newer", b"one"]
 
 
-def test_a_member_stored_with_holes_is_read_whole(tmp_path):
+def test_members_stored_with_holes_are_refused(tmp_path):
     if not shutil.which("tar"):
         pytest.skip("tar is not installed")
     (tmp_path / "c").mkdir()
     with open(tmp_path / "c" / "0.png", "wb") as file:
         file.write(b"start")
-        file.truncate(1 << 20)
-    subprocess.run(["tar", "--sparse", "-cf", "a.tar", "c"], cwd=tmp_path, check=True)
-    with tarfile.open(tmp_path / "a.tar") as tar:
-        assert any(m.issparse() for m in tar)
-    for name in ("a.tar", "a.tar.gz"):
-        if name == "a.tar.gz":
-            subprocess.run(["gzip", tmp_path / "a.tar"], check=True)
-        manifest = packing.build(str(tmp_path / name), str(tmp_path / f"out-{name}"))
-        assert contents(manifest) == [b"start" + bytes((1 << 20) - 5)]
+        file.truncate(8 << 30)
+    for form in ("--format=gnu", *(f"--format=posix --sparse-version={v}" for v in ("0.0", "0.1", "1.0"))):
+        for name, packed in (("a.tar", []), ("a.tar.gz", ["-z"])):
+            subprocess.run(["tar", *form.split(), *packed, "--sparse", "-cf", name, "c"], cwd=tmp_path, check=True)
+            assert (tmp_path / name).stat().st_size < 20_000
+            with pytest.raises(DataError, match=f"{name}: c/.*0.png is stored with holes .sparse.*without --sparse"):
+                packing.build(str(tmp_path / name), str(tmp_path / "out"))
+
+
+def test_a_small_archive_that_unpacks_to_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SMALL", 1 << 20)
+    huge = tarfile.TarInfo("c/0.png")
+    huge.pax_headers = {"comment": "x" * (2 << 20)}
+    with tarfile.open(tmp_path / "header.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        tar.addfile(huge)
+    images = [(f"c/{i}.png", bytes(100_000)) for i in range(90)]
+    for kind in ("gz", "bz2", "xz"):
+        tar_of(tmp_path / f"bomb.tar.{kind}", images, f"w:{kind}")
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in images:
+            archive.writestr(name, data)
+    for path in tmp_path.iterdir():
+        with pytest.raises(DataError, match="has a header of 2,097|unpacks to more than .*100 times its size"):
+            packing.build(str(path), str(tmp_path / "out"))
+
+
+def test_a_zip_whose_index_lies_is_told_before_it_fills_the_memory(tmp_path):
+    whole, told = 32 << 20, 50
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w", method) as archive:
+            archive.writestr("c/0.png", bytes(whole))
+        data = (tmp_path / "a.zip").read_bytes()
+        (tmp_path / "a.zip").write_bytes(data.replace(whole.to_bytes(4, "little"), told.to_bytes(4, "little")))
+        del data
+        tracemalloc.start()
+        try:
+            with pytest.raises(DataError, match="a.zip: c/0.png: cannot be unpacked"):
+                packing.build(str(tmp_path / "a.zip"), str(tmp_path / "out"))
+            assert tracemalloc.get_traced_memory()[1] < whole / 2 or method == zipfile.ZIP_LZMA
+        finally:
+            tracemalloc.stop()
+
+
+def test_a_header_that_leads_back_is_told(tmp_path):
+    member = tarfile.TarInfo("c/0.png")
+    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = b"\xff" * 10 + b"\xfe\x00"  # -512 in base 256
+    header[148:156] = b"%06o\0 " % (256 + sum(header[:148]) + sum(header[156:512]))
+    pax = tarfile.TarInfo("c/0.png")
+    pax.pax_headers = {"size": "-1024"}
+    for content in (bytes(header), pax.tobuf(tarfile.PAX_FORMAT)):
+        (tmp_path / "a.tar").write_bytes(content + bytes(10_240))
+        with pytest.raises(DataError, match="a.tar: c/0.png has a negative size"):
+            packing.build(str(tmp_path / "a.tar"), str(tmp_path / "out"))
+
+
+def test_a_row_group_of_large_images_is_a_small_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "GROUP_BYTES", 2500)
+    records = ({"image": bytes(1000), "label": 0, "id": f"{i}"} for i in range(7))
+    assert [g.rows for g in packing.write(records, str(tmp_path), ["c"]).shards[0].row_groups] == [3, 3, 1]
 
 
 def test_a_compressed_tar_with_a_wrong_checksum_is_told(tmp_path):

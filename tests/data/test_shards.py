@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,13 +160,27 @@ def test_a_shard_that_is_not_the_manifests_is_told(copied):
     "damage",
     [lambda t: t[: len(t) // 2], lambda t: "", lambda t: t.replace('"rows": 8', '"rows": 9', 1),
      lambda t: t.replace("shard-1.parquet", "shard-0.parquet"), lambda t: t.replace('"offset"', '"ofset"'), lambda t: t.replace('"bee"', "[" * 9999),
-     lambda t: t.replace("shard-1.parquet", "../1.parquet"), lambda t: t.replace("shard-1.parquet", "/1.parquet")],
+     lambda t: t.replace("shard-1.parquet", "../1.parquet"), lambda t: t.replace("shard-1.parquet", "/1.parquet"),
+     lambda t: t.replace('"bee"', "[" * 50 + "]" * 50), lambda t: t.replace('"rows": 8', f'"rows": {"9" * 5000}', 1)],
 )  # fmt: skip
 def test_a_damaged_manifest_is_told(copied, damage):
     copied.write(shards.MANIFEST, damage(copied.read(shards.MANIFEST).decode()).encode(errors="surrogateescape"))
     with pytest.raises(DataError, match="manifest.json is damaged"):
         shards.load(copied.uri)
     assert shards.index(copied.uri).rows == 48
+
+
+@pytest.mark.parametrize(
+    "change, why",
+    [(lambda m: {"shards": [replace(m.shards[0], path="../../x.parquet")]}, "leads out of the folder"), (lambda m: {"shards": [replace(m.shards[0], path="/x")]}, "leads out"),
+     (lambda m: {"shards": [replace(m.shards[0], row_groups=[replace(m.shards[0].row_groups[0], rows=1 << 60)])]}, "cannot be"),
+     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "0 or more"), (lambda m: {"classes": [["a"]]}, "valid string")],
+)  # fmt: skip
+def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
+    """Its hash is right, and what it says is not."""
+    shards.save(replace(shards.load(copied.uri), **change(shards.load(copied.uri))))
+    with pytest.raises(DataError, match=f"manifest.json is damaged .*{why}"):
+        shards.load(copied.uri)
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"mine": 1}', "[1", "\udcff", '{"shards": [], "version": 2}'])

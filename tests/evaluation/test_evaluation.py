@@ -239,6 +239,7 @@ def test_metrics_json_says_what_was_measured(done):
         ("original", "forget"), ("unlearned", "forget"), ("original", "retain"), ("unlearned", "retain"),
     ]  # fmt: skip
     assert document["config_hash"] == run.hash() and document["features"] == "efficientnet_lite0"
+    assert document["resize"] == "bicubic" and document["guidance_scale"] is None
     assert document["sets"]["forget"]["split"] == "training" and document["sets"]["retain"]["split"] == "held-out"
     assert all(r["images"] == 5 and r["view"] == "random 0.5" and r["fid"] > 0 for r in document["rows"])
     assert any("2,048" in note for note in document["notes"]) and any(

@@ -2,14 +2,17 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from unlearn.data import shards
 from unlearn.data.decode import decode
 from unlearn.errors import ConfigError, MissingExtra, UnlearnError, WeightsError
 from unlearn.evaluation import features
+from unlearn.evaluation.resize import resize
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +70,10 @@ def inception_state():
 def test_inception_reads_a_state_dict_and_pools_the_way_of_2015(tmp_path):
     plain, state = inception_state()
     torch.save(state, tmp_path / "inception.pth")
-    net = features.build("inception", str(tmp_path / "inception.pth"))
+    net = features.build("inception", str(tmp_path / "inception.pth"), "clean")
+    assert net.resize == "clean" and features.resizing("inception", "clean") == "clean"
+    seen = net._prepare(torch.tensor([0, 128, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 299, 299))
+    torch.testing.assert_close(seen[0, :, 0, 0], (torch.tensor([0.0, 128, 255]) - 128) / 128, atol=1e-6, rtol=0)
     pixels = images(1, 299)
     found, classes = net(pixels)
     assert found.shape == (1, 2048) and classes.shape == (1, 1008)
@@ -82,6 +88,34 @@ def test_inception_reads_a_state_dict_and_pools_the_way_of_2015(tmp_path):
     torch.testing.assert_close(ours[:, :-32], theirs[:, :-32])
     torch.testing.assert_close(ours[:, -32:], pooled)
     assert not torch.allclose(ours[:, -32:], theirs[:, -32:])
+
+
+def tf1(image: np.ndarray, size: int) -> np.ndarray:
+    """TensorFlow 1's resize_bilinear of (H, W, 3), written from its kernel: pixel by pixel, align_corners false."""
+    old, scale = len(image), np.float64(len(image) / size)
+    at = [(int(i * scale), min(int(i * scale) + 1, old - 1), i * scale - int(i * scale)) for i in range(size)]
+    rows = np.stack([image[low] * (1 - share) + image[high] * share for low, high, share in at])
+    return np.stack([rows[:, low] * (1 - share) + rows[:, high] * share for low, high, share in at], axis=1)
+
+
+def pil(image: np.ndarray, size: int) -> np.ndarray:
+    """As clean-fid: PIL's bicubic on each channel in floating point, clipped."""
+    channels = (
+        Image.fromarray(image[..., c].astype(np.float32)).resize((size, size), Image.Resampling.BICUBIC)
+        for c in range(3)
+    )
+    return np.stack([np.asarray(channel).clip(0, 255) for channel in channels], axis=2)
+
+
+@pytest.mark.parametrize("convention, reference", [("tf1", tf1), ("clean", pil)])
+@pytest.mark.parametrize("size", [32, 299, 512])
+def test_images_get_to_the_size_of_inception_as_the_convention_says(convention, reference, size):
+    pixels = images(1, size)
+    found = 255 * resize(pixels / 255, 299, convention)[0].permute(1, 2, 0).numpy()
+    expected = reference(pixels[0].permute(1, 2, 0).double().numpy(), 299)
+    np.testing.assert_allclose(found, expected, atol=0.01)  # of 255
+    other = 255 * resize(pixels / 255, 299, "clean" if convention == "tf1" else "tf1")
+    assert size == 299 or abs(other[0].permute(1, 2, 0).numpy() - expected).max() > 10  # the comparison can fail
 
 
 def test_weights_that_are_missing_or_wrong_are_told(tmp_path):

@@ -40,7 +40,7 @@ def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
     )
     about = {"images": 100, "classes": [1], "manifest": "0" * 64, "split": "held-out", "bad_images": 0}
     return {
-        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "views": VIEWS,
+        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "resize": "bicubic", "views": VIEWS,
         "generators": ["original", "unlearned"] + ([] if oracle is None else ["oracle"]),
         "sets": {"forget": about, "retain": about}, "weights": {}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
         "training_seconds": 90.0,
@@ -93,7 +93,11 @@ def test_the_terminal_table_names_the_network_and_the_differences():
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(report.table(make_document(oracle=0.4)))
     told = console.export_text()
-    assert "feature network: efficientnet_lite0" in told and "0.500 (−0.300)" in told and "A <note> & more." in told
+    assert (
+        "feature network: efficientnet_lite0, resize bicubic" in told
+        and "0.500 (−0.300)" in told
+        and "A <note> & more." in told
+    )
     assert told.count("unlearned") == 4 and told.count("forget") == told.count("retain") == 1
 
 
@@ -171,7 +175,7 @@ def test_it_asks_nothing_of_the_network_and_runs_no_script(html):
 
 
 def test_it_shows_the_network_the_figures_and_the_curves(html):
-    assert html.count("feature network efficientnet_lite0") == 2
+    assert html.count("feature network efficientnet_lite0, resize bicubic") == 2
     assert "0.500 <small>−0.300</small>" in html and "wanted: lower" in html and "wanted: unchanged" in html
     assert "Retain loss from 0.1 at step 10 to 0.025 at step 40" in html and "Gradient norm" not in html
     assert "40 of 40 steps" in html and "1 worker(s), torch" in html and "90 s" in html

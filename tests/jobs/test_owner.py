@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -87,3 +88,20 @@ def test_training_stops_where_the_lease_is_lost(told, written, tmp_path, monkeyp
     monkeypatch.setattr(lease.Lease, "lost", property(lambda self: "another has taken it over"))
     err = refused(told, "pretrain", written("method.name=pretrain"))
     assert "no longer owned by this process: another has taken it over" in err and not (tmp_path / "run/model").exists()
+
+
+def test_a_run_folder_that_is_deleted_meanwhile_is_a_failure_with_one_message(told, written, tmp_path, monkeypatch):
+    """At a step, and while it is measured: nothing is said to be there that is gone."""
+    from unlearn.cli import console
+
+    folder, note = tmp_path / "run", console.training
+
+    def deleting(row: dict) -> tuple[int, int, str]:
+        while folder.exists():  # the thread that writes metrics may write once more
+            shutil.rmtree(folder, ignore_errors=True)
+        return note(row)
+
+    monkeypatch.setattr(console, "training", deleting)
+    code, out, err = told("run", written("training.steps=30"))
+    assert code == 2 and err.count("error:") == 1 and f"{folder} was deleted while it was written to" in err, err
+    assert "model:" not in out and "report:" not in out

@@ -14,22 +14,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from support.pipelines import FLUX_KL, KL, made
 
 from unlearn import config, views
 from unlearn.errors import MissingExtra, WeightsError
 from unlearn.models import base, folders, weights
-from unlearn.models.diffusion import autoencoder, flow, networks, pipeline
+from unlearn.models.diffusion import autoencoder, flow, networks, pipeline, prompts
 from unlearn.registry import MODELS
 
 import diffusers  # isort: skip  after the cure of torchvision
-import transformers  # isort: skip
 
 SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[3] / "shared" / "data"))
-KL = {
-    "class": "AutoencoderKL", "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "norm_num_groups": 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 4,
-}  # fmt: skip
-FLUX_KL = KL | {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159, "scaling_factor": 0.3611}
 TINY = {
     "class": "AutoencoderTiny", "encoder_block_out_channels": [8] * 2, "decoder_block_out_channels": [8] * 2,
     "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1],
@@ -244,81 +239,11 @@ def test_files_of_half_precision_in_parts_and_with_old_names_are_read(tmp_path):
     whole.save_pretrained(tmp_path / "half-parts", variant="fp16", max_shard_size="10KB")
     assert autoencoder.first_stage_from(tmp_path / "half-parts").keys() == expected.keys()
     next((tmp_path / "parts").glob("*.safetensors")).unlink()
-    with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model-.*: give a whole folder"):
+    with pytest.raises(WeightsError, match="lacks diffusion_pytorch_model-.*: give a whole folder as save_pretrained"):
         folders.tensors(tmp_path / "parts")
     (tmp_path / "one" / "config.json").write_text("{")
     with pytest.raises(WeightsError, match="config.json is damaged"):
         folders.config(tmp_path / "one" / "config.json")
-
-
-UNET = {
-    "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 16, "attention_head_dim": 4,
-}  # fmt: skip
-XL = UNET | {
-    "cross_attention_dim": 32, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 12, "use_linear_projection": True,
-}  # fmt: skip
-TRANSFORMER = {
-    "in_channels": 4 * (2 * 4 + 4), "out_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8,
-    "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
-}  # fmt: skip
-
-
-def clip(projected: bool = False, seed: int = 0):
-    """(text encoder, tokenizer): CLIP's classes with letters for tokens."""
-    torch.manual_seed(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = transformers.CLIPTokenizer(
-        vocab={w: n for n, w in enumerate(vocabulary)}, merges=[], model_max_length=9
-    )
-    settings = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=12,
-        max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )  # fmt: skip
-    cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
-    return cls(settings).eval(), tokenizer
-
-
-def t5():
-    """(text encoder, tokenizer) of T5's classes."""
-    torch.manual_seed(1)
-    words = [(w, -1.0) for w in ("<pad>", "</s>", "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz")]
-    tokenizer = transformers.T5TokenizerFast(vocab=words, extra_ids=0)
-    settings = transformers.T5Config(vocab_size=len(words), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    return transformers.T5EncoderModel(settings).eval(), tokenizer
-
-
-def made(kind: str):
-    """A whole pipeline of diffusers with random weights."""
-    torch.manual_seed(0)
-    vae = autoencoder.whole(FLUX_KL if kind == "flux" else KL)
-    text_encoder, tokenizer = clip()
-    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-    if kind == "flux":
-        second, tokenizer_2 = t5()
-        return diffusers.FluxFillPipeline(
-            **parts, text_encoder_2=second, tokenizer_2=tokenizer_2, transformer=diffusers.FluxTransformer2DModel(**TRANSFORMER),
-            scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        )  # fmt: skip
-    scheduler = diffusers.DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
-    )
-    if kind == "xl":
-        second, tokenizer_2 = clip(projected=True, seed=1)
-        return diffusers.StableDiffusionXLInpaintPipeline(
-            **parts,
-            text_encoder_2=second,
-            tokenizer_2=tokenizer_2,
-            unet=diffusers.UNet2DConditionModel(**XL),
-            scheduler=scheduler,
-        )
-    return diffusers.StableDiffusionInpaintPipeline(
-        **parts, unet=diffusers.UNet2DConditionModel(**UNET), scheduler=scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
-    )  # fmt: skip
 
 
 def prompted(kind: str, whole, prompt: str) -> dict[str, torch.Tensor]:
@@ -358,12 +283,12 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     assert options["tokens"] == text["shared.prompt"].shape[1] and options["image_size"] == (
         256 if kind == "flux" else 32
     )
-    met = pipeline._encoded.cache_info()
+    met = prompts._encoded.cache_info()
     other = pipeline.read(tmp_path / "theirs", {"prompt": "a cat"})[0]  # as the teacher does
-    assert pipeline._encoded.cache_info().misses == met.misses
+    assert prompts._encoded.cache_info().misses == met.misses
     assert all(tensors[n].data_ptr() != other[n].data_ptr() for n in text)
     shutil.copytree(tmp_path / "theirs", tmp_path / "shape", ignore=shutil.ignore_patterns("*.safetensors"))
-    assert pipeline.options(tmp_path / "shape") == options
+    assert pipeline.options(tmp_path / "shape", {}) == options
     empty = pipeline.read(tmp_path / "theirs", {})[0]
     # without a prompt SDXL is given zeros
     assert not torch.equal(empty["shared.prompt"], tensors["shared.prompt"]) and (kind == "xl") == (
@@ -372,7 +297,7 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
 
     pipeline.write(tensors, SimpleNamespace(**options), tmp_path / "ours")
     assert not list((tmp_path / "ours").rglob("*.bin"))
-    absent = {n: None for n in pipeline.TEXT if hasattr(whole, n)}
+    absent = {n: None for n in prompts.TEXT if hasattr(whole, n)}
     back = type(whole).from_pretrained(tmp_path / "ours", local_files_only=True, **absent)
     for part in (home, "vae"):
         theirs = getattr(whole, part).state_dict()
@@ -381,11 +306,13 @@ def test_a_pipeline_folder_goes_in_and_out(kind, tmp_path):
     again, same = pipeline.read(tmp_path / "ours", {})
     assert again.keys() == tensors.keys() and all(torch.equal(again[n], t) for n, t in tensors.items())
     assert same["network"] == options["network"] | {"dropout": 0.0} or same["network"] == options["network"]
-    assert pipeline.options(tmp_path / "ours") == same
+    assert pipeline.options(tmp_path / "ours", {}) == same
     with pytest.raises(WeightsError, match="has no text_encoder, which model.options.prompt needs"):
         pipeline.read(tmp_path / "ours", {"prompt": "a cat"})
-    (tmp_path / "ours" / pipeline.PROMPT_FILE).unlink()
-    zeros = pipeline.read(tmp_path / "ours", {})[0]
+    (tmp_path / "ours" / prompts.FILE).unlink()
+    with pytest.raises(WeightsError, match="has no text_encoder to embed a prompt with.*model.options.prompt to null"):
+        pipeline.read(tmp_path / "ours", {})
+    zeros = pipeline.read(tmp_path / "ours", {"prompt": None})[0]
     assert all(not zeros[n].any() for n in text)
 
     # with the text encoders given it fills in holes, as the original does
@@ -463,9 +390,9 @@ def test_what_is_no_latent_pipeline_is_told(tmp_path, monkeypatch):
     ):
         pipeline.read(tmp_path, {})
     (tmp_path / "unet" / "config.json").write_text(json.dumps(described))
-    find = pipeline.importlib.util.find_spec
+    find = prompts.importlib.util.find_spec
     monkeypatch.setattr(
-        pipeline.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
+        prompts.importlib.util, "find_spec", lambda name: None if name == "transformers" else find(name)
     )
     with pytest.raises(MissingExtra, match=r"a prompt's embedding needs transformers.*pip install 'unlearn\[text\]'"):
         pipeline.read(tmp_path, {})

@@ -11,7 +11,7 @@ from support import runs
 
 from unlearn import config, views
 from unlearn.errors import ConfigError, WeightsError
-from unlearn.models import base, tokenizer, weights
+from unlearn.models import base, mage, tokenizer, weights
 from unlearn.models.mage import MaskedGenerativeEncoder
 
 SIDE, GRID, CODES, WIDTH, INNER, LATENT = 16, 4, 12, 16, 24, 6
@@ -372,6 +372,54 @@ def test_one_round_takes_the_likeliest_code_of_each_hidden_place(loaded):
     with torch.no_grad():
         guessed = model.decoder(model.encoder(tokens, view.visible), view.visible)[..., :CODES].argmax(2)
         assert torch.equal(model.complete(tokens, view).gather(1, view.hidden), guessed.gather(1, view.hidden))
+
+
+def test_a_temperature_draws_tokens_from_their_distribution_and_is_of_the_confidence_alone(loaded, monkeypatch):
+    """Of MAGE's two random choices the first, the token, does not know the temperature."""
+    tokens, view, drawn = torch.zeros(1, GRID * GRID, dtype=torch.int64), draw(rows=1), {}
+    for temperature in (0.5, 4.5):
+        model = build(SMALL | {"decoding_steps": 1, "temperature": temperature})
+        model.load_state_dict(loaded.state_dict())
+        with torch.no_grad():
+            drawn[temperature] = model.complete(tokens, view)
+    assert torch.equal(drawn[0.5], drawn[4.5])
+    shares = torch.tensor([0.6, 0.3, 0.1]).log()
+    given = torch.cat([shares, torch.full((VOCABULARY - 3,), -100.0)]).expand(1, GRID * GRID, -1)
+    monkeypatch.setattr(model.decoder, "forward", lambda embedding, known: given)
+    counts, drawing, gumbel = torch.zeros(CODES), torch.Generator().manual_seed(0), mage._gumbel
+    # `complete` starts its own generator from the same seed every time.
+    monkeypatch.setattr(mage, "_gumbel", lambda shape, generator: gumbel(shape, drawing))
+    for _ in range(100):
+        with torch.no_grad():
+            counts += torch.bincount(model.complete(tokens, view)[0, view.hidden[0]], minlength=CODES)
+    torch.testing.assert_close(counts[:3] / counts.sum(), shares.exp(), atol=0.06, rtol=0)
+
+
+def test_it_is_written_back_for_the_code_of_mage(public, coder, loaded, tmp_path):
+    line = weights.convert(
+        config.Model(family="mage", weights=_ours(loaded, tmp_path / "ours")), str(tmp_path / "theirs")
+    )
+    assert line == f"model.load_state_dict(torch.load('{tmp_path / 'theirs'}' + '/mage.pth')['model'])"
+    back = torch.load(tmp_path / "theirs" / "mage.pth", weights_only=True)["model"]
+    whole = public | {f"vqgan.{name}": tensor for name, tensor in coder.items()}
+    unused = mage.UNUSED_NAMES[:-1]
+    assert back.keys() == whole.keys() | set(back) and {n: back[n].shape for n in whole} == {
+        n: t.shape for n, t in whole.items()
+    }
+    assert {n for n in back if n not in whole} <= {n for n in back if n.startswith(unused)}
+    assert all(torch.equal(back[n], t) for n, t in whole.items() if not n.startswith(unused) or "learned" in n)
+    trained = build(weights=str(tmp_path / "ours"))
+    with torch.no_grad():
+        trained.encoder.word_embeddings.weight.add_(1)
+    with pytest.raises(WeightsError, match="in MAGE both are one tensor.*train_words false"):
+        weights.convert(config.Model(family="mage", weights=_ours(trained, tmp_path / "trained")), str(tmp_path / "no"))
+    kept = [p.shape for p in runs.method().trainable(build(SMALL | {"train_words": False}))]
+    assert len(kept) == len(list(loaded.encoder.parameters())) - 1
+
+
+def _ours(model, folder) -> str:
+    weights.write(model.float(), str(folder), {})
+    return str(folder)
 
 
 def test_noise_comes_from_a_stock_of_tokens_of_noise(loaded):

@@ -173,9 +173,31 @@ def test_bf16_weights_beside_buffers_of_float32(loaded):
 
 
 def test_it_is_written_back_in_the_public_layout(public, loaded, tmp_path):
-    loaded(16).to_folder(tmp_path)
+    line = loaded(16).to_folder(tmp_path)
     back = load_file(tmp_path / migan.PUBLIC_FILE)
     assert back.keys() == public.keys() and all(torch.equal(t, public[n]) for n, t in back.items())
+    assert line == "Generator(32).load_state_dict(torch.load(FOLDER + '/migan.pt'))"
+
+
+def test_the_file_of_its_own_code_holds_the_constants_of_resampling(public, loaded, tmp_path):
+    """By the modules of lib/model_zoo/migan_inference.py: `filter` and `insert_zeros` inside `upsample`, `downsample`."""
+    loaded(16).to_folder(tmp_path)
+    whole = torch.load(tmp_path / migan.WHOLE_FILE, weights_only=True)
+    constants = {n: t for n, t in whole.items() if n not in public}
+    ups, downs = [n for n in constants if ".upsample." in n], [n for n in constants if ".downsample." in n]
+    # Resolutions 32, 16, 8 go down; 8, 16, 32 go up, the image beside the features, each by two constants.
+    assert len(downs) == 3 and len(ups) == 3 * 2 * 2 and len(constants) == 15
+    low_pass = torch.tensor([1.0, 3, 3, 1]).outer(torch.tensor([1.0, 3, 3, 1])) / 64
+    assert torch.equal(whole["encoder.b32.conv2.downsample.filter.weight"], low_pass.expand(4, 1, 4, 4))
+    assert torch.equal(whole["synthesis.b8.upsample.filter.weight"], 4 * low_pass.expand(3, 1, 4, 4))
+    again = weights.build(config.Model(family="migan", weights=str(tmp_path / migan.WHOLE_FILE), options=SMALL))
+    assert all(torch.equal(t, loaded(32).state_dict()[n]) for n, t in again.state_dict().items())
+    torch.save(whole | {"encoder.b32.conv2.downsample.filter": low_pass}, tmp_path / "buffers.pt")
+    weights.build(config.Model(family="migan", weights=str(tmp_path / "buffers.pt"), options=SMALL))
+    whole["encoder.b32.conv2.downsample.filter.weight"] = torch.ones(4, 1, 4, 4)
+    torch.save(whole, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match="downsample.filter.weight is another filter than MI-GAN's"):
+        weights.build(config.Model(family="migan", weights=str(tmp_path / "other.pt"), options=SMALL))
 
 
 def test_weights_of_another_size_are_refused_by_name(public, tmp_path):

@@ -1,6 +1,7 @@
 """Folders of transformers' ViTMAEForPreTraining: read, computed alike, written back."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -118,7 +119,7 @@ def test_the_image_processors_statistics_are_taken(folder):
     ({"decoder_intermediate_size": 64}, "different MLP ratios"),
     ({"image_size": None}, "model.options.image_size"),
     (None, "config.json is missing or damaged"),
-    ("lost", "no model.safetensors"),
+    ("lost", "lacks model.safetensors"),
 ])  # fmt: skip
 def test_other_folders_are_refused_in_words(folder, change, message):
     path = folder / "config.json"
@@ -131,6 +132,33 @@ def test_other_folders_are_refused_in_words(folder, change, message):
     with pytest.raises(Exception, match=message) as error:
         build(folder)
     assert type(error.value).__name__ in ("WeightsError", "ConfigError")
+
+
+def test_folders_in_parts_of_half_precision_and_of_old_versions(theirs, folder, tmp_path):
+    half = {n: t.half() for n, t in build(folder).state_dict().items()}
+    theirs.save_pretrained(tmp_path / "parts", max_shard_size="10KB")
+    theirs.save_pretrained(tmp_path / "variant", variant="fp16")
+    theirs.save_pretrained(tmp_path / "variant-parts", variant="fp16", max_shard_size="10KB")
+    shutil.copytree(folder, tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(load_file(folder / "model.safetensors"), tmp_path / "old" / "pytorch_model.bin")
+    for name in ("parts", "variant", "variant-parts", "old"):
+        assert len(list((tmp_path / name).glob("*model*-of-*"))) == (
+            0 if "parts" not in name else pytest.approx(10, abs=9)
+        )
+        found = build(tmp_path / name).state_dict()
+        assert all(torch.equal(t.half(), half[n]) for n, t in found.items())
+    next((tmp_path / "parts").glob("model-00002-of-*")).unlink()
+    with pytest.raises(WeightsError, match="lacks model-00002-of-.*give a whole folder"):
+        build(tmp_path / "parts")
+
+
+def test_an_encoder_alone_is_told(theirs, tmp_path):
+    theirs.vit.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(
+        WeightsError, match=r"holds the encoder alone \(a ViTMAEModel\): save the whole ViTMAEForPreTraining"
+    ):
+        weights.build(config.Model(weights=str(tmp_path / "encoder")))
 
 
 def test_a_tensor_that_is_missing_is_named(folder):

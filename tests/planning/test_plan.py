@@ -35,12 +35,13 @@ COMMON = [
 TWO = ["cluster.workers=2", "training.engine=deepspeed"]
 PLAIN = [
     ["training.dtype=fp32"], ["training.dtype=bf16"], ["training.activation_checkpointing=true"], ["method.name=pretrain"],
-    ["training.micro_batch_size=64", WIDE],
+    ["training.micro_batch_size=64", WIDE], ["method.name=toy_sum", WIDE],
 ]  # fmt: skip
 SHARED = [
     *[[f"training.zero_stage={stage}", f"training.dtype={dtype}"] for dtype in ("fp32", "bf16") for stage in range(4)],
     *[["training.offload_optimizer=true", f"training.zero_stage={stage}"] for stage in (2, 3)],
     ["training.zero_stage=3", WIDE], ["training.zero_stage=1", "training.micro_batch_size=32", WIDE],
+    *[["method.name=toy_sum", f"training.zero_stage={stage}", WIDE] for stage in (0, 2)],
 ]  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def needed(run: config.RunConfig) -> memory.MemoryEstimate:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(toys, tmp_path_factory):
     """{case: (its run, what its workers really held)}."""
     folder, found = tmp_path_factory.mktemp("plan"), {}
     for workers, cases in ((["cluster.workers=1", "training.engine=torch"], PLAIN), (TWO, SHARED)):

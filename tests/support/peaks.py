@@ -2,9 +2,6 @@
 
 import gc
 import json
-import logging
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -12,9 +9,9 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import torch
-import torch.multiprocessing
 from torch._C._profiler import _EventType
 
+from support.workers import in_group
 from unlearn import config
 
 STEP = "one step"
@@ -30,31 +27,26 @@ class Held:
 
 def peaks(runs: list[config.RunConfig]) -> list[Held]:
     """What the worker that holds most holds in each run; all runs have the same number of workers."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    multiprocessing.set_forkserver_preload(["deepspeed", "unlearn.training.loop", "tensorboardX"])
     workers = {run.cluster.workers for run in runs}.pop()
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(_process, (workers, folder, runs), workers, start_method="forkserver")
+        in_group(_measure, workers, folder, runs)
         found = [
             [Held(*one) for one in json.loads(Path(folder, f"held-{rank}").read_text())] for rank in range(workers)
         ]
     return [max(held, key=lambda one: one.peak) for held in zip(*found, strict=True)]
 
 
-def _process(rank: int, workers: int, folder: str, runs: list[config.RunConfig]) -> None:
+def _measure(rank: int, folder: str, runs: list[config.RunConfig]) -> None:
     import torch.distributed as dist
 
     from unlearn.run import resolve
     from unlearn.training import engine
     from unlearn.training.loop import worker
 
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     for kind in (engine.TorchEngine, engine.DeepSpeedEngine):
         kind.step = _marked(kind.step)
     for name in ("all_reduce", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"):
         setattr(dist, name, _patient(getattr(dist, name)))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=workers)
     found = []
     for run in runs:
         with recorded() as profile:
@@ -62,8 +54,6 @@ def _process(rank: int, workers: int, folder: str, runs: list[config.RunConfig])
         found.append(astuple(held(profile)))
         gc.collect()
     Path(folder, f"held-{rank}").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def recorded() -> torch.profiler.profile:

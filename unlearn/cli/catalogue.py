@@ -51,14 +51,34 @@ def convert(
     dest: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")],
     family: Annotated[str | None, typer.Option(help="the family, where the weights do not say it")] = None,
     variant: Annotated[str | None, typer.Option(help="the named shape, where the weights do not say it")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="KEY=VALUE of model.options, as image_size=256; may be repeated")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="type of the numbers: float32, float16, bfloat16; by default as the model was stored"),
+    ] = None,
+    ours: Annotated[bool, typer.Option("--ours", help="the other way: write a folder of ours, in float32")] = False,
 ):
-    """Write a model for other libraries: a folder of diffusers (diffusion) or transformers (mae), or a file (migan).
+    """Write a model as the library it comes from reads it: a folder of diffusers or transformers, a file of Palette, MAGE, MI-GAN.
 
-    Example: `unlearn convert runs/half/model half-diffusers`
+    The line of Python that loads it there is printed. Example: `unlearn convert runs/half/model half-diffusers`
     """
     from unlearn.cli.console import out
-    from unlearn.config import Model
+    from unlearn.config import Model, override
+    from unlearn.errors import ConfigError
     from unlearn.models import weights
 
-    weights.convert(Model(family=family or weights.family(model), variant=variant, weights=model), dest)
+    if dtype is not None and dtype not in weights.FLOATS:
+        raise ConfigError(f"--dtype {dtype}: give one of {', '.join(weights.FLOATS)}")
+    if wrong := next((item for item in option or [] if "=" not in item), None):
+        raise ConfigError(f"--option {wrong}: write it as key=value, for example --option image_size=256")
+    options = override({}, option or [])
+    source = Model(family=family or weights.family(model), variant=variant, weights=model, options=options)
+    if ours:
+        weights.adopt(source, dest)
+        out.print(f"written: {dest}", soft_wrap=True)
+        return
+    line = weights.convert(source, dest, dtype)
     out.print(f"written: {dest}", soft_wrap=True)
+    out.print(f"loads with: {line}", soft_wrap=True, highlight=False, markup=False)

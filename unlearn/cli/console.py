@@ -8,11 +8,20 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from unlearn import log
 
-err = Console(stderr=True, highlight=False)
-out = Console(highlight=False, markup=False)  # class names and paths may hold brackets
+
+class _Console(Console):
+    """Whatever is printed passes here, the cells of tables too: nothing in it is obeyed by the terminal."""
+
+    def render_str(self, text: str, **options) -> Text:
+        return super().render_str(log.visible(text), **options)
+
+
+err = _Console(stderr=True, highlight=False)
+out = _Console(highlight=False, markup=False)  # class names and paths may hold brackets
 
 # Called with (done, total, what to say beside the bar).
 Advance = Callable[[int, int, str], None]

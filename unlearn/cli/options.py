@@ -47,10 +47,12 @@ def required() -> None:
 
 
 def warned(settings: "RunConfig") -> "RunConfig":
-    """`settings`, after a warning for everything in it that will be ignored."""
+    """`settings`, after a warning for everything in it that will be ignored; its patience with the storage holds from now on."""
+    from unlearn import patience
     from unlearn.cli.console import warn
     from unlearn.config_checks import ignored
 
+    patience.use(settings.storage.patience)
     for text in ignored(settings):
         warn(text)
     return settings

@@ -9,7 +9,7 @@ from pathlib import Path
 from unlearn.data import selection, shards
 from unlearn.data.decode import decode
 from unlearn.data.storage import Storage, local_copy
-from unlearn.errors import DataError
+from unlearn.errors import DataError, ImageError
 
 
 def verify(
@@ -90,5 +90,5 @@ def _decodes(encoded: memoryview) -> bool:
     try:
         decode(encoded)
         return True
-    except (ValueError, OSError):
+    except ImageError:
         return False

@@ -84,7 +84,8 @@ class Folder:
             return True
 
     def open(self, name: str) -> pa.NativeFile:
-        return pa.memory_map(str(self.path(name)))
+        # Not mapped: where a mapped file is cut short meanwhile, the kernel ends the process (SIGBUS).
+        return pa.OSFile(str(self.path(name)), "rb")
 
     def listing(self, name: str) -> list[str]:
         """Every file below `name`, without temporary files and locks."""

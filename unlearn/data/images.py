@@ -10,7 +10,7 @@ from unlearn.data import selection, shards
 from unlearn.data.cache import ENTRY, ImageCache, entry_bytes
 from unlearn.data.decode import decode, fit
 from unlearn.data.selection import RowSet
-from unlearn.errors import DataError
+from unlearn.errors import DataError, ImageError
 
 
 class Images:
@@ -34,15 +34,14 @@ class Images:
     @staticmethod
     def shelf(rows: RowSet, data: config.Data, size: int | None) -> Hashable:
         """The shelf of a cache that holds these images: one for all sets of the same shards."""
-        return rows.manifest.uri, rows.manifest.hash, data.cache, size
+        return rows.manifest.uri, rows.manifest.hash, data.cache, data.orientation, size
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ValueError, OSError if it is
-        damaged."""
+        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ImageError if it is damaged."""
         entry = self.read(row)
         if isinstance(entry, np.ndarray):
             return entry
-        image = decode(entry)
+        image = decode(entry, self.data.orientation)
         if self.size is not None:
             image = fit(image, self.size)
         if self.data.cache == "decoded":
@@ -54,7 +53,7 @@ class Images:
         while True:
             try:
                 return self[row]
-            except (ValueError, OSError) as e:
+            except ImageError as e:
                 row = self.skip(row, e)
 
     def read(self, row: int) -> bytes | memoryview | np.ndarray:

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["folder", "imagenet", "places365", "webdataset"]
 ABOUT = {".cls", ".json"}  # suffixes of label files in a WebDataset
+LARGEST = 1 << 20  # bytes of a label file
 _SPLIT = re.compile(
     r"(ilsvrc\d+_img_)?(train|training|val|valid|validation|test|testing)([_-](\d+|large|standard|challenge|images?|img|set|data))*",
     re.I,
@@ -212,6 +213,8 @@ def _beside(images: Sequence[str], about: Sequence[str], read: Callable[[str], b
 
 def _value(data: bytes, name: str, src: str) -> str | None:
     try:
+        if len(data) > LARGEST:
+            raise ValueError("too large")
         if not name.endswith(".json"):
             return data.decode().strip() or None
         tree = json.loads(data)

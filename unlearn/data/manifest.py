@@ -6,10 +6,11 @@ Rows are numbered across all shards, in the manifest's order.
 # pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
 # pyright: reportAttributeAccessIssue=false
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ import pyarrow.parquet as pq
 
 from unlearn.data import columns as roles
 from unlearn.data.storage import Storage
-from unlearn.errors import DataError
+from unlearn.errors import DataError, StorageError
 
 READERS = 8  # files that are read at the same time for their labels and ids
 SCHEMA = pa.schema(
@@ -161,8 +162,10 @@ class Manifest:
         shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
         if missing := [role for role in columns if role not in self.columns]:
             raise DataError(f"{self.uri}: its shards have no {' and no '.join(missing)}")
-        with parquet(Storage(self.uri), shard.path) as file:
-            known = shard.row_groups
+        known = shard.row_groups
+        # Without checksums of its values a shard must at least be the one that was opened first.
+        versions = None if all(known[g].checks for g in groups) else self.versions
+        with _named(groups), parquet(Storage(self.uri), shard.path, versions) as file:
             for g in groups:
                 if file.num_row_groups != len(known) or extent(file, g) != (
                     known[g].rows,
@@ -227,14 +230,30 @@ class Manifest:
             raise DataError(f"{where}: a label that the manifest does not know; run `unlearn shards index {self.uri}`")
         return labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels])
 
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """The versions of S3 objects that this process has opened, by name."""
+        return {}
+
     def __getstate__(self) -> dict:
         """What is pickled: without cached values that are cheap to recompute."""
-        return {name: value for name, value in self.__dict__.items() if name not in ("groups", "starts", "repeated")}
+        cached = ("groups", "starts", "repeated", "versions")
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
 
 
-def parquet(storage: Storage, name: str) -> pq.ParquetFile:
-    """Open a shard. Raises DataError where it is not Parquet."""
-    return opened(storage.open(name), storage.where(name), pre_buffer=not storage.is_local())
+@contextlib.contextmanager
+def _named(groups: list[int]) -> Iterator[None]:
+    """Say which row groups an error of the storage is about."""
+    try:
+        yield
+    except StorageError as e:
+        what = f"row group {groups[0]}" if len(groups) == 1 else f"row groups {groups[0]} to {groups[-1]}"
+        raise StorageError(f"{what} of {e}") from None
+
+
+def parquet(storage: Storage, name: str, versions: dict[str, str] | None = None) -> pq.ParquetFile:
+    """Open a shard; versions: as `Storage.open` takes them. Raises DataError where it is not Parquet."""
+    return opened(storage.open(name, versions), storage.where(name), pre_buffer=not storage.is_local())
 
 
 def opened(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.ParquetFile:

@@ -18,6 +18,7 @@ from unlearn.errors import DataError
 
 log = logging.getLogger(__name__)
 
+GROUP_BYTES = 1 << 29  # images of a row group, which is in memory whole; fewer rows where they are larger
 Record = dict  # image: bytes, label: int, id: str, optional subject: str
 
 
@@ -26,7 +27,22 @@ def suffixes() -> frozenset[str]:
     """Suffixes of the images that can be decoded here."""
     from PIL import features
 
-    some = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+    some = {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    }
     return frozenset(
         some | ({".jp2"} if features.check("jpg_2000") else set()) | ({".avif"} if features.check("avif") else set())
     )
@@ -105,11 +121,13 @@ def write(
 
 def _groups(records: Iterable[Record], rows: int, classes: list[str]) -> Iterator[pa.Table]:
     batch: list[Record] = []
+    size = 0
     for record in records:
         batch.append(record)
-        if len(batch) == rows:
+        size += len(record["image"])
+        if len(batch) == rows or size >= GROUP_BYTES:
             yield _table(batch, classes)
-            batch = []
+            batch, size = [], 0
     if batch:
         yield _table(batch, classes)
 

@@ -10,7 +10,6 @@ several splits has a manifest for each.
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,13 +24,13 @@ from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
 from unlearn.data import duplicates
 from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard, extent, opened, parquet, short
+from unlearn.data.manifest_file import MANIFEST, is_indexed, is_ours, load, manifest_name, save
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 
 __all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "is_indexed",
            "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
-MANIFEST = "manifest.json"
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
@@ -59,46 +58,6 @@ def images(table: pa.Table) -> Iterator[memoryview]:
             yield memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
 
 
-def load(uri: str, split: str | None = None) -> Manifest:
-    """Read the manifest of a folder, or of one split of it. Raises DataError, StorageError."""
-    storage = Storage(uri)
-    if split is None and not storage.is_file(MANIFEST):
-        there = [
-            n[len("manifest-") : -len(".json")] for n in storage.files() if re.fullmatch(r"manifest-[\w.-]+\.json", n)
-        ]
-        if len(there) > 1:
-            raise DataError(f"{uri}: holds several splits: {', '.join(there)}; say which with `split`")
-        split = there[0] if there else None
-    name = manifest_name(split)
-    if not storage.is_file(name):
-        option = f" --split {split}" if split else ""
-        raise DataError(
-            f"{uri}: no {name} there. Shards you already have: `unlearn shards index {uri}{option}`; "
-            f"images: `unlearn shards build SRC {uri}`"
-        )
-    data = storage.read(name)
-    if not _is_ours(data):
-        raise DataError(f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`")
-    try:
-        tree = json.loads(data)
-        shards = [
-            Shard(**{**s, "row_groups": [RowGroup(**{**g, "labels": tuple(g["labels"])}) for g in s["row_groups"]]})
-            for s in tree["shards"]
-        ]
-        known = Manifest(
-            storage.uri, tree["columns"], tree["classes"], shards, tree.get("names", {}), tree.get("images", ""), split
-        )
-        if outside := [s.path for s in shards if s.path.startswith("/") or ".." in s.path.split("/")]:
-            raise ValueError(f"{outside[0]!r} leads out of the folder")
-        if tree["hash"] != known.hash:
-            raise ValueError("its hash is not that of its content")
-        return known
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise DataError(
-            f"{uri}/{name} is damaged ({short(e)}): make it anew with `unlearn shards index {uri}`"
-        ) from None
-
-
 def index(
     uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
 ) -> Manifest:  # fmt: skip
@@ -110,7 +69,7 @@ def index(
     """
     storage = Storage(uri)
     name = manifest_name(split)
-    if storage.is_file(name) and not _is_ours(storage.read(name)):
+    if storage.is_file(name) and not is_ours(storage.read(name)):
         raise DataError(
             f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own"
         )
@@ -121,13 +80,6 @@ def index(
 def find(uri: str, split: str | None = None) -> Manifest:
     """The manifest of a folder, or, where it has none, one made from its shards; nothing is written."""
     return load(uri, split) if is_indexed(uri, split) else look(uri, split)[0]
-
-
-def is_indexed(uri: str, split: str | None = None) -> bool:
-    """Whether a folder, or this split of it, has a manifest written by this program."""
-    storage = Storage(uri)
-    wanted = re.escape(manifest_name(split)) if split else r"manifest(-[\w.-]+)?\.json"
-    return any(re.fullmatch(wanted, name) and _is_ours(storage.read(name)) for name in storage.files())
 
 
 def look(
@@ -186,17 +138,6 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
     return Manifest(uri, columns, common, shards, names), checksums
 
 
-def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
-    """Write the manifest beside the shards, and the checksums of their images; returns the manifest as written."""
-    storage = Storage(manifest.uri)
-    if checksums is not None:
-        manifest = replace(manifest, images=duplicates.write(storage, manifest.split, checksums))
-    storage.write(
-        manifest_name(manifest.split), json.dumps(manifest.tree() | {"hash": manifest.hash}, indent=1).encode()
-    )
-    return manifest
-
-
 def describe(
     path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None
 ) -> Described:  # fmt: skip
@@ -205,7 +146,7 @@ def describe(
     given: {role: column} that the user names; before: those of an earlier manifest, used where the file has such
     columns.
     """
-    with told(where), pa.memory_map(str(path)) as file, opened(file, where) as parquet, open(path, "rb") as whole:
+    with told(where), pa.OSFile(str(path), "rb") as file, opened(file, where) as parquet, open(path, "rb") as whole:
         schema = parquet.schema_arrow
         try:
             known = {role: column for role, column in (before or {}).items() if column in schema.names}
@@ -276,12 +217,6 @@ def _span(labels: np.ndarray, own: list[int]) -> tuple[int, int]:
     return (min(mapped), max(mapped)) if mapped else (0, -1)
 
 
-def manifest_name(split: str | None) -> str:
-    if split is not None and not re.fullmatch(r"[\w.-]+", split):
-        raise DataError(f"{split!r} is no name of a split")
-    return f"manifest-{split}.json" if split else MANIFEST
-
-
 def split_of(name: str) -> str | None:
     """The split that a file belongs to by its name (`train-00000-of-00002.parquet`) or its folder (`train/`, `split=train/`)."""
     *folders, file = name.split("/")
@@ -322,13 +257,3 @@ def _of_split(storage: Storage, split: str | None) -> list[str]:
             f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of one split"
         )
     return names
-
-
-def _is_ours(data: bytes) -> bool:
-    """Whether this program wrote a manifest, intact or damaged. An empty file counts as its own: it can be
-    overwritten."""
-    try:
-        tree = json.loads(data or b'{"shards": 0, "columns": 0}')
-        return isinstance(tree, dict) and "shards" in tree and "columns" in tree
-    except (ValueError, RecursionError):
-        return data.lstrip().startswith(b'{\n "columns": [')

@@ -1,12 +1,11 @@
 """One interface to local folders and S3: `Storage("path" | "file://..." | "s3://bucket/prefix" | "embedded:NAME")`.
 
-S3 takes its endpoint, region and credentials from the usual AWS variables and files (AWS_ENDPOINT_URL, AWS_PROFILE, pod
-identity ...), never from this program's configuration. Writes are atomic.
+S3 takes its endpoint, region and credentials from the usual AWS variables and files (see s3_client.py), never from this
+program's configuration, and its outages are waited out. Writes are atomic.
 """
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -15,20 +14,10 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from unlearn.data import s3_errors
 from unlearn.data.folder import Folder
 from unlearn.data.s3 import Bucket, Facts
 from unlearn.errors import StorageError
-
-_HINTS = {
-    "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID or AWS_PROFILE",
-    "SignatureDoesNotMatch": "the secret does not fit the access key: check AWS_SECRET_ACCESS_KEY",
-    "ExpiredToken": "the session token has expired: renew it",
-    "AccessDenied": "these credentials may not do this: check the bucket's policy",
-    "403": "these credentials are wrong or may not do this: check them and the bucket's policy",
-    "NoSuchBucket": "there is no such bucket: check the name, the region and AWS_ENDPOINT_URL",
-    "NoSuchKey": "there is no such object",
-    "404": "there is no such object or bucket",
-}
 
 
 class Storage:
@@ -80,7 +69,7 @@ class Storage:
             except FileNotFoundError:
                 return None
             except Exception as e:
-                if _code(e) == "NoSuchKey":
+                if s3_errors.code(e) == "NoSuchKey":
                     return None
                 raise
 
@@ -146,10 +135,13 @@ class Storage:
             with self.writing(name) as temporary:
                 shutil.move(path, temporary)
 
-    def open(self, name: str = "") -> pa.NativeFile:
-        """A file for random access, as Parquet readers need it."""
+    def open(self, name: str = "", versions: dict[str, str] | None = None) -> pa.NativeFile:
+        """A file for random access, as Parquet readers need it. An S3 object that is replaced while it is open cannot be read on.
+
+        versions: {name: version} of S3 objects that were opened before, which this one is added to, and must still be.
+        """
         with told(self.where(name)):
-            return (self.folder if self.bucket is None else self.bucket).open(name)
+            return self.folder.open(name) if self.bucket is None else self.bucket.open(name, versions)
 
     def files(self, name: str = "") -> list[str]:
         """Names of all files below `name`, relative to the root, sorted."""
@@ -176,7 +168,7 @@ class Storage:
                 self.folder.delete(name)
                 return
             for key, code in self.bucket.delete(name):
-                raise StorageError(f"s3://{self.bucket.name}/{key}: not deleted: {_HINTS.get(code) or code}")
+                raise StorageError(f"s3://{self.bucket.name}/{key}: not deleted: {s3_errors.hint(code)}")
 
 
 @contextlib.contextmanager
@@ -226,29 +218,11 @@ def told(where: str) -> Iterator[None]:
     """Turn errors of the file system and S3 into one StorageError. No message contains a credential."""
     try:
         yield
-    except FileNotFoundError:
-        raise StorageError(f"{where}: there is no such file or folder") from None
-    except OSError as e:
-        text = " ".join(str(e).split())
-        hint = next(
-            (hint for code, hint in _HINTS.items() if len(code) > 3 and code.lower() in text.lower().replace("_", "")),
-            None,
-        )
-        raise StorageError(f"{where}: {hint or e.strerror or text[:200]}") from None
     except Exception as e:
-        # Only S3 calls import botocore, so its errors are recognized by their module name and response.
-        if not type(e).__module__.startswith(("botocore", "boto3")):
-            raise
-        missing = {
-            "NoCredentialsError": "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-            "EndpointConnectionError": "no S3 server answers: check AWS_ENDPOINT_URL and the network",
-        }
-        raise StorageError(
-            f"{where}: {_HINTS.get(_code(e)) or missing.get(type(e).__name__) or str(e)[:200]}"
-        ) from None
-
-
-def _code(error: Exception) -> str:
-    """The error code of S3's response; a failed upload has it only in its text."""
-    code = getattr(error, "response", {}).get("Error", {}).get("Code")
-    return code or (re.findall(r"\((\w+)\) when calling", str(error)) or [""])[0]
+        if what := s3_errors.meaning(e):
+            raise StorageError(f"{where}: {what}") from None
+        if isinstance(e, FileNotFoundError):
+            raise StorageError(f"{where}: there is no such file or folder") from None
+        if isinstance(e, OSError):
+            raise StorageError(f"{where}: {e.strerror or ' '.join(str(e).split())[:200]}") from None
+        raise

@@ -7,7 +7,7 @@ from unlearn import config, views
 from unlearn.data import cache, order
 from unlearn.data.images import Images
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, UnlearnError
+from unlearn.errors import ConfigError, ImageError, UnlearnError
 from unlearn.models import base, weights
 from unlearn.run import Run
 
@@ -18,8 +18,9 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
     """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle."""
     uris = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
     folder = Storage(settings.run_dir)
-    if folder.is_file(f"model/{weights.CARD}"):
-        uris["unlearned"] = folder.where("model")
+    trained = "model_ema" if settings.evaluation.weights == "ema" else "model"
+    if folder.is_file(f"{trained}/{weights.CARD}"):
+        uris["unlearned"] = folder.where(trained)
     models = {name: settings.model.model_copy(update={"weights": uri}) for name, uri in uris.items() if uri}
     if not models:
         raise UnlearnError(
@@ -53,6 +54,8 @@ class Comparison:
             built = (
                 weights.build(self.models[name], self.settings.seed, self.sources).requires_grad_(False).to(self.device)
             )
+            if self.settings.evaluation.guidance_scale is not None:
+                built.guide(self.settings.evaluation.guidance_scale)
             if former is not None and self._shape(built) != (self.grid, self.size):
                 known = f"{former} {self.size} px in {self.grid} x {self.grid} patches"
                 other = f"{name} {built.options.image_size} px in {built.grid} x {built.grid} patches"
@@ -73,7 +76,7 @@ class Comparison:
             row = int(images.set.rows[position])
             try:
                 image = images[row]
-            except (ValueError, OSError) as e:
+            except ImageError as e:
                 images.skip(row, e)
                 continue
             kept.append(position)

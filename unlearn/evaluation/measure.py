@@ -3,7 +3,9 @@
 metrics.json holds
 
     software, name, config_hash      what was run
-    features                         name of the feature network; figures of different networks cannot be compared
+    features, resize                 name of the feature network, and how images got to its size: figures of different ones
+                                     cannot be compared
+    guidance_scale                   of sampling; null without guidance
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
@@ -26,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unlearn import __version__, config
+from unlearn import __version__, config, patience
 from unlearn.data import cache, selection
 from unlearn.errors import UnlearnError
 from unlearn.evaluation import features
@@ -79,6 +81,7 @@ class Measurer:
         """looks: whether figures are wanted, and so the feature network; else pictures alone. network, kept: the feature network
         on its device, and a cache of images, where this process has them already."""
         settings = run.settings
+        patience.use(settings.storage.patience)
         torch.set_num_threads(settings.training.threads)
         self.compared = Comparison(run, models, device(settings), kept)
         self.network = network or (feature_network(settings) if looks else None)
@@ -119,7 +122,9 @@ def device(settings: config.RunConfig) -> str:
 
 def feature_network(settings: config.RunConfig) -> torch.nn.Module:
     """The network that looks at images, on the worker's device."""
-    return features.build(settings.evaluation.features, settings.evaluation.features_weights).to(device(settings))
+    evaluation = settings.evaluation
+    network = features.build(evaluation.features, evaluation.features_weights, evaluation.resize)
+    return network.to(device(settings))
 
 
 def evaluate(
@@ -136,7 +141,8 @@ def evaluate(
     sources = weights.located((model.weights for model in models.values()), run.sources)
     document = {
         "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
-        "features": settings.evaluation.features, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
+        "features": settings.evaluation.features, "resize": features.resizing(settings.evaluation.features, settings.evaluation.resize),
+        "guidance_scale": settings.evaluation.guidance_scale, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
         "weights": {name: sources[model.weights].fingerprint for name, model in models.items() if model.weights},
         "sets": {
             name: described | {
@@ -237,6 +243,12 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
             notes.append(f"The {name} set is measured on training images: {why}.")
         if described["bad_images"]:
             notes.append(f"{described['bad_images']} damaged image(s) of the {name} set were left out.")
+    if settings.evaluation.weights == "ema" and "unlearned" in document["generators"]:
+        notes.append(f"The unlearned model is the moving average of the weights, decay {settings.training.ema}.")
+    if settings.evaluation.guidance_scale is not None:
+        notes.append(
+            f"Samples were led towards the prompt by a guidance scale of {settings.evaluation.guidance_scale:g}."
+        )
     if any(row["is"] is None for row in document["rows"]):
         notes.append(f"{document['features']} has no class scores: no Inception Score.")
     elif document["features"] != "inception":

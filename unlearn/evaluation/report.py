@@ -42,6 +42,7 @@ def write(run: Run, document: dict, grids: list[dict]) -> str:
     shown = [grid["set"] for grid in grids]
     html = environment.from_string(Path(__file__).with_name(NAME).read_text()).render(
         document=document,
+        network=network(document),
         headline=headline,
         sentences=sentences,
         tracks=_tracks(document),
@@ -76,7 +77,7 @@ def table(document: dict):
     """A metrics.json as a rich Table for the terminal: figures with their differences to the original model's."""
     from rich.table import Table
 
-    rich_table = Table(title=f"feature network: {document['features']}", title_justify="left", box=None)
+    rich_table = Table(title=f"feature network: {network(document)}", title_justify="left", box=None)
     tables = [_table(document, name) for name in document["sets"]]
     for head in ("set", "view", "model"):
         rich_table.add_column(head)
@@ -93,6 +94,11 @@ def table(document: dict):
         rich_table.add_section()
     rich_table.caption, rich_table.caption_justify = "\n".join(document["notes"]), "left"
     return rich_table
+
+
+def network(document: dict) -> str:
+    """What looked at the images, and how they got to its size, where the document says it."""
+    return document["features"] + (f", resize {document['resize']}" if "resize" in document else "")
 
 
 def _tracks(document: dict) -> list[dict]:

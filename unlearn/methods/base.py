@@ -51,7 +51,7 @@ class Method:
 
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         """The parameters that move."""
-        return list(model.encoder.parameters())
+        return [p for p in model.encoder.parameters() if p.requires_grad]
 
     def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
         """The terms of the loss of one micro-batch. Nothing here may wait for the device."""

@@ -1,6 +1,7 @@
 """The contract that every family of generators meets: one file with one Adapter, and one line in registry.MODELS."""
 
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,9 +18,12 @@ from unlearn.errors import ConfigError, WeightsError
 from unlearn.registry import MODELS
 from unlearn.views import View
 
+logger = logging.getLogger(__name__)
+
 # What the encoder hands to the decoder: one tensor, or one for each level.
 Embedding = torch.Tensor | list[torch.Tensor]
 
+LARGEST = 1 << 24  # number in the options of a model
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -83,6 +87,8 @@ class Adapter(nn.Module):
     decoder: nn.Module | None
     shared: nn.Module | None
     first_stage: nn.Module | None
+    # the type of most of the numbers of the weights that it was built from
+    stored: torch.dtype = torch.float32
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -129,15 +135,31 @@ class Adapter(nn.Module):
         return tensors
 
     @classmethod
-    def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def from_file(
+        cls, tensors: dict[str, torch.Tensor], arguments: dict[str, Any], chosen: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """(tensors in our names, the options that they tell or None) of a public checkpoint in one file.
+
+        Raises WeightsError. arguments: of the program that wrote it, where the file says them. chosen: the options that
+        the config sets itself.
+        """
+        return cls.from_public(tensors), None
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """(tensors in our names, options) of a local folder as another library saves it. Raises WeightsError.
 
         chosen: the options that the config sets itself; they take precedence over those of the folder afterwards.
+        first_stage: where `model.first_stage` is; a family may find there what the folder lacks.
         """
         raise cls._no_folder(folder)
 
     @classmethod
-    def options_from_folder(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    def options_from_folder(
+        cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
+    ) -> dict[str, Any]:
         """The options that `from_folder` gives, without reading a model's tensors. Raises WeightsError.
 
         Of the folder only the files that match `option_files` are needed.
@@ -162,9 +184,17 @@ class Adapter(nn.Module):
         """
         raise WeightsError(f"model.first_stage: family {cls.family} has no frozen first stage")
 
-    def to_folder(self, folder: Path) -> None:
-        """Write the model in the format of the library it comes from. Raises WeightsError where there is none."""
+    def to_folder(self, folder: Path, origin: Path | None = None) -> str:
+        """Write the model in the format of the library it comes from; the expression that loads it there, with FOLDER for
+        its place. Raises WeightsError where there is no such format.
+
+        origin: the folder of that library that the model came from, for parts that are not ours to train.
+        """
         raise WeightsError(f"family {self.family} has no other format than ours")
+
+    def guide(self, scale: float) -> None:
+        """Let `reconstruct` follow the model's prompt by this scale. Raises ConfigError where the model has none."""
+        raise ConfigError(f"evaluation.guidance_scale: family {self.family} takes no prompt; leave it out")
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 pixels (B, 3, S, S) to normalised images in float32."""
@@ -195,6 +225,12 @@ class Adapter(nn.Module):
 
     def stock_noise(self, first_stage: nn.Module, seed: int) -> None:
         """Called before training: a family whose noise must pass through the first stage prepares that noise here."""
+
+
+@functools.cache
+def tell(message: str) -> None:
+    """Warn, once a process: student and teacher read the same weights."""
+    logger.warning(message)
 
 
 def count_flops(forward: Callable[[], object]) -> int:
@@ -233,6 +269,8 @@ def options(model: config.Model, recorded: dict[str, Any] | None = None) -> Mode
                 f"model.variant {model.variant} has another {key} than {model.weights} was made with: "
                 "leave model.variant out"
             )
+    if _largest(recorded) > LARGEST:  # building it would never end
+        raise ConfigError(f"model.options: {model.weights} names a number above {LARGEST:,}, which no shape has")
     try:
         return cls.Options.model_validate(named | recorded | model.options)
     except ValidationError as e:
@@ -240,6 +278,16 @@ def options(model: config.Model, recorded: dict[str, Any] | None = None) -> Mode
         raise ConfigError(
             f"model.options.{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}"
         ) from None
+    except (TypeError, ArithmeticError, LookupError, AttributeError) as e:  # a check met a value of another kind
+        raise ConfigError(
+            f"model.options: a value of {model.weights or model.family} is of no use here ({type(e).__name__}: {e})"
+        ) from None
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in an option, or 0."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return max([value if isinstance(value, int) else 0, *map(_largest, parts)])
 
 
 def _contradict(named: Any, recorded: Any) -> bool:

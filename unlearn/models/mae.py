@@ -188,15 +188,34 @@ class MaskedAutoencoder(base.Adapter):
         return projection + o.depth * vit.block_flops(o.width, visible + 1, o.mlp_ratio)
 
     @classmethod
-    def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def from_file(
+        cls, tensors: dict[str, torch.Tensor], arguments: dict[str, Any], chosen: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """A file of facebookresearch/mae; those of its training say whether pixels were normalised by patch."""
+        if "norm_pix_loss" in arguments:
+            return cls.from_public(tensors), {"norm_pix_loss": bool(arguments["norm_pix_loss"])}
+        if "norm_pix_loss" not in chosen and any(name.startswith("decoder_") for name in tensors):
+            base.tell(
+                "these weights of MAE do not say whether their decoder predicts plain pixels (mae_visualize_*) or pixels "
+                "normalised by patch; plain ones are assumed: set model.options.norm_pix_loss to false or true"
+            )
+        return cls.from_public(tensors), None
+
+    @classmethod
+    def from_folder(
+        cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         return vitmae.read(folder)
 
     @classmethod
-    def options_from_folder(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
+    def options_from_folder(
+        cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
+    ) -> dict[str, Any]:
         return vitmae.options(folder)
 
-    def to_folder(self, folder: Path) -> None:
+    def to_folder(self, folder: Path, origin: Path | None = None) -> str:
         vitmae.write(self, folder)
+        return "transformers.ViTMAEForPreTraining.from_pretrained(FOLDER)"
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import nn
 
+from unlearn.errors import WeightsError
 from unlearn.models import base, tokenizer, vit
 from unlearn.models.vit import take
 from unlearn.views import View
 
+PUBLIC_FILE = "mage.pth"  # what `to_folder` writes
 SMOOTHING = 0.1  # of labels, as MAGE was trained
 NOISE_IMAGES = 256  # images of noise whose tokens the noise is drawn from
 # Beginnings of names in a public MAGE checkpoint -> the names in our model that replace them.
@@ -49,7 +51,11 @@ class MAGEOptions(vit.ViTOptions):
     tokenizer: its architecture, see unlearn.models.tokenizer.
     channels: of the tokenizer's levels; each level but the last halves the side. layers: residual blocks of a level.
     latent_channels, mid_attention: of a `diffusers` tokenizer only.
-    decoding_steps: of `reconstruct`. temperature: of the noise added when it chooses tokens; 0 chooses the likeliest.
+    decoding_steps: of `reconstruct`. temperature: as MAGE's (4.5 there): tokens are drawn from their distribution, and which
+        are kept is decided with Gumbel noise of this strength, less from round to round. 0: no randomness at all, the
+        likeliest tokens.
+    train_words: whether unlearning trains the token embedding. In MAGE's own code the decoder's head is the same tensor: a
+        model is written back for it only where the embedding has stayed as it was.
     """
 
     image_size: int = 256
@@ -65,6 +71,7 @@ class MAGEOptions(vit.ViTOptions):
     mid_attention: bool = True
     decoding_steps: int = 8
     temperature: float = 0.0
+    train_words: bool = True
 
     @property
     def grid(self) -> int:
@@ -195,6 +202,7 @@ class MaskedGenerativeEncoder(base.Adapter):
             decoder.head.weight,
         ):
             nn.init.normal_(weight, std=0.02)
+        encoder.word_embeddings.requires_grad_(self.options.train_words)
         for part in self._tokenizer_parts():
             part.requires_grad_(False)
         # Codes that start far from all latents would not be used for a long time.
@@ -236,7 +244,8 @@ class MaskedGenerativeEncoder(base.Adapter):
             logits = self.decoder(self.encoder(tokens, known), known)[..., : o.codes].float()
             # One draw for all rows, so that an image is completed alike in any batch.
             noise = _gumbel((self.grid**2, o.codes), generator).to(logits.device)
-            chosen = (logits + o.temperature * noise).argmax(2)
+            # The largest of logits with Gumbel noise is a draw from their distribution.
+            chosen = (logits + noise if o.temperature else logits).argmax(2)
             certainty = logits.log_softmax(2).gather(2, chosen[..., None])[..., 0]
             noise = _gumbel((self.grid**2,), generator).to(logits.device)
             certainty = certainty + o.temperature * (1 - done) * noise
@@ -273,6 +282,32 @@ class MaskedGenerativeEncoder(base.Adapter):
     def flops(self, view: View) -> int:
         o = self.options
         return o.depth * vit.block_flops(o.width, view.visible.shape[1] + 1, o.mlp_ratio)
+
+    def to_folder(self, folder: Path, origin: Path | None = None) -> str:
+        """Write PUBLIC_FILE for LTH14/mage: one file, the tokenizer in it. What its code holds and never uses is zero."""
+        o, own = self.options, self.state_dict()
+        if not torch.equal(own["encoder.word_embeddings.weight"], own["decoder.head.weight"]):
+            raise WeightsError(
+                "the token embedding was trained, but the decoder's head was not, and in MAGE both are one tensor: its code "
+                "cannot load this model. Train with model.options.train_words false to write it back"
+            )
+        if o.tokenizer != "mage":
+            raise WeightsError("the tokenizer is of diffusers' kind, which MAGE's code does not load")
+        tensors = {f"vqgan.{name}": t for name, t in tokenizer.to_public(own).items()}
+        for theirs, (ours, *_) in MAGE_NAMES.items():
+            tensors |= {theirs + n.removeprefix(ours): t for n, t in own.items() if n.startswith(ours)}
+        tensors["mlm_layer.bias"] = tensors["mlm_layer.bias"].view(1, 1, -1)
+        places, patch = o.grid**2 + 1, o.image_size // o.grid
+        unused = {
+            "cls_token": (1, 1, o.width), "pos_embed": (1, places, o.width), "mask_token": (1, 1, o.decoder_width),
+            "patch_embed.proj.weight": (o.width, 3, patch, patch), "patch_embed.proj.bias": (o.width,),
+            "decoder_pos_embed": (1, places, o.decoder_width), "decoder_pred.weight": (3 * patch**2, o.decoder_width),
+            "decoder_pred.bias": (3 * patch**2,),
+        }  # fmt: skip
+        tensors |= {name: torch.zeros(shape) for name, shape in unused.items()}
+        tensors["token_emb.position_ids"] = torch.arange(places)[None]
+        torch.save({"model": {name: t.contiguous() for name, t in tensors.items()}}, folder / PUBLIC_FILE)
+        return f"model.load_state_dict(torch.load(FOLDER + '/{PUBLIC_FILE}')['model'])"
 
     @classmethod
     def first_stage_from(cls, path: Path) -> dict[str, torch.Tensor]:

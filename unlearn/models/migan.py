@@ -7,6 +7,7 @@ Shapes: B images of S x S pixels; block b{R} works at R * S / resolution pixels 
 
 import functools
 import math
+import re
 from pathlib import Path
 
 import torch
@@ -14,11 +15,14 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import nn
 
+from unlearn.errors import WeightsError
 from unlearn.models import base, tensor_files
 from unlearn.views import View
 
-# The file that `to_folder` writes, with the public names.
-PUBLIC_FILE = "migan.safetensors"
+# The files that `to_folder` writes, with the public names: the weights alone, and what MI-GAN's own code loads.
+PUBLIC_FILE, WHOLE_FILE = "migan.safetensors", "migan.pt"
+# MI-GAN's code keeps the constants of its resampling among the weights.
+_CONSTANT = re.compile(r"(?:down|up)sample\.(filter|insert_zeros)(?:\.weight)?|(?:.*\.)?(?:\w*_)?filter")
 
 
 class MIGANOptions(base.ModelOptions):
@@ -65,13 +69,16 @@ def activate(x: torch.Tensor) -> torch.Tensor:
     return F.hardtanh_(F.leaky_relu(x, 0.2).mul_(math.sqrt(2)), -256, 256)
 
 
+LOW_PASS = torch.outer(torch.tensor([1.0, 3.0, 3.0, 1.0]), torch.tensor([1.0, 3.0, 3.0, 1.0])) / 64
+STUFFING = torch.tensor([[1.0, 0.0], [0.0, 0.0]])  # a pixel becomes four, three of them zero
+
+
 @functools.cache
 def _fir(channels: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The low-pass filter (1, 3, 3, 1) in both directions, with sum 1: depthwise, (channels, 1, 4, 4)."""
     # A tensor made in inference mode could not be used for training later.
     with torch.inference_mode(False):
-        line = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device) / 8
-        return torch.outer(line, line).to(dtype).expand(channels, 1, 4, 4).contiguous()
+        return LOW_PASS.to(device, dtype).expand(channels, 1, 4, 4).contiguous()
 
 
 def downsample(x: torch.Tensor) -> torch.Tensor:
@@ -249,14 +256,51 @@ class MIGAN(base.Adapter):
 
     @classmethod
     def from_public(cls, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The names of Picsart-AI-Research/MI-GAN without its FIR filters: `synthesis.*` is the decoder."""
-        return {_swap(name, "synthesis.", "decoder."): tensor for name, tensor in tensors.items()}
+        """The names of Picsart-AI-Research/MI-GAN, with or without its constants: `synthesis.*` is the decoder."""
+        learned = {name: tensor for name, tensor in tensors.items() if not _is_constant(name, tensor)}
+        return {_swap(name, "synthesis.", "decoder."): tensor for name, tensor in learned.items()}
 
-    def to_folder(self, folder: Path) -> None:
-        """Write PUBLIC_FILE, with the public names."""
-        tensor_files.save(
-            {_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}, folder / PUBLIC_FILE
-        )
+    def to_folder(self, folder: Path, origin: Path | None = None) -> str:
+        """Write PUBLIC_FILE and WHOLE_FILE."""
+        tensors = {_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}
+        tensor_files.save(tensors, folder / PUBLIC_FILE)
+        dtype = next(iter(tensors.values())).dtype
+        constants = {name: t.to(dtype) for name, t in self._constants().items()}
+        torch.save({name: t.detach().contiguous() for name, t in (tensors | constants).items()}, folder / WHOLE_FILE)
+        return f"Generator({self.options.resolution}).load_state_dict(torch.load(FOLDER + '/{WHOLE_FILE}'))"
+
+    def _constants(self) -> dict[str, torch.Tensor]:
+        """The constants of MI-GAN's code, by its names."""
+        found: dict[str, torch.Tensor] = {}
+
+        def up(name: str, channels: int) -> None:
+            found[f"{name}.upsample.filter.weight"] = (4 * LOW_PASS).repeat(channels, 1, 1, 1)
+            found[f"{name}.upsample.insert_zeros.weight"] = STUFFING.repeat(channels, 1, 1, 1)
+
+        for name, module in self.named_modules():
+            name = _swap(name, "decoder.", "synthesis.")
+            if isinstance(module, SeparableConv) and module.down:
+                found[f"{name}.downsample.filter.weight"] = LOW_PASS.repeat(module.conv2.in_channels, 1, 1, 1)
+            elif isinstance(module, SeparableConv) and module.up:
+                up(name, module.conv2.out_channels)
+            elif isinstance(module, SynthesisBlock) and module.conv1.up:
+                up(name, module.torgb.out_channels)
+        return found
+
+
+def _is_constant(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor of a public file is a constant. Raises WeightsError where it has other values than MI-GAN's."""
+    stem = ".".join(name.split(".")[-3:])
+    match = _CONSTANT.search(stem)
+    if match is None or match.end() != len(stem):
+        return False
+    expected = STUFFING if match[1] == "insert_zeros" else LOW_PASS
+    found = torch.outer(tensor, tensor) if tensor.dim() == 1 else tensor
+    kernels = found.float().reshape(-1, *found.shape[-2:])
+    kernels = kernels / kernels.sum((1, 2), keepdim=True)
+    if kernels.shape[1:] != expected.shape or not torch.allclose(kernels, expected.expand_as(kernels), atol=1e-3):
+        raise WeightsError(f"{name} is another filter than MI-GAN's (1, 3, 3, 1): such a model is not supported")
+    return True
 
 
 def _swap(name: str, prefix: str, other: str) -> str:

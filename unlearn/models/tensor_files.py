@@ -7,6 +7,8 @@ import argparse
 import contextlib
 import hashlib
 import json
+import logging
+import re
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +25,15 @@ from unlearn.errors import WeightsError
 
 # Torch aligns its tensors to so many bytes. With another alignment, products of the same numbers may round differently.
 ALIGNED = 64
+logger = logging.getLogger(__name__)
+
+# Where a training checkpoint keeps its weights, and where the moving average of them.
+_WEIGHTS, _AVERAGES = ("model", "state_dict", "model_state_dict", "module"), ("model_ema", "state_dict_ema", "ema")
+# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_GLOBAL = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)")
+_LFS = b"version https://git-lfs"
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # What safetensors calls the types of numbers.
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -35,22 +46,62 @@ def load(path: Path, uri: str) -> dict[str, torch.Tensor]:
 
     uri: names the file in messages. Raises WeightsError.
     """
+    return read(path, uri)[0]
+
+
+def read(path: Path, uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(what `load` gives, the arguments that the program which wrote the file was called with, where it says them)."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise WeightsError(f"{uri} is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`")
     try:
         if path.suffix == ".safetensors":
-            return {tensor_name(name): tensor for name, tensor in load_file(path).items()}
+            return {tensor_name(name): tensor for name, tensor in _unwrapped(load_file(path)).items()}, {}
         # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch before 1.6 are no zip files, and cannot be mapped.
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged pickle can raise any exception
-        why = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {why}") from None
-    for key in ("model", "state_dict"):
-        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
-            tensors = tensors[key]
+        raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {_why(e)}") from None
+    arguments = tensors.get("args") if isinstance(tensors, dict) else None
+    tensors = _chosen(tensors, uri)
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise WeightsError(f"{uri} holds no dictionary of tensors")
-    return tensors
+    return _unwrapped(tensors), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _chosen(content: Any, uri: str) -> Any:
+    """Of a training checkpoint the weights; their moving average where it has nothing else."""
+    for key in (*_WEIGHTS, *_AVERAGES):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            also = [name for name in _AVERAGES if name != key and isinstance(content.get(name), dict)]
+            if also:
+                logger.info("%s: its %s is taken; it holds %s too, which can be saved alone", uri, key, ", ".join(also))
+            content = content[key]
+    return content
+
+
+def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without what wrappers of the model have put before every name."""
+    while tensors:
+        prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), None)
+        # In the files of Stable Diffusion this is the network's own name.
+        if prefix is None or any(name.startswith("model.diffusion_model.") for name in tensors):
+            break
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}
+
+
+def _why(error: Exception) -> str:
+    """Why a file cannot be read, in one line, with the way out where it holds more than plain data."""
+    text = _ANSI.sub("", str(error))
+    if found := _GLOBAL.search(text):
+        return (
+            f"it holds {found[1]}, which is no plain data. If you trust it, open it with torch.load(FILE, "
+            "weights_only=False) and save its dictionary of tensors alone"
+        )
+    text = text.partition("WeightsUnpickler error: ")[2] or text
+    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def save(

@@ -231,6 +231,14 @@ def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return ours
 
 
+def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those of our tensors that are the tokenizer's, with its own names."""
+    return {
+        theirs + n.removeprefix(ours): t
+        for theirs, (ours, *_) in TOKENIZER_NAMES.items() for n, t in tensors.items() if n.startswith(ours)
+    }  # fmt: skip
+
+
 def read(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a tokenizer with our names, from a folder of ours or of diffusers, or a file. Raises WeightsError."""
     if path.is_dir() and (path / weights.CARD).is_file():

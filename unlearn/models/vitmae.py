@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import WeightsError
-from unlearn.models import tensor_files
+from unlearn.models import folders, tensor_files
 
 # Their name of a part of a block -> ours: those in released files, then those of transformers 5 in memory.
 _BLOCK = {
@@ -69,12 +69,10 @@ def options(folder: Path) -> dict[str, Any]:
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors in our names, options). Raises WeightsError."""
     values = options(folder)
-    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if (p := folder / n).is_file()), None)
-    if path is None:
-        raise WeightsError(
-            f"{folder}: no model.safetensors (nor pytorch_model.bin) in it; files in several parts are not read"
-        )
-    return _renamed(tensor_files.load(path, str(path))), values
+    tensors = folders.tensors(folder, folders.TRANSFORMERS)
+    if not any(name.startswith("decoder.") for name in tensors):
+        raise WeightsError(f"{folder} holds the encoder alone (a ViTMAEModel): save the whole ViTMAEForPreTraining")
+    return _renamed(tensors), values
 
 
 def write(model, folder: Path) -> None:
@@ -135,5 +133,5 @@ def _renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def _json(path: Path) -> dict:
     try:
         return dict(json.loads(path.read_text()))
-    except (ValueError, OSError, TypeError):
+    except (ValueError, OSError, TypeError, RecursionError):
         raise WeightsError(f"{path} is missing or damaged: save the model again with transformers") from None

@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 import torch
 
-from unlearn import config
+from unlearn import config, documents
 from unlearn.data.node_cache import node_copy
 from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
-from unlearn.errors import StorageError, WeightsError
+from unlearn.errors import StorageError, UnlearnError, WeightsError
 from unlearn.models import base, tensor_files
 from unlearn.registry import MODELS
 
@@ -28,6 +28,8 @@ WEIGHTS, CARD = "weights.safetensors", "model.json"
 FOREIGN = {"model_index.json", "config.json"}
 # How files end that hold tensors.
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# Types that weights may be stored in.
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 SMALL = 16 << 20  # bytes: configs, and the embedding of a prompt
 
 
@@ -107,8 +109,23 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
 
     sources: what has been looked up already. decoder: whether it is wanted; left out it takes no memory.
     Weights in float32 are mapped from their file: they take memory of this process where they are written to.
+    Raises WeightsError and ConfigError, whatever the files hold.
     """
-    cls, sources = base.adapter(model.family), sources or {}
+    try:
+        return _built(model, seed, sources or {}, decoder)
+    except UnlearnError:
+        raise
+    except Exception as e:  # values of damaged or foreign configs reach libraries, which raise whatever they meet
+        raise WeightsError(
+            f"{model.weights or model.family} cannot be loaded: damaged, or of a kind that is not known here "
+            f"({type(e).__name__}: {' '.join(str(e).split())[:200]})"
+        ) from e
+
+
+def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> base.Adapter:
+    cls, sources = base.adapter(model.family), dict(sources)
+    if model.weights:
+        sources[model.weights] = sources.get(model.weights) or _look(model.weights)
     tensors, saved_options = start(cls, model, sources) if model.weights else ({}, None)
     options = base.options(model, saved_options)
     with torch.random.fork_rng(devices=[]), tensor_files.without_data() if model.weights else contextlib.nullcontext():
@@ -123,6 +140,14 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
         tensor_files.check(built, rest | first_stage, model.first_stage)
         tensors = tensors | first_stage
     if model.weights:
+        _check_values(tensors, model.weights)
+        if not any(n.startswith("decoder.") for n in tensors) and any(n.startswith("encoder.") for n in tensors):
+            raise WeightsError(
+                f"{model.weights} holds an encoder alone, and the decoder is needed too: give the whole model "
+                "(of MAE mae_visualize_*.pth, not mae_pretrain_*.pth)"
+            )
+        said = sources[model.weights].card.get("stored")
+        built.stored = getattr(torch, said) if said in FLOATS else _stored(tensors)
         if built.first_stage is not None and not any(n.startswith("first_stage.") for n in tensors):
             raise WeightsError(
                 f"{model.weights} lacks the frozen first stage of {model.family}: name its weights in model.first_stage"
@@ -135,6 +160,25 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
     return built.eval()
 
 
+def _check_values(tensors: Mapping[str, torch.Tensor], uri: str) -> None:
+    """Raise WeightsError for a number that is not finite, which would spread through every figure."""
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not t.numel():
+            continue
+        t = t.float() if t.itemsize == 1 else t  # torch cannot compare numbers of 8 bits
+        if not torch.isfinite(torch.stack(torch.aminmax(t))).all():
+            raise WeightsError(f"{uri}: {name} holds numbers that are not finite (NaN or infinite)")
+
+
+def _stored(tensors: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The floating-point type that most numbers have."""
+    counts: dict[torch.dtype, int] = {torch.float32: 0}
+    for t in tensors.values():
+        if t.is_floating_point():
+            counts[t.dtype] = counts.get(t.dtype, 0) + t.numel()
+    return max(counts, key=lambda dtype: counts[dtype])
+
+
 def start(
     cls: type[base.Adapter], model: config.Model, sources: Sources
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
@@ -144,10 +188,13 @@ def start(
     if source.kind == "folder":
         if not source.files.keys() & FOREIGN:
             raise _no_weights(uri)
-        return cls.from_folder(source.path(), dict(model.options))
+        first = (sources.get(model.first_stage) or _look(model.first_stage)).path() if model.first_stage else None
+        return cls.from_folder(source.path(), dict(model.options), first)
     if source.card.get("family", cls.family) != cls.family:
         raise WeightsError(f"{uri} holds a model of family {source.card['family']}, the config says {cls.family}")
-    return cls.from_public(_tensors(source)), source.card.get("options")
+    if source.kind == "file":
+        return cls.from_file(*tensor_files.read(source.path(), uri), dict(model.options))
+    return cls.from_public(_tensors(source)), source.card["options"]
 
 
 def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -169,10 +216,10 @@ def _no_weights(uri: str) -> WeightsError:
 def card(storage: Storage) -> dict[str, Any]:
     """What a folder of ours says of itself: {"family", "options", ...}. Raises WeightsError."""
     try:
-        card = json.loads(storage.read(CARD))
+        card = documents.from_json(storage.read(CARD))
         dict(card["options"], family=card["family"])
         card["family"] = MODELS.aliases.get(card["family"], card["family"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise WeightsError(f"{storage.where(CARD)} is damaged: export the model again") from None
     return card
 
@@ -187,16 +234,41 @@ def _sha256(path: Path):
         return hashlib.file_digest(file, "sha256")
 
 
-def convert(model: config.Model, uri: str) -> None:
-    """Write a model to a new folder in the form that the libraries it comes from read (diffusers, transformers)."""
+def adopt(model: config.Model, uri: str) -> None:
+    """Write a model of another library as a new folder of ours."""
+    _new(uri)
+    write(build(model), uri, {"from": model.weights})
+
+
+def convert(model: config.Model, uri: str, dtype: str | None = None) -> str:
+    """Write a model to a new folder in the form that the library it comes from reads (diffusers, transformers).
+
+    dtype: of its numbers, one of FLOATS; by default the one that it was stored in. Returns the expression that loads it.
+    """
+    target, built = _new(uri), build(model)
+    with tempfile.TemporaryDirectory() as folder:
+        line = built.to(getattr(torch, dtype) if dtype else built.stored).to_folder(Path(folder), _origin(model))
+        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            target.upload(path, path.relative_to(folder).as_posix())
+    return line.replace("FOLDER", repr(uri))
+
+
+def _new(uri: str) -> Storage:
+    """The storage of a folder that is to be written. Raises WeightsError where something is there."""
     target = Storage(uri)
     if target.is_file() or target.files():
         raise WeightsError(f"{uri} is not empty: give a new folder")
-    built = build(model)
-    with tempfile.TemporaryDirectory() as folder:
-        built.to_folder(Path(folder))
-        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-            target.upload(path, path.relative_to(folder).as_posix())
+    return target
+
+
+def _origin(model: config.Model) -> Path | None:
+    """The folder of another library that a model came from, directly or by a run, where it can still be reached."""
+    source = _look(model.weights or "")
+    for uri in (model.weights, source.card.get("from"), model.first_stage):
+        with contextlib.suppress(StorageError, WeightsError):
+            if uri and (found := _look(uri)).kind == "folder" and "model_index.json" in found.files:
+                return found.path()
+    return None
 
 
 def family(uri: str) -> str:
@@ -213,5 +285,6 @@ def write(model: base.Adapter, uri: str, card: dict[str, Any]) -> None:
     with storage.writing(WEIGHTS) as path:
         digest = tensor_files.save(model.state_dict(), path, floats=torch.float32)
     card = {"family": model.family, "options": model.options.model_dump(mode="json"), "sha256": digest, **card}
+    card["stored"] = str(model.stored).removeprefix("torch.")
     # The card is written last: a folder without it is not a model.
     storage.write(CARD, json.dumps(card, indent=2).encode())

@@ -25,7 +25,7 @@ from unlearn.methods import base as methods
 from unlearn.models import base
 from unlearn.planning.shape import model_options
 from unlearn.registry import MODELS
-from unlearn.training.engine import Objective
+from unlearn.training.engine import Objective, terms
 
 # Parameters of at most so many elements are never sharded by ZeRO-3 (DeepSpeed's param_persistence_threshold).
 PERSISTENT = 100_000
@@ -45,6 +45,8 @@ class Group:
 class Footprint:
     """trained, frozen: the student's parameters that are trained, and its others. teacher: the teacher's parameters.
     buffers, first_stage: bytes. whole: bytes of the model as it is built, with decoder and first stage, in float32.
+    apart: terms of the loss whose gradients the method wants apart, 0 for most methods.
+    averaged: whether a moving average of what is trained is kept.
 
     curve: (n, 4), a row for each operation of forward and backward: bytes of activations and other temporary tensors;
     bytes of the gradients computed so far; elements of the teacher's and of the student's parameters used so far.
@@ -56,7 +58,9 @@ class Footprint:
     buffers: int
     first_stage: int
     whole: int
+    apart: int
     curve: np.ndarray
+    averaged: bool = False
 
 
 def measure(
@@ -86,10 +90,11 @@ def measure(
         with _Allocations(student, teacher, trained) as allocations:
             batch = objective.on(batch, CPU, dtype)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-                loss = objective(batch)["loss"]
+                loss = (parts := objective(batch))["loss"]
             loss.backward()
         trained_ids = {id(p) for p in trained}
         return Footprint(
+            averaged=settings.training.ema is not None,
             trained=_group(trained),
             frozen=_group([p for p in student.parameters() if id(p) not in trained_ids]),
             teacher=_group(teacher.parameters() if teacher is not None else []),
@@ -98,6 +103,7 @@ def measure(
             if first_stage is None or settings.data.latent_cache
             else _bytes((*first_stage.parameters(), *first_stage.buffers())),
             whole=whole,
+            apart=len(terms(parts)) if method.gradients_apart else 0,
             curve=np.array(allocations.curve, dtype=np.int64),
         )
 

@@ -5,7 +5,7 @@ settings of `engine.deepspeed_config` and its own defaults for the rest. N: elem
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -75,6 +75,10 @@ def estimate(
         "teacher": size * measured.teacher.count,
     }
     parts["optimizer"] = 12 * share if strategy.stage else 8 * n
+    if measured.apart:  # from the first micro-batch to the update
+        parts["terms"] = 4 * n * measured.apart
+    average = 4 * measured.averaged * (share if strategy.stage else n)
+    parts["optimizer"] += average
     if strategy.stage == 3:
         parts["parameters"] = (
             size * sum(_sharded(g, workers) for g in (measured.trained, measured.frozen)) + measured.buffers
@@ -83,8 +87,12 @@ def estimate(
     host = 0
     if strategy.offload:
         host = (20 if strategy.stage == 3 else 16 + size + (4 if accumulation > 1 else 0)) * share
+        host += average
         parts["optimizer"] = 0
-    moments = _moments(measured, strategy, size, workers, accumulation, cuda)
+    if measured.apart and strategy.stage is not None:
+        moments = _moments_apart(measured, strategy, size, workers, cuda)
+    else:
+        moments = _moments(measured, strategy, size, workers, accumulation, cuda)
     worst = max(moments, key=lambda moment: sum(moment.values()))
     return MemoryEstimate({**parts, **worst, "first_stage": measured.first_stage}, host)
 
@@ -155,6 +163,21 @@ def _moments(
     at = int(np.argmax(activations + gradients + bucket))
     within = {"gradients": int(gradients[at]), "activations": int(activations[at]), "buckets": int(bucket[at])}
     return [within, update]
+
+
+def _moments_apart(
+    measured: Footprint, strategy: Strategy, size: int, workers: int, cuda: bool
+) -> list[dict[str, int]]:
+    """The same where DeepSpeed is handed a float32 gradient that the method has put together of those of its terms: as these
+    are computed, as it is handed over, which takes no activations, and in the update."""
+    activations, grads = measured.curve[:, 0], measured.curve[:, 1]
+    at = int(np.argmax(activations + grads))
+    computing = {"gradients": int(grads[at]), "activations": int(activations[at]), "buckets": 0}
+    handed_over, update = _moments(
+        replace(measured, curve=measured.curve * np.array([0, 1, 1, 1])), strategy, size, workers, 1, cuda
+    )
+    handed_over["gradients"] += 4 * measured.trained.count
+    return [computing, handed_over, update]
 
 
 def _gathered(measured: Footprint, cuda: bool) -> np.ndarray:

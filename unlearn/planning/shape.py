@@ -16,8 +16,8 @@ from unlearn.models import base, weights
 def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
     """(the shape that a config asks for, a note where its weights are not here).
 
-    No weight is read, only the options that lie beside the weights. Where these are missing or out of reach the shape
-    is that of model.variant. Raises WeightsError where there is none, ConfigError.
+    No weight is read, only the options that lie beside the weights, or that the names and shapes in a local file tell. Where
+    these are missing or out of reach the shape is that of model.variant. Raises WeightsError where there is none, ConfigError.
     """
     recorded, absent = None, []
     if model.weights:
@@ -42,11 +42,11 @@ def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
 
 
 def _recorded(uri: str, model: config.Model) -> dict[str, Any] | None:
-    """The options that lie beside the weights; None for a file of weights, which says nothing. Raises StorageError
+    """The options that lie beside the weights, or that a file here tells; None where it tells none. Raises StorageError
     where no weights can be reached, WeightsError for damaged or other ones."""
     storage, cls = Storage(uri), base.adapter(model.family)
     if storage.is_file():
-        return None
+        return weights.start(cls, model, {})[1] if storage.is_local() else None
     if storage.is_file(weights.CARD):
         card = weights.card(storage)
         if base.adapter(card["family"]) is not cls:
@@ -54,7 +54,8 @@ def _recorded(uri: str, model: config.Model) -> dict[str, Any] | None:
         return card["options"]
     if any(storage.is_file(name) for name in weights.FOREIGN):
         with _small_files(storage, cls.option_files) as folder:
-            return cls.options_from_folder(folder, dict(model.options))
+            first = Path(model.first_stage) if model.first_stage and Storage(model.first_stage).is_local() else None
+            return cls.options_from_folder(folder, dict(model.options), first)
     raise StorageError(f"no weights at {uri}: give a .safetensors or .pth file, or the folder of a model")
 
 

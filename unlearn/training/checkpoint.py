@@ -14,13 +14,14 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from unlearn import documents
 from unlearn.aliases import first_hash, tensor_name
 from unlearn.data.node_cache import node_copy, release
 from unlearn.data.s3 import Facts
@@ -32,6 +33,7 @@ from unlearn.training import ranks
 from unlearn.training.fragments import OPTIMIZER_STATE, Fragment
 
 COMMIT, METHOD = "COMMIT", "method.safetensors"
+AVERAGE = "ema"  # the moving average of the weights, among the tensors of a rank
 _STEP = re.compile(r"checkpoints/(step-(\d{8,}))/(.+)")
 _FRAGMENTS = re.compile(r"rank-\d{5,}-of-\d{5,}\.safetensors")
 
@@ -87,16 +89,17 @@ class Checkpoints:
 
     def save(
         self, fragments: list[Fragment], state: TrainerState, rank: int, gather: Callable[[object], list],
-        method: dict[str, torch.Tensor] | None = None,
+        method: dict[str, torch.Tensor] | None = None, average: Sequence[Fragment] = (),
     ) -> None:  # fmt: skip
         """Write this rank's fragments; rank 0 commits when all have. `gather` collects one object from every rank.
 
-        method: what the method remembers, the same on all ranks.
+        method: what the method remembers, the same on all ranks. average: this rank's pieces of the moving average.
         """
         fragments = [f for f in fragments if rank == 0 or not f.replicated]
         tensors = {f"weights/{f.start}/{f.name}": f.master() for f in fragments}
         for kind in OPTIMIZER_STATE:
             tensors |= {f"{kind}/{f.start}/{f.name}": f.state(kind) for f in fragments}
+        tensors |= {f"{AVERAGE}/{f.start}/{f.name}": f.master() for f in average if rank == 0 or not f.replicated}
         written = self._write(state.step, f"rank-{rank:05d}-of-{state.workers:05d}.safetensors", tensors)
         if rank == 0 and method:
             written |= self._write(state.step, METHOD, method)
@@ -163,7 +166,7 @@ class Checkpoints:
     def _commit(self, step: int) -> Commit:
         where = f"{self.storage.where(_folder(step))}/{COMMIT}"
         try:
-            tree = json.loads(self.storage.read(f"{_folder(step)}/{COMMIT}"))
+            tree = documents.from_json(self.storage.read(f"{_folder(step)}/{COMMIT}"))
             state = {**tree["state"], "data": dict(tree["state"]["data"])}
             files = {str(name): (int(f["bytes"]), str(f["sha256"])) for name, f in tree["files"].items()}
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -233,7 +236,7 @@ class Saved:
         return [name for kind, name in self._pieces if kind == "weights"]
 
     def count(self, kind: str, name: str) -> int:
-        """Elements of a tensor; kind: weights, or one of OPTIMIZER_STATE."""
+        """Elements of a tensor; kind: weights, AVERAGE, or one of OPTIMIZER_STATE."""
         return sum(count for _, count, _, _ in self._pieces.get((kind, name), ()))
 
     def read(self, target: torch.Tensor, kind: str, name: str, start: int = 0) -> None:
@@ -249,15 +252,16 @@ class Saved:
             if low < high:
                 target[low - start : high - start].copy_(file.get_slice(key)[low - at : high - at])
 
-    def weights(self, module: torch.nn.Module) -> None:
-        """Copy the trained weights into a whole module on CPU. Raises CheckpointError where they do not fit."""
+    def weights(self, module: torch.nn.Module, kind: str = "weights") -> None:
+        """Copy the trained weights, or their AVERAGE, into a whole module on CPU. Raises CheckpointError where they do not
+        fit."""
         own = dict(module.named_parameters())
         for name in self.names():
-            if name not in own or own[name].numel() != self.count("weights", name):
+            if name not in own or own[name].numel() != self.count(kind, name):
                 raise CheckpointError(
-                    f"{self.where}: {name} ({self.count('weights', name)} elements) does not fit the model"
+                    f"{self.where}: {name} ({self.count(kind, name)} elements) does not fit the model"
                 )
-            self.read(own[name].data.view(-1), "weights", name)
+            self.read(own[name].data.view(-1), kind, name)
 
     def restore(self, fragments: list[Fragment], step: int) -> None:
         """Copy master weights and optimizer state into a rank's fragments."""
@@ -266,6 +270,11 @@ class Saved:
             for kind in OPTIMIZER_STATE:
                 self.read(f.state(kind), kind, f.name, f.start)
             f.set_step(step)
+
+    def restore_average(self, fragments: Sequence[Fragment]) -> None:
+        """Copy the moving average into a rank's pieces of it."""
+        for f in fragments:
+            self.read(f.master(), AVERAGE, f.name, f.start)
 
 
 def _ours(name: str) -> bool:

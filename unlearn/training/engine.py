@@ -161,7 +161,7 @@ class TorchEngine:
                 parts = self.objective(batch)
             self.finite(parts)
             if apart:
-                apart.add(_terms(parts))
+                apart.add(terms(parts))
             else:
                 (parts["loss"] / len(batches)).backward()
             _add(sums, parts)
@@ -252,7 +252,7 @@ class DeepSpeedEngine:
             ):
                 parts = self.objective(batch)
             self.finite(parts)
-            apart.add(_terms(parts))
+            apart.add(terms(parts))
             _add(sums, parts)
         yield self._engine(Imposed(trained, apart.combined(self.objective.method)))["loss"]
 
@@ -312,7 +312,7 @@ def _named(student: Adapter, trained: list[nn.Parameter]) -> list[tuple[str, nn.
     return [(name, p) for name, p in student.named_parameters() if id(p) in wanted]
 
 
-def _terms(parts: Parts) -> Parts:
+def terms(parts: Parts) -> Parts:
     return {name: value for name, value in parts.items() if name != "loss"}
 
 

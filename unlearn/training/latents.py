@@ -51,7 +51,7 @@ class LatentCache:
         told = {
             "data": rows.manifest.hash, "first_stage": _fingerprint(first_stage), "grid": model.grid,
             "images": model.options.model_dump(mode="json", include={"image_size", "mean", "std"}),
-            "views": specs, "count": settings.data.latent_views,
+            "views": specs, "count": settings.data.latent_views, "orientation": settings.data.orientation,
         }  # fmt: skip
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         self.storage = Storage(f"{settings.data.latent_cache}/{digest[:16]}")

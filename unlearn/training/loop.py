@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from unlearn import config, views
+from unlearn import config, patience, views
 from unlearn.data import order
 from unlearn.data.loader import Loader
 from unlearn.errors import TrainingError
@@ -20,6 +20,7 @@ from unlearn.models import weights
 from unlearn.models.base import Adapter
 from unlearn.run import Run
 from unlearn.training import heartbeat, latents
+from unlearn.training.average import Average
 from unlearn.training.checkpoint import Checkpoints, TrainerState
 from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
 from unlearn.training.heartbeat import Heartbeat
@@ -41,6 +42,7 @@ def worker(
     Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed. Raises ClusterError, which
     names a rank that is missing, where a collective fails.
     """
+    patience.use(run.settings.storage.patience)
     with heartbeat.beating(run.settings.cluster.timeout) as heart:
         _work(run, report, heart, min(until or run.steps, run.steps), kept or Kept())
 
@@ -79,14 +81,19 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
         method.load_state_dict(remembered)
         if saved:
             saved.restore(engine.fragments(), start)
+        decay = settings.training.ema
+        average = None if decay is None else Average(engine.fragments(), decay)
+        if saved and average:
+            saved.restore_average(average.fragments)
     metrics = MetricsLog(run.folder, start) if engine.rank == 0 else contextlib.nullcontext()
     with _told(settings, engine), metrics as log:
-        train(run, engine, loader, checkpoints, start, until, student, method, report, log, heart)
+        train(run, engine, loader, checkpoints, start, until, student, method, report, log, heart, average)
 
 
 def train(
     run: Run, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, until: int, student: Adapter,
     method: methods.Method, report: Report, log: MetricsLog | None, heart: Heartbeat,
+    average: Average | None = None,
 ) -> None:  # fmt: skip
     """Steps start .. until: fetch, compute, update, log, save. log: of rank 0."""
     settings, stop = run.settings, run.steps
@@ -105,6 +112,8 @@ def train(
         heart.at(f"step {step}")
         mine = window.watch(itertools.islice(batches, settings.accumulation))
         window.add(engine.step(mine, learning_rate(settings.training, step - 1, stop)))
+        if average:
+            average.update()
         if step % settings.training.log_every == 0 or step == until:
             row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(settings.training, step - 1, stop)}
             row |= {"bad_images": _bad_images(engine, loader, log), "workers": engine.workers}
@@ -117,7 +126,8 @@ def train(
             with window.paused():
                 if log:
                     log.flush()  # first, so that a committed checkpoint has all its rows
-                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather, method.state_dict())
+                pieces = average.fragments if average else ()
+                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather, method.state_dict(), pieces)
             if log:
                 logger.info("checkpoint of step %s committed", step)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from unlearn import patience
 from unlearn.data.storage import Storage, told
 from unlearn.errors import StorageError
 
@@ -29,13 +30,14 @@ class MetricsLog:
     """Rows of one run. A thread publishes them, so that training never waits for the storage, and tries again.
 
     A resumed run keeps the rows up to the step it goes on from. every: seconds between two publications at least.
-    patience: seconds that `flush` and `close` wait for a storage that fails.
+    wait: seconds that `flush` and `close` wait for a storage that fails; by default a minute, or what S3 is given.
     """
 
-    def __init__(self, run_dir: str, start: int, every: float = 2, patience: float = 60):
+    def __init__(self, run_dir: str, start: int, every: float = 2, wait: float | None = None):
         from tensorboardX import SummaryWriter
 
-        self._storage, self._every, self._patience = Storage(run_dir), every, patience
+        self._storage, self._every = Storage(run_dir), every
+        self._patience = max(60, patience.seconds()) if wait is None else wait
         rows = [row for row in read(run_dir) if row["step"] <= start]
         self._text = b"".join(_line(row) for row in rows)  # of all rows; the thread alone changes it
         self._temporary = None if self._storage.is_local() else tempfile.TemporaryDirectory()
@@ -76,13 +78,13 @@ class MetricsLog:
         with self._changed:
             self._attached[name] = data
 
-    def flush(self, patience: float | None = None) -> None:
+    def flush(self, wait: float | None = None) -> None:
         """Wait until all rows are published. Raises StorageError where the storage fails for too long."""
         with self._changed:
             wanted, self._waiting = self._added, True
             self._changed.notify_all()
             self._changed.wait_for(
-                lambda: self._done >= wanted or self._broken, self._patience if patience is None else patience
+                lambda: self._done >= wanted or self._broken, self._patience if wait is None else wait
             )
             self._waiting = False
             if self._done < wanted:
@@ -90,10 +92,10 @@ class MetricsLog:
                     f"{self._storage.where(METRICS)}: the storage has not answered for long"
                 )
 
-    def close(self, patience: float | None = None) -> None:
+    def close(self, wait: float | None = None) -> None:
         """Publish what is left, and end. Raises StorageError as `flush` does."""
         try:
-            self.flush(patience)
+            self.flush(wait)
         finally:
             with self._changed:
                 self._closed = True
@@ -197,9 +199,11 @@ class Follower:
         self._end, self._last = 0, b""  # bytes that were read, and the last line of them
 
     def newest(self) -> dict | None:
-        """The newest row, or before there is one how far the latents are. Raises StorageError and ValueError."""
-        self.rows()
-        return self._newest or next(iter(latents(self.run_dir)), None)
+        """The newest row, or before there is one how far the latents are. Raises StorageError and ValueError, without
+        waiting for a storage that is away: who follows asks again."""
+        with patience.at_most(0):
+            self.rows()
+            return self._newest or next(iter(latents(self.run_dir)), None)
 
     def rows(self) -> list[dict]:
         """The rows that are new since the last call; all of them, where a resumed run has written them anew."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.models import base, folders
-from unlearn.models.diffusion import autoencoder, flow, networks, noising, pipeline
+from unlearn.models.diffusion import autoencoder, flow, ldm, networks, noising, palette, pipeline, prompts
 from unlearn.models.diffusion.shapes import LINEAR, PALETTE, VARIANTS
 from unlearn.views import View
 
@@ -38,9 +38,13 @@ class DiffusionOptions(base.ModelOptions):
     scheduler: dict[str, Any] = LINEAR
     # "class" and the config of the autoencoder in whose latents the network works; None: it works on pixels
     vae: dict[str, Any] | None = None
-    # the text for a network that takes one, and how many tokens long it is
-    prompt: str = ""
+    # what a network on pixels is told of the noise: the timestep, or gamma, the share of variance left, as Palette's is
+    conditioning: Literal["timestep", "gamma"] = "timestep"
+    # the text for a network that takes one, and how many tokens long it is; None: zeros in place of its embedding
+    prompt: str | None = ""
     tokens: PositiveInt = 77
+    # further ones: training draws one of all for each image, `reconstruct` takes `prompt`
+    prompts: tuple[str, ...] = ()
     # how many blocks of a transformer are the encoder; None: half of them
     encoder_blocks: PositiveInt | None = None
     # of `reconstruct`
@@ -51,6 +55,10 @@ class DiffusionOptions(base.ModelOptions):
     def _fits(self):
         if reason := networks.mismatch(self.network, self.vae):
             raise ValueError(reason)
+        if self.prompts and (self.vae is None or self.prompt is None):
+            raise ValueError("prompts are further ones beside `prompt`, of a network that takes text")
+        if self.conditioning == "gamma" and self.vae is not None:
+            raise ValueError("conditioning gamma is for networks on pixels: leave it out")
         _, f = autoencoder.noised_space(self.vae)
         halvings = networks.NETWORKS[self.network["class"]].halvings(self.network)
         for parts, what in (
@@ -60,6 +68,11 @@ class DiffusionOptions(base.ModelOptions):
             if self.image_size % parts:
                 raise ValueError(f"image_size {self.image_size} is not a multiple of {parts}, {what}")
         return self
+
+    @property
+    def texts(self) -> int:
+        """How many prompts there are."""
+        return 1 + len(self.prompts)
 
 
 class Diffusion(base.Adapter):
@@ -73,7 +86,7 @@ class Diffusion(base.Adapter):
     Options = DiffusionOptions
     noise_region = "hole"
     first_stage_names = autoencoder.AUTOENCODER_TENSORS
-    option_files = ("*.json", pipeline.PROMPT_FILE)
+    option_files = ("*.json", prompts.FILE)
     variants = VARIANTS
 
     options: DiffusionOptions
@@ -102,6 +115,7 @@ class Diffusion(base.Adapter):
         self.shared.requires_grad_(False)
         self._initialise()
         self._flops: int | None = None
+        self.guidance: float | None = None
 
     def _initialise(self):
         # `shared` is never trained, not even in pretraining: random features of time, as large as activations are.
@@ -125,12 +139,14 @@ class Diffusion(base.Adapter):
 
     def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> list[torch.Tensor]:
         sample, t, _ = self._noised(inputs, view, seed)
-        return self.encoder(sample, *self.shared(t, inputs.dtype))
+        texts = self._texts(len(inputs), seed, inputs.device)
+        return self.encoder(sample, *self.shared(self.noising.told(t), inputs.dtype, texts))
 
     def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         """Mean squared error of the prediction (noise, velocity or image): in the hole, or over all latents."""
         sample, t, target = self._noised(inputs, view, seed)
-        error = self._predict(sample, t).to(target.dtype) - target
+        texts = self._texts(len(inputs), seed, inputs.device)
+        error = self._predict(sample, t, texts).to(target.dtype) - target
         if self.latent:
             return error.square().mean()
         hole = view.pixel_mask(error.shape[-1]).expand_as(error)
@@ -146,7 +162,7 @@ class Diffusion(base.Adapter):
         known = known if self.latent else torch.where(hole, condition, known)
         sampler = self.noising.sampler(self.options.sampler, self.options.sampling_steps, known.device)
         for t in sampler.timesteps:
-            x = sampler.step(self._predict(self.layout(x, known, hole), t.expand(len(x))), t, x).prev_sample
+            x = sampler.step(self._guided(self.layout(x, known, hole), t.expand(len(x))), t, x).prev_sample
         filled = self.decoder.get_submodule("back")(x) if self.latent else x
         return torch.where(hole, filled.to(images.dtype), images)
 
@@ -161,8 +177,36 @@ class Diffusion(base.Adapter):
         wide = torch.promote_types(inputs.dtype, torch.float32)
         return sample, t, self.noising.target(clean.to(wide), eps.to(wide), t)
 
-    def _predict(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        emb, context = self.shared(t, sample.dtype)
+    def _texts(self, rows: int, seed: int, device: torch.device) -> torch.Tensor | None:
+        """Which prompt each row has (rows,); None where there is one."""
+        if not self.options.prompts:
+            return None
+        return torch.randint(self.options.texts, (rows,), generator=_generator(seed, 2, device), device=device)
+
+    def guide(self, scale: float) -> None:
+        if not self.latent:
+            raise ConfigError("evaluation.guidance_scale: a network on pixels takes no prompt; leave it out")
+        if self.options.network["class"] == networks.TRANSFORMER:
+            networks.module(networks.TRANSFORMER).guide(self.shared, scale)
+            return
+        if "" not in self.options.prompts or not self.options.prompt:
+            raise ConfigError(
+                "evaluation.guidance_scale compares with the empty prompt: give model.options.prompt a text, and "
+                "model.options.prompts ['']"
+            )
+        self.guidance = scale
+
+    def _guided(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The prediction of `reconstruct`: with guidance it is led away from that without a prompt (arXiv 2207.12598)."""
+        prompted = self._predict(sample, t)
+        if self.guidance is None:
+            return prompted
+        empty = torch.full_like(t, 1 + self.options.prompts.index(""), dtype=torch.long)
+        plain = self._predict(sample, t, empty)
+        return plain + self.guidance * (prompted - plain)
+
+    def _predict(self, sample: torch.Tensor, t: torch.Tensor, texts: torch.Tensor | None = None) -> torch.Tensor:
+        emb, context = self.shared(self.noising.told(t), sample.dtype, texts)
         return self.decoder(self.encoder(sample, emb, context), emb, context)
 
     def fill_hole(self, inputs: torch.Tensor, noise: torch.Tensor, view: View) -> torch.Tensor:
@@ -191,6 +235,27 @@ class Diffusion(base.Adapter):
         return networks.module(networks.TRANSFORMER if transformer else networks.LATENT_UNET).from_public(tensors)
 
     @classmethod
+    def from_file(
+        cls, tensors: dict[str, torch.Tensor], arguments: dict[str, Any], chosen: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """A file of Palette, one of Stable Diffusion's own code, or one with diffusers' names."""
+        if ldm.is_ldm(tensors):
+            return ldm.read(tensors, chosen)
+        if palette.is_palette(tensors):
+            return cls.from_public(palette.to_diffusers(tensors)), palette.options(tensors)
+        gamma, tensors = "gammas" in tensors, palette.without_schedule(tensors)
+        if (
+            not gamma
+            and "conditioning" not in chosen
+            and tensors.get("conv_in.weight", torch.empty(0)).shape[1:2] == (6,)
+        ):
+            base.tell(
+                "a UNet on pixels in a single file does not say what it is told of the noise; it is taken to be the timestep. "
+                "Palette's is told gamma: set model.options.conditioning to timestep or gamma"
+            )
+        return cls.from_public(tensors), {"conditioning": "gamma"} if gamma else None
+
+    @classmethod
     def placed(cls, tensors: dict[str, torch.Tensor], options: DiffusionOptions) -> dict[str, torch.Tensor]:
         """The blocks of a transformer on the side of the cut where `encoder_blocks` puts them."""
         if options.network["class"] != networks.TRANSFORMER:
@@ -203,17 +268,21 @@ class Diffusion(base.Adapter):
         return autoencoder.first_stage_from(path)
 
     @classmethod
-    def from_folder(cls, folder: Path, chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """A folder of diffusers: of a pipeline, or of a UNet2DModel alone."""
-        if _is_latent(folder):
-            return pipeline.read(folder, chosen)
+    def from_folder(
+        cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """A folder of diffusers: of a pipeline, or of a network alone, with the rest of its pipeline in `first_stage`."""
+        if pipeline.is_latent(folder):
+            return pipeline.read(folder, chosen, first_stage)
         options = cls.options_from_folder(folder, chosen)
         return cls.from_public(folders.tensors(_unet_folder(folder))), options
 
     @classmethod
-    def options_from_folder(cls, folder: Path, chosen: dict[str, Any]) -> dict[str, Any]:
-        if _is_latent(folder):
-            return pipeline.options(folder)
+    def options_from_folder(
+        cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
+    ) -> dict[str, Any]:
+        if pipeline.is_latent(folder):
+            return pipeline.options(folder, chosen, first_stage)
         network = networks.described(_unet_folder(folder))
         if reason := networks.mismatch(network, None):
             raise WeightsError(f"{_unet_folder(folder)}: {reason}")
@@ -227,21 +296,21 @@ class Diffusion(base.Adapter):
         size = network.get("sample_size")
         return {**options, "image_size": size} if isinstance(size, int) else options
 
-    def to_folder(self, folder: Path) -> None:
-        """Write a pipeline folder of diffusers."""
+    def to_folder(self, folder: Path, origin: Path | None = None) -> str:
+        """Write a pipeline folder of diffusers; of a network that is told gamma, which none of its pipelines knows,
+        Palette's own file."""
         if self.latent:
-            return pipeline.write(self.state_dict(), self.options, folder)
+            return pipeline.write(self.state_dict(), self.options, folder, origin)
+        if self.options.conditioning == "gamma":
+            return palette.write(
+                networks.module(networks.PIXEL_UNET).to_public(self.state_dict()), self.options, folder
+            )
         config = {"sample_size": self.options.image_size, **networks.arguments(self.options.network)}
         whole = diffusers.UNet2DModel(**config)
         whole.load_state_dict(networks.module(networks.PIXEL_UNET).to_public(self.state_dict()), assign=True)
         scheduler = noising.scheduler("DDPMScheduler", self.options.scheduler)
         diffusers.DDPMPipeline(whole, scheduler).save_pretrained(folder)
-
-
-def _is_latent(folder: Path) -> bool:
-    """Whether a folder of diffusers is of a pipeline that works on latents."""
-    index = folder / "model_index.json"
-    return index.is_file() and "vae" in folders.config(index)
+        return "diffusers.DDPMPipeline.from_pretrained(FOLDER)"
 
 
 def _unet_folder(folder: Path) -> Path:
@@ -250,7 +319,8 @@ def _unet_folder(folder: Path) -> Path:
 
 def _noising(options: DiffusionOptions) -> noising.DiscreteNoising | flow.FlowMatching:
     if options.network["class"] != networks.TRANSFORMER:
-        return noising.DiscreteNoising(options.scheduler, bounded=options.vae is None)
+        kind = noising.GammaNoising if options.conditioning == "gamma" else noising.DiscreteNoising
+        return kind(options.scheduler, bounded=options.vae is None)
     _, f = autoencoder.noised_space(options.vae)
     return flow.FlowMatching(options.scheduler, (options.image_size // f // 2) ** 2)
 

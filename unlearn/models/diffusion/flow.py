@@ -49,6 +49,10 @@ class FlowMatching:
         """The velocity."""
         return eps - clean
 
+    def told(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network is given for these timesteps (rows,): the timesteps themselves."""
+        return t
+
     def sampler(self, kind: str, steps: int, device: torch.device):
         """Euler's method over `steps` timesteps, from noise down. `kind` is for other models' samplers."""
         sampler = noising.scheduler(SCHEDULER, self.config)

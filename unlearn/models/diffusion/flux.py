@@ -16,6 +16,7 @@ from torch import nn
 
 from unlearn.models.base import CheckpointedModule
 from unlearn.models.diffusion.networks import PROMPT_TENSORS
+from unlearn.models.diffusion.unet_condition import rows
 
 from diffusers import FluxTransformer2DModel  # isort: skip
 
@@ -32,25 +33,35 @@ _BLOCK = re.compile(rf"(?:encoder\.|decoder\.)?({'|'.join(BLOCK_KINDS)})\.(\d+)\
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,) in 0..1000, dtype) to (emb of time, guidance and pooled prompt (B, W), prompt (B, T, W))."""
+    """(timesteps (B,) in 0..1000, dtype, texts) to (emb of time, guidance and pooled prompt (B, W), prompt (B, T, W)).
+
+    texts: which of the K prompts each row has (B,); None: all the first.
+    """
 
     prompt: torch.Tensor
     pooled: torch.Tensor
 
-    def __init__(self, whole: FluxTransformer2DModel, tokens: int):
+    def __init__(self, whole: FluxTransformer2DModel, tokens: int, texts: int):
         super().__init__()
         self.time_text_embed, self.context_embedder = whole.time_text_embed, whole.context_embedder
-        self.guided = whole.config["guidance_embeds"]
-        self.register_buffer("prompt", torch.zeros(1, tokens, whole.config["joint_attention_dim"]))
-        self.register_buffer("pooled", torch.zeros(1, whole.config["pooled_projection_dim"]))
+        self.guided, self.guidance = whole.config["guidance_embeds"], GUIDANCE
+        self.register_buffer("prompt", torch.zeros(texts, tokens, whole.config["joint_attention_dim"]))
+        self.register_buffer("pooled", torch.zeros(texts, whole.config["pooled_projection_dim"]))
 
-    def forward(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, t: torch.Tensor, dtype: torch.dtype, texts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         # diffusers' model is given t / 1000 and multiplies by 1000; doing both keeps its rounding.
         t = t.float() / 1000 * 1000
-        pooled = self.pooled.to(dtype).expand(len(t), -1)
-        guidance = (torch.full_like(t, GUIDANCE * 1000),) if self.guided else ()
+        pooled = rows(self.pooled, texts).to(dtype).expand(len(t), -1)
+        guidance = (torch.full_like(t, self.guidance * 1000),) if self.guided else ()
         emb = self.time_text_embed(t, *guidance, pooled)
-        return emb, self.context_embedder(self.prompt.to(dtype)).expand(len(t), -1, -1)
+        return emb, self.context_embedder(rows(self.prompt, texts).to(dtype)).expand(len(t), -1, -1)
+
+
+def guide(shared: Conditioning, scale: float) -> None:
+    """Let the network be told another guidance strength than GUIDANCE: Flux needs no second prediction for it."""
+    shared.guidance = scale
 
 
 class Blocks(CheckpointedModule):
@@ -127,11 +138,12 @@ def layout(noisy: torch.Tensor, known: torch.Tensor, hidden: torch.Tensor) -> to
 
 
 def split(
-    config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None = None
+    config: dict[str, Any], tokens: int = 512, encoder_blocks: int | None = None, texts: int = 1
 ) -> tuple[Encoder, Decoder, Conditioning]:
     """The three parts of the network that diffusers builds from this config. Raises ValueError.
 
-    tokens: of the prompt. encoder_blocks: how many blocks the encoder has, by default half of them.
+    tokens: of a prompt. encoder_blocks: how many blocks the encoder has, by default half of them. texts: how many
+    prompts there are.
     """
     if config.get("patch_size", 1) != 1:
         raise ValueError(f"patch_size {config['patch_size']}: only 1 is known, as FLUX.1-Fill has it")
@@ -142,7 +154,7 @@ def split(
         raise ValueError(
             f"encoder_blocks {stop}: of the {count} blocks some must be the encoder's and some the decoder's"
         )
-    return Encoder(whole, stop), Decoder(whole, stop), Conditioning(whole, tokens)
+    return Encoder(whole, stop), Decoder(whole, stop), Conditioning(whole, tokens, texts)
 
 
 def from_public(tensors: dict[str, torch.Tensor], encoder_blocks: int | None = None) -> dict[str, torch.Tensor]:

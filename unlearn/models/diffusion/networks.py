@@ -47,11 +47,11 @@ NETWORKS = {
     PIXEL_UNET: Network("unlearn.models.diffusion.unet", "unet", lambda c, f: (2 * c, c), _halvings),
     LATENT_UNET: Network(
         "unlearn.models.diffusion.unet_condition", "unet", lambda c, f: (2 * c + 1, c), _halvings,
-        ("tokens", "image_size"),
+        ("tokens", "image_size", "texts"),
     ),
     TRANSFORMER: Network(
         "unlearn.models.diffusion.flux", "transformer", lambda c, f: (4 * (2 * c + f * f), 4 * c), lambda config: 1,
-        ("tokens", "encoder_blocks"),
+        ("tokens", "encoder_blocks", "texts"),
     ),
 }  # fmt: skip
 LATENT_NETWORKS = (LATENT_UNET, TRANSFORMER)
@@ -75,9 +75,15 @@ def split(network: dict[str, Any], options: Any) -> tuple[CheckpointedModule, nn
 
 
 def described(folder: Path) -> dict[str, Any]:
-    """The class and the config of the model in a folder of diffusers. Raises WeightsError."""
+    """The class and the config of the model in a folder of diffusers. Raises WeightsError.
+
+    Keys that the class does not take are left out, as diffusers does: those of a moving average, of other versions.
+    """
     config = folders.config(folder / "config.json")
-    return {"class": config.get("_class_name"), **folders.public(config)}
+    kind, settings = config.get("_class_name"), folders.public(config)
+    cls = getattr(diffusers, str(kind), None)
+    known = inspect.signature(cls.__init__).parameters if cls else settings
+    return {"class": kind, **{name: value for name, value in settings.items() if name in known}}
 
 
 def mismatch(network: dict[str, Any], vae: dict[str, Any] | None) -> str | None:

@@ -49,6 +49,10 @@ class DiscreteNoising:
         signal, noise = self._scales(t, clean)
         return signal * eps - noise * clean
 
+    def told(self, t: torch.Tensor) -> torch.Tensor:
+        """What the network is given for these timesteps (rows,): the timesteps themselves."""
+        return t
+
     def sampler(self, kind: str, steps: int, device: torch.device):
         """A diffusers scheduler with `steps` timesteps, from the last one, where everything is noise, down.
 
@@ -62,9 +66,34 @@ class DiscreteNoising:
 
     def _scales(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(a_t) and sqrt(1 - a_t), in shapes that multiply `like`."""
-        kept = _on(json.dumps(self.config, sort_keys=True), t.device)[t].view(-1, *(1,) * (like.dim() - 1))
+        kept = self._kept(t).view(-1, *(1,) * (like.dim() - 1))
         kept = kept.to(torch.promote_types(like.dtype, torch.float32))
         return kept.sqrt(), (1 - kept).sqrt()
+
+    def _kept(self, t: torch.Tensor) -> torch.Tensor:
+        """a_t, (rows,) float32."""
+        return _on(json.dumps(self.config, sort_keys=True), t.device)[t]
+
+
+class GammaNoising(DiscreteNoising):
+    """As Palette (arXiv 2111.05826): the network is given gamma_t = a_t, a number in (0, 1), in place of t.
+
+    Training draws it between the levels of two neighbouring timesteps, so these are fractions: t = 1.25 lies a quarter of the
+    way from gamma_1 to gamma_2.
+    """
+
+    def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:
+        """Timesteps (rows,) float32: between two whole ones, each such interval equally likely."""
+        low = torch.randint(self.count - 1, (rows,), generator=generator, device=generator.device)
+        return low + torch.rand(rows, generator=generator, device=generator.device)
+
+    def told(self, t: torch.Tensor) -> torch.Tensor:
+        return self._kept(t)
+
+    def _kept(self, t: torch.Tensor) -> torch.Tensor:
+        low = t.long()
+        high = (low + 1).clamp(max=self.count - 1)
+        return torch.lerp(super()._kept(low), super()._kept(high), (t - low).float())
 
 
 @functools.cache

@@ -68,13 +68,13 @@ class Decoder(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,), dtype) to (emb (B, E), context): what encoder and decoder are both given besides the image."""
+    """(timesteps (B,), dtype, texts) to (emb (B, E), context): what encoder and decoder are both given besides the image."""
 
     def __init__(self, whole: UNet2DModel):
         super().__init__()
         self.time_proj, self.time_embedding = whole.time_proj, whole.time_embedding
 
-    def forward(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, None]:
+    def forward(self, t: torch.Tensor, dtype: torch.dtype, texts: None = None) -> tuple[torch.Tensor, None]:
         return self.time_embedding(self.time_proj(t).to(dtype)), None
 
 

@@ -32,37 +32,45 @@ _PLAIN = {
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,), dtype) to (embedding of time (B, E), prompt (B, T, D)): what encoder and decoder are both given.
+    """(timesteps (B,), dtype, texts) to (embedding of time (B, E), prompt (B, T, D)): what encoder and decoder are given.
 
-    SDXL adds the pooled prompt (1, P) and six sizes in pixels (original, crop, target) to the embedding of time.
+    texts: which of the K prompts each row has (B,); None: all the first. SDXL adds the pooled prompt (1, P) and six sizes in pixels (original, crop, target) to the embedding of time.
     """
 
     prompt: torch.Tensor
     pooled: torch.Tensor
     sizes: torch.Tensor
 
-    def __init__(self, model: UNet2DConditionModel, tokens: int, image_size: int):
+    def __init__(self, model: UNet2DConditionModel, tokens: int, image_size: int, texts: int):
         super().__init__()
         self.time_proj, self.time_embedding = model.time_proj, model.time_embedding
         self.time_embed_act = model.time_embed_act
         config = model.config
         width = config["cross_attention_dim"]
-        self.register_buffer("prompt", torch.zeros(1, tokens, width if isinstance(width, int) else width[0]))
+        self.register_buffer("prompt", torch.zeros(texts, tokens, width if isinstance(width, int) else width[0]))
         self.add_embedding = None
         if config["addition_embed_type"] == "text_time":
             self.add_time_proj, self.add_embedding = model.add_time_proj, model.add_embedding
             pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-            self.register_buffer("pooled", torch.zeros(1, pooled))
+            self.register_buffer("pooled", torch.zeros(texts, pooled))
             sizes = torch.tensor([image_size, image_size, 0, 0, image_size, image_size])
             self.register_buffer("sizes", sizes, persistent=False)
 
-    def forward(self, t: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, t: torch.Tensor, dtype: torch.dtype, texts: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         emb = self.time_embedding(self.time_proj(t).to(dtype))
         if self.add_embedding is not None:
-            sizes = self.add_time_proj(self.sizes).reshape(1, -1)
-            emb = emb + self.add_embedding(torch.cat([self.pooled.to(dtype), sizes.to(dtype)], dim=1))
+            pooled = rows(self.pooled, texts)
+            sizes = self.add_time_proj(self.sizes).reshape(1, -1).expand(len(pooled), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled.to(dtype), sizes.to(dtype)], dim=1))
         emb = emb if self.time_embed_act is None else self.time_embed_act(emb)
-        return emb, self.prompt.to(emb.dtype).expand(len(t), -1, -1)
+        return emb, rows(self.prompt, texts).to(emb.dtype).expand(len(t), -1, -1)
+
+
+def rows(prompts: torch.Tensor, texts: torch.Tensor | None) -> torch.Tensor:
+    """Of prompts (K, ...) those of each row, (B, ...); the first alone, (1, ...), where `texts` is None."""
+    return prompts[:1] if texts is None else prompts[texts]
 
 
 def _call(block: nn.Module, sample: torch.Tensor, emb: torch.Tensor, context: torch.Tensor, **more):
@@ -118,10 +126,12 @@ def layout(noisy: torch.Tensor, known: torch.Tensor, hidden: torch.Tensor) -> to
     return torch.cat([noisy, F.interpolate(hidden.to(noisy.dtype), size=noisy.shape[2:]), known], dim=1)
 
 
-def split(config: dict[str, Any], tokens: int = 77, image_size: int = 512) -> tuple[Encoder, Decoder, Conditioning]:
+def split(
+    config: dict[str, Any], tokens: int = 77, image_size: int = 512, texts: int = 1
+) -> tuple[Encoder, Decoder, Conditioning]:
     """The three parts of the network that diffusers builds from this config; dropout is left out. Raises ValueError.
 
-    tokens: of the prompt. image_size: in pixels, an input of SDXL.
+    tokens: of a prompt. image_size: in pixels, an input of SDXL. texts: how many prompts there are.
     """
     whole = UNet2DConditionModel(**{**config, "dropout": 0.0})
     c = whole.config
@@ -132,7 +142,7 @@ def split(config: dict[str, Any], tokens: int = 77, image_size: int = 512) -> tu
         raise ValueError(
             f"only a UNet2DConditionModel of the Stable Diffusion 1, 2 and XL kinds is known, not {', '.join(wrong)}"
         )
-    return Encoder(whole), Decoder(whole), Conditioning(whole, tokens, image_size)
+    return Encoder(whole), Decoder(whole), Conditioning(whole, tokens, image_size, texts)
 
 
 def from_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,312 @@
+"""S3: how it is found, and what becomes of what its servers and networks do wrong."""
+
+import dataclasses
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from support.images import tiny_table
+from support.runs import tiny_config, worker
+from support.s3 import ADMIN, BUCKET
+from support.s3_proxy import Proxy
+
+from unlearn import config, patience
+from unlearn import lease as leases
+from unlearn.data import selection, shards
+from unlearn.data.manifest import RowGroup
+from unlearn.data.storage import Storage, local_folder
+from unlearn.errors import ConfigError, DataError, StorageError, UnlearnError
+from unlearn.training.checkpoint import Checkpoints
+
+FAULTS = (500, 503, "cut", "lost")
+
+
+@pytest.fixture
+def patient(monkeypatch):
+    """patient(seconds): from now on the storage is given so long."""
+    return lambda seconds: monkeypatch.setenv(patience.VARIABLE, str(seconds))
+
+
+def uploaded(s3: str, folder: str) -> str:
+    for path in Path(folder).iterdir():
+        Storage(s3).write(path.name, path.read_bytes())
+    return s3
+
+
+# Faults
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_error_in_between_ends_neither_index_nor_a_selection(s3, proxied, tiny_shards, patient, fault):
+    patient(20)
+    uploaded(s3, tiny_shards)
+    for method in ("GET", "HEAD"):
+        proxied.faults[method] = [fault, None] * 3
+        assert len(selection.select(shards.load(s3), config.Rows(classes=["ant"]), 0, "forget")) == 12
+        proxied.faults[method] = [fault, None] * 3
+        assert shards.index(s3).rows == 48
+
+
+def test_an_outage_is_waited_out_by_every_verb(s3, proxied, patient, tmp_path, caplog, monkeypatch):
+    patient(60)
+    monkeypatch.setattr(patience, "_told", -60.0)
+    storage, source = Storage(s3), tmp_path / "source"
+    storage.write("x", b"1" * 1000)
+    file, lease = storage.open("x"), leases._acquire(Storage(f"{s3}/run"), "run", 60, print)
+
+    def upload() -> bool:
+        source.write_bytes(b"2")
+        storage.upload(source, "u")
+        return storage.read("u") == b"2"
+
+    def renew() -> bool:
+        lease._renew()
+        return lease.lost == ""
+
+    verbs = {
+        "read": lambda: storage.read("x"), "range": lambda: file.read_at(10, 5) == b"1" * 10, "open": lambda: storage.open("x"),
+        "is_file": lambda: storage.is_file("x"), "files": lambda: storage.files(), "write": lambda: storage.write("w", b"1") is None,
+        "create": lambda: storage.create("c", b"1"), "upload": upload, "download": lambda: _fetched(storage),
+        "delete": lambda: storage.delete("x") is None, "renewal": renew,
+    }  # fmt: skip
+    for name, verb in verbs.items():
+        with proxied.outage(0.3):
+            assert verb(), name
+    proxied.faults["GET"] = ["lost"] * 3
+    assert storage.read("w") == b"1"
+    assert any("trying again, for 60 s at most (storage.patience)" in r.message for r in caplog.records)
+    assert storage.files() == ["c", "run/lease.json", "u", "w"]
+
+
+def _fetched(storage: Storage) -> bool:
+    with local_folder(storage.uri) as folder:
+        return (folder / "x").exists()
+
+
+def test_a_longer_one_is_told_as_the_servers_fault(s3, proxied, tiny_shards, patient):
+    uploaded(s3, tiny_shards)
+    Storage(s3).write("x", b"1" * 100)
+    manifest = shards.load(s3)
+    patient(0.3)
+    for fault, told in ((503, r"fails \(503 SlowDown\)"), ("cut", "breaks"), ("lost", "breaks")):
+        proxied.faults["GET"] = [fault] * 1000
+        began = time.monotonic()
+        for call in (lambda: manifest.read(0, ["image"]), lambda: shards.load(s3), lambda: Storage(s3).read("x")):
+            with pytest.raises(StorageError, match=told) as e:
+                call()
+            assert "it was waited for, 0 s (storage.patience)" in str(e.value) and "restore" not in str(e.value)
+        assert time.monotonic() - began < 60
+    proxied.faults.clear()
+    with proxied.outage(600), patience.at_most(0), pytest.raises(StorageError, match="breaks"):
+        manifest.read(0, ["image"])
+
+
+def test_a_write_that_is_repeated_after_an_outage_knows_its_own(s3, proxied, patient):
+    """The answers of all attempts of the client are lost, and one is made after that: it meets what the first has written."""
+    patient(60)
+    proxied.faults["PUT"] = ["lost"] * 5
+    assert Storage(s3).create("x", b"own")
+    proxied.faults["PUT"] = ["lost"] * 5
+    assert Storage(s3).replace("x", b"newer", Storage(s3).read_version("x")[1])
+
+
+def test_a_run_waits_for_its_storage_and_ends_with_the_same_weights(s3, proxied, tiny_shards, tiny_model, patient):
+    """Loader, metrics and checkpoints meet an outage at every step, with the same bits at the end."""
+    data = uploaded(f"{s3}/data", tiny_shards)
+    options = ("data.cache=none", "training.checkpoint_every=1", "storage.patience=60")
+    runs = [tiny_config(f"{s3}/{name}", data, tiny_model, *options) for name in ("whole", "disturbed")]
+    worker(runs[0])
+    outages = []
+
+    def report(row: dict) -> None:
+        outages.append(proxied.outage(0.5))
+        outages[-1].__enter__()
+
+    worker(runs[1], report)
+    assert len(outages) == 4
+    saved = [_weights(run) for run in runs]
+    assert saved[0] == saved[1]
+    assert patience.seconds() == 60
+    patience.use(None)
+
+
+def _weights(run: config.RunConfig) -> bytes:
+    checkpoints = Checkpoints(run.run_dir, 1)
+    name = next(n for n in checkpoints.storage.files() if n.endswith("safetensors") and "step-00000004" in n)
+    return checkpoints.storage.read(name)
+
+
+def test_a_server_that_sends_elsewhere_is_told_and_not_followed(s3, proxied, tmp_path):
+    storage = Storage(s3)
+    storage.write("x", b"1")
+    for method, call in {
+        "GET": storage.read,
+        "HEAD": storage.is_file,
+        "PUT": lambda name: storage.write(name, b""),
+    }.items():
+        proxied.faults[method] = ["elsewhere"]
+        with pytest.raises(StorageError, match=r"sends elsewhere \(307, to http://elsewhere.test/data\)") as e:
+            call("x")
+        assert "secret" not in str(e.value) and "token" not in str(e.value)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["with checksums", "without"])
+def test_a_shard_that_is_replaced_during_a_run_is_named(s3, tiny_shards, old):
+    """By the checksums of its values; without them, as manifests of earlier versions are, by its version."""
+    manifest = shards.load(uploaded(s3, tiny_shards))
+    if old:
+        groups = [[dataclasses.replace(g, checks={}) for g in s.row_groups] for s in manifest.shards]
+        parts = [dataclasses.replace(s, row_groups=g) for s, g in zip(manifest.shards, groups, strict=True)]
+        manifest = dataclasses.replace(manifest, shards=parts)
+        assert isinstance(parts[0].row_groups[0], RowGroup) and not parts[0].row_groups[0].checks
+    manifest.read(1, ["label"])
+    stored = Storage(s3).read("shard-0.parquet")
+    image = tiny_table(0, 16).column("image")[12]["bytes"].as_py()
+    at = stored.index(image)
+    Storage(s3).write("shard-0.parquet", stored[: at + 40] + bytes([stored[at + 40] ^ 255]) + stored[at + 41 :])
+    with pytest.raises((DataError, StorageError), match=r"row group 1.*replaced") as e:
+        manifest.read(1, ["image"])
+    assert "shard-0.parquet" in str(e.value)
+
+
+def test_an_object_that_is_replaced_while_it_is_read_is_not_mixed(s3):
+    storage = Storage(s3)
+    storage.write("x", b"a" * (20 << 20))
+    with storage.open("x") as file:
+        assert file.read(20 << 20) == b"a" * (20 << 20)  # by several requests
+        storage.write("x", b"b" * (20 << 20))
+        with pytest.raises(StorageError, match="replaced while it was read"):
+            file.read_at(10, 0)
+
+
+# How it is found
+
+
+@pytest.fixture
+def lost_user(s3_user, monkeypatch, tmp_path):
+    """lost_user(config="...", NAME=value): an administrator whose AWS variables name no server but what is given."""
+
+    def login(config: str = "", **variables: str) -> None:
+        s3_user(ADMIN, "http://127.0.0.1:9")  # which also unsets what the call before has set
+        monkeypatch.delenv("AWS_ENDPOINT_URL")
+        (tmp_path / "config").write_text(config)
+        for name, value in ({"AWS_CONFIG_FILE": str(tmp_path / "config")} | variables).items():
+            monkeypatch.setenv(name, value)
+
+    return login
+
+
+def reads_and_writes(s3: str) -> bool:
+    storage = Storage(s3)
+    storage.write("x", b"1")
+    with storage.open("x") as file:
+        return file.read() == storage.read("x") == b"1"
+
+
+@pytest.mark.parametrize("way", ["variable", "own variable", "profile", "services", "another profile"])
+def test_every_way_to_name_an_endpoint_is_heard(s3, s3_server, lost_user, way):
+    nowhere = "http://127.0.0.1:9"
+    ways = {
+        "variable": {"AWS_ENDPOINT_URL": s3_server},
+        "own variable": {"AWS_ENDPOINT_URL_S3": s3_server, "AWS_ENDPOINT_URL": nowhere},
+        "profile": {"config": f"[default]\nendpoint_url = {s3_server}\n"},
+        "services": {"config": f"[default]\nservices = mine\n[services mine]\ns3 =\n  endpoint_url = {s3_server}\n"},
+        "another profile": {"config": f"[default]\nendpoint_url = {nowhere}\n[profile b]\nendpoint_url = {s3_server}\n", "AWS_PROFILE": "b"},
+    }  # fmt: skip
+    keys = f"aws_access_key_id = {ADMIN[0]}\naws_secret_access_key = {ADMIN[1]}\n"
+    chosen = ways[way]
+    lost_user(**(chosen | ({"config": chosen["config"] + keys} if way == "another profile" else {})))
+    assert reads_and_writes(s3)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory) -> tuple[str, str]:
+    """(certificate, key) of 127.0.0.1, known to no one."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("tls")
+    paths = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=s3",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return paths
+
+
+def test_certificates_are_those_of_the_variable_or_the_profile(s3, s3_server, lost_user, certificate):
+    with Proxy(s3_server, certificate).listening() as proxy:
+        lost_user(AWS_ENDPOINT_URL=proxy.url)
+        with pytest.raises(StorageError, match="no TLS connection: give .* AWS_CA_BUNDLE"):
+            Storage(s3).write("x", b"1")
+        lost_user(AWS_ENDPOINT_URL=proxy.url, AWS_CA_BUNDLE=certificate[0])
+        assert reads_and_writes(s3)
+        lost_user(f"[default]\nca_bundle = {certificate[0]}\n", AWS_ENDPOINT_URL=proxy.url)
+        assert reads_and_writes(s3)
+
+
+@pytest.mark.parametrize("way", ["variable", "profile", "neither"])
+def test_buckets_are_addressed_as_is_asked_for(s3, s3_server, lost_user, monkeypatch, way):
+    known = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: known("127.0.0.1", *rest, **more))
+    with Proxy(s3_server).listening() as proxy:
+        given = {
+            "variable": {"UNLEARN_S3_ADDRESSING": "virtual"},
+            "profile": {"config": "[default]\ns3 =\n  addressing_style = virtual\n"},
+        }
+        port = proxy.url.rpartition(":")[2]
+        lost_user(**given.get(way, {}), AWS_ENDPOINT_URL=f"http://s3.test:{port}", NO_PROXY="*", no_proxy="*")
+        proxy.faults["GET"] = [503] * 2
+        with pytest.raises(StorageError):
+            Storage(s3).read("x")
+        host, path = proxy.headers[0]["Host"], proxy.requests[0][1]
+    if way == "neither":
+        assert host == f"s3.test:{port}" and path.startswith(f"/{BUCKET}/")
+    else:
+        assert host == f"{BUCKET}.s3.test:{port}" and not path.startswith(f"/{BUCKET}")
+
+
+def test_a_public_bucket_is_read_without_keys(s3, s3_user, lost_user, s3_server, monkeypatch):
+    s3_user(ADMIN)
+    Storage("s3://public/a").write("x", b"1")
+    lost_user(AWS_ENDPOINT_URL=s3_server)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(StorageError, match="no S3 credentials found: .* UNLEARN_S3_ANONYMOUS"):
+        Storage("s3://public/a").read("x")
+    monkeypatch.setenv("UNLEARN_S3_ANONYMOUS", "other, public")
+    public = Storage("s3://public/a")
+    assert public.read("x") == b"1" and public.open("x").read() == b"1" and public.files() == ["x"]
+    with pytest.raises(StorageError, match="may not do this"):
+        public.write("y", b"1")
+
+
+@pytest.mark.parametrize("endpoint", ["127.0.0.1:9000", "key:secret@minio:9000", "http://", "minio"])
+def test_an_endpoint_without_a_scheme_is_one_clear_error(s3, lost_user, endpoint):
+    lost_user(AWS_ENDPOINT_URL=endpoint)
+    with pytest.raises(StorageError, match="the S3 endpoint cannot be used .*write it as http://HOST:PORT") as e:
+        Storage(s3).open("x")
+    assert "secret" not in str(e.value)
+
+
+def test_a_wrong_bucket_is_told_as_one(s3, told, written):
+    for call in (shards.load, shards.index, lambda uri: Storage(uri).is_file("x")):
+        with pytest.raises(UnlearnError, match="s3://no-such-bucket/x.*: there is no such bucket"):
+            call("s3://no-such-bucket/x")
+    code, _, err = told("config", "check", written("data.train=s3://no-such-bucket/x"))
+    assert code == 2 and "there is no such bucket" in err
+
+
+def test_variables_that_make_no_sense_are_told(s3, monkeypatch, lost_user, s3_server):
+    lost_user(AWS_ENDPOINT_URL=s3_server, UNLEARN_S3_ADDRESSING="weird")
+    with pytest.raises(ConfigError, match="UNLEARN_S3_ADDRESSING='weird': give path, virtual, auto"):
+        Storage(s3).read("x")
+    for wrong in ("soon", "-1", "inf", "nan"):
+        monkeypatch.setenv(patience.VARIABLE, wrong)
+        with pytest.raises(ConfigError, match=f"{patience.VARIABLE}='{wrong}'"):
+            patience.seconds()
+    assert os.environ[patience.VARIABLE] == "nan"

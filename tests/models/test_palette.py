@@ -1,0 +1,84 @@
+"""The diffusion checkpoint of Palette's code: what it computes, and the way there and back."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.runs import export, tiny_config, worker
+
+from unlearn import config
+from unlearn.errors import WeightsError
+from unlearn.models import weights
+from unlearn.models.diffusion import palette
+from unlearn.models.diffusion.shapes import LINEAR
+
+SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[3] / "shared" / "data")) / "weights"
+FILE = SHARED / "palette_small_Network.pth"
+OPTIONS = {"image_size": 32, "grid": 8, "sampling_steps": 2}
+
+
+@pytest.fixture(scope="module")
+def public() -> dict[str, torch.Tensor]:
+    if not FILE.is_file():
+        pytest.skip(f"no {FILE.name} in {SHARED}: set UNLEARN_SHARED to the folder above that holds it")
+    return torch.load(FILE, weights_only=True)
+
+
+def build(path=FILE):
+    return weights.build(config.Model(family="diffusion", weights=str(path), options=OPTIONS))
+
+
+@torch.no_grad()
+def test_all_levels_and_the_output_are_those_of_palette(public):
+    model, reference = build(), np.load(SHARED / "palette_small_reference.npz")
+    assert model.options.conditioning == "gamma" and model.options.scheduler == LINEAR
+    sample, t = (torch.from_numpy(reference[name]) for name in ("input", "t"))
+    torch.testing.assert_close(model.noising.told(t), torch.from_numpy(reference["gamma"]).view(-1), rtol=1e-6, atol=0)
+    levels = model.encoder(sample, *model.shared(model.noising.told(t), torch.float32))
+    assert len(levels) == 10
+    for n, level in enumerate(levels):
+        torch.testing.assert_close(level, torch.from_numpy(reference[f"level_{n:02d}"]), rtol=1e-5, atol=1e-5)
+    output = torch.from_numpy(reference["output"])
+    torch.testing.assert_close(model._predict(sample, t), output, rtol=1e-5, atol=1e-5)
+    told_t = weights.build(
+        config.Model(family="diffusion", weights=str(FILE), options={**OPTIONS, "conditioning": "timestep"})
+    )
+    assert (told_t._predict(sample, t) - output).norm() > 0.1 * output.norm()  # the comparison can fail
+
+
+def test_gamma_is_drawn_between_the_levels_of_two_timesteps(public):
+    noising = build().noising
+    t = noising.times(4000, torch.Generator().manual_seed(0))
+    gamma, table = noising.told(t), public["gammas"]
+    low = t.long()
+    assert ((gamma <= table[low]) & (gamma >= table[low + 1])).all() and low.min() < 20 and low.max() > 1978
+    clean, eps = torch.ones(4000, 1, 1, 1), torch.zeros(4000, 1, 1, 1)
+    torch.testing.assert_close(noising.noised(clean, eps, t).flatten(), gamma.sqrt())
+
+
+def test_it_is_imported_unlearned_and_written_back(public, tiny_shards, tmp_path):
+    settings = tiny_config(
+        tmp_path / "run", tiny_shards, str(FILE), "model.family=diffusion", f"model.options={OPTIONS}",
+        "training.steps=1", "training.batch_size=4",
+    )  # fmt: skip
+    worker(settings)
+    weights.convert(config.Model(family="diffusion", weights=export(settings)), str(tmp_path / "theirs"))
+    back = torch.load(tmp_path / "theirs" / palette.FILE, weights_only=True)
+    assert {n: t.shape for n, t in back.items()} == {n: t.shape for n, t in public.items()}
+    moved = {n.split(".")[1] for n, t in back.items() if n.startswith("denoise_fn.") and not torch.equal(t, public[n])}
+    assert moved == {
+        "input_blocks",
+        "middle_block",
+    }  # the encoder; the way up and the embedding of gamma are as they were
+    assert torch.allclose(back["gammas"], public["gammas"], rtol=1e-5)
+    again = build(tmp_path / "theirs" / palette.FILE).state_dict()
+    trained = build(tmp_path / "run" / "model").state_dict()
+    assert all(torch.equal(t, trained[n]) for n, t in again.items())
+
+
+def test_half_a_file_is_told(public, tmp_path):
+    torch.save({n: t for n, t in public.items() if "input_blocks.0.0" not in n}, tmp_path / "a_Network.pth")
+    with pytest.raises(WeightsError, match="lacks a part of its network"):
+        build(tmp_path / "a_Network.pth")

@@ -1,0 +1,102 @@
+"""manifest.json beside the shards, as it is stored: one for a folder, or one for each of its splits."""
+
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from unlearn import documents
+from unlearn.data import columns as roles
+from unlearn.data import duplicates
+from unlearn.data.manifest import Manifest, short
+from unlearn.data.storage import Storage
+from unlearn.errors import DataError
+
+MANIFEST = "manifest.json"
+ROWS = 1 << 31  # of one row group: Parquet writers stay far below
+_MANIFEST = TypeAdapter(Manifest)
+
+
+def load(uri: str, split: str | None = None) -> Manifest:
+    """Read the manifest of a folder, or of one split of it. Raises DataError, StorageError."""
+    storage = Storage(uri)
+    if split is None and not storage.is_file(MANIFEST):
+        there = [
+            n[len("manifest-") : -len(".json")] for n in storage.files() if re.fullmatch(r"manifest-[\w.-]+\.json", n)
+        ]
+        if len(there) > 1:
+            raise DataError(f"{uri}: holds several splits: {', '.join(there)}; say which with `split`")
+        split = there[0] if there else None
+    name = manifest_name(split)
+    if not storage.is_file(name):
+        option = f" --split {split}" if split else ""
+        raise DataError(
+            f"{uri}: no {name} there. Shards you already have: `unlearn shards index {uri}{option}`; "
+            f"images: `unlearn shards build SRC {uri}`"
+        )
+    data = storage.read(name)
+    if not is_ours(data):
+        raise DataError(f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`")
+    try:
+        tree = documents.from_json(data)
+        known = _MANIFEST.validate_python(tree | {"uri": storage.uri, "split": split})
+        _check(known)
+        if tree["hash"] != known.hash:
+            raise ValueError("its hash is not that of its content")
+        return known
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise DataError(
+            f"{uri}/{name} is damaged ({short(e)}): make it anew with `unlearn shards index {uri}`"
+        ) from None
+
+
+def is_indexed(uri: str, split: str | None = None) -> bool:
+    """Whether a folder, or this split of it, has a manifest written by this program."""
+    storage = Storage(uri)
+    wanted = re.escape(manifest_name(split)) if split else r"manifest(-[\w.-]+)?\.json"
+    return any(re.fullmatch(wanted, name) and is_ours(storage.read(name)) for name in storage.files())
+
+
+def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
+    """Write the manifest beside the shards, and the checksums of their images; returns the manifest as written."""
+    storage = Storage(manifest.uri)
+    if checksums is not None:
+        manifest = replace(manifest, images=duplicates.write(storage, manifest.split, checksums))
+    storage.write(
+        manifest_name(manifest.split), json.dumps(manifest.tree() | {"hash": manifest.hash}, indent=1).encode()
+    )
+    return manifest
+
+
+def manifest_name(split: str | None) -> str:
+    if split is not None and not re.fullmatch(r"[\w.-]+", split):
+        raise DataError(f"{split!r} is no name of a split")
+    return f"manifest-{split}.json" if split else MANIFEST
+
+
+def is_ours(data: bytes) -> bool:
+    """Whether this program wrote a manifest, intact or damaged. An empty file counts as its own: it can be
+    overwritten."""
+    try:
+        tree = documents.from_json(data or b'{"shards": 0, "columns": 0}')
+        return isinstance(tree, dict) and "shards" in tree and "columns" in tree
+    except ValueError:
+        return data.lstrip().startswith(b'{\n "columns": [')
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises ValueError where a shard lies out of the folder, for numbers that cannot be, and for columns of no use."""
+    if wrong := set(manifest.columns) - set(roles.ROLES):
+        raise ValueError(f"{min(wrong)[:80]!r} is no role of a column")
+    for shard in manifest.shards:
+        if shard.path.startswith("/") or ".." in shard.path.split("/") or "\0" in shard.path:
+            raise ValueError(f"{shard.path[:80]!r} leads out of the folder")
+        numbers = [shard.bytes, *shard.labels]
+        for group in shard.row_groups:
+            numbers += [group.rows, group.offset, group.bytes]
+            if group.rows > ROWS:
+                raise ValueError(f"{shard.path}: a row group that cannot be")
+        if min(numbers) < 0:
+            raise ValueError(f"{shard.path}: sizes and labels are 0 or more")
