@@ -42,7 +42,7 @@ class Desk:
     def __init__(self, attempts: int):
         """attempts: how often the workers may die at one leg; -1: as often as they like."""
         self.attempts = attempts
-        self.legs: deque[Leg] = deque()
+        self.legs: list[Leg] = []
         self.taken: dict[int, Leg] = {}
         self.troubles: dict[str, str] = {}
         self.events: deque[Event] = deque()
@@ -53,8 +53,9 @@ class Desk:
     # of the driver
 
     async def put(self, legs: list[Leg]) -> None:
+        """The slots take them in the order of their points."""
         async with self.changed:
-            self.legs.extend(legs)
+            self.legs = sorted([*self.legs, *legs], key=lambda leg: leg.trial)
             self.changed.notify_all()
 
     async def settle(self, point: str, stage: int, reply: dict) -> None:
@@ -73,7 +74,7 @@ class Desk:
         """Let every caller go: the sweep is over."""
         async with self.changed:
             self.over = True
-            self.legs.clear()
+            self.legs = []
             self.changed.notify_all()
 
     # of the slots
@@ -102,7 +103,7 @@ class Desk:
         await self._until(lambda: self.over or bool(self.legs))
         if self.over:
             return "over"
-        return await self._take(slot, self.legs.popleft()) if self.legs else None
+        return await self._take(slot, self.legs.pop(0)) if self.legs else None
 
     async def _take(self, slot: int, leg: Leg) -> Leg:
         self.taken[slot] = leg

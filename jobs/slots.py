@@ -88,7 +88,7 @@ class SlotWorker:
     """One process of a slot, with what it keeps from trial to trial."""
 
     def __init__(self):
-        self.kept, self.rank = Kept(), dist.get_rank() if ranks.grouped() else 0
+        self.kept, self.rank = Kept(targets=True), dist.get_rank() if ranks.grouped() else 0
         self._network: tuple[str, torch.nn.Module] | None = None
         self._known: OrderedDict[str, measure.Known] = OrderedDict()
 
@@ -110,7 +110,7 @@ class SlotWorker:
         if start < until:
             worker(run, told, until, self.kept)
         trained = time.perf_counter()
-        ranks.from_first(lambda: export(run))
+        export(run)
         exported = time.perf_counter()
         found = self._measured(run, pictured=["retain"] if last else [])
         measured = time.perf_counter()

@@ -77,16 +77,15 @@ def _follow(
     check: Callable[[], None],
 ) -> None:  # fmt: skip
     """Take in what happens at the desk until Ray Tune is done."""
-    import ray
 
     began, waited, at = time.monotonic(), False, {}
     while not tuned.done():
-        news = ray.get(desk.news.remote())
+        news = _asked(desk.news.remote())
         check()
         for event in news:
             if event.kind == "go":
                 at[event.point] = event.about
-                ray.get(desk.put.remote(state.legs(event.point, event.about)))
+                _asked(desk.put.remote(state.legs(event.point, event.about)))
             elif event.kind == "taken":
                 state.taken(event, time.monotonic() - began)
             elif event.kind == "row":
@@ -101,7 +100,7 @@ def _follow(
             stage = at.get(event.point)
             if event.kind in ("go", "measured", "failed") and stage is not None:
                 if reply := state.reply(event.point, stage):
-                    ray.get(desk.settle.remote(event.point, stage, reply))
+                    _asked(desk.settle.remote(event.point, stage, reply))
         progress(state.progress(sweep.concurrent))
         for number, slot in enumerate(slots):
             if slot.done() and not tuned.done():
@@ -113,6 +112,11 @@ def _follow(
                 log.warning("%s", what)
     progress(state.progress(sweep.concurrent))
     tuned.result()
+
+
+def _asked(call: Any) -> Any:
+    """What a call of the desk gives. ray.get would make a plain SystemExit of the signal that stops the sweep."""
+    return call.future().result()
 
 
 @contextlib.contextmanager
@@ -146,7 +150,7 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
             slots.append(stack.enter_context(trainer.fitting(lambda: None)))
         log.info("%s slots of %s workers on Ray", sweep.concurrent, cluster.workers)
         yield slots
-        ray.get(desk.close.remote())
+        _asked(desk.close.remote())
         for slot in slots:  # they leave by themselves, which is quicker than to be ended
             with contextlib.suppress(Exception):
                 slot.result(timeout=10)
@@ -155,7 +159,6 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
 @contextlib.contextmanager
 def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterator[Future]:
     """Ray Tune in a thread of its own, over when its future is; after the block it is."""
-    import ray
 
     from jobs.tuner import tune
 
@@ -173,7 +176,7 @@ def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterato
         yield outcome
     except BaseException:
         state.stopping = True
-        ray.get(desk.close.remote())
+        _asked(desk.close.remote())
         raise
     finally:
         thread.join(20)

@@ -112,21 +112,24 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(space.dump(sweep))
     driver = subprocess.Popen([sys.executable, "-m", "unlearn", "sweep", str(path)], stderr=subprocess.PIPE, text=True)
-    second = Checkpoints(sweep.of({"method.alpha": 1.0}, 3, None, "p001-s3-m0").run_dir, 2)
-    deadline = time.monotonic() + 300
-    while not second.steps():
+    records, deadline = Trials(Storage(sweep.sweep_dir)), time.monotonic() + 300
+
+    def steps(trial) -> int:
+        return (Checkpoints(f"{sweep.sweep_dir}/{trial.run}", 2).steps() or [0])[-1]
+
+    while [t.status for t in records.all() if steps(t)] not in (["done", "running"], ["running", "done"]):
         assert driver.poll() is None and time.monotonic() < deadline, driver.stderr and driver.stderr.read()
         time.sleep(0.05)
     started = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
     driver.kill()
     driver.wait()
     psutil.wait_procs(started, timeout=60)
-    records = {t.id: t for t in Trials(Storage(sweep.sweep_dir)).all()}
-    assert records["p000-s3-m0"].status == "done" and records["p001-s3-m0"].status == "running"
-    saved, killed = second.steps()[-1], []
+    first, second = sorted(records.all(), key=lambda trial: trial.status)
+    assert (first.status, second.status) == ("done", "running")
+    saved, killed = steps(second), []
 
     def kill(now: Progress) -> None:
-        row = now.rows.get("p001-s3-m0")
+        row = now.rows.get(second.id)
         if row and not killed:
             mine = psutil.Process().children(recursive=True)
             workers = [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
@@ -135,7 +138,7 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
 
     trials = {t.id: t for t in job.sweep(space.load(str(path)), kill)}
     assert killed and killed[0] > saved, "it goes on from the checkpoint of before the kill"
-    assert trials["p000-s3-m0"] == records["p000-s3-m0"], "what is done is not run again"
+    assert trials[first.id] == first, "what is done is not run again"
     for number, trial in enumerate(trials.values()):
         settings = sweep.of(trial.parameters, 3, None, trial.id).model_copy(
             update={"run_dir": str(tmp_path / str(number))}

@@ -1,24 +1,31 @@
 """What a process keeps from one run to the next, so that the next one starts sooner; nothing of it changes a result."""
 
+import hashlib
+from collections.abc import Callable
+
 import torch
 
 from unlearn import config
 from unlearn.data import cache
 from unlearn.models import weights
-from unlearn.models.base import Adapter
+from unlearn.models.base import Adapter, Embedding
 from unlearn.training import teacher
+from unlearn.views import View
 
 
 class Kept:
-    """The images that were read, and the newest teacher."""
+    """The images that were read, and the newest teacher with what it made of its inputs."""
 
-    def __init__(self):
-        self._images: cache.ImageCache | None = None
+    def __init__(self, targets: bool = False):
+        """targets: whether what the teacher makes on a CPU is kept too, in a quarter of the caches' limit: runs of one seed and equal
+        sets ask it for the same, whatever their alpha. On a GPU the inputs could not be compared without a wait."""
+        self._targets, self._images = targets, None
         self._teacher: tuple[str, Adapter] | None = None
 
     def images(self, settings: config.RunConfig) -> cache.ImageCache:
         """The cache for the images of a run; another one where its limit is another."""
         limit = cache.limit(settings.data, settings.cluster.workers)
+        limit -= limit // 4 if self._targets else 0
         if self._images is None or self._images.limit != limit:
             self._images = cache.ImageCache(limit)
         return self._images
@@ -36,4 +43,25 @@ class Kept:
         if self._teacher is None or self._teacher[0] != key:
             self._teacher = None  # before the next one is built, so that there is one in memory
             self._teacher = key, teacher.load(settings, device, decoder, sources)
+            if self._targets and device.type == "cpu":
+                limit = cache.limit(settings.data, settings.cluster.workers) // 4
+                self._teacher[1].encode = _Remembered(self._teacher[1].encode, limit)
         return self._teacher[1]
+
+
+class _Remembered:
+    """An `encode` that computes nothing twice. Inputs are compared by a digest of their bytes."""
+
+    def __init__(self, encode: Callable[..., Embedding], limit: int):
+        self.encode, self.known = encode, cache.Recent(limit)
+
+    def __call__(self, inputs: torch.Tensor, view: View, seed: int = 0) -> Embedding:
+        digest = hashlib.blake2b(repr((inputs.dtype, inputs.shape, view.grid, seed)).encode())
+        for tensor in (inputs, view.visible, view.hidden):
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+
+        def computed() -> tuple[Embedding, int]:
+            made = self.encode(inputs, view, seed)
+            return made, sum(level.nbytes for level in ([made] if isinstance(made, torch.Tensor) else made))
+
+        return self.known.get(digest.digest(), computed)
