@@ -89,7 +89,9 @@ class Ledger:
             moved = []
             for number in wanted_ids:
                 if number not in before:
-                    raise LedgerError(f"request {number}: there is none of that number; see `unlearn request list --all`")
+                    raise LedgerError(
+                        f"request {number}: there is none of that number; see `unlearn request list --all`"
+                    )
                 if before[number].state == state and before[number].evidence == facts and state != states.RECEIVED:
                     continue
                 states.check(number, before[number].state, state)
@@ -145,12 +147,18 @@ class Ledger:
             before = {request.id: request for request in _requests(connection, ids=numbers)}
             for number in numbers:
                 if number not in before:
-                    raise LedgerError(f"request {number}: there is none of that number; see `unlearn request list --all`")
+                    raise LedgerError(
+                        f"request {number}: there is none of that number; see `unlearn request list --all`"
+                    )
                 request = before[number]
                 if request.is_open:
-                    raise LedgerError(f"request {number} is {request.state}: what it names is needed until it is closed")
+                    raise LedgerError(
+                        f"request {number} is {request.state}: what it names is needed until it is closed"
+                    )
                 if (closed := date.fromisoformat(request.changed[:10])) > limit:
-                    raise LedgerError(f"request {number} was closed on {closed}: the retention time of {retention} is not over")
+                    raise LedgerError(
+                        f"request {number} was closed on {closed}: the retention time of {retention} is not over"
+                    )
                 if request.forget is not None:
                     erased.append(number)
             append(connection, [Draft(entry.ERASED, number, private={"by": by or user()}) for number in erased])
@@ -204,7 +212,14 @@ def append(connection: sa.Connection, drafts: Sequence[Draft]) -> int:
             leaf = entry.leaf(text)
             previous = leaf.hex()
             rows.append(
-                {"position": position, "request": draft.request, "event": draft.event, "due": draft.due, "document": text, "leaf": leaf}
+                {
+                    "position": position,
+                    "request": draft.request,
+                    "event": draft.event,
+                    "due": draft.due,
+                    "document": text,
+                    "leaf": leaf,
+                }
             )
             private += [
                 {"position": position, "field": each.field, "salt": each.salt, "value": each.value} for each in own
@@ -227,7 +242,9 @@ def _numbered(draft: Draft, number: int) -> Draft:
 def _latest(ids: Collection[int] | None = None) -> sa.Subquery:
     """The position of the first and of the last state of each request."""
     positions = sa.func.min(entries.c.position).label("first"), sa.func.max(entries.c.position).label("last")
-    query = sa.select(entries.c.request, *positions).where(entries.c.event.in_(states.STATES)).group_by(entries.c.request)
+    query = (
+        sa.select(entries.c.request, *positions).where(entries.c.event.in_(states.STATES)).group_by(entries.c.request)
+    )
     return (query if ids is None else query.where(entries.c.request.in_(ids))).subquery()
 
 

@@ -56,5 +56,7 @@ def wanted(given: Mapping[str, Any]) -> dict[str, list]:
     allowed = int | str if kind == "classes" else str
     right = isinstance(values, list) and all(isinstance(v, allowed) and not isinstance(v, bool) for v in values)
     if not right or not values or not all(str(value).strip() for value in values):
-        raise LedgerError(f"{kind}: give a list of {'names or labels' if kind == 'classes' else 'texts'}, none of them empty")
+        raise LedgerError(
+            f"{kind}: give a list of {'names or labels' if kind == 'classes' else 'texts'}, none of them empty"
+        )
     return {kind: list(dict.fromkeys(values))}
