@@ -2,6 +2,7 @@
 
 from unlearn.ledger import entry, states
 from unlearn.ledger.ledger import Ledger
+from unlearn.ledger.request import Request
 
 DONE = {
     states.RECEIVED: "Your request was received.",
@@ -16,6 +17,7 @@ DONE = {
 BACK = "The run ended without a new version of the model; your request waits for the next one."
 OPEN = "Your request is not finished; it is due on {due}."
 OVERDUE = "Your request is not finished, and should have been by {due}."
+ASKED = {"subjects": "the images of the subject that you named", "classes": "the class of images that you named"}
 CLAIMS = """What we do not claim:
 - Forgetting by training is measured, not proved: we cannot exclude that someone finds traces of an image in the model.
 - It says nothing of copies that others made of the images, or of models that others trained.
@@ -27,8 +29,7 @@ def write(ledger: Ledger, number: int, show_keys: bool = False) -> str:
     request."""
     request = ledger.request(number)
     lines = [f"Your request no. {number} of {request.received[:10]}", ""]
-    what = "what was asked for has been erased" if request.forget is None else request.about(show_keys)
-    lines += [f"You asked us to make our models forget: {what}.", "", "What was done:"]
+    lines += [f"You asked that our models forget {_what(request, show_keys)}.", "", "What was done:"]
     for place, step in enumerate(ledger.history(number)):
         text = BACK if place and step["event"] == states.RECEIVED else DONE.get(step["event"])
         if text is None:
@@ -43,3 +44,13 @@ def write(ledger: Ledger, number: int, show_keys: bool = False) -> str:
         lines += ["", CLAIMS]
     lines += ["", f"The record of your request bears the mark {request.commitment}."]
     return "\n".join(lines)
+
+
+def _what(request: Request, show_keys: bool) -> str:
+    if request.forget is None:
+        return "what your request named, which has been erased from our records"
+    ((kind, values),) = request.forget.items()
+    what = ASKED.get(kind) or (
+        "the image that you named" if len(values) == 1 else f"the {len(values)} images that you named"
+    )
+    return f"{what} ({', '.join(map(str, values))})" if show_keys else what
