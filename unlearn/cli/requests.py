@@ -96,7 +96,6 @@ def show(request_id: Id, show_keys: Keys = False, ledger: Url = None):
     Example: `unlearn request show 7 --show-keys`
     """
     from unlearn.cli.console import out
-    from unlearn.ledger.entry import PERSONAL
 
     with _open(ledger) as book:
         request, history = book.request(request_id), book.history(request_id)
@@ -107,7 +106,7 @@ def show(request_id: Id, show_keys: Keys = False, ledger: Url = None):
     for step in history:
         private = step["private"]
         facts = [f"by {private['by']}"] if "by" in private else []
-        facts += [f"reason: {private['reason']}" if show_keys else "reason: see --show-keys"] * (PERSONAL[1] in private)
+        facts += [f"reason: {private['reason'] if show_keys else 'see --show-keys'}"] if "reason" in private else []
         facts += [f"{name}={value}" for name, value in step.get("evidence", {}).items()]
         out.print(f"{step['at']}  entry {step['position']}  {step['event']}  {', '.join(facts)}", soft_wrap=True)
 

@@ -133,21 +133,24 @@ def _differences(report: Report, there: Checkpoints, failing: Checkpoint) -> lis
         return [
             f"{failing.leaves_name}: missing or damaged; one of the entries {good} to {failing.size - 1} is not what it was at {failing}"
         ]
-    start, told = common(tree.leaves, theirs), []
-    changed = [position for position in differing(tree.leaves, theirs) if position not in named]
-    if len(changed) > 1 and len(changed) == min(size, failing.size) - start:
-        told.append(f"entry {start} and all after it: rewritten since {failing}")
+    start, told, hint = (
+        common(tree.leaves, theirs),
+        [],
+        "where a backup was restored, record it with `unlearn request reseal`",
+    )
+    different = differing(tree.leaves, theirs)
+    changed = [position for position in different if position not in named]
+    gone = [position for position in range(size, failing.size) if position not in named]
+    if changed and 1 < len(different) == min(size, failing.size) - start:
+        told.append(f"entry {start} and all after it: rewritten since {failing}; {hint}")
     else:
         was = {theirs[p * WIDTH : (p + 1) * WIDTH]: p for p in changed}
         for position in changed:
             origin = was.get(tree.leaf(position))
             what = "changed" if origin is None else f"reordered, here stands entry {origin}"
             told.append(f"entry {position}: {what} since {failing}")
-    if gone := [position for position in range(size, failing.size) if position not in named]:
-        which = f"entries {gone[0]} to {gone[-1]}" if len(gone) > 1 else f"entry {gone[0]}"
-        told.append(
-            f"{which}: cut off, which {failing} has; "
-            "where a backup was restored, record it with `unlearn request reseal`"
-        )
+        if gone:
+            which = f"entries {gone[0]} to {gone[-1]}" if len(gone) > 1 else f"entry {gone[0]}"
+            told.append(f"{which}: cut off, which {failing} has; {hint}")
     named.update(changed, gone)
     return told
