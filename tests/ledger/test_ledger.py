@@ -169,6 +169,14 @@ def test_a_process_killed_in_mid_write_leaves_it_whole(url):
         assert ledger.advance([1, 2], "scheduled") == [1, 2]
 
 
+def test_a_writer_that_waits_too_long_is_told_so(url, monkeypatch):
+    monkeypatch.setattr(database, "PATIENCE", 1)
+    with Ledger(url, create=True) as ledger, Ledger(url) as other, ledger.database.writing():
+        assert other.requests() == []  # reading waits for nobody
+        with pytest.raises(LedgerError, match="others have been writing for 1 s; try again"):
+            other.add([subject("a")])
+
+
 def test_the_file_is_its_owners_alone(sqlite):
     with pytest.raises(LedgerError, match="there is no ledger yet; `unlearn request add` makes it"):
         Ledger(str(sqlite))

@@ -108,7 +108,11 @@ class Checkpoints:
         if envelope.payload_type != TYPE:
             self.wrong.append(f"{name}: signed, but no checkpoint of a ledger")
             return None
-        checkpoint = Checkpoint(**json.loads(envelope.payload))
+        try:
+            checkpoint = Checkpoint(**json.loads(envelope.payload))
+        except TypeError:
+            self.wrong.append(f"{name}: written by another version of unlearn")
+            return None
         if checkpoint.name != name:
             self.wrong.append(f"{name}: holds {checkpoint.name}")
         return checkpoint

@@ -92,7 +92,7 @@ class Ledger:
                     raise LedgerError(
                         f"request {number}: there is none of that number; see `unlearn request list --all`"
                     )
-                if before[number].state == state and before[number].evidence == facts and state != states.RECEIVED:
+                if before[number].state == state and before[number].evidence == facts:
                     continue
                 states.check(number, before[number].state, state)
                 moved.append(number)
