@@ -44,6 +44,10 @@ class TrainingError(UnlearnError):
     """Training had to stop, for example at a loss that is not finite."""
 
 
+class LedgerError(UnlearnError):
+    """The ledger of deletion requests is out of reach, refuses a change, or does not hold what was written to it."""
+
+
 class MissingExtra(UnlearnError):
     """An optional package is not installed."""
 
