@@ -44,6 +44,14 @@ class TrainingError(UnlearnError):
     """Training had to stop, for example at a loss that is not finite."""
 
 
+class CertificateError(UnlearnError):
+    """A key or a certificate cannot be used, or a signature does not fit."""
+
+
+class ReleaseError(UnlearnError):
+    """A release cannot be published, found, promoted or brought back, or is not what its certificate says."""
+
+
 class MissingExtra(UnlearnError):
     """An optional package is not installed."""
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from unlearn import __version__
-from unlearn.cli import catalogue, configs, jobs, plan, runs, shards
+from unlearn.cli import catalogue, configs, jobs, plan, releases, runs, shards
 from unlearn.errors import UnlearnError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ for command in (
 app.add_typer(shards.app, name="shards")
 app.add_typer(configs.app, name="config")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(releases.app, name="release")
 
 
 def main(argv: list[str] | None = None) -> None:
