@@ -203,9 +203,8 @@ def test_a_release_names_no_person_and_no_image(store, tmp_path, signer):
     assert outcome.release.withheld == ["data.forget.ids", "data.forget.subjects"]
 
 
-def test_a_rejected_candidate_is_kept_apart_with_its_reasons(place, signer):
-    store = Store(f"{place}/store")
-    run = finished(f"{place}/run", forget=0.8)
+def test_a_rejected_candidate_is_kept_apart_with_its_reasons(store, tmp_path, signer):
+    run = finished(str(tmp_path / "run"), forget=0.8)
     rules = gate.parse(
         {"metrics.unlearned.forget.cosine": {"max": 0.5}, "metrics.unlearned.retain.cosine": {"min": 0.1}}
     )

@@ -1,9 +1,11 @@
 """Run folders as a finished run leaves them, made without training: small weights, and figures of the test's choice."""
 
+import copy
 import json
 from typing import Any
 
 import torch
+import yaml
 
 from unlearn import config
 from unlearn.data.storage import Storage
@@ -18,10 +20,11 @@ def finished(uri: str, number: int = 0, base: str = "0" * 64, audit: dict | None
     the oracle on the forget set. changes: of `data.forget` in the configuration.
     """
     folder = Storage(uri)
-    settings = config.parse({
+    tree = {
         "run_dir": uri, "name": f"run-{number}", "seed": number, "model": {"weights": "base"},
         "data": {"train": "shards", "forget": changes or {"classes": ["ant"]}}, "training": {"steps": 4, "batch_size": 8},
-    })  # fmt: skip
+    }  # fmt: skip
+    settings = config.parse(copy.deepcopy(tree))
     with folder.writing("model/weights.safetensors") as path:
         sha256 = tensor_files.save({"encoder.w": torch.full((64,), float(number))}, path)
     card = {
@@ -46,7 +49,7 @@ def finished(uri: str, number: int = 0, base: str = "0" * 64, audit: dict | None
     }  # fmt: skip
     files = {
         "model/model.json": json.dumps(card),
-        "config.yaml": config.dump(settings),
+        "config.yaml": yaml.safe_dump(tree),
         "metrics.json": json.dumps(metrics),
     }
     if audit is not None:

@@ -12,6 +12,7 @@ folder without a certificate, which is no release; the next one deletes it.
 import contextlib
 import re
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 from unlearn import certificate
 from unlearn.data.storage import Storage
@@ -21,6 +22,7 @@ from unlearn.releases import release as releases
 from unlearn.releases.release import CERTIFICATE, Release
 
 CERTIFICATES, REJECTED = "certificates", "rejected"
+READERS = 16  # certificates that are read at once
 
 
 class Store:
@@ -33,7 +35,8 @@ class Store:
         """All of them, the first one first; signatures are not checked. Raises StorageError, CertificateError, ReleaseError."""
         names = (re.fullmatch(rf"{CERTIFICATES}/(v\d+)\.json", name) for name in self.storage.files(CERTIFICATES))
         versions = sorted((name[1] for name in names if name), key=releases.number)
-        return [self._read(version) for version in versions]
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self._read, versions))
 
     def release(self, version: str) -> Release:
         """Raises ReleaseError where there is no such one."""
@@ -81,11 +84,14 @@ class Store:
 
     def _sweep(self) -> None:
         """Delete folders of versions that are taken by another one: whoever still writes there can publish it no more."""
-        folders = {release.version: release.folder for release in self.releases()}
-        for name in {name.partition("/")[0] for name in self.storage.files()}:
-            attempt = re.fullmatch(r"(v\d+)-[0-9a-f]{8}", name)
-            if attempt and folders.get(attempt[1], name) != name:
-                self.discard(name)
+        attempts: dict[str, set[str]] = {}
+        for name in self.storage.files():
+            if attempt := re.match(r"(v\d+)-[0-9a-f]{8}(?=/)", name):
+                attempts.setdefault(attempt[1], set()).add(attempt[0])
+        for version, folders in attempts.items():
+            if len(folders) > 1 and self.storage.is_file(_certificate(version)):
+                for folder in folders - {self._read(version).folder}:
+                    self.discard(folder)
 
     def _read(self, version: str) -> Release:
         name = _certificate(version)
