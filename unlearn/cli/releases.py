@@ -162,13 +162,11 @@ def list_releases(
 
     from unlearn.cli.console import out
 
-    table = Table("version", "published", "state", "requests", "parent", "gate", "weights", "folder", box=None)
+    table = Table("version", "published", "state", "requests", "parent", "gate", "folder", box=None)
     for r in releases:
         gate = "none" if r.gate is None else "passed"
         parent = (r.parent and r.parent.version) or "-"
-        table.add_row(
-            r.version, r.published[:16], _state(r, state), str(len(r.requests)), parent, gate, r.weights[:12], r.folder
-        )
+        table.add_row(r.version, r.published[:16], _state(r, state), str(len(r.requests)), parent, gate, r.folder)
     out.print(table if releases else f"{opened.storage.uri}: no release yet")
 
 
@@ -191,17 +189,18 @@ def show(version: Version, store: Where, as_json: Json = False):
     if as_json:
         descendants = [vars(each) for each in line]
         moves = [move.model_dump() for move in state.history if version in (move.before, move.after)]
-        typer.echo(
-            json.dumps(
-                release.model_dump(mode="json")
-                | {"state": _state(release, state), "descendants": descendants, "history": moves}
-            )
-        )
+        withdrawn = state.withdrawn[version].model_dump() if version in state.withdrawn else None
+        about = {"state": _state(release, state), "withdrawn": withdrawn, "descendants": descendants, "history": moves}
+        typer.echo(json.dumps(release.model_dump(mode="json") | about))
         return
-    table = Table("", "", box=None, show_header=False)
+    table = Table(box=None, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in described(release).items():
         table.add_row(name, str(value if value not in (None, "") else "-"))
     table.add_row("state", _state(release, state))
+    if withdrawal := state.withdrawn.get(version):
+        table.add_row("withdrawn", f"{withdrawal.at} by {withdrawal.by}: {withdrawal.reason}")
     table.add_row("came from it", ", ".join(f"{each.version} ({each.how} {each.of})" for each in line) or "-")
     table.add_row("folder", opened.folder(release).uri)
     out.print(table)
@@ -220,8 +219,6 @@ def diff(
 
     Example: `unlearn release diff v2 v3 --store s3://bucket/releases`
     """
-    from rich.table import Table
-
     from unlearn.cli.console import out
     from unlearn.releases import difference
     from unlearn.releases.store import Store
@@ -231,16 +228,16 @@ def diff(
     if as_json:
         typer.echo(json.dumps(found))
         return
-    table = Table("", old, new, "change", box=None)
     for part in ("release", "config", "measured otherwise", "figures"):
         for name, (before, after) in found[part].items():
             numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (before, after))
-            change = f"{after - before:+.4g}" if numbers else ""
-            table.add_row(name, _short(before), _short(after), change)
+            change = f"  ({after - before:+.4g})" if numbers else ""
+            out.print(f"{name}: {_short(before)} -> {_short(after)}{change}", soft_wrap=True)
     for name, requests in found["requests"].items():
         if requests:
-            table.add_row(f"requests {name}", "", str(len(requests)), "")
-    out.print(table if table.rows else f"{old} and {new} do not differ")
+            out.print(f"requests {name}: {len(requests)}")
+    if not any(found[part] for part in found if part != "requests") and not any(found["requests"].values()):
+        out.print(f"{old} and {new} do not differ")
 
 
 @app.command()
@@ -325,8 +322,8 @@ def _told(state: "State") -> None:
 def _state(release: "Release", state: "State") -> str:
     if release.version == state.version:
         return "current"
-    if withdrawal := state.withdrawn.get(release.version):
-        return f"withdrawn: {withdrawal.reason}"
+    if release.version in state.withdrawn:
+        return "withdrawn"
     return "was current" if release.version in state.served else "published"
 
 

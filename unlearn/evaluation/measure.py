@@ -225,7 +225,9 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
     if settings.evaluation.weights == "ema" and "unlearned" in document["generators"]:
         notes.append(f"The unlearned model is the moving average of the weights, decay {settings.training.ema}.")
     if settings.evaluation.guidance_scale is not None:
-        notes.append(f"Samples were led towards the prompt by a guidance scale of {settings.evaluation.guidance_scale:g}.")
+        notes.append(
+            f"Samples were led towards the prompt by a guidance scale of {settings.evaluation.guidance_scale:g}."
+        )
     if any(row["is"] is None for row in document["rows"]):
         notes.append(f"{document['features']} has no class scores: no Inception Score.")
     elif document["features"] != "inception":

@@ -23,7 +23,8 @@ def claimed(version: str, weights: str, config_hash: str, base: str | None, requ
     if audited:
         sentences.append("The figures in audit.json were measured on these weights.")
     if verdict is not None:
-        sentences.append(f"The gate held {len(verdict.checks)} limit(s) against the figures, and none failed.")
+        judged = sum(check.passed is not None for check in verdict.checks)
+        sentences.append(f"The gate held {judged} limit(s) against the figures, and none failed.")
     return sentences
 
 

@@ -89,11 +89,13 @@ class Check(BaseModel):
         what = self.figure + (f" against the {self.against}" if self.against else "")
         if self.judged is None:
             return f"{what}: {self.why}"
-        limits = [f"{name} {limit:g}" for name, limit in (("min", self.min), ("max", self.max)) if limit is not None]
-        compared = f" ({self.value:g}, {self.against} {self.reference:g})" if self.against else ""
+        unit = ".4g" if not self.relative else ".1%"
+        limits = [
+            f"{name} {limit:{unit}}" for name, limit in (("min", self.min), ("max", self.max)) if limit is not None
+        ]
+        compared = f" ({self.value:.4g}, {self.against} {self.reference:.4g})" if self.against else ""
         sign = "+" if self.against else ""
-        judged = f"{self.judged:{sign}.1%}" if self.relative else f"{self.judged:{sign}g}"
-        return f"{what}: {judged}{compared}, {self.why} {', '.join(limits)}"
+        return f"{what}: {self.judged:{sign}{unit}}{compared}, {self.why} {', '.join(limits)}"
 
 
 class Verdict(BaseModel):
