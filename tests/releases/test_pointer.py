@@ -85,6 +85,14 @@ def test_a_withdrawn_release_that_was_never_current_has_promised_nothing(store, 
     assert pointer.promote(store, third).version == "v3"
 
 
+def test_what_was_current_once_has_promised_though_it_is_withdrawn(store, signer):
+    for requests in ((), ("a",)):
+        pointer.promote(store, put(store, signer, *requests))
+    pointer.withdraw(store, "v2", "bad", force=True)
+    with pytest.raises(ReleaseError, match="v1 remembers what v2 has forgotten"):
+        pointer.rollback(store)
+
+
 def test_a_model_says_what_came_from_it(store, signer, tmp_path):
     pointer.promote(store, put(store, signer))
     put(store, signer, base=weights_of(f"{store.storage.uri}-run-1"), parent="v1")

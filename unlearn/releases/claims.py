@@ -3,7 +3,7 @@
 from unlearn.releases.gate import Verdict
 
 # Evidence of forgetting is evidence; no certificate turns it into proof.
-NOT_CLAIMED = (
+NOT_CLAIMED: tuple[str, ...] = (
     "that nothing of the forgotten images can be got out of the model: it is evidence, not proof",
     "that the model equals one that was trained without these images",
     "that the list of requests is complete, or whose they are: only who holds the request and its salt can show a commitment to be theirs",

@@ -17,6 +17,7 @@ from unlearn.errors import ConfigError
 from unlearn.releases import figures
 
 Against = Literal["base", "parent", "oracle"]
+AGAINST: tuple[Against, ...] = ("base", "parent", "oracle")
 
 
 class _Part(BaseModel):
@@ -158,7 +159,8 @@ def judge(gate: Gate, candidate: Documents, parent: Documents | None) -> Verdict
             checks.append(_absolute(name, rule, own))
         if name not in own:
             continue
-        for against, change in (("base", rule.base), ("parent", rule.parent), ("oracle", rule.oracle)):
+        for against in AGAINST:
+            change: Change | None = getattr(rule, against)
             if change is None:
                 continue
             check = Check(
