@@ -308,6 +308,15 @@ def test_a_file_name_that_is_not_utf8_is_told(tmp_path):
         shards.index(str(tmp_path))
 
 
+def test_a_folder_name_that_is_not_utf8_is_told(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    pq.write_table(tiny_table(0, 4), tmp_path / "a.parquet")
+    os.rename(tmp_path / "a.parquet", folder + b"/a.parquet")
+    with pytest.raises(StorageError, match="this path is not UTF-8: rename the folder"):
+        shards.index(os.fsdecode(folder))
+
+
 def test_a_folder_without_manifest_or_shards_is_told(place):
     Storage(place).write("readme", b"1")
     with pytest.raises(DataError, match="no manifest.json there.*unlearn shards index"):
