@@ -1,7 +1,6 @@
 """Optuna as a source of points, through Ray Tune's OptunaSearch, and where its study lies."""
 
 import sqlite3
-from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ class Study(OptunaSearch):
             study_name=sweep.name, sampler=self._sampler_of(0),
         )  # fmt: skip
         self._setup_study(directions)
-        self._remember([state.point(id).parameters for id in state.ids.values()])
+        self._remember(state)
 
     @property
     def _study(self) -> Any:
@@ -46,25 +45,26 @@ class Study(OptunaSearch):
     def _define(self, trial: Any) -> Parameters:
         return self.sweep.assembled(lambda key, domain: domain.suggest(key, trial))
 
-    def _remember(self, points: Sequence[Parameters]) -> None:
-        """Propose again what was proposed and never told, and the points that the study does not know."""
+    def _remember(self, state: SweepState) -> None:
+        """Propose again what was proposed and never told, what is not over, and the points that the study does not know."""
         import optuna
 
-        states, known = optuna.trial.TrialState, set()
+        states, told, asked = optuna.trial.TrialState, set(), set()
         for trial in self._study.get_trials(deepcopy=False):
-            if trial.state == states.RUNNING:  # of a process that has ended
+            if trial.state == states.WAITING:
+                asked.add(canonical(trial.system_attrs.get("fixed_params", {})))
+            elif trial.state != states.RUNNING:
+                told.add(canonical(trial.params))
+            else:  # of a process that has ended
                 self._study.tell(trial.number, state=states.FAIL)
                 if trial.params:
-                    self._study.enqueue_trial(trial.params, skip_if_exists=False)
-            known.add(canonical(trial.params or trial.system_attrs.get("fixed_params", {})))
-        for point in points:
-            told = {
-                key: domain.told(point[key])
-                for key, domain in self.sweep.search.items()
-                if key in point and not domain.same_as
-            }
-            if canonical(told) not in known:
-                self._study.enqueue_trial(told)
+                    self._study.enqueue_trial(trial.params)
+                    asked.add(canonical(trial.params))
+        for point in map(state.point, state.ids.values()):
+            free = ((key, domain) for key, domain in self.sweep.search.items() if not domain.same_as)
+            fixed = {key: domain.told(point.parameters[key]) for key, domain in free if key in point.parameters}
+            if canonical(fixed) not in asked and (state.to_run(point.id) or canonical(fixed) not in told):
+                self._study.enqueue_trial(fixed)
 
     def propose(self, number: int) -> tuple[str, Parameters]:
         self._study.sampler = self._sampler_of(number)

@@ -44,6 +44,7 @@ class Suggestions(Searcher):
     def __init__(self, source: Source, state: SweepState):
         super().__init__()
         self.source, self.state = source, state
+        self.replays = iter(state.replays())
         self.running: dict[str, str] = {}  # trial of Ray Tune -> point
         self.names: dict[
             str, list[str]
@@ -53,6 +54,9 @@ class Suggestions(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict | str | None:
+        for point in self.replays:
+            self.state.begin(self.state.point(point).parameters)
+            return self._given(trial_id, point, [])
         for again in range(EQUAL):
             if self.state.ends:
                 return Searcher.FINISHED
@@ -66,17 +70,23 @@ class Suggestions(Searcher):
             if point in self.names:
                 self.names[point].append(name)
             elif self.state.to_run(point):
-                self.running[trial_id], self.names[point] = point, [name]
-                return {"point": point, "parameters": {key: _plain(value) for key, value in parameters.items()}}
+                return self._given(trial_id, point, [name])
             else:
                 self.source.tell(name, self.state.point(point))
         return Searcher.FINISHED if not self.names else None
+
+    def _given(self, trial_id: str, point: str, names: list[str]) -> dict:
+        self.running[trial_id], self.names[point] = point, names
+        parameters = self.state.point(point).parameters
+        return {"point": point, "parameters": {key: _plain(value) for key, value in parameters.items()}}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         pass
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         point = self.running.pop(trial_id)
+        if self.state.stopping:  # what is not over goes on at the next start
+            return
         self.state.ended(point)
         for name in self.names.pop(point):
             self.source.tell(name, self.state.point(point))

@@ -97,7 +97,7 @@ class SweepState:
         for trial in self.trials.values():
             self.ids.setdefault(canonical(trial.parameters), trial.point)
         self.prepared: dict[str, Prepared] = {}
-        self.started: set[str] = set()  # points that Ray Tune has been given by this process
+        self.given: set[tuple[str, int]] = set()  # trials and their stages that slots have been given
         self.rows: dict[str, dict] = {}
         self.warm: set[int] = set()  # slots that have run a trial
         self.causes: list[str] = []
@@ -174,16 +174,15 @@ class SweepState:
         return Prepared(run, self.put(run), self.sweep.stages(run.steps), work.step + work.first_stage)
 
     def to_run(self, point: str) -> bool:
-        """Whether Ray Tune is to be given this point: there is something to run, or to show to what stops trials early."""
+        """Whether a trial of the point is not over."""
         with self.lock:
-            trials = self._of(point)
-            again = (
-                self.sweep.stop_early != "none" and point not in self.started and any(trial.stages for trial in trials)
-            )
-            if again or any(not trial.over for trial in trials):
-                self.started.add(point)
-                return True
-            return False
+            return any(not trial.over for trial in self._of(point))
+
+    def replays(self) -> list[str]:
+        """Points that were measured by another process, to be shown once more to what stops trials early."""
+        return sorted(
+            {trial.point for trial in self.trials.values() if trial.stages and self.sweep.stop_early != "none"}
+        )
 
     def point(self, id: str) -> Point:
         with self.lock:
@@ -200,7 +199,9 @@ class SweepState:
         with self.lock:
             for trial in self._of(point):
                 prepared = self.prepared.get(trial.id)
-                if prepared and not trial.over and len(trial.stages) <= stage:
+                wanted = prepared and not trial.over and len(trial.stages) <= stage
+                if prepared and wanted and (trial.id, stage) not in self.given:
+                    self.given.add((trial.id, stage))
                     legs.append(Leg(trial.id, point, [prepared.reference], prepared.steps[stage]))
         return legs
 
@@ -261,7 +262,7 @@ class SweepState:
         """Ray Tune is done with a point: what of it is not over was stopped early."""
         with self.lock:
             for trial in self._of(point):
-                if not trial.over and not self.stopping:
+                if not trial.over:
                     self._write(
                         replace(
                             trial,

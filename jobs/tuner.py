@@ -36,6 +36,7 @@ def tune(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> None:
         run_config=ray_tune.RunConfig(
             name=sweep.name, storage_path=str(scratch / "tune"), verbose=0,
             checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=ray_tune.FailureConfig(max_failures=3),  # of the process that waits, not of a trial
         ),
     ).fit()  # fmt: skip
 

@@ -43,7 +43,8 @@ def fid(real: torch.Tensor, made: torch.Tensor) -> float | None:
     """Fréchet distance of two sets of features (N, D) and (M, D), in float64; None for fewer than two images."""
     if min(len(real), len(made)) < 2:
         return None
-    metric = FrechetInceptionDistance(feature=_Computed(real.shape[1]))
+    # Whatever process group there is, this process has all features.
+    metric = FrechetInceptionDistance(feature=_Computed(real.shape[1]), sync_on_compute=False)
     metric.update(real.double(), real=True)
     metric.update(made.double(), real=False)
     return max(float(metric.compute()), 0.0)

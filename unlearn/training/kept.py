@@ -58,7 +58,7 @@ class _Remembered:
     def __call__(self, inputs: torch.Tensor, view: View, seed: int = 0) -> Embedding:
         digest = hashlib.blake2b(repr((inputs.dtype, inputs.shape, view.grid, seed)).encode())
         for tensor in (inputs, view.visible, view.hidden):
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
 
         def computed() -> tuple[Embedding, int]:
             made = self.encode(inputs, view, seed)
