@@ -79,7 +79,7 @@ def _follow(
     """Take in what happens at the desk until Ray Tune is done."""
     import ray
 
-    began, waited, at = time.monotonic(), False, {}
+    began, waited, at, fresh = time.monotonic(), False, {}, set(range(sweep.concurrent))
     while not tuned.done():
         news = ray.get(desk.news.remote())
         check()
@@ -88,7 +88,8 @@ def _follow(
                 at[event.point] = event.about
                 ray.get(desk.put.remote(state.legs(event.point, event.about)))
             elif event.kind == "taken":
-                state.taken(event, time.monotonic() - began)
+                state.taken(event, time.monotonic() - began if event.slot in fresh else 0.0)
+                fresh.discard(event.slot)
             elif event.kind == "row":
                 state.rows[event.trial] = event.about
             elif event.kind == "again":
@@ -156,6 +157,7 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
 def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterator[Future]:
     """Ray Tune in a thread of its own, over when its future is; after the block it is."""
     import ray
+    from ray.exceptions import RayError
 
     from jobs.tuner import tune
 
@@ -171,9 +173,14 @@ def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterato
     thread.start()
     try:
         yield outcome
-    except BaseException:
+    except BaseException as e:
         state.stopping = True
-        ray.get(desk.close.remote())
+        with contextlib.suppress(RayError):
+            ray.get(desk.close.remote(), timeout=10)
+        if isinstance(e, RayError):
+            raise ClusterError(
+                f"the cluster has failed: {str(e).splitlines()[0][:200]}; the same command goes on"
+            ) from e
         raise
     finally:
         thread.join(20)
