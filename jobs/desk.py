@@ -26,8 +26,8 @@ class Leg:
 
 @dataclass(frozen=True)
 class Event:
-    """What the driver is told. kind: "taken" by a slot, "row", "measured", "failed", "again" where its workers have died; of Ray Tune
-    "go" (a point goes on to its next stage) and "left" (it is given up)."""
+    """What the driver is told. kind: "taken" by a slot, "row", "measured", "failed", "again" where its workers have died; "go" where
+    Ray Tune has a point go on to its next stage."""
 
     kind: str
     trial: str = ""
@@ -138,9 +138,6 @@ class Desk:
 
     async def go(self, point: str, stage: int) -> None:
         await self._tell(Event("go", point=point, about=stage))
-
-    async def leave(self, point: str) -> None:
-        await self._tell(Event("left", point=point))
 
     async def reply(self, point: str, stage: int) -> dict | None:
         """What came of a stage; None where that is not known yet."""

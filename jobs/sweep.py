@@ -78,7 +78,7 @@ def _follow(
 ) -> None:  # fmt: skip
     """Take in what happens at the desk until Ray Tune is done."""
 
-    began, waited, at = time.monotonic(), False, {}
+    began, waited, at, fresh = time.monotonic(), False, {}, set(range(sweep.concurrent))
     while not tuned.done():
         news = _asked(desk.news.remote())
         check()
@@ -87,7 +87,8 @@ def _follow(
                 at[event.point] = event.about
                 _asked(desk.put.remote(state.legs(event.point, event.about)))
             elif event.kind == "taken":
-                state.taken(event, time.monotonic() - began)
+                state.taken(event, time.monotonic() - began if event.slot in fresh else 0.0)
+                fresh.discard(event.slot)
             elif event.kind == "row":
                 state.rows[event.trial] = event.about
             elif event.kind == "again":
@@ -159,6 +160,8 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
 @contextlib.contextmanager
 def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterator[Future]:
     """Ray Tune in a thread of its own, over when its future is; after the block it is."""
+    import ray
+    from ray.exceptions import RayError
 
     from jobs.tuner import tune
 
@@ -174,9 +177,14 @@ def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterato
     thread.start()
     try:
         yield outcome
-    except BaseException:
+    except BaseException as e:
         state.stopping = True
-        _asked(desk.close.remote())
+        with contextlib.suppress(RayError):
+            ray.get(desk.close.remote(), timeout=10)
+        if isinstance(e, RayError):
+            raise ClusterError(
+                f"the cluster has failed: {str(e).splitlines()[0][:200]}; the same command goes on"
+            ) from e
         raise
     finally:
         thread.join(20)

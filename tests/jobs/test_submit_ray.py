@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from support.ray_nodes import TOKEN, Cluster, until
 from support.runs import tiny_config
 from support.workers import together
@@ -11,7 +12,9 @@ from support.workers import together
 from jobs import submit
 from jobs.backends.base import GOES_ON, NoSuchJob, State
 from jobs.backends.ray_jobs import RayJobs
+from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError
+from unlearn.search.records import Trials
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
 
@@ -122,6 +125,24 @@ def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path, monkeyp
     with pytest.raises(ClusterError, match="was sent with the code in .*/checkout, which is not on this machine"):
         submit.resume(there, failing.id)
     submit.remove(there, failing.id)
+
+
+def test_ray_runs_a_sweep(there, told, tiny_shards, tiny_model, tmp_path):
+    """Two slots, one on each node."""
+    run = tiny_config("unused", tiny_shards, tiny_model, "training.engine=deepspeed", "training.micro_batch_size=8")
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump({
+        "sweep_dir": str(tmp_path / "sweep"), "run": run.model_dump(mode="json", exclude_defaults=True), "tune_on": {"limit": 8},
+        "search": {"method.alpha": {"grid": [0.25, 1.0]}}, "objectives": {"retain.cosine.drop": "minimise"}, "search_by": "grid",
+        "concurrent": 2,
+    }))  # fmt: skip
+    sent = ("submit", path, "--driver", "sweep", "--to", there.where, "--mounted", "--working-dir", "none")
+    code, id, err = told(*sent, "--wait")
+    assert code == 0, (err, "".join(there.logs(id.split()[0], follow=False)))
+    trials = Trials(Storage(str(tmp_path / "sweep"))).all()
+    assert [(t.status, t.parameters["method.alpha"]) for t in trials] == [("done", 0.25), ("done", 1.0)]
+    assert told(*sent)[1].strip() in id, "the same sweep is the same job"
+    assert told("sweep", "show", "--dir", tmp_path / "sweep", "--json")[0] == 0
 
 
 def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, tiny_model, tmp_path):

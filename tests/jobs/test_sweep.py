@@ -108,7 +108,9 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         "cluster.workers=2",
         "training.micro_batch_size=4",
     ]
-    sweep = space.parse(tree(tmp_path / "sweep", tiny_shards, tiny_model, *long, "evaluation.views=[{size: 0.5}]"))
+    sweep = space.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, *long, "evaluation.views=[{size: 0.5}]", stop_early="median", measure_every=60,
+    ))  # fmt: skip
     path = tmp_path / "sweep.yaml"
     path.write_text(space.dump(sweep))
     driver = subprocess.Popen([sys.executable, "-m", "unlearn", "sweep", str(path)], stderr=subprocess.PIPE, text=True)
@@ -149,7 +151,9 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
             trial.status == "done"
             and Path(sweep.sweep_dir, trial.run, "model/weights.safetensors").read_bytes() == expected
         )
-        assert trial.figures["cost.steps"] == 120 and len(metrics.read(f"{sweep.sweep_dir}/{trial.run}")) == 6
+        assert [stage["step"] for stage in trial.stages] == [60, 120] and len(
+            metrics.read(f"{sweep.sweep_dir}/{trial.run}")
+        ) == 6
 
 
 def test_optuna_knows_after_a_restart_what_it_knew(tiny_shards, tiny_model, tmp_path):

@@ -293,10 +293,14 @@ def _ablations(points: Sequence[Point], objectives: Sequence[Objective]) -> Iter
                 figure.update_xaxes(
                     type="log", tickvals=sorted(set(numbers)), ticktext=[f"{x:g}" for x in sorted(set(numbers))]
                 )
+            values = [value for curve in drawn for at in curve.at for value in at.values]
+            room = max(max(values) - min(values), 1e-9)  # beyond it: the interval of two trials would fill any axis
+            figure.update_yaxes(range=[min(values) - 0.75 * room, max(values) + 0.75 * room])
             figure.update_layout(height=340, xaxis_title=key, yaxis_title=objective.figure)
             yield Chart(
                 f"ablation-{key}-{objective.figure}", f"{objective.figure} over {names[key]}",
-                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t).",
+                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t; cut where the "
+                "trials are few and it is far wider than they are).",
                 figure, wide=False,
             )  # fmt: skip
 
