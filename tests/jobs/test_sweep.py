@@ -13,7 +13,9 @@ from safetensors.torch import load
 from support.runs import evaluate, export, tiny_config
 from support.workers import together
 
+from jobs import submit
 from jobs import sweep as job
+from jobs.backends import base
 from jobs.study import Study
 from jobs.suggestions import Suggestions
 from jobs.sweep_state import Progress, SweepState
@@ -154,6 +156,28 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         assert [stage["step"] for stage in trial.stages] == [60, 120] and len(
             metrics.read(f"{sweep.sweep_dir}/{trial.run}")
         ) == 6
+
+
+def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
+    sweep = space.parse(
+        tree(tmp_path / "sweep", tiny_shards, tiny_model, "cluster.address=10.0.0.1:6379", concurrent=3)
+    )
+    sent = submit.request(sweep, "sweep", elsewhere=True)
+    told = base.settings(sent)
+    assert (
+        isinstance(told, space.Sweep)
+        and told.identity() == sweep.elsewhere().identity()
+        and told.cluster.address is None
+    )
+    assert submit.request(told, "sweep") == sent and sent.command == ["-m", "unlearn", "sweep", sent.source]
+    assert submit.request(space.parse(tree(tmp_path / "sweep", tiny_shards, tiny_model)), "sweep").id != sent.id
+    assert {"sweep_dir", "run.data.train", "run.model.weights"} <= told.locations().keys() and not told.names_rows
+    one, three = (
+        yaml.safe_load(submit.backend("k8s", overlay="cpu-demo", image="registry/unlearn:1").plan(submit.request(each, "sweep")))
+        for each in (sweep.model_copy(update={"concurrent": 1}), sweep)
+    )
+    replicas = [each["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] for each in (one, three)]
+    assert replicas[0] < replicas[1], "all trials at one time find room"
 
 
 def test_optuna_knows_after_a_restart_what_it_knew(tiny_shards, tiny_model, tmp_path):
