@@ -203,7 +203,7 @@ def verify(
     with _open(ledger) as book:
         report = verification.verify(book, checkpoints, keys.public(key) if key else None)
         report.check(book.name)
-    size = report.walk.tree.get_size()
+    size = report.walk.tree.size
     out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
     for checkpoint, reseal in reversed(report.resealed):
         out.print(
