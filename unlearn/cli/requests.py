@@ -301,6 +301,25 @@ def metrics(ledger: Url = None):
         out.print(text(book), soft_wrap=True)
 
 
+@app.command()
+def notify(
+    url: Annotated[str, typer.Argument(metavar="URL", help="http(s), where the webhook is to go")],
+    secret: Annotated[str, typer.Option("--secret-file", metavar="FILE", help="the key it is signed with, base64")],
+    ledger: Url = None,
+):
+    """Send requests by state, pending and overdue, as a signed webhook; tried again for 15 seconds.
+
+    Example: `unlearn request notify https://desk.example/hook --secret-file webhook.secret`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger import webhook
+
+    key = webhook.secret(secret)
+    with _open(ledger) as book:
+        attempts = webhook.send(url, key, webhook.event(book))
+    out.print(f"sent at attempt {attempts}")
+
+
 def _open(url: str | None, create: bool = False) -> "Ledger":
     from unlearn.ledger.ledger import Ledger
 
