@@ -97,8 +97,10 @@ class Store:
         name = _certificate(version)
         where = self.storage.where(name)
         release = releases.of(certificate.read(self.storage.read(name), where)[0], where)
-        if release.version != version:
-            raise ReleaseError(f"{where} speaks of {release.version}: certificates were exchanged, or renamed")
+        if release.version != version or not re.fullmatch(rf"{version}-[0-9a-f]{{8}}", release.folder):
+            raise ReleaseError(
+                f"{where} speaks of {release.version} in {release.folder}: certificates were exchanged, or renamed"
+            )
         return release
 
 
