@@ -14,7 +14,7 @@ from unlearn.data import s3_client
 from unlearn.data.storage import Storage
 from unlearn.errors import ReleaseError
 from unlearn.models import tensor_files
-from unlearn.releases import gate, pointer, publish, verification
+from unlearn.releases import gate, pointer, publish, rejection, verification
 from unlearn.releases.store import Store
 
 
@@ -218,7 +218,7 @@ def test_a_rejected_candidate_is_kept_apart_with_its_reasons(store, tmp_path, si
         "above",
     )
     assert publish.publish(run, store, signer, ["a"], rules).folder == outcome.folder
-    (about,) = publish.rejected(store)
+    (about,) = rejection.kept(store)
     assert (
         about["folder"] == outcome.folder
         and about["requests"] == ["a"]
