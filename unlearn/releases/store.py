@@ -66,9 +66,8 @@ class Store:
             try:
                 folder.write(CERTIFICATE, self.storage.read(_certificate(release.version)))
             except StorageError:
-                if not folder.is_file(
-                    CERTIFICATE
-                ):  # somebody else completes it too, and has deleted the half of a copy
+                # Somebody else completes it too, and has deleted the half of a copy.
+                if not folder.is_file(CERTIFICATE):
                     raise
         for name in files.listing(folder):
             if name.startswith(f".{CERTIFICATE}.") and name.endswith(".part"):
@@ -85,7 +84,7 @@ class Store:
     def _sweep(self) -> None:
         """Delete folders of versions that are taken by another one: whoever still writes there can publish it no more."""
         attempts: dict[str, set[str]] = {}
-        for name in self.storage.files():
+        for name in files.listing(self.storage):  # also of folders that hold nothing but half a file
             if attempt := re.match(r"(v\d+)-[0-9a-f]{8}(?=/)", name):
                 attempts.setdefault(attempt[1], set()).add(attempt[0])
         for version, folders in attempts.items():
@@ -97,8 +96,10 @@ class Store:
         name = _certificate(version)
         where = self.storage.where(name)
         release = releases.of(certificate.read(self.storage.read(name), where)[0], where)
-        if release.version != version:
-            raise ReleaseError(f"{where} speaks of {release.version}: certificates were exchanged, or renamed")
+        if release.version != version or not re.fullmatch(rf"{version}-[0-9a-f]{{8}}", release.folder):
+            raise ReleaseError(
+                f"{where} speaks of {release.version} in {release.folder}: certificates were exchanged, or renamed"
+            )
         return release
 
 
