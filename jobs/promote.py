@@ -1,4 +1,6 @@
-"""Promote: a trial of a sweep becomes a run folder, as if its configuration had been run alone; behind `unlearn sweep promote`."""
+"""Promote: a trial of a sweep becomes a run folder, as if its configuration had been run alone; behind `unlearn sweep
+promote`.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -24,8 +26,8 @@ def promote(
 ) -> tuple[Run, dict]:  # fmt: skip
     """Copy a trial's run folder to `run_dir`, write its configuration, and measure it on the run's held-out images.
 
-    (the run, what is in its metrics.json). show_forget, check: as for `evaluate`. Raises UnlearnError where the trial is not done, its
-    folder is gone, or run_dir holds a run.
+    (the run, what is in its metrics.json). show_forget, check: as for `evaluate`. Raises UnlearnError where the trial
+    is not done, its folder is gone, or run_dir holds a run.
     """
     if trial.status != "done":
         raise UnlearnError(f"{trial.id} is {trial.status}: only a trial that is done becomes a run")

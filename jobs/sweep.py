@@ -77,16 +77,15 @@ def _follow(
     check: Callable[[], None],
 ) -> None:  # fmt: skip
     """Take in what happens at the desk until Ray Tune is done."""
-    import ray
 
     began, waited, at, fresh = time.monotonic(), False, {}, set(range(sweep.concurrent))
     while not tuned.done():
-        news = ray.get(desk.news.remote())
+        news = _asked(desk.news.remote())
         check()
         for event in news:
             if event.kind == "go":
                 at[event.point] = event.about
-                ray.get(desk.put.remote(state.legs(event.point, event.about)))
+                _asked(desk.put.remote(state.legs(event.point, event.about)))
             elif event.kind == "taken":
                 state.taken(event, time.monotonic() - began if event.slot in fresh else 0.0)
                 fresh.discard(event.slot)
@@ -102,7 +101,7 @@ def _follow(
             stage = at.get(event.point)
             if event.kind in ("go", "measured", "failed") and stage is not None:
                 if reply := state.reply(event.point, stage):
-                    ray.get(desk.settle.remote(event.point, stage, reply))
+                    _asked(desk.settle.remote(event.point, stage, reply))
         progress(state.progress(sweep.concurrent))
         for number, slot in enumerate(slots):
             if slot.done() and not tuned.done():
@@ -114,6 +113,11 @@ def _follow(
                 log.warning("%s", what)
     progress(state.progress(sweep.concurrent))
     tuned.result()
+
+
+def _asked(call: Any) -> Any:
+    """What a call of the desk gives. ray.get would make a plain SystemExit of the signal that stops the sweep."""
+    return call.future().result()
 
 
 @contextlib.contextmanager
@@ -147,7 +151,7 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
             slots.append(stack.enter_context(trainer.fitting(lambda: None)))
         log.info("%s slots of %s workers on Ray", sweep.concurrent, cluster.workers)
         yield slots
-        ray.get(desk.close.remote())
+        _asked(desk.close.remote())
         for slot in slots:  # they leave by themselves, which is quicker than to be ended
             with contextlib.suppress(Exception):
                 slot.result(timeout=10)

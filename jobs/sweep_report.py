@@ -1,8 +1,8 @@
 """The report of a sweep: measures the points of its front once more, on held-out images, and writes its page; behind
 `unlearn sweep report`.
 
-Models that are measured on the same images, with the same seed, are measured in one go: the images are read, and the original and
-the oracle measured, once for all of them.
+Models that are measured on the same images, with the same seed, are measured in one go: the images are read, and the
+original and the oracle measured, once for all of them.
 """
 
 import contextlib
@@ -38,10 +38,11 @@ def report(
     sweep: Sweep, show_forget: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
     check: Callable[[], None] = lambda: None, again: bool = False,
 ) -> str:  # fmt: skip
-    """Measure the front on held-out images, make the pictures of every point, and write report.html and report.json; the page's URI.
+    """Measure the front on held-out images, make the pictures of every point, and write report.html and report.json;
+    the page's URI.
 
-    A trial that was measured before is not measured again unless `again`. show_forget: whether the page holds pictures of forget
-    images; check: asked with every progress; what it raises ends the report. Raises UnlearnError.
+    A trial that was measured before is not measured again unless `again`. show_forget: whether the page holds pictures
+    of forget images; check: asked with every progress; what it raises ends the report. Raises UnlearnError.
     """
     page.check()  # before anything is measured
     known = Trials(Storage(sweep.sweep_dir))
@@ -69,7 +70,8 @@ def report(
 
 
 def _groups(sweep: Sweep, every: list[Point], best: set[str], again: bool) -> Iterator[Group]:
-    """What there is to do: trials of the front that are to be measured, and of each other point one that is to be pictured."""
+    """What there is to do: trials of the front that are to be measured, and of each other point one that is to be
+    pictured."""
     made: dict[tuple, Group] = {}
     for point in every:
         done = [trial for trial in point.trials if trial.status == "done"]
@@ -80,7 +82,8 @@ def _groups(sweep: Sweep, every: list[Point], best: set[str], again: bool) -> It
             if not Storage(settings.run_dir).is_file(f"model/{weights.CARD}"):
                 log.warning("%s: no model in %s: neither measured nor pictured", trial.id, settings.run_dir)
                 continue
-            run = resolve(settings, measured=True)
+            known = next((group.run.sources for group in made.values()), None)
+            run = resolve(settings, measured=True, known=known)
             rows = tuple((name, rows.manifest.hash, rows.rows.tobytes()) for name, rows in sorted(run.measured.items()))
             key = (trial.seed, settings.model.model_dump_json(), settings.evaluation.model_dump_json(), rows)
             group = made.setdefault(key, Group(run, [], []))
@@ -120,13 +123,16 @@ def _models(sweep: Sweep, settings: config.RunConfig, trials: Iterable[Trial]) -
 
 
 def _grids_of(trial: Trial, grids: list[dict], beside: Iterable[str]) -> list[dict]:
-    """Of grids with a column for every trial, what belongs to one: the images, what is seen of them, the models beside it, its own."""
+    """Of grids with a column for every trial, what belongs to one: the images, what is seen of them, the models beside
+    it, its own."""
     own = f"{trial.id} model"
     kept = {"the image", "what the model sees", *(f"{name} model" for name in beside), own}
-    return [
-        grid | {"columns": [("unlearned model" if title == own else title, images) for title, images in grid["columns"] if title in kept]}
-        for grid in grids
-    ]  # fmt: skip
+
+    def columns(grid: dict) -> list[tuple]:
+        chosen = [(title, images) for title, images in grid["columns"] if title in kept]
+        return [("unlearned model" if title == own else title, images) for title, images in chosen]
+
+    return [grid | {"columns": columns(grid)} for grid in grids]
 
 
 @contextlib.contextmanager

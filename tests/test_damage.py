@@ -1,11 +1,16 @@
-"""Random damage to images, shards, manifests and weights: nothing but the project's own errors comes out.
+"""Random damage to images, archives, shards, manifests and weights: nothing but the project's own errors comes out.
 
 ROUNDS=2000 python -m pytest tests/test_damage.py     tries as many of each
 """
 
+import gzip
 import hashlib
+import io
 import json
+import lzma
 import os
+import tarfile
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +23,7 @@ from support.images import encode, tiny_table
 from support.models import SMALL, build
 
 from unlearn import config
-from unlearn.data import duplicates, manifest, selection, shards
+from unlearn.data import archives, duplicates, manifest, selection, shards
 from unlearn.data.decode import decode
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
@@ -60,6 +65,43 @@ def test_decode(capfd):
         counts[verdict(lambda data=data: decode(data))] += 1
     assert min(counts.values()) > sum(counts.values()) / 5, counts
     capfd.readouterr()  # libtiff writes to the terminal by itself
+
+
+def packed(mode: str) -> bytes:
+    """An archive of eight files, with links, a long name and a tar inside where it is a tar."""
+    names, buffer = [f"train/c{i % 3}/{'x' * (150 if i == 4 else 3)}{i}.png" for i in range(8)], io.BytesIO()
+    if mode.startswith("zip"):
+        with zipfile.ZipFile(buffer, "w", {"zip": zipfile.ZIP_DEFLATED, "zip:lzma": zipfile.ZIP_LZMA}[mode]) as archive:
+            for name in names:
+                archive.writestr(name, name * 20)
+        return buffer.getvalue()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, kind, data in [*((n, tarfile.REGTYPE, n.encode() * 20) for n in names), ("train/c0/l.png", tarfile.SYMTYPE, b""),
+                                 *([("n01.tar", tarfile.REGTYPE, packed("tar"))] if mode == "nested" else [])]:  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.size, member.linkname = kind, len(data), "xxx0.png" if kind == tarfile.SYMTYPE else ""
+            tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def test_archives(tmp_path):
+    rng, counts = np.random.default_rng(0), {"taken": 0, "DataError": 0}
+    kinds = ["tar", "nested", "gzip", "lzma", "zip", "zip:lzma"]
+    whole = {kind: packed(kind if "zip" in kind[:3] or kind == "nested" else "tar") for kind in kinds}
+    compress = {"gzip": gzip.compress, "lzma": lzma.compress}
+
+    def read() -> None:
+        with archives.source(str(tmp_path / "a"), lambda name: name.endswith(".png")) as source:
+            for name in source.names:
+                source.read(name)
+
+    for number in range(ROUNDS or 300):
+        kind = kinds[number % len(kinds)]
+        pack = compress.get(kind, bytes)
+        outside = rng.random() < 0.4
+        (tmp_path / "a").write_bytes(damaged(pack(whole[kind]), rng) if outside else pack(damaged(whole[kind], rng)))
+        counts[verdict(read)] += 1
+    assert min(counts.values()) > sum(counts.values()) / 5, counts
 
 
 def stored(table: pa.Table, **options) -> bytes:

@@ -44,6 +44,18 @@ class TrainingError(UnlearnError):
     """Training had to stop, for example at a loss that is not finite."""
 
 
+class LedgerError(UnlearnError):
+    """The ledger of deletion requests is out of reach, refuses a change, or does not hold what was written to it."""
+
+
+class CertificateError(UnlearnError):
+    """A key or a certificate cannot be used, or a signature does not fit."""
+
+
+class ReleaseError(UnlearnError):
+    """A release cannot be published, found, promoted or brought back, or is not what its certificate says."""
+
+
 class MissingExtra(UnlearnError):
     """An optional package is not installed."""
 

@@ -43,9 +43,11 @@ def swept(tmp_path_factory, tiny_shards, tiny_model) -> str:
         "evaluation.views=[{size: 0.5}]",
     )
     sweep = space.parse({
-        "sweep_dir": str(root / "runs/tiny"), "name": "tiny", "run": run.model_dump(mode="json", exclude_defaults=True), "seeds": [3, 4],
+        "sweep_dir": str(root / "runs/tiny"), "name": "tiny", "seeds": [3, 4],
+        "run": run.model_dump(mode="json", exclude_defaults=True),
         "search": {"method.alpha": {"grid": ALPHAS}}, "search_by": "grid", "tune_on": {"limit": 8},
-        "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"}, "constraints": ["retain.cosine.drop <= 1"],
+        "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"},
+        "constraints": ["retain.cosine.drop <= 1"],
     })  # fmt: skip
     trials = []
     for number, parameters in enumerate(sweep.grid()):

@@ -174,7 +174,7 @@ def test_a_damaged_manifest_is_told(copied, damage):
     "change, why",
     [(lambda m: {"shards": [replace(m.shards[0], path="../../x.parquet")]}, "leads out of the folder"), (lambda m: {"shards": [replace(m.shards[0], path="/x")]}, "leads out"),
      (lambda m: {"shards": [replace(m.shards[0], row_groups=[replace(m.shards[0].row_groups[0], rows=1 << 60)])]}, "cannot be"),
-     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "0 or more"), (lambda m: {"classes": [["a"]]}, "valid string")],
+     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "sizes are 0 or more"), (lambda m: {"classes": [["a"]]}, "valid string")],
 )  # fmt: skip
 def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
     """Its hash is right, and what it says is not."""
@@ -306,6 +306,15 @@ def test_a_file_name_that_is_not_utf8_is_told(tmp_path):
     os.rename(tmp_path / "a.parquet", os.fsencode(tmp_path) + b"/caf\xe9.parquet")
     with pytest.raises(DataError, match=r"the name of a file is not UTF-8: caf\?.parquet"):
         shards.index(str(tmp_path))
+
+
+def test_a_folder_name_that_is_not_utf8_is_told(tmp_path):
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    pq.write_table(tiny_table(0, 4), tmp_path / "a.parquet")
+    os.rename(tmp_path / "a.parquet", folder + b"/a.parquet")
+    with pytest.raises(StorageError, match="this path is not UTF-8: rename the folder"):
+        shards.index(os.fsdecode(folder))
 
 
 def test_a_folder_without_manifest_or_shards_is_told(place):

@@ -140,6 +140,11 @@ def compare(settings: config.RunConfig) -> comparison.Comparison:
     return comparison.Comparison(resolve(settings, measured=True), comparison.generators(settings))
 
 
+def test_guidance_is_for_models_that_take_a_prompt(tmp_path):
+    with pytest.raises(ConfigError, match="evaluation.guidance_scale: family mae takes no prompt; leave it out"):
+        compare(make_run(tmp_path, evaluation={"guidance_scale": 7.5}))
+
+
 def classes_of(rows) -> set[int]:
     return set(rows.labels.tolist())
 

@@ -50,6 +50,12 @@ def test_a_moving_average_beside_the_weights_is_told(model, tmp_path, logged):
     torch.save({"model": public(model), "model_ema": zeros}, tmp_path / "w.pth")
     assert load(tmp_path / "w.pth").encoder.cls_token.any()
     assert "its model is taken; it holds model_ema too" in logged.text
+    zeros = {f"model_ema.{n}": t for n, t in zeros.items()}
+    torch.save({f"model.{n}": t for n, t in public(model).items()} | zeros, tmp_path / "flat.pth")
+    assert load(tmp_path / "flat.pth").encoder.cls_token.any()
+    assert "flat.pth: the moving average in it (model_ema.*) is left out" in logged.text
+    save_file(zeros, tmp_path / "alone.safetensors")
+    assert not load(tmp_path / "alone.safetensors").encoder.cls_token.any()
 
 
 @pytest.mark.parametrize(

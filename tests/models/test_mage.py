@@ -399,7 +399,7 @@ def test_it_is_written_back_for_the_code_of_mage(public, coder, loaded, tmp_path
     line = weights.convert(
         config.Model(family="mage", weights=_ours(loaded, tmp_path / "ours")), str(tmp_path / "theirs")
     )
-    assert line == f"model.load_state_dict(torch.load('{tmp_path / 'theirs'}' + '/mage.pth')['model'])"
+    assert line == f"model.load_state_dict(torch.load('{tmp_path / 'theirs'}/mage.pth')['model'])"
     back = torch.load(tmp_path / "theirs" / "mage.pth", weights_only=True)["model"]
     whole = public | {f"vqgan.{name}": tensor for name, tensor in coder.items()}
     unused = mage.UNUSED_NAMES[:-1]

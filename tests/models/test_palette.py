@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.runs import export, tiny_config, worker
 
 from unlearn import config
 from unlearn.errors import WeightsError
-from unlearn.models import weights
+from unlearn.models import base, weights
 from unlearn.models.diffusion import palette
 from unlearn.models.diffusion.shapes import LINEAR
 
@@ -76,6 +77,24 @@ def test_it_is_imported_unlearned_and_written_back(public, tiny_shards, tmp_path
     again = build(tmp_path / "theirs" / palette.FILE).state_dict()
     trained = build(tmp_path / "run" / "model").state_dict()
     assert all(torch.equal(t, trained[n]) for n, t in again.items())
+
+
+def test_names_mapped_by_hand_say_nothing_of_gamma_so_it_is_asked(public, tmp_path, logged):
+    base.tell.cache_clear()
+    mapped = palette.to_diffusers(public)
+    network = {"network": palette.options(public)["network"]}
+
+    def load(tensors, **options):
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / "w.safetensors")
+        weights_of = config.Model(
+            family="diffusion", weights=str(tmp_path / "w.safetensors"), options=OPTIONS | network | options
+        )
+        return weights.build(weights_of).options.conditioning
+
+    assert load(mapped, conditioning="gamma") == "gamma" and load(mapped | {"gammas": public["gammas"]}) == "gamma"
+    assert "conditioning" not in logged.text
+    assert load(mapped) == "timestep"
+    assert "set model.options.conditioning to timestep or gamma" in logged.text
 
 
 def test_half_a_file_is_told(public, tmp_path):

@@ -104,13 +104,14 @@ def test_a_browser_draws_it_and_opens_a_point(html, tmp_path):
             )
             # Where the front has p000, as a pointer sees it.
             x, y = tab.run("""(() => {
-                const place = document.getElementById("front-0"), trace = place.data.find(t => t.name === "Pareto front");
+                const place = document.getElementById("front-0");
+                const trace = place.data.find(t => t.name === "Pareto front"), at = trace.customdata.indexOf("p000");
                 place.scrollIntoView({block: "center"});
-                const box = place.getBoundingClientRect(), {xaxis, yaxis} = place._fullLayout, at = trace.customdata.indexOf("p000");
+                const box = place.getBoundingClientRect(), {xaxis, yaxis} = place._fullLayout;
                 return [box.x + xaxis._offset + xaxis.d2p(trace.x[at]), box.y + yaxis._offset + yaxis.d2p(trace.y[at])];
             })()""")
-            tab.move(x, y)
-            tab.wait("/p000.*alpha 0.01/.test(document.querySelector('#front-0 .hoverlayer')?.textContent)")
+            hovered = "/p000.*alpha 0.01/.test(document.querySelector('#front-0 .hoverlayer')?.textContent)"
+            tab.wait(hovered, again=lambda x=x, y=y: tab.move(x, y))
             tab.click(x, y)
             tab.wait("document.querySelector('#p000').open")
             tab.wait("[...document.querySelectorAll('#p000 img')].every(i => i.complete && i.naturalWidth === 32)")

@@ -6,7 +6,8 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import websocket
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run", "--disable-component-update",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
+    "--disable-component-update",
     "--disable-sync", "--hide-scrollbars", "--remote-debugging-port=0", "--remote-allow-origins=*",
 )  # fmt: skip
 
@@ -61,11 +63,12 @@ class Tab:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 30) -> None:
+    def wait(self, condition: str, seconds: float = 60, again: Callable[[], None] = lambda: None) -> None:
+        """Until an expression is true; `again` is done before each look, for what a page that is busy may miss."""
         end = time.monotonic() + seconds
-        while not self.run(condition):
+        while again() or not self.run(condition):
             assert time.monotonic() < end, f"never true: {condition}"
-            time.sleep(0.05)
+            time.sleep(0.1)
 
     def move(self, x: float, y: float) -> None:
         """Put the pointer there."""
@@ -97,8 +100,6 @@ def browser(profile: Path) -> Iterator[Tab]:
         assert process.stderr
         line = next(line for line in process.stderr if "DevTools listening on" in line)
         port = line.rpartition("ws://")[2].split("/")[0].rpartition(":")[2]
-        import urllib.request
-
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
             page = next(one for one in json.load(answer) if one["type"] == "page")
         tab = Tab(page["webSocketDebuggerUrl"])

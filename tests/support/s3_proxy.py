@@ -87,7 +87,10 @@ def _handler(proxy: Proxy, server: str) -> type[BaseHTTPRequestHandler]:
                 self.answer(409, [], b"<Error><Code>ConditionalRequestConflict</Code><Message>again</Message></Error>")
                 return
             if isinstance(fault, int):
-                self.answer(fault, [], b"<Error><Code>SlowDown</Code><Message>later</Message></Error>")
+                # Longer than a small range.
+                code = "SlowDown" if fault == 503 else "InternalError"
+                text = f"<Error><Code>{code}</Code><Message>{'later ' * 600}</Message></Error>"
+                self.answer(fault, [], text.encode())
                 return
             if fault == "elsewhere":
                 self.answer(307, [("Location", "http://key:secret@elsewhere.test/data?token=1")], b"")

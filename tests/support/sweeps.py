@@ -29,10 +29,13 @@ def trial(point: str, seed: int, parameters: dict[str, Any], forget: float, reta
     original, oracle = {"forget.cosine": 0.77, "retain.cosine": 0.78}, {"forget.cosine": 0.6, "retain.cosine": 0.775}
     figures = derived({"forget.cosine": forget, "retain.cosine": retain}, original, oracle)
     id = f"{point}-s{seed}-m0"
-    made = {"status": "done", "run": f"runs/{id}", "figures": figures, "original": original, "oracle": oracle}
+    made = {
+        "id": id, "point": point, "seed": seed, "model": None, "parameters": parameters, "status": "done",
+        "run": f"runs/{id}", "figures": figures, "original": original, "oracle": oracle,
+    }  # fmt: skip
     times = {"started": "2026-11-25T10:00:00+00:00", "ended": f"2026-11-25T10:{int(point[1:]):02d}:{seed:02d}+00:00"}
     seconds = {"start": 8.0 if seed == 0 else 0.5, "train": 11.0, "measure": 4.0, "other": 0.5}
-    return Trial(**{"id": id, "point": point, "seed": seed, "model": None, "parameters": parameters, "seconds": seconds, "warm": seed > 0, **made, **times, **changes})  # fmt: skip
+    return Trial(**made | times | {"seconds": seconds, "warm": seed > 0} | changes)
 
 
 def grid_trials() -> list[Trial]:
@@ -64,7 +67,10 @@ def grids(points: list[str], sets: tuple[str, ...] = ("retain",)) -> dict[str, l
     image = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).remainder(251).to(torch.uint8)
     return {
         point: [
-            {"set": name, "labels": ["Coat", "Shirt"], "columns": [("the image", image), ("unlearned model", (image + number).to(torch.uint8))]}
+            {
+                "set": name, "labels": ["Coat", "Shirt"],
+                "columns": [("the image", image), ("unlearned model", (image + number).to(torch.uint8))],
+            }
             for name in sets
         ]
         for number, point in enumerate(points)

@@ -9,11 +9,14 @@ import torch
 from safetensors.torch import load_file
 from support.runs import export, tiny_config, worker
 from support.workers import together
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from unlearn import config
 from unlearn.errors import ConfigError
 from unlearn.evaluation import comparison
+from unlearn.training.average import Average
 from unlearn.training.checkpoint import Checkpoints
+from unlearn.training.fragments import Fragment
 
 DECAY = 0.75
 SAME = ("training.checkpoint_every=1", "training.keep_checkpoints=9", "training.micro_batch_size=4")
@@ -56,6 +59,16 @@ def test_it_is_that_of_the_formula(plain, tiny_model):
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-7)
     assert any(not torch.equal(t, weights[name]) for name, t in found.items())
+
+
+def test_an_update_waits_for_no_value():
+    """Tensors without data have none to wait for: reading one is an error."""
+    with FakeTensorMode():
+        flat = torch.empty(10)
+        average = Average([Fragment("w", 0, 4, flat, 3, torch.optim.SGD([flat], lr=1.0))], DECAY)
+        average.update()
+        with pytest.raises(DataDependentOutputException):
+            flat.sum().item()
 
 
 def test_training_does_not_know_of_it(plain, tiny_shards, tiny_model, tmp_path):

@@ -155,14 +155,17 @@ def _training(settings: "RunConfig") -> Iterator[None]:
     try:
         yield
     except signals.Stopped as e:
+        from unlearn import patience
         from unlearn.data.storage import Storage
         from unlearn.errors import StorageError
         from unlearn.training.checkpoint import Checkpoints
 
         try:
-            steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
-            if not steps and not Storage(settings.run_dir).is_file("config.yaml"):
-                raise  # nothing was written yet
+            with patience.at_most(0):  # who is asked to stop has little time
+                steps = Checkpoints(settings.run_dir, settings.training.keep_checkpoints).steps()
+                written = bool(steps) or Storage(settings.run_dir).is_file("config.yaml")
+            if not written:
+                raise
         except StorageError:  # out of reach: --resume finds what there is
             steps = []
         command = "pretrain" if settings.method.name.startswith("pretrain") else "run"

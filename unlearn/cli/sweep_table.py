@@ -19,7 +19,8 @@ from unlearn.search.study import labels, text
 
 SHOWN = 8  # points in the table of a sweep that runs
 
-# Called with the records, the newest row of each trial that trains, and the seconds that are left, where there is telling.
+# Called with the records, the newest row of each trial that trains, and the seconds that are left, where there is
+# telling.
 Shown = Callable[[Sequence[Trial], Mapping[str, dict], float | None], None]
 
 
@@ -59,8 +60,8 @@ def status(
     sweep: Sweep, trials: Sequence[Trial], rows: Mapping[str, dict] | None = None, left: float | None = None,
     shown: int | None = SHOWN,
 ) -> Group:  # fmt: skip
-    """The headline, a table of the points (the front, then the next in the first objective, `shown` of them at most), and the trials
-    that train."""
+    """The headline, a table of the points (the front, then the next in the first objective, `shown` of them at most),
+    and the trials that train."""
     every, first = points(trials, sweep.bounds), sweep.wanted[0]
     ahead = front.of_points(every, sweep.wanted)
     known, unknown = [p for p in every if first.figure in p.mean], [p for p in every if first.figure not in p.mean]
@@ -97,7 +98,8 @@ def both(sweep: Sweep, trials: Sequence[Trial]) -> Table:
 
 def show_point(sweep: Sweep, point: Point) -> None:
     """All about one point: its figures beside those of the original and the oracle, its trials, its configuration."""
-    out.print(f"{point.id}: {told(point.trials, len(point.trials))}" + (f", {point.message}" if point.message else ""), soft_wrap=True)  # fmt: skip
+    why = f", {point.message}" if point.message else ""
+    out.print(f"{point.id}: {told(point.trials, len(point.trials))}{why}", soft_wrap=True)
     columns = {"held out": charts.held_out(point), **charts.compared_with([point])}
     table = Table("figure", "tuned on", *columns, box=None)
     for figure in point.mean:

@@ -1,4 +1,4 @@
-"""The commands that search: `unlearn sweep SWEEP.yaml`, and `unlearn sweep list`, `show`, `best`, `promote`, `report`."""
+"""The commands that search: `unlearn sweep SWEEP.yaml`, and `list`, `show`, `best`, `promote`, `report` of it."""
 
 import json
 import os
@@ -28,7 +28,8 @@ class StartsByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=StartsByDefault, no_args_is_help=True, subcommand_metavar="SWEEP.yaml | COMMAND [ARGS]...",
-    help="Search for the trade-off between forgetting and keeping: `unlearn sweep SWEEP.yaml` starts a sweep, or goes on with it.",
+    help="Search for the trade-off between forgetting and keeping: "
+    "`unlearn sweep SWEEP.yaml` starts a sweep, or goes on with it.",
 )  # fmt: skip
 
 Dir = Annotated[
@@ -42,9 +43,12 @@ PointId = Annotated[str, typer.Argument(metavar="POINT", help="a point, as `unle
 
 @app.command()
 def start(
-    source: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="a YAML file, or the folder of a sweep (path or s3://)")],
+    source: Annotated[
+        str, typer.Argument(metavar="SWEEP.yaml", help="a YAML file, or the folder of a sweep (path or s3://)")
+    ],
     overrides: Annotated[
-        list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one value, as in concurrent=2 or run.training.steps=100")
+        list[str],
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one, as in concurrent=2, run.training.steps=100"),
     ] = [],  # noqa: B006  read only
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run trials again that have failed")] = False,
 ):  # fmt: skip
@@ -134,10 +138,15 @@ def show(
 
 @app.command()
 def best(
-    where: Annotated[list[str], typer.Option("--where", metavar="FIGURE<=NUMBER", help='a further bound, as in "retain.cosine.drop <= 0.01"; may be repeated')] = [],  # noqa: B006  read only
-    by: Annotated[str | None, typer.Option("--by", metavar="FIGURE", help="the objective that decides; default: the first")] = None,
+    where: Annotated[
+        list[str],
+        typer.Option(metavar="BOUND", help='a further bound, as in "retain.cosine.drop <= 0.01"; may be repeated'),
+    ] = [],  # noqa: B006  read only
+    by: Annotated[
+        str | None, typer.Option(metavar="FIGURE", help="the objective that decides; default: the first")
+    ] = None,
     folder: Dir = None,
-):  # fmt: skip
+):
     """Print the configuration of the best point, for `unlearn run`.
 
     Example: `unlearn sweep best --where "retain.cosine.drop <= 0.01" --by forget.cosine.to_oracle > best.yaml`
@@ -172,11 +181,13 @@ def best(
 
 @app.command()
 def promote(
-    point: PointId, run_dir: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")], folder: Dir = None,
+    point: PointId, run_dir: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")],
+    folder: Dir = None,
     seed: Annotated[int | None, typer.Option(help="of which trial; default: the first that is done")] = None,
     show_forget: ShowForget = False,
 ):  # fmt: skip
-    """Make a run folder of a point, as if it had been run alone: model, checkpoints, figures on held-out images, report.
+    """Make a run folder of a point, as if it had been run alone: model, checkpoints, figures on held-out images,
+    report.
 
     Example: `unlearn sweep promote p003 runs/chosen --dir runs/alpha`
     """
@@ -204,7 +215,7 @@ def promote(
 @app.command()
 def report(
     folder: Dir = None, show_forget: ShowForget = False,
-    again: Annotated[bool, typer.Option("--again", help="measure on held-out images also what was measured there before")] = False,
+    again: Annotated[bool, typer.Option("--again", help="measure also what was measured there before")] = False,
 ):  # fmt: skip
     """Measure the points of the front once more, on held-out images, and write the sweep's page.
 

@@ -116,7 +116,7 @@ def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
     with archive:
         listing, packed = Source(read=read), path.stat().st_size
         for member in archive.infolist():
-            if not member.is_dir():
+            if not member.filename.endswith("/"):
                 listing.sort_in(member.filename, wanted, member.file_size)
         if sum(archive.getinfo(name).file_size for name in listing.names) > sources.unpacked(packed):
             raise DataError(f"{path}: {sources.bomb(packed)}")
@@ -138,5 +138,5 @@ def _told_as_zip(path: Path, name: str = "") -> Iterator[None]:
         zlib.error,
         lzma.LZMAError,
     ) as e:
-        what = f"{name}: cannot be unpacked" if name else "not a zip file, or cut short"
-        raise DataError(f"{path}: {what} ({e})") from None
+        what = f"{name[:200]}: cannot be unpacked" if name else "not a zip file, or cut short"
+        raise DataError(f"{path}: {what} ({f'{e}'[:200]})") from None

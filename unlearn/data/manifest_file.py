@@ -93,10 +93,11 @@ def _check(manifest: Manifest) -> None:
     for shard in manifest.shards:
         if shard.path.startswith("/") or ".." in shard.path.split("/") or "\0" in shard.path:
             raise ValueError(f"{shard.path[:80]!r} leads out of the folder")
-        numbers = [shard.bytes, *shard.labels]
+        numbers, labels = [shard.bytes], [*shard.labels]
         for group in shard.row_groups:
             numbers += [group.rows, group.offset, group.bytes]
+            labels += group.labels
             if group.rows > ROWS:
                 raise ValueError(f"{shard.path}: a row group that cannot be")
-        if min(numbers) < 0:
-            raise ValueError(f"{shard.path}: sizes and labels are 0 or more")
+        if min(numbers) < 0 or not all(-1 <= label < 1 << 63 for label in labels):
+            raise ValueError(f"{shard.path}: sizes are 0 or more, and labels -1 or more")

@@ -43,6 +43,8 @@ class Storage:
             raise StorageError(f"{uri}: only paths, file:// and s3:// are understood")
         else:
             self.uri = os.path.abspath(uri.removeprefix("file://"))
+            if any("\ud800" <= letter <= "\udfff" for letter in self.uri):
+                raise StorageError(f"{self.uri}: this path is not UTF-8: rename the folder")
             self.folder = Folder(self.uri)
 
     def where(self, name: str) -> str:

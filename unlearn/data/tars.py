@@ -179,14 +179,14 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     while (member := tar.next()) is not None:
         tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  it would keep every one of them
         if member.size < 0:  # tarfile would go back, and round and round
-            raise Refused(f"{member.name} has a negative size")
+            raise Refused(f"{member.name[:200]} has a negative size")
         if member.issparse():
             raise _sparse(member.name)
         yield member
 
 
 def _sparse(name: str) -> Refused:
-    return Refused(f"{name} is stored with holes (sparse), which is not read: pack it again without --sparse")
+    return Refused(f"{name[:200]} is stored with holes (sparse), which is not read: pack it again without --sparse")
 
 
 def inner(
@@ -282,4 +282,4 @@ def told_as_tar(path: Path) -> Iterator[None]:
         zlib.error,
         lzma.LZMAError,
     ) as e:
-        raise DataError(f"{path}: not a tar file, or cut short ({e})") from None
+        raise DataError(f"{path}: not a tar file, or cut short ({f'{e}'[:200]})") from None

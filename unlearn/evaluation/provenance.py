@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 # What only the evaluation reads, or what says where and how it reads; places are compared by what lies there.
 MAY_DIFFER = (
-    "run_dir", "cluster", "evaluation", "storage", "training.engine", "model.weights", "model.first_stage", "data.train", "data.split",
+    "name", "run_dir", "cluster", "evaluation", "storage", "training.engine", "model.weights", "model.first_stage", "data.train", "data.split",
     "data.proxy_data", "data.proxy_split", "data.cache", "data.cache_bytes", "data.decode_threads", "data.read_ahead", "data.max_bad_images",
 )  # fmt: skip
 

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 # Where a training checkpoint keeps its weights, and where the moving average of them.
 _WEIGHTS, _AVERAGES = ("model", "state_dict", "model_state_dict", "module"), ("model_ema", "state_dict_ema", "ema")
-# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning.
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning, a moving average.
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "model_ema.")
 _GLOBAL = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)")
 _LFS = b"version https://git-lfs"
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -56,7 +56,7 @@ def read(path: Path, uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
             raise WeightsError(f"{uri} is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`")
     try:
         if path.suffix == ".safetensors":
-            return {tensor_name(name): tensor for name, tensor in _unwrapped(load_file(path)).items()}, {}
+            return {tensor_name(name): tensor for name, tensor in _unwrapped(load_file(path), uri).items()}, {}
         # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
         with torch.serialization.safe_globals([argparse.Namespace]):
             # Files of torch before 1.6 are no zip files, and cannot be mapped.
@@ -67,7 +67,7 @@ def read(path: Path, uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     tensors = _chosen(tensors, uri)
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise WeightsError(f"{uri} holds no dictionary of tensors")
-    return _unwrapped(tensors), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return _unwrapped(tensors, uri), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 
 def _chosen(content: Any, uri: str) -> Any:
@@ -81,8 +81,12 @@ def _chosen(content: Any, uri: str) -> Any:
     return content
 
 
-def _unwrapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without what wrappers of the model have put before every name."""
+def _unwrapped(tensors: dict[str, torch.Tensor], uri: str) -> dict[str, torch.Tensor]:
+    """The tensors without what wrappers of the model have put before every name, and without an average beside them."""
+    if averages := [name for name in tensors if name.startswith("model_ema.")]:
+        if len(averages) < len(tensors):
+            logger.info("%s: the moving average in it (model_ema.*) is left out; save it alone to take it", uri)
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model_ema.")}
     while tensors:
         prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), None)
         # In the files of Stable Diffusion this is the network's own name.

@@ -250,7 +250,10 @@ def convert(model: config.Model, uri: str, dtype: str | None = None) -> str:
         line = built.to(getattr(torch, dtype) if dtype else built.stored).to_folder(Path(folder), _origin(model))
         for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
             target.upload(path, path.relative_to(folder).as_posix())
-    return line.replace("FOLDER", repr(uri))
+    quoted = repr(uri)
+    if quoted[0] == "'":  # one text in place of a sum of two
+        line = line.replace("FOLDER + '", quoted[:-1])
+    return line.replace("FOLDER", quoted)
 
 
 def _new(uri: str) -> Storage:

@@ -53,8 +53,11 @@ def _recorded(uri: str, model: config.Model) -> dict[str, Any] | None:
             raise WeightsError(f"{uri} holds a model of family {card['family']}, the config says {cls.family}")
         return card["options"]
     if any(storage.is_file(name) for name in weights.FOREIGN):
-        with _small_files(storage, cls.option_files) as folder:
-            first = Path(model.first_stage) if model.first_stage and Storage(model.first_stage).is_local() else None
+        rest = Storage(model.first_stage) if model.first_stage else None
+        with (
+            _small_files(storage, cls.option_files) as folder,
+            _small_files(rest, cls.option_files) if rest and not rest.is_file() else contextlib.nullcontext() as first,
+        ):
             return cls.options_from_folder(folder, dict(model.options), first)
     raise StorageError(f"no weights at {uri}: give a .safetensors or .pth file, or the folder of a model")
 

@@ -1,4 +1,6 @@
-"""How a figure moves with one parameter while all others stay: the curves of an ablation, with intervals over the trials."""
+"""How a figure moves with one parameter while all others stay: the curves of an ablation, with intervals over the
+trials.
+"""
 
 import math
 import statistics
@@ -12,13 +14,15 @@ from unlearn.search.study import is_number, labels, text
 
 FEWEST = 3  # values along a curve
 MOST = 8  # curves in one drawing
-# Student's t for a two-sided interval of 95 %, by degrees of freedom from 1; beyond them the normal distribution's 1.96 is near.
+# Student's t for a two-sided interval of 95 %, by degrees of freedom from 1; beyond them the normal distribution's 1.96
+# is near.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
 class At:
-    """One value of the parameter: the mean of the figure, its 95 % interval (None for one trial), each trial, and the point."""
+    """One value of the parameter: the mean of the figure, its 95 % interval (None for one trial), each trial, and the
+    point."""
 
     x: Any
     mean: float
@@ -36,8 +40,9 @@ class Curve:
 
 
 def curves(points: Sequence[Point], key: str, figure: str) -> list[Curve]:
-    """The curves of a figure over a parameter, those with the most values first. Points without a trial that is done are left
-    out; a searcher that draws every point anew leaves none that differ in one parameter alone, and so no curve."""
+    """The curves of a figure over a parameter, those with the most values first. Points without a trial that is done
+    are left out; a searcher that draws every point anew leaves none that differ in one parameter alone, and so no
+    curve."""
     names = labels(name for point in points for name in point.parameters)
     groups: dict[str, list[Point]] = {}
     for point in points:

@@ -18,7 +18,7 @@ PRIVATE = ("ids", "subjects")  # keys whose values name images or persons
 def tree(
     sweep: Sweep, point: Point | Trial, seed: int, model: str | None = None, run_dir: str | None = None
 ) -> dict[str, Any]:
-    """What the sweep's file says of the run, with the values of the point; measured on the run's own held-out images."""
+    """What the sweep's file says of the run, with the values of the point; measured on its own held-out images."""
     run = config.override(
         copy.deepcopy(sweep.run), [f"{key}={_yaml(value)}" for key, value in point.parameters.items()]
     )
@@ -28,8 +28,8 @@ def tree(
 
 
 def settings(sweep: Sweep, trial: Trial, run_dir: str | None = None) -> RunConfig:
-    """The run of a trial in its own folder, or in `run_dir`; measured on held-out images, where the run names some, not on those
-    that were tuned on. Raises ConfigError."""
+    """The run of a trial in its own folder, or in `run_dir`; measured on held-out images, where the run names some,
+    not on those that were tuned on. Raises ConfigError."""
     return config.parse(
         tree(sweep, trial, trial.seed, trial.model, run_dir or Storage(sweep.sweep_dir).where(trial.run)), trial.id
     )

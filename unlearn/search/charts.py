@@ -24,8 +24,8 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "penta
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure with what is said above and below it. id: of its place in the page; wide: whether it takes the whole width; narrowest:
-    pixels below which it is scrolled."""
+    """A figure with what is said above and below it. id: of its place in the page; wide: whether it takes the whole
+    width; narrowest: pixels below which it is scrolled."""
 
     id: str
     title: str
@@ -55,8 +55,8 @@ def script() -> str:
 def charts(
     points: Sequence[Point], objectives: Sequence[Objective], constraints: Sequence[Constraint]
 ) -> dict[str, list[Chart]]:
-    """The drawings that these points give: "fronts", what is "searched", and "ablations". Points are in the order in which they
-    ended. Raises MissingExtra."""
+    """The drawings that these points give: "fronts", what is "searched", and "ablations". Points are in the order in
+    which they ended. Raises MissingExtra."""
     searched = [
         _volume(points, objectives, constraints),
         _importances(points, objectives),
@@ -95,10 +95,11 @@ def _fronts(points: Sequence[Point], objectives: Sequence[Objective]) -> Iterato
         axes = other, objectives[0]
         figure = module().Figure()
         known = [point for point in points if all(objective.figure in point.mean for objective in axes)]
+        fit = [p for p in known if p.feasible and p.complete]
         kinds = {
             "front": ("Pareto front", FRONT, "diamond", 13, [p for p in known if p.id in best]),
-            "others": ("other points", OTHER, "circle", 9, [p for p in known if p.id not in best and p.feasible and p.complete]),
-            "out": ("a bound is broken, or a trial has failed", OTHER, "x-thin-open", 9, [p for p in known if not (p.feasible and p.complete)]),
+            "others": ("other points", OTHER, "circle", 9, [p for p in fit if p.id not in best]),
+            "out": ("a bound is broken, or a trial has failed", OTHER, "x-thin-open", 9, [p for p in known if p not in fit]),
         }  # fmt: skip
         if len(objectives) == 2:
             _step(figure, kinds["front"][-1], axes)
@@ -115,7 +116,8 @@ def _fronts(points: Sequence[Point], objectives: Sequence[Objective]) -> Iterato
         figure.update_xaxes(title=f"{axes[0].figure} ({_wanted(axes[0])})")
         figure.update_yaxes(title=f"{axes[1].figure} ({_wanted(axes[1])})")
         figure.update_layout(height=460)
-        yield Chart(f"front-{number}", "Pareto front", "Bars: standard deviation over the trials of a point. A click, or a tap, opens the point.", figure)  # fmt: skip
+        caption = "Bars: standard deviation over the trials of a point. A click, or a tap, opens the point."
+        yield Chart(f"front-{number}", "Pareto front", caption, figure)
 
 
 def _wanted(objective: Objective) -> str:
@@ -138,7 +140,8 @@ def _step(figure: "go.Figure", points: list[Point], axes: tuple[Objective, Objec
 
 
 def _held_out(figure: "go.Figure", points: list[Point], axes: tuple[Objective, Objective]) -> None:
-    """The points of the front as they are on the held-out images, joined to what they were on those that were tuned on."""
+    """The points of the front as they are on the held-out images, joined to what they were on those that were tuned
+    on."""
     x, y, told = [], [], []
     for point in points:
         means = held_out(point)
@@ -151,9 +154,12 @@ def _held_out(figure: "go.Figure", points: list[Point], axes: tuple[Objective, O
     figure.add_scatter(x=x, y=y, mode="lines", line={"color": LINE, "width": 1}, hoverinfo="skip", showlegend=False)
     figure.add_scatter(
         x=x[1::3], y=y[1::3], mode="markers", name="the front on held-out images",
-        marker={"color": LINE, "symbol": "diamond-open", "size": 11, "line": {"width": 2}}, customdata=[p.id for p in told],
-        hovertext=[f"<b>{p.id}</b>, held-out images<br>{axes[1].figure} {b:.4g}<br>{axes[0].figure} {a:.4g}" for p, a, b in zip(told, x[1::3], y[1::3], strict=True)],
-        hoverinfo="text",
+        marker={"color": LINE, "symbol": "diamond-open", "size": 11, "line": {"width": 2}},
+        customdata=[p.id for p in told], hoverinfo="text",
+        hovertext=[
+            f"<b>{p.id}</b>, held-out images<br>{axes[1].figure} {b:.4g}<br>{axes[0].figure} {a:.4g}"
+            for p, a, b in zip(told, x[1::3], y[1::3], strict=True)
+        ],
     )  # fmt: skip
 
 
@@ -165,7 +171,8 @@ def held_out(point: Point) -> dict[str, float]:
 
 
 def compared_with(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """{"original model", "oracle": the mean over all trials of its figures, derived ones among them}, where there is one."""
+    """{"original model", "oracle": the mean over all trials of its figures, derived ones among them}, where there is
+    one."""
     made = {}
     done = [trial for point in points for trial in point.trials if trial.status == "done"]
     for name, chosen in (("original model", "original"), ("oracle", "oracle")):
@@ -181,7 +188,8 @@ def _compared(figure: "go.Figure", points: Sequence[Point], axes: tuple[Objectiv
         if all(objective.figure in means for objective in axes):
             x, y = (means[objective.figure] for objective in axes)
             figure.add_scatter(
-                x=[x], y=[y], mode="markers", name=name, marker={"color": INK if name != "oracle" else ORACLE, "symbol": symbol, "size": 13},
+                x=[x], y=[y], mode="markers", name=name,
+                marker={"color": INK if name != "oracle" else ORACLE, "symbol": symbol, "size": 13},
                 hovertext=[f"<b>{name}</b><br>{axes[1].figure} {y:.4g}<br>{axes[0].figure} {x:.4g}"], hoverinfo="text",
             )  # fmt: skip
 
@@ -258,7 +266,10 @@ def _importances(points: Sequence[Point], objectives: Sequence[Objective]) -> Ch
     figure.update_layout(
         height=max(260, 120 + 30 * len(order) * len(shares)), xaxis={"tickformat": ".0%", "range": [0, 1]}
     )
-    caption = f"PED-ANOVA: how much the parameters of the best {study.BEST:.0%} of the points differ from those of all. It ranks parameters; with few points it is rough."
+    caption = (
+        f"PED-ANOVA: how much the parameters of the best {study.BEST:.0%} of the points differ from those of all. It ranks "
+        "parameters; with few points it is rough."
+    )
     return Chart("importance", "Importance of parameters", caption, figure, wide=False)
 
 
@@ -282,10 +293,15 @@ def _ablations(points: Sequence[Point], objectives: Sequence[Objective]) -> Iter
                 figure.update_xaxes(
                     type="log", tickvals=sorted(set(numbers)), ticktext=[f"{x:g}" for x in sorted(set(numbers))]
                 )
+            values = [value for curve in drawn for at in curve.at for value in at.values]
+            room = max(max(values) - min(values), 1e-9)  # beyond it: the interval of two trials would fill any axis
+            figure.update_yaxes(range=[min(values) - 0.75 * room, max(values) + 0.75 * room])
             figure.update_layout(height=340, xaxis_title=key, yaxis_title=objective.figure)
             yield Chart(
                 f"ablation-{key}-{objective.figure}", f"{objective.figure} over {names[key]}",
-                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t).", figure, wide=False,
+                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t; cut where the "
+                "trials are few and it is far wider than they are).",
+                figure, wide=False,
             )  # fmt: skip
 
 
@@ -297,16 +313,20 @@ def _curve(figure: "go.Figure", curve: ablation.Curve, colour: str, symbol: str,
         figure.add_scatter(
             x=[x for x, _ in banded] + [x for x, _ in reversed(banded)],
             y=[high for _, (_, high) in banded] + [low for _, (low, _) in reversed(banded)],
-            fill="toself", fillcolor=colour, opacity=0.16, mode="none", hoverinfo="skip", showlegend=False, legendgroup=name,
+            fill="toself", fillcolor=colour, opacity=0.16, mode="none", hoverinfo="skip", showlegend=False,
+            legendgroup=name,
         )  # fmt: skip
     each = [(x, value) for x, at in zip(xs, curve.at, strict=True) for value in at.values if len(at.values) > 1]
     figure.add_scatter(
-        x=[x for x, _ in each], y=[value for _, value in each], mode="markers", marker={"color": colour, "size": 4}, opacity=0.55,
-        hoverinfo="skip", showlegend=False, legendgroup=name,
+        x=[x for x, _ in each], y=[value for _, value in each], mode="markers", marker={"color": colour, "size": 4},
+        opacity=0.55, hoverinfo="skip", showlegend=False, legendgroup=name,
     )  # fmt: skip
     figure.add_scatter(
         x=xs, y=[at.mean for at in curve.at], mode="lines+markers", line={"color": colour, "width": 2},
         marker={"color": colour, "symbol": symbol, "size": 8}, name=name, legendgroup=name, showlegend=not alone,
         customdata=[at.point for at in curve.at],
-        hovertext=[f"<b>{at.point}</b>, {_safe(name)}<br>{x}: {at.mean:.4g}" for x, at in zip(xs, curve.at, strict=True)], hoverinfo="text",
+        hovertext=[
+            f"<b>{at.point}</b>, {_safe(name)}<br>{_safe(str(x))}: {at.mean:.4g}" for x, at in zip(xs, curve.at, strict=True)
+        ],
+        hoverinfo="text",
     )  # fmt: skip

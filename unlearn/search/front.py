@@ -1,7 +1,8 @@
 """The Pareto front of points with several objectives, and the volume that it dominates.
 
-`losses` is float (N, K): a row a point, a column an objective, smaller is better in each (`Objective.loss` gives such values
-whatever its direction is). A point that may not count (a constraint is broken) or has no value (NaN) is on no front.
+`losses` is float (N, K): a row a point, a column an objective, smaller is better in each (`Objective.loss` gives such
+values whatever its direction is). A point that may not count (a constraint is broken) or has no value (NaN) is on no
+front.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ MARGIN = 0.1  # of an objective's range, by which the reference is worse than th
 
 
 def table(points: Sequence[Point], objectives: Sequence[Objective]) -> tuple[np.ndarray, np.ndarray]:
-    """(losses (N, K), NaN where a point lacks a figure; bool (N,), which points count: complete, and no bound is broken)."""
+    """(losses (N, K), NaN where a point lacks a figure; bool (N,), which points count: complete, and no bound is
+    broken)."""
     rows = [losses_of(point, objectives) or [np.nan] * len(objectives) for point in points]
     counted = [point.complete and point.feasible for point in points]
     return np.array(rows, np.float64).reshape(-1, len(objectives)), np.array(counted, bool)
@@ -54,8 +56,9 @@ def reference(losses: np.ndarray, counted: np.ndarray | None = None) -> np.ndarr
 def hypervolume(losses: np.ndarray, reference: np.ndarray) -> float:
     """Volume of all that is worse than at least one point, and better than the reference; exact.
 
-    In the unit of the objectives' product. Points that are worse than the reference in an objective add nothing. The time
-    grows with M to the power K - 1, for the M points of the front: fit for hundreds of points and up to four objectives.
+    In the unit of the objectives' product. Points that are worse than the reference in an objective add nothing. The
+    time grows with M to the power K - 1, for the M points of the front: fit for hundreds of points and up to four
+    objectives.
     """
     return _volume(losses[(losses < reference).all(1)], reference)
 

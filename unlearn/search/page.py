@@ -1,5 +1,6 @@
-"""report.html and report.json of a sweep: the front, every point with its pictures, and the drawings. It loads nothing from
-anywhere: plotly.js is in it, once."""
+"""report.html and report.json of a sweep: the front, every point with its pictures, and the drawings. It loads nothing
+from anywhere: plotly.js is in it, once.
+"""
 
 import hashlib
 import json
@@ -34,7 +35,8 @@ def check() -> None:
 
 
 def write(sweep: Sweep, trials: Sequence[Trial], grids: Grids | None = None) -> str:
-    """Write both into the sweep's folder; the page's URI. grids: the pictures that are shown, by point. No id is ever shown.
+    """Write both into the sweep's folder; the page's URI. grids: the pictures that are shown, by point. No id is ever
+    shown.
 
     Raises MissingExtra.
     """
@@ -81,20 +83,24 @@ def write(sweep: Sweep, trials: Sequence[Trial], grids: Grids | None = None) -> 
 
 
 def document(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
-    """What is in report.json: the points with their figures as tuned and on held-out images, the front, its hypervolume."""
+    """What is in report.json: the points with their figures as tuned and on held-out images, the front, its
+    hypervolume."""
     every = in_order(points(trials, sweep.bounds))
     losses, counted = front.table(every, sweep.wanted)
     reference = front.reference(losses, counted)
     best = {point.id for point in front.of_points(every, sweep.wanted)}
     return {
         "software": f"unlearn {__version__}", "name": sweep.name, "sweep": sweep.identity(),
-        "objectives": sweep.objectives, "constraints": sweep.constraints, "trials": dict(Counter(t.status for t in trials)),
-        "reference": {o.figure: (r if o.direction == "minimise" else -r) for o, r in zip(sweep.wanted, reference.tolist(), strict=True)},
+        "objectives": sweep.objectives, "constraints": sweep.constraints,
+        "trials": dict(Counter(trial.status for trial in trials)),
+        "reference": {
+            o.figure: r if o.direction == "minimise" else -r for o, r in zip(sweep.wanted, reference.tolist(), strict=True)
+        },
         "hypervolume": front.hypervolume(losses[counted], reference),
         "points": [
             {
-                "id": p.id, "parameters": alone.mask(p.parameters), "front": p.id in best, "feasible": p.feasible, "complete": p.complete,
-                "message": p.message, "mean": p.mean, "spread": p.spread, "held_out": charts.held_out(p) or None,
+                "id": p.id, "parameters": alone.mask(p.parameters), "front": p.id in best, "feasible": p.feasible,
+                "complete": p.complete, "message": p.message, "mean": p.mean, "spread": p.spread, "held_out": charts.held_out(p) or None,
             }
             for p in every
         ],
@@ -107,7 +113,7 @@ def in_order(every: Iterable[Point]) -> list[Point]:
 
 
 def _varied(sweep: Sweep, every: Sequence[Point]) -> list[str]:
-    """The parameters that tell points apart: not those that are tied to another, nor those with one value throughout."""
+    """The parameters that tell points apart: not those tied to another, nor those with one value throughout."""
     keys = dict.fromkeys(key for point in every for key in point.parameters)
     values = {key: {canonical({key: p.parameters[key]}) for p in every if key in p.parameters} for key in keys}
     free = [key for key in keys if key not in sweep.search or not sweep.search[key].same_as]
@@ -128,13 +134,20 @@ def _sentences(sweep: Sweep, trials: Sequence[Trial]) -> Iterator[str]:
     )
     bounds = f", with {' and '.join(map(str, sweep.bounds))}" if sweep.bounds else ""
     images = sweep.tune_on.data or "images of the training shards"
-    yield f"Searched for {wanted}{bounds}, measured on {images}{f', {sweep.tune_on.limit:,} of each set at most' if sweep.tune_on.limit else ''}."
+    limit = f", {sweep.tune_on.limit:,} of each set at most" if sweep.tune_on.limit else ""
+    yield f"Searched for {wanted}{bounds}, measured on {images}{limit}."
     if any(trial.held_out for trial in trials):
-        yield "The points of the front were then measured once more on held-out images, which the search has not seen: judge by those."
+        yield (
+            "The points of the front were then measured once more on held-out images, which the search has not seen: judge "
+            "by those."
+        )
     elif held_out_named(sweep):
         yield "Nothing here is measured on held-out images: a search picks what is good by chance too."
     else:
-        yield "The run names no held-out images (evaluation.data), so nothing here tells of images that the search has not seen."
+        yield (
+            "The run names no held-out images (evaluation.data), so nothing here tells of images that the search has not "
+            "seen."
+        )
 
 
 def held_out_named(sweep: Sweep) -> bool:
@@ -183,7 +196,8 @@ def _domain(domain) -> str:
 
 def _point(sweep: Sweep, point: Point, told: Point, best: bool, grids: list[dict]) -> dict[str, Any]:
     """All that the page says of a point."""
-    held_out, beside = charts.held_out(point), charts.compared_with([point])
+    held_out = charts.held_out(point)
+    others = ({"held out": held_out} if held_out else {}) | charts.compared_with([point])
     done = sum(trial.status == "done" for trial in point.trials)
     names = study.labels(told.parameters)
     main = dict.fromkeys([o.figure for o in sweep.wanted] + [b.figure for b in sweep.bounds])
@@ -197,13 +211,16 @@ def _point(sweep: Sweep, point: Point, told: Point, best: bool, grids: list[dict
         "parameters": [(names[key], study.text(value)) for key, value in told.parameters.items()],
         "wanted": [_value(point, o.figure, done) for o in sweep.wanted],
         "held_out": [f"{held_out[o.figure]:.4g}" if o.figure in held_out else "–" for o in sweep.wanted],
-        "columns": ["tuned on", *(["held out"] if held_out else []), *beside],
+        "columns": ["tuned on", *others],
         "figures": [
-            (name, [_value(point, name, done), *([_number(held_out.get(name))] if held_out else []), *(_number(b.get(name)) for b in beside.values())])
+            (name, [_value(point, name, done), *(_number(other.get(name)) for other in others.values())])
             for name in figures
         ],
         "trials": [
-            {"id": t.id, "status": t.status, "message": t.message or "", "run": t.run, "seconds": f"{sum(t.seconds.values()):.0f} s" if t.seconds else ""}
+            {
+                "id": t.id, "status": t.status, "message": t.message or "", "run": t.run,
+                "seconds": f"{sum(t.seconds.values()):.0f} s" if t.seconds else "",
+            }
             for t in point.trials
         ],
         "config": alone.text(sweep, point, point.trials[0].seed, point.trials[0].model, masked=True),

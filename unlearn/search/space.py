@@ -30,7 +30,7 @@ from typing import Annotated, Any, Literal, Protocol
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
-from unlearn import config
+from unlearn import config, documents
 from unlearn.config import Location, Part, Positive, RunConfig
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
@@ -385,9 +385,9 @@ def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The same from the text of a file; `source` names it in messages."""
     try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as e:
-        raise ConfigError(f"sweep {source} is not YAML: {' '.join(str(e).split())}") from None
+        tree = documents.from_yaml(text) or {}
+    except ValueError as e:
+        raise ConfigError(f"sweep {source} is not YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"sweep {source}: expected keys and values at the top, found {type(tree).__name__}")
     of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
@@ -435,9 +435,9 @@ def _run_file(given: str, source: str) -> dict:
     if not Storage(path).is_file():
         raise ConfigError(f"{source}: run: there is no file {given}")
     try:
-        tree = yaml.safe_load(Storage(path).read())
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{source}: run: {given} is not YAML: {' '.join(str(e).split())}") from None
+        tree = documents.from_yaml(Storage(path).read().decode(errors="replace"))
+    except ValueError as e:
+        raise ConfigError(f"{source}: run: {given} is not YAML: {e}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{source}: run: {given} holds no configuration")
     return tree

@@ -44,9 +44,11 @@ def study(
     constraints: Sequence[Constraint] = (),
     losses: bool = False,
 ) -> "Study":
-    """A study in memory with a trial for each point that is complete and has every objective; parameters by their labels.
+    """A study in memory with a trial for each point that is complete and has every objective; parameters by their
+    labels.
 
-    losses: the objectives as `Objective.loss` gives them, all to be minimised, in place of the figures. Raises MissingExtra.
+    losses: the objectives as `Objective.loss` gives them, all to be minimised, in place of the figures. Raises
+    MissingExtra.
     """
     with optuna("a study of the sweep") as module:
         kept = [point for point in points if point.complete and all(o.figure in point.mean for o in objectives)]
@@ -67,8 +69,9 @@ def study(
 
 
 def importances(points: Sequence[Point], objectives: Sequence[Objective]) -> dict[str, dict[str, float]]:
-    """{objective, or "the front": {label of a parameter: its share of the importance}} by PED-ANOVA: how much the values of the
-    best quarter of the points differ from those of all. Empty for fewer than eight points. Raises MissingExtra."""
+    """{objective, or "the front": {label of a parameter: its share of the importance}} by PED-ANOVA: how much the
+    values of the best quarter of the points differ from those of all. Empty for fewer than eight points. Raises
+    MissingExtra."""
     # As losses: PED-ANOVA takes the lowest values of a target for the best, whatever the direction of the objective.
     made = study(points, objectives, losses=True)
     if len(made.trials) < FEWEST:
@@ -109,8 +112,8 @@ def is_log(values: Sequence[float]) -> bool:
 
 
 def text(value: Any, width: int = 40) -> str:
-    """A value as it stands in a configuration, on one line; a long one is cut, and told from others by a part of its hash. Four
-    digits of a float are enough to be read."""
+    """A value as it stands in a configuration, on one line; a long one is cut, and told from others by a part of its
+    hash. Four digits of a float are enough to be read."""
     if isinstance(value, float):
         return f"{value:.4g}"
     line = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import MissingExtra, WeightsError
+from unlearn.models import base
 from unlearn.models.diffusion import autoencoder, prompts, unet_condition
 from unlearn.models.diffusion.shapes import VARIANTS
 
@@ -62,7 +63,10 @@ def _text(
             "a single file of Stable Diffusion has no tokenizer, which model.options.prompt needs: leave it out, or give the "
             "folder of the pipeline"
         )
-    if chosen.get("prompt", "") is None or kind == "xl_inpaint":  # what SDXL was trained with where there is no prompt
+    if chosen.get("prompt", "") is None:
+        return prompts.none(network)
+    if kind == "xl_inpaint":
+        base.tell(prompts.SDXL_EMPTY)
         return prompts.none(network)
     if not any(name.startswith((CLIP, OPEN_CLIP)) for name in tensors):
         raise WeightsError(

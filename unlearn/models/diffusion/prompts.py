@@ -25,6 +25,9 @@ import diffusers  # isort: skip  after networks, which prepares torchvision
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 # Our own file beside the parts of diffusers: the first prompt's embedding, for folders without text encoders.
 FILE = "prompt.safetensors"
+SDXL_EMPTY = (
+    "the empty prompt of this SDXL is zeros (force_zeros_for_empty_prompt), not the text encoders' embedding of ''"
+)
 CLIP_TOKENS = 77  # of a prompt, where a tokenizer does not say it
 
 
@@ -154,9 +157,7 @@ def _embedded(pipeline: Any, prompt: str) -> dict[str, torch.Tensor]:
         text, _, pooled, _ = pipeline.encode_prompt(prompt, device=cpu, do_classifier_free_guidance=False)
         # SDXL was trained with zeros where there is no prompt.
         if not prompt and pipeline.config["force_zeros_for_empty_prompt"]:
-            base.tell(
-                "the empty prompt of this SDXL is zeros (force_zeros_for_empty_prompt), not the text encoders' embedding of ''"
-            )
+            base.tell(SDXL_EMPTY)
             text, pooled = torch.zeros_like(text), torch.zeros_like(pooled)
     else:
         text, _ = pipeline.encode_prompt(prompt, cpu, 1, False)

@@ -1,0 +1,329 @@
+"""The commands on the ledger of deletion requests: `unlearn request add`, `list`, `show`, `verify` and others."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from unlearn.errors import LedgerError
+
+if TYPE_CHECKING:
+    from unlearn.ledger.ledger import Ledger
+
+app = typer.Typer(
+    no_args_is_help=True, help="Record deletion requests, follow them, and prove that the record is whole."
+)
+
+Url = Annotated[
+    str | None,
+    typer.Option(
+        "--ledger", metavar="URL", help="sqlite:///FILE, a path, or postgresql://...; default: UNLEARN_LEDGER, else a file of the user"
+    ),
+]  # fmt: skip
+By = Annotated[str | None, typer.Option("--by", metavar="WHO", help="who does this; default: the user of this process")]
+Ids = Annotated[list[int], typer.Argument(metavar="ID...", help="numbers of requests")]
+Id = Annotated[int, typer.Argument(metavar="ID", help="number of a request")]
+Keys = Annotated[bool, typer.Option("--show-keys", help="show what the requests name: subjects, ids, reasons")]
+Within = Annotated[str | None, typer.Option("--within", metavar="SPAN", help="due after 30d, 4w, 1m; default: 1m")]
+Place = Annotated[str, typer.Argument(metavar="URI", help="folder of the checkpoints: a path, file:// or s3://")]
+Private = Annotated[str, typer.Option("--key", metavar="FILE", help="private Ed25519 key, PEM")]
+
+
+@app.command()
+def add(
+    subject: Annotated[str | None, typer.Option(help="value of the column `subject`")] = None,
+    ids: Annotated[str | None, typer.Option(metavar="FILE", help="a file with an image id a line")] = None,
+    class_: Annotated[str | None, typer.Option("--class", help="name of a class, or its label")] = None,
+    due: Annotated[str | None, typer.Option(metavar="DATE", help="as in 2026-12-31")] = None,
+    within: Within = None,
+    reason: Annotated[str | None, typer.Option(help="erased together with what the request names")] = None,
+    by: By = None,
+    ledger: Url = None,
+):
+    """Record a request to forget a subject, images by id, or a class.
+
+    Example: `unlearn request add --subject alice --within 30d --reason "withdrew consent"`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger import dates, importing
+    from unlearn.ledger.request import wanted
+
+    classes = [importing.label(class_)] if class_ is not None else None
+    named = {"subjects": [subject] if subject is not None else None, "ids": _lines(ids), "classes": classes}
+    request = {"forget": wanted(named), "due": dates.due(due, within), "reason": reason}
+    with _open(ledger, create=True) as book:
+        (number,) = book.add([request], by)
+        out.print(f"request {number}: received, due {request['due']}")
+
+
+@app.command("list")
+def list_(
+    state: Annotated[str | None, typer.Option(help="only those in this state")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="closed ones too")] = False,
+    overdue: Annotated[bool, typer.Option("--overdue", help="only those that should be closed by now")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="show at most so many; 0: all")] = 50,
+    show_keys: Keys = False,
+    ledger: Url = None,
+):
+    """Show requests, those that are due first; open ones unless told otherwise.
+
+    Example: `unlearn request list --overdue`
+    """
+    from rich.table import Table
+
+    from unlearn.cli.console import out, say
+    from unlearn.ledger import states
+
+    if state is not None and state not in states.STATES:
+        raise LedgerError(f"--state {state}: the states are {', '.join(states.STATES)}")
+    with _open(ledger) as book:
+        requests = book.requests([state] if state else None if everything else states.OPEN)
+    requests = sorted((r for r in requests if r.is_overdue or not overdue), key=lambda r: (not r.is_open, r.due, r.id))
+    late = sum(request.is_overdue for request in requests)
+    table = Table("request", "state", "received", "due", "names", box=None)
+    for request in requests[: limit or None]:
+        due = f"{request.due} OVERDUE" if request.is_overdue else request.due
+        table.add_row(str(request.id), request.state, request.received[:10], due, request.about(show_keys))
+    if requests:
+        out.print(table)
+    hidden = f"; the first {limit} are shown, see --limit" if limit and len(requests) > limit else ""
+    say(f"{len(requests)} request{'s' * (len(requests) != 1)}, {late} overdue{hidden}")
+
+
+@app.command()
+def show(request_id: Id, show_keys: Keys = False, ledger: Url = None):
+    """Tell a request's state and its history: when, who, by what evidence.
+
+    Example: `unlearn request show 7 --show-keys`
+    """
+    from unlearn.cli.console import out
+
+    with _open(ledger) as book:
+        request, history = book.request(request_id), book.history(request_id)
+    late = ", overdue" if request.is_overdue else ""
+    out.print(f"request {request.id}: {request.state}{late}, due {request.due}")
+    out.print(f"names       {request.about(show_keys)}", soft_wrap=True)
+    out.print(f"commitment  {request.commitment}", soft_wrap=True)
+    for step in history:
+        private = step["private"]
+        facts = [f"by {private['by']}"] if "by" in private else []
+        facts += [f"reason: {private['reason'] if show_keys else 'see --show-keys'}"] if "reason" in private else []
+        facts += [f"{name}={value}" for name, value in step.get("evidence", {}).items()]
+        out.print(f"{step['at']}  entry {step['position']}  {step['event']}  {', '.join(facts)}", soft_wrap=True)
+
+
+@app.command()
+def withdraw(
+    ids: Ids, reason: Annotated[str | None, typer.Option(help="why")] = None, by: By = None, ledger: Url = None
+):
+    """Close requests that the person has withdrawn.
+
+    Example: `unlearn request withdraw 7`
+    """
+    _close(ids, "withdrawn", reason, by, ledger)
+
+
+@app.command()
+def reject(
+    ids: Ids,
+    reason: Annotated[str, typer.Option(help="why; it is in the letter to the person")],
+    by: By = None,
+    ledger: Url = None,
+):
+    """Close requests that will not be served.
+
+    Example: `unlearn request reject 7 --reason "no image of this person is in the data"`
+    """
+    _close(ids, "rejected", reason, by, ledger)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="CSV (.csv) or JSON lines (.jsonl), here or on S3")],
+    within: Within = None,
+    by: By = None,
+    ledger: Url = None,
+):
+    """Record all requests of a file, or none where one is wrong. Columns: subject, ids (with ; between), class, due, reason, by.
+
+    Example: `unlearn request import requests.csv --by desk`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger import importing
+
+    requests = importing.read(file, within)
+    with _open(ledger, create=True) as book:
+        numbers = book.add(requests, by)
+    out.print(f"{len(numbers)} requests received: {numbers[0]} to {numbers[-1]}")
+
+
+@app.command()
+def export(
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="default: standard output")] = None,
+    show_keys: Keys = False,
+    ledger: Url = None,
+):
+    """Write every entry as a JSON line: its document, its hash, and with --show-keys what its commitments stand for.
+
+    Example: `unlearn request export --output ledger.jsonl`
+    """
+    import json
+    import os
+    import sys
+
+    from unlearn.cli.console import say
+    from unlearn.data.storage import Storage
+
+    with _open(ledger) as book:
+        lines = (json.dumps(line) + "\n" for line in book.export(show_keys))
+        if output is None:
+            sys.stdout.writelines(lines)
+            return
+        with Storage(output).writing("") as path, open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as f:
+            f.writelines(lines)
+    say(f"written: {output}")
+
+
+@app.command()
+def verify(
+    checkpoints: Annotated[
+        str | None, typer.Option(metavar="URI", help="folder of the checkpoints: a path, file:// or s3://")
+    ] = None,
+    key: Annotated[str | None, typer.Option(metavar="FILE", help="public Ed25519 key of the checkpoints, PEM")] = None,
+    ledger: Url = None,
+):
+    """Walk the whole ledger and hold it against its checkpoints; names every entry that is not what it was, and exits with 2.
+
+    Example: `unlearn request verify --checkpoints s3://bucket/ledger --key ledger.pub`
+    """
+    from unlearn.cli.console import out, warn
+    from unlearn.ledger import keys, verification
+
+    if (checkpoints is None) != (key is None):
+        raise LedgerError("--checkpoints and --key belong together: a checkpoint is worth what its signature is")
+    with _open(ledger) as book:
+        report = verification.verify(book, checkpoints, keys.public(key) if key else None)
+        report.check(book.name)
+    size = report.walk.tree.get_size()
+    out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
+    for checkpoint, reseal in reversed(report.resealed):
+        out.print(
+            f"{checkpoint} is explained by the re-seal of {reseal.at}: a backup of {reseal.common} entries was restored",
+            soft_wrap=True,
+        )
+    if report.holding:
+        since = size - report.holding[-1].size
+        out.print(f"{len(report.holding)} checkpoints hold; {since} entries are newer than the last", soft_wrap=True)
+    elif checkpoints:
+        warn(f"{checkpoints}: there is no checkpoint yet; see `unlearn request checkpoint`")
+    else:
+        warn("not held against any checkpoint: a history that was rewritten from some entry on, or cut, is not found")
+
+
+@app.command()
+def checkpoint(to: Place, key: Private, ledger: Url = None):
+    """Verify the ledger and sign what it holds, away from its database.
+
+    Example: `unlearn request checkpoint s3://bucket/ledger --key ledger.key`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger import keys, verification
+
+    signer = keys.signer(key)
+    with _open(ledger) as book:
+        written, new = verification.checkpoint(book, to, signer)
+    note = "" if new else ", which was there already"
+    out.print(f"{written.name}: {written.size} entries, root {written.root}{note}", soft_wrap=True)
+
+
+@app.command()
+def reseal(
+    at: Place,
+    key: Private,
+    reason: Annotated[str, typer.Option(help="which backup was restored, and why")],
+    restored: Annotated[int | None, typer.Option(help="entries of the backup, where others were written since")] = None,
+    by: By = None,
+    ledger: Url = None,
+):
+    """Record that the ledger was restored from a backup, and sign what it holds now. Refused where it was changed otherwise.
+
+    Example: `unlearn request reseal s3://bucket/ledger --key ledger.key --reason "disk lost, backup of Monday"`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger import keys, verification
+
+    signer = keys.signer(key)
+    with _open(ledger) as book:
+        written = verification.reseal(book, at, signer, reason, by, restored)
+    out.print(f"re-sealed; {written.name}: {written.size} entries, root {written.root}", soft_wrap=True)
+
+
+@app.command()
+def erase(
+    ids: Ids,
+    retention: Annotated[str, typer.Option(metavar="SPAN", help="how long closed requests are kept: 90d, 3y")] = "3y",
+    by: By = None,
+    ledger: Url = None,
+):
+    """Erase what closed requests name, and why, after the retention time; the record of them stays verifiable.
+
+    Example: `unlearn request erase 7 --retention 3y`
+    """
+    from unlearn.cli.console import out
+
+    with _open(ledger) as book:
+        erased = book.erase(ids, retention, by)
+    out.print(f"erased: {', '.join(map(str, erased)) or 'none, they were already'}", soft_wrap=True)
+
+
+@app.command()
+def letter(request_id: Id, show_keys: Keys = False, ledger: Url = None):
+    """Write to the person who asked, as plain text: what was asked, what was done, what is not claimed.
+
+    Example: `unlearn request letter 7 > letter.txt`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger.letter import write
+
+    with _open(ledger) as book:
+        out.print(write(book, request_id, show_keys), soft_wrap=True)
+
+
+@app.command()
+def metrics(ledger: Url = None):
+    """Print requests by state, pending and overdue, as Prometheus reads them.
+
+    Example: `unlearn request metrics > /var/lib/node_exporter/unlearn.prom`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger.metrics import text
+
+    with _open(ledger) as book:
+        out.print(text(book), soft_wrap=True)
+
+
+def _open(url: str | None, create: bool = False) -> "Ledger":
+    from unlearn.ledger.ledger import Ledger
+
+    return Ledger(url, create)
+
+
+def _close(ids: list[int], state: str, reason: str | None, by: str | None, ledger: str | None) -> None:
+    from unlearn.cli.console import out
+
+    with _open(ledger) as book:
+        moved = book.advance(ids, state, by, reason=reason or "")
+    out.print(f"{state}: {', '.join(map(str, moved)) or 'none, they were already'}", soft_wrap=True)
+
+
+def _lines(path: str | None) -> list[str] | None:
+    """The ids in a file, one a line."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            ids = [line.strip() for line in f if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise LedgerError(f"--ids {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
+    if not ids:
+        raise LedgerError(f"--ids {path}: holds no id")
+    return ids

@@ -1,0 +1,1 @@
+"""The ledger of deletion requests: append-only, under a Merkle tree."""
