@@ -1,13 +1,16 @@
 """Sweeps on a real Ray cluster of this machine: what their trials are, what fails in them, and how they go on."""
 
+import contextlib
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from safetensors.torch import load
 from support.runs import evaluate, export, tiny_config
@@ -16,6 +19,7 @@ from support.workers import together
 from jobs import submit
 from jobs import sweep as job
 from jobs.backends import base
+from jobs.cluster import connected
 from jobs.study import Study
 from jobs.suggestions import Suggestions
 from jobs.sweep_state import Progress, SweepState
@@ -158,6 +162,67 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         ) == 6
 
 
+@pytest.fixture
+def cluster():
+    """A Ray cluster of this machine for several sweeps."""
+    with connected(config.Cluster(), 1):
+        yield
+
+
+def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
+    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots."""
+    sweep = space.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
+        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
+    ))  # fmt: skip
+    job.prepare(sweep)
+    legs = []
+
+    @contextlib.contextmanager
+    def slots(sweep, desk, scratch):
+        def slot(number: int) -> None:
+            while (leg := ray.get(desk.next.remote(number))) != "over":
+                if leg is None:
+                    continue
+                run = ray.get(leg.run[0])
+                legs.append((leg.trial, leg.until))
+                figures = {
+                    "retain.cosine.drop": run.settings.method.alpha + run.settings.seed / 10,
+                    "forget.cosine.drop": 0.5,
+                }
+                outcome = {
+                    "step": leg.until,
+                    "figures": figures,
+                    "original": {},
+                    "oracle": {},
+                    "seconds": {"train": 1.0},
+                }
+                ray.get(desk.measured.remote(number, leg.trial, outcome | {"training_seconds": 1.0}))
+
+        with ThreadPoolExecutor() as pool:
+            work = [pool.submit(slot, number) for number in range(2)]
+            yield work
+            ray.get(desk.close.remote())
+
+    monkeypatch.setattr(job, "_slots", slots)
+    trials = job.sweep(sweep)
+    assert len(legs) == len(set(legs)) and len(trials) == 16
+    best = [t for t in trials if t.parameters["method.alpha"] == 1]
+    assert [(t.status, t.steps, len(t.stages)) for t in best] == [("done", 8, 4)] * 2
+    given_up = [t for t in trials if t.status == "stopped"]
+    assert given_up and all(t.steps < 8 and t.message == "stopped early by asha" for t in given_up)
+    assert points(best)[0].mean["retain.cosine.drop"] == pytest.approx(1.05)
+
+    before, legs[:] = len(legs), []
+    victim = replace(best[0], status="running", stages=best[0].stages[:2], ended="")
+    Trials(Storage(sweep.sweep_dir)).write(victim)
+    again = job.sweep(sweep)
+    assert before > 16 and legs == [(victim.id, 6), (victim.id, 8)], (
+        "it goes on behind its last stage, and the others are over"
+    )
+    assert {t.id: t.status for t in again} == {t.id: t.status for t in trials}
+
+
 def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
     sweep = space.parse(
         tree(tmp_path / "sweep", tiny_shards, tiny_model, "cluster.address=10.0.0.1:6379", concurrent=3)
@@ -173,7 +238,9 @@ def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
     assert submit.request(space.parse(tree(tmp_path / "sweep", tiny_shards, tiny_model)), "sweep").id != sent.id
     assert {"sweep_dir", "run.data.train", "run.model.weights"} <= told.locations().keys() and not told.names_rows
     one, three = (
-        yaml.safe_load(submit.backend("k8s", overlay="cpu-demo", image="registry/unlearn:1").plan(submit.request(each, "sweep")))
+        yaml.safe_load(
+            submit.backend("k8s", overlay="cpu-demo", image="registry/unlearn:1").plan(submit.request(each, "sweep"))
+        )
         for each in (sweep.model_copy(update={"concurrent": 1}), sweep)
     )
     replicas = [each["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] for each in (one, three)]
