@@ -11,7 +11,7 @@ from securesystemslib.signer import CryptoSigner
 
 from unlearn import certificate, documents
 from unlearn.data.storage import Storage
-from unlearn.errors import ReleaseError
+from unlearn.errors import ReleaseError, StorageError
 from unlearn.releases import candidate as candidates
 from unlearn.releases import claims, gate, pointer, rejection
 from unlearn.releases.candidate import Candidate
@@ -82,14 +82,22 @@ def publish(
         folder.write(RECORD, release.to_json())
         envelope = certificate.sign(release.statement(), signer)
         check()
-    except Exception:
+    except Exception as e:
         store.discard(name)
+        # Whoever was faster deletes the files of the slower one.
+        if isinstance(e, StorageError) and store.holds(version):
+            return _beaten(store, version, content, state)
         raise
     # Where the storage fails in this very request the certificate may be there all the same: the folder is left.
-    if store.commit(release, envelope):
-        store.complete(release)
-        return Outcome(release, folder.uri, verdict)
-    store.discard(name)
+    if not store.commit(release, envelope):
+        store.discard(name)
+        return _beaten(store, version, content, state)
+    store.complete(release)
+    return Outcome(release, folder.uri, verdict)
+
+
+def _beaten(store: Store, version: str, content: Content, state: pointer.State) -> Outcome:
+    """What comes of it where somebody else has published this version meanwhile."""
     winner = store.release(version)
     if winner.content == content:
         return _again(store, winner, state)
