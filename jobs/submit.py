@@ -25,7 +25,7 @@ from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request
 from unlearn import config, lease, patience
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
-from unlearn.search import space
+from unlearn.search import space, sweep_file
 
 # driver, a command of `unlearn` -> what it is given beside its configuration
 DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": (), "sweep": ()}
@@ -52,7 +52,10 @@ def request(
             raise ConfigError(
                 f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable where the job runs"
             )
-    text, given = space.dump(run) if isinstance(run, space.Sweep) else config.dump(run), (*DRIVERS[driver], *arguments)
+    text, given = (
+        sweep_file.dump(run) if isinstance(run, space.Sweep) else config.dump(run),
+        (*DRIVERS[driver], *arguments),
+    )
     told = json.dumps([run.model_dump(mode="json"), driver, given], sort_keys=True)
     id = f"{_label(name or run.name)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     source = f"{run.run_dir}/{CONFIGS}/{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"

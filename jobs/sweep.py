@@ -18,7 +18,7 @@ from jobs.sweep_state import Progress, SweepState
 from unlearn import log as logs
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError
-from unlearn.search import records, space
+from unlearn.search import records, sweep_file
 from unlearn.search.records import Trial
 from unlearn.search.space import Sweep
 
@@ -37,12 +37,12 @@ def prepare(sweep: Sweep) -> None:
     """Write the sweep to its folder. Raises ConfigError where another sweep is there."""
     storage = Storage(sweep.sweep_dir)
     if storage.is_file(records.SWEEP):
-        former = space.load(storage.where(records.SWEEP))
+        former = sweep_file.load(storage.where(records.SWEEP))
         if former.identity() != sweep.identity():
             raise ConfigError(
                 f"{sweep.sweep_dir} holds another sweep: only budget and concurrent may change; put the others back, or give another sweep_dir"
             )
-    storage.write(records.SWEEP, space.dump(sweep).encode(), private=sweep.settings.names_rows)
+    storage.write(records.SWEEP, sweep_file.dump(sweep).encode(), private=sweep.settings.names_rows)
 
 
 def sweep(

@@ -19,7 +19,7 @@ from pathlib import Path
 from jobs import sweep as job
 from jobs.benchmarks import command
 from unlearn import config
-from unlearn.search import space
+from unlearn.search import space, sweep_file
 from unlearn.search.records import Trial
 
 ALPHAS, SIZES = (0.05, 0.1, 0.25, 0.5), (50, 100, 200, 400)
@@ -27,7 +27,7 @@ ALPHAS, SIZES = (0.05, 0.1, 0.25, 0.5), (50, 100, 200, 400)
 
 def made(settings: config.RunConfig, folder: str, slots: int) -> space.Sweep:
     """The sweep of the benchmark, in `folder`."""
-    return space.parse({
+    return sweep_file.parse({
         "sweep_dir": folder, "run": settings.model_dump(mode="json", exclude_defaults=True),
         "set": {"cluster.workers": 1},
         "search": {"method.alpha": {"grid": list(ALPHAS)}, "data.forget.per_class": {"grid": list(SIZES)}},

@@ -19,7 +19,7 @@ from support.runs import evaluate, tiny_config, train
 from unlearn.cli.sweep_table import headline, live, status
 from unlearn.data import shards
 from unlearn.data.storage import Storage
-from unlearn.search import alone, objectives, space
+from unlearn.search import alone, objectives, sweep_file
 from unlearn.search.records import Trial, Trials
 
 ALPHAS = [0.1, 10.0, 100.0]
@@ -42,7 +42,7 @@ def swept(tmp_path_factory, tiny_shards, tiny_model) -> str:
         "evaluation.pictures=2",
         "evaluation.views=[{size: 0.5}]",
     )
-    sweep = space.parse({
+    sweep = sweep_file.parse({
         "sweep_dir": str(root / "runs/tiny"), "name": "tiny", "seeds": [3, 4],
         "run": run.model_dump(mode="json", exclude_defaults=True),
         "search": {"method.alpha": {"grid": ALPHAS}}, "search_by": "grid", "tune_on": {"limit": 8},
@@ -146,7 +146,7 @@ def test_promote_makes_the_folder_of_a_run(told, swept, tmp_path, s3):
 
 
 def test_report_measures_the_front_on_held_out_images(told, swept):
-    sweep, known = space.load(swept), Trials(Storage(swept))
+    sweep, known = sweep_file.load(swept), Trials(Storage(swept))
     code, out, _ = told("sweep", "report", "--dir", swept)
     assert code == 0 and "held out" in out and re.search(r"p001 +0.0135", out)
     trials = {trial.id: trial for trial in known.all()}

@@ -26,7 +26,7 @@ from jobs.sweep_state import Progress, SweepState
 from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
-from unlearn.search import space
+from unlearn.search import space, sweep_file
 from unlearn.search.records import Trials, points
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
@@ -54,7 +54,7 @@ def alone(sweep: space.Sweep, trial, folder) -> config.RunConfig:
 
 def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tmp_path):
     """On S3, two trials at half a CPU each, points drawn from a space that is smaller than the budget."""
-    sweep = space.parse(tree(
+    sweep = sweep_file.parse(tree(
         s3, tiny_shards, tiny_model, "training.clip=0", "training.schedule=constant", "cluster.cpus_per_worker=0.5",
         search={
             "data.forget.classes": {"choice": [["ant"], ["bee"], ["unicorn"]]},
@@ -102,7 +102,7 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
     )
 
     with pytest.raises(ConfigError, match="holds another sweep: only budget and concurrent may change"):
-        job.prepare(space.parse(space.parse(tree(s3, tiny_shards, tiny_model)).model_dump(mode="json")))
+        job.prepare(sweep_file.parse(sweep_file.parse(tree(s3, tiny_shards, tiny_model)).model_dump(mode="json")))
 
 
 def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
@@ -114,11 +114,11 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         "cluster.workers=2",
         "training.micro_batch_size=4",
     ]
-    sweep = space.parse(tree(
+    sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, *long, "evaluation.views=[{size: 0.5}]", stop_early="median", measure_every=60,
     ))  # fmt: skip
     path = tmp_path / "sweep.yaml"
-    path.write_text(space.dump(sweep))
+    path.write_text(sweep_file.dump(sweep))
     driver = subprocess.Popen([sys.executable, "-m", "unlearn", "sweep", str(path)], stderr=subprocess.PIPE, text=True)
     records, deadline = Trials(Storage(sweep.sweep_dir)), time.monotonic() + 300
 
@@ -144,7 +144,7 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
             killed.append(row["step"])
             workers[-1].kill()
 
-    trials = {t.id: t for t in job.sweep(space.load(str(path)), kill)}
+    trials = {t.id: t for t in job.sweep(sweep_file.load(str(path)), kill)}
     assert killed and killed[0] > saved, "it goes on from the checkpoint of before the kill"
     assert trials[first.id] == first, "what is done is not run again"
     for number, trial in enumerate(trials.values()):
@@ -171,7 +171,7 @@ def cluster():
 
 def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
     """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots."""
-    sweep = space.parse(tree(
+    sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
         seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
     ))  # fmt: skip
@@ -224,7 +224,7 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
 
 
 def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
-    sweep = space.parse(
+    sweep = sweep_file.parse(
         tree(tmp_path / "sweep", tiny_shards, tiny_model, "cluster.address=10.0.0.1:6379", concurrent=3)
     )
     sent = submit.request(sweep, "sweep", elsewhere=True)
@@ -235,7 +235,7 @@ def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
         and told.cluster.address is None
     )
     assert submit.request(told, "sweep") == sent and sent.command == ["-m", "unlearn", "sweep", sent.source]
-    assert submit.request(space.parse(tree(tmp_path / "sweep", tiny_shards, tiny_model)), "sweep").id != sent.id
+    assert submit.request(sweep_file.parse(tree(tmp_path / "sweep", tiny_shards, tiny_model)), "sweep").id != sent.id
     assert {"sweep_dir", "run.data.train", "run.model.weights"} <= told.locations().keys() and not told.names_rows
     one, three = (
         yaml.safe_load(
@@ -252,7 +252,7 @@ def test_optuna_knows_after_a_restart_what_it_knew(tiny_shards, tiny_model, tmp_
     search = {"method.alpha": {"loguniform": [0.01, 1]}, "data.forget.classes": {"choice": [["ant"], ["bee"]]}}
 
     def play(folder, restarts: bool) -> list[dict]:
-        sweep = space.parse(tree(
+        sweep = sweep_file.parse(tree(
             folder, tiny_shards, tiny_model, search=search, search_by="tpe", budget={"points": 14}, constraints=["retain.cosine.drop <= 0.5"]
         ))  # fmt: skip
         job.prepare(sweep)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from unlearn.search import space
+from unlearn.search import sweep_file
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "jobs/configs").glob("sweep_*.yaml"))
@@ -15,7 +15,7 @@ CONFIGS = sorted((ROOT / "jobs/configs").glob("sweep_*.yaml"))
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_point_of_a_ready_sweep_is_a_run(path):
-    sweep = space.load(str(path))
+    sweep = sweep_file.load(str(path))
     points = sweep.grid()
     runs = [sweep.of(point, seed, model, "x") for point in points for seed, model in sweep.pairs()]
     assert len({run.hash() for run in runs}) == len(points) * len(sweep.pairs()) > 20
@@ -23,7 +23,7 @@ def test_every_point_of_a_ready_sweep_is_a_run(path):
 
 
 def test_there_is_one_of_each_kind_for_each_family():
-    families = {(path.stem.split("_")[1], space.load(str(path)).settings.model.family) for path in CONFIGS}
+    families = {(path.stem.split("_")[1], sweep_file.load(str(path)).settings.model.family) for path in CONFIGS}
     assert families == {
         (kind, family) for kind in ("alpha", "proxy") for family in ("mae", "mage", "diffusion", "migan")
     }
@@ -31,6 +31,6 @@ def test_there_is_one_of_each_kind_for_each_family():
 
 def test_the_sweep_of_the_docs_is_valid():
     text = re.findall(r"```yaml\n(.*?)```", (ROOT / "infra/docs/sweeps.md").read_text(), re.S)
-    sweep = space.parse(yaml.safe_load(text[0]))
+    sweep = sweep_file.parse(yaml.safe_load(text[0]))
     for point in itertools.islice(sweep.drawn(), 3):
         assert sweep.of(point, *sweep.pairs()[0], "x").data.retain.per_class == 2 * point["data.forget.per_class"]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from unlearn.data.storage import Storage
-from unlearn.search import space
+from unlearn.search import sweep_file
 from unlearn.search.objectives import derived
 from unlearn.search.records import Trial, Trials
 from unlearn.search.space import Sweep
@@ -16,7 +16,7 @@ ALPHAS, SIZES, SEEDS = [0.01, 0.05, 0.25, 1.0], [10, 40, 160, 600], [0, 1, 2]
 
 def grid_sweep(folder, **changes: Any) -> Sweep:
     """Four alphas by four sizes by three seeds, on the demo's run."""
-    return space.parse({
+    return sweep_file.parse({
         "sweep_dir": str(folder), "name": "fashion", "run": "jobs/configs/demo_fashion.yaml",
         "search": {"method.alpha": {"grid": ALPHAS}, "data.forget.per_class": {"grid": SIZES}}, "seeds": SEEDS,
         "objectives": {"retain.cosine": "maximise", "forget.cosine.to_oracle": "minimise"},
@@ -57,7 +57,7 @@ def grid_trials() -> list[Trial]:
 def write(sweep: Sweep, trials: list[Trial]) -> None:
     """The folder of a sweep with these records."""
     storage = Storage(sweep.sweep_dir)
-    storage.write("sweep.yaml", space.dump(sweep).encode())
+    storage.write("sweep.yaml", sweep_file.dump(sweep).encode())
     for one in trials:
         Trials(storage).write(one)
 

@@ -71,7 +71,7 @@ def submit(
     from unlearn.cli.console import err
 
     if driver == "sweep":
-        from unlearn.search.space import load as load_sweep
+        from unlearn.search.sweep_file import load as load_sweep
 
         settings = load_sweep(config, overrides)
     else:

@@ -62,7 +62,7 @@ def start(
     from unlearn.cli.console import err, out
     from unlearn.cli.options import required
     from unlearn.cli.sweep_table import live, status
-    from unlearn.search.space import load
+    from unlearn.search.sweep_file import load
 
     required()
     sweep = load(source, overrides)
@@ -240,7 +240,7 @@ def _opened(folder: str | None) -> tuple["Sweep", list["Trial"]]:
     from unlearn.config import location
     from unlearn.data.storage import Storage
     from unlearn.errors import ConfigError
-    from unlearn.search import space
+    from unlearn.search import sweep_file
     from unlearn.search.records import Trials
 
     if folder is None:
@@ -250,7 +250,7 @@ def _opened(folder: str | None) -> tuple["Sweep", list["Trial"]]:
         folder = there[0]
     # The folder that was named is meant, also where it is a copy of the one that its file names.
     here = [] if Path(folder).suffix in (".yaml", ".yml") else [f"sweep_dir={json.dumps(location(folder))}"]
-    sweep = space.load(folder, here)
+    sweep = sweep_file.load(folder, here)
     return sweep, Trials(Storage(sweep.sweep_dir)).all()
 
 

@@ -19,107 +19,22 @@ import copy
 import hashlib
 import itertools
 import json
-import math
-import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property
-from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from unlearn import config, documents
+from unlearn import config
 from unlearn.config import Location, Part, Positive, RunConfig
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError
-from unlearn.registry import METHODS
-from unlearn.search.objectives import Constraint, Direction, Objective, check_name
+from unlearn.search.domain import Domain, ordered, times
+from unlearn.search.objectives import Constraint, Direction, Objective
 
 Parameters = dict[str, Any]
 
-# Keys of a run that a sweep sets itself, and how.
-SET_APART = {
-    "seed": "name the seeds in `seeds`",
-    "model.weights": "name the originals in `models`",
-    "run_dir": "each trial has a run folder in sweep_dir",
-    "name": "each trial has a name of its own",
-    "cluster": "every trial takes what the run's `cluster` says",
-    "evaluation": "every trial is measured as the run's `evaluation` and `tune_on` say",
-    "training.engine": "every trial runs on the engine that the run names",
-}
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
-
-
-class OptunaTrial(Protocol):
-    """What of a trial of Optuna is used here."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
-    def suggest_int(self, name: str, low: int, high: int) -> int: ...
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any: ...
-
-
-class Domain(Part):
-    """The values of one key: exactly one of the first six. when: values of other keys with which this one is set at all."""
-
-    loguniform: tuple[float, float] | None = Field(default=None, description="numbers, even in their logarithm")
-    uniform: tuple[float, float] | None = Field(default=None, description="numbers")
-    randint: tuple[int, int] | None = Field(default=None, description="whole numbers, both ends among them")
-    choice: list[Any] | None = Field(default=None, min_length=1, description="any of these values")
-    grid: list[Any] | None = Field(default=None, min_length=1, description="the same, for search_by: grid")
-    same_as: str | None = Field(default=None, description="another searched key whose value it takes")
-    times: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="with same_as: multiplied by this")
-    when: dict[str, Any] = Field(default_factory=dict, description="key: value, or a list of values")
-
-    @model_validator(mode="after")
-    def _one_kind(self):
-        kinds = ("loguniform", "uniform", "randint", "choice", "grid", "same_as")
-        given = [kind for kind in kinds if getattr(self, kind) is not None]
-        if len(given) != 1:
-            raise ValueError(f"give exactly one of {', '.join(kinds)}")
-        low, high = self.ends if self.ends else (0, 1)
-        if not (math.isfinite(low) and math.isfinite(high) and low < high) or (self.loguniform and low <= 0):
-            raise ValueError(
-                f"{given[0]} [{low:g}, {high:g}]: give low < high" + (", both above 0" if self.loguniform else "")
-            )
-        if self.times is not None and self.same_as is None:
-            raise ValueError("times is for same_as")
-        return self
-
-    @property
-    def ends(self) -> tuple[float, float] | None:
-        """(low, high) of a range, else None."""
-        return self.loguniform or self.uniform or self.randint
-
-    @property
-    def values(self) -> list[Any] | None:
-        """The values of a choice, else None."""
-        return self.choice if self.choice is not None else self.grid
-
-    def draw(self, rng: random.Random) -> Any:
-        if self.values is not None:
-            return copy.deepcopy(rng.choice(self.values))
-        assert self.ends, "a tied key is not drawn"
-        low, high = self.ends
-        if self.randint:
-            return rng.randint(int(low), int(high))
-        return math.exp(rng.uniform(math.log(low), math.log(high))) if self.loguniform else rng.uniform(low, high)
-
-    def told(self, value: Any) -> Any:
-        """The value as Optuna knows it: of a choice that is not of plain values alone, its JSON."""
-        plain = self.values is None or all(isinstance(each, str | int | float | bool | None) for each in self.values)
-        return value if plain else json.dumps(value)
-
-    def suggest(self, key: str, trial: OptunaTrial) -> Any:
-        """A value that Optuna proposes."""
-        if self.values is not None:
-            names = [self.told(value) for value in self.values]
-            return copy.deepcopy(self.values[names.index(trial.suggest_categorical(key, names))])
-        assert self.ends, "a tied key is not proposed"
-        if self.randint:
-            return trial.suggest_int(key, *self.randint)
-        return trial.suggest_float(key, *self.ends, log=self.loguniform is not None)
 
 
 def _seconds(given: Any) -> Any:
@@ -217,7 +132,7 @@ class Sweep(Part):
             if key in domain.when:
                 yield f"search.{key}: when names the key itself"
         try:
-            _ordered(self.search)
+            ordered(self.search)
         except ValueError as e:
             yield str(e)
 
@@ -229,7 +144,7 @@ class Sweep(Part):
             key: (domain.values or domain.ends or (None,))[0] for key, domain in free.items() if not domain.same_as
         }
         tied = {
-            key: _times(first[domain.same_as], domain.times) for key, domain in free.items() if domain.same_as in first
+            key: times(first[domain.same_as], domain.times) for key, domain in free.items() if domain.same_as in first
         }
         return self.of(first | tied, *self.pairs()[0], "run")
 
@@ -269,7 +184,7 @@ class Sweep(Part):
     def elsewhere(self) -> "Sweep":
         """The same for a job that finds its Ray cluster where it runs."""
         run = copy.deepcopy(self.run)
-        _put(run, "cluster.address", None)
+        put(run, "cluster.address", None)
         return self.model_copy(update={"run": run})
 
     def stages(self, steps: int) -> list[int]:
@@ -295,16 +210,16 @@ class Sweep(Part):
         """
         tree = config.override(copy.deepcopy(self.run), [])
         for key, value in parameters.items():
-            _put(tree, key, copy.deepcopy(value))
-        _put(tree, "seed", seed)
+            put(tree, key, copy.deepcopy(value))
+        put(tree, "seed", seed)
         if model is not None:
-            _put(tree, "model.weights", model)
-        _put(tree, "name", f"{self.name}-{id}"[:100])
-        _put(tree, "run_dir", Storage(self.sweep_dir).where(f"runs/{id}"))
+            put(tree, "model.weights", model)
+        put(tree, "name", f"{self.name}-{id}"[:100])
+        put(tree, "run_dir", Storage(self.sweep_dir).where(f"runs/{id}"))
         data: dict = tree["data"] if isinstance(tree.get("data"), dict) else {}
-        _put(tree, "evaluation.data", self.tune_on.data or data.get("train"))
-        _put(tree, "evaluation.split", self.tune_on.split or (None if self.tune_on.data else data.get("split")))
-        _put(tree, "evaluation.limit", self.tune_on.limit)
+        put(tree, "evaluation.data", self.tune_on.data or data.get("train"))
+        put(tree, "evaluation.split", self.tune_on.split or (None if self.tune_on.data else data.get("split")))
+        put(tree, "evaluation.limit", self.tune_on.limit)
         return config.parse(tree, id)
 
     @property
@@ -319,18 +234,18 @@ class Sweep(Part):
     def assembled(self, pick: Callable[[str, Domain], Any]) -> Parameters:
         """A point, whose values `pick` chooses: conditional keys where their condition holds, then the tied ones."""
         chosen: Parameters = {}
-        for key in _ordered(self.search):
+        for key in ordered(self.search):
             domain = self.search[key]
             if domain.same_as is None and self._applies(domain, chosen):
                 chosen[key] = pick(key, domain)
         for key, domain in self.search.items():
             if domain.same_as in chosen and self._applies(domain, chosen):
-                chosen[key] = _times(chosen[domain.same_as], domain.times)
+                chosen[key] = times(chosen[domain.same_as], domain.times)
         return {key: chosen[key] for key in self.search if key in chosen}
 
     def _applies(self, domain: Domain, chosen: Parameters) -> bool:
         for key, wanted in domain.when.items():
-            value = chosen[key] if key in chosen else None if key in self.search else _get(self.settings, key)
+            value = chosen[key] if key in chosen else None if key in self.search else get(self.settings, key)
             if value not in (wanted if isinstance(wanted, list) else [wanted]):
                 return False
         return True
@@ -367,167 +282,7 @@ def canonical(parameters: Parameters) -> str:
     return json.dumps(parameters, sort_keys=True)
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep that `source` names: a YAML file (path or s3://), the folder of a sweep, or env:VARIABLE. overrides: "key=value" of
-    the sweep, and "run.key=value" of its run. Raises ConfigError, StorageError."""
-    if source.startswith("env:"):
-        variable = source.removeprefix("env:")
-        if variable not in os.environ:
-            raise ConfigError(f"{source}: this variable is not set; a sweep is expected in it")
-        return read(os.environ[variable], source, overrides)
-    if Path(source).suffix not in (".yaml", ".yml"):
-        if not Storage(source).is_file("sweep.yaml"):
-            raise ConfigError(f"{source}: neither a YAML file nor the folder of a sweep (no sweep.yaml in it)")
-        source = Storage(source).where("sweep.yaml")
-    return read(Storage(source).read().decode(errors="replace"), source, overrides)
-
-
-def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
-    """The same from the text of a file; `source` names it in messages."""
-    try:
-        tree = documents.from_yaml(text) or {}
-    except ValueError as e:
-        raise ConfigError(f"sweep {source} is not YAML: {e}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"sweep {source}: expected keys and values at the top, found {type(tree).__name__}")
-    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
-    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
-    tree["set"] = (tree.get("set") or {}) | {
-        item.partition("=")[0]: config.override({}, [f"value={item.partition('=')[2]}"])["value"] for item in of_run
-    }
-    return parse(tree, source)
-
-
-def parse(tree: dict, source: str = "sweep") -> Sweep:
-    """Validate a tree of plain values, and every key and value that is searched. Raises ConfigError."""
-    tree = copy.deepcopy(tree)
-    changes = tree.pop("set", None) or {}
-    run = tree.get("run")
-    if isinstance(run, str):
-        run = _run_file(run, source)
-    if not isinstance(run, dict):
-        raise ConfigError(f"{source}: run: give a run's configuration, or the path of one")
-    if not isinstance(changes, dict):
-        raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
-    for key, value in changes.items():
-        _put(run, key, value)
-    tree["run"] = run
-    try:
-        sweep = Sweep.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, Sweep)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
-    _check(sweep, source)
-    return sweep
-
-
-def dump(sweep: Sweep) -> str:
-    """The sweep as YAML, its run inline."""
-    return yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-
-
-def _run_file(given: str, source: str) -> dict:
-    """The tree of a run's file, which is found from here or from beside the sweep's file."""
-    beside = Path(source).parent / given if "://" not in source and not source.startswith("env:") else Path(given)
-    path = given if "://" in given or Path(given).exists() or not beside.exists() else str(beside)
-    if not Storage(path).is_file():
-        raise ConfigError(f"{source}: run: there is no file {given}")
-    try:
-        tree = documents.from_yaml(Storage(path).read().decode(errors="replace"))
-    except ValueError as e:
-        raise ConfigError(f"{source}: run: {given} is not YAML: {e}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: run: {given} holds no configuration")
-    return tree
-
-
-def _check(sweep: Sweep, source: str) -> None:
-    """Raises ConfigError where the run is not valid, and for keys, values, figures and bounds that cannot be."""
-    held_out, tune_on = sweep.run.get("evaluation") or {}, sweep.tune_on
-    if (tune_on.data or tune_on.split) and held_out.get("split") == tune_on.split:
-        if (config.location(held_out["data"]) if held_out.get("data") else None) == tune_on.data:
-            raise ConfigError(
-                f"{source}: tune_on names the images of run.evaluation: those are held out, to tell of the result"
-            )
-    settings = sweep.settings
-    if not METHODS.load(settings.method.name).needs_forget:
-        raise ConfigError(
-            f"{source}: run.method {settings.method.name} forgets nothing: there is no trade-off to search"
-        )
-    for key, domain in sweep.search.items():
-        where = f"{source}: search.{key}"
-        for apart, why in SET_APART.items():
-            if key == apart or key.startswith(f"{apart}."):
-                raise ConfigError(f"{where}: not to be searched: {why}")
-        _check_key(sweep, key, where)
-        for other in domain.when:
-            if other not in sweep.search:
-                _check_key(sweep, other, f"{where}.when")
-        _check_values(sweep, key, domain, where)
-    for objective in sweep.wanted:
-        check_name(objective.figure, settings, f"{source}: objectives")
-    try:
-        bounds = sweep.bounds
-    except ConfigError as e:
-        raise ConfigError(f"{source}: constraints: {e}") from None
-    for bound in bounds:
-        check_name(bound.figure, settings, f"{source}: constraints")
-
-
-def _check_key(sweep: Sweep, key: str, where: str) -> None:
-    """Raise ConfigError for a key that the run cannot have, with any of the methods that the sweep may give it."""
-    domain = sweep.search.get("method.name")
-    names = domain.values if domain and domain.values else [sweep.settings.method.name]
-    faults = [fault for name in names if (fault := config.unknown_key(key, str(name)))]
-    if len(faults) == len(names):
-        raise ConfigError(f"{where}: {faults[0]}")
-
-
-def _check_values(sweep: Sweep, key: str, domain: Domain, where: str) -> None:
-    """Raise ConfigError where the run refuses a value of the key for the key's own sake."""
-    conditions = {other: (wanted[0] if isinstance(wanted, list) else wanted) for other, wanted in domain.when.items()}
-    if (
-        key.startswith("method.")
-        and key != "method.name"
-        and "method.name" in sweep.search
-        and "method.name" not in conditions
-    ):
-        conditions["method.name"] = next(
-            n for n in sweep.search["method.name"].values or [] if not config.unknown_key(key, str(n))
-        )
-    if key.startswith("training.") and key.rpartition(".")[2] in ("steps", "epochs"):
-        conditions["training.epochs" if key.endswith("steps") else "training.steps"] = None
-    for value in domain.values or domain.ends or ():
-        try:
-            sweep.of(conditions | {key: value}, *sweep.pairs()[0], "run")
-        except ConfigError as e:
-            lines = (line.strip().removeprefix("run: ") for line in str(e).splitlines())
-            if fault := next((line for line in lines if line.startswith(key)), None):
-                raise ConfigError(f"{where}: {fault.removeprefix(key).lstrip(': ')}") from None
-
-
-def _ordered(search: dict[str, Domain]) -> list[str]:
-    """The keys, each behind those that its condition names. Raises ValueError for a circle."""
-    order, left = [], list(search)
-    while left:
-        ready = [key for key in left if not any(other in left for other in search[key].when if other != key)]
-        if not ready:
-            raise ValueError(f"search: the conditions of {', '.join(left)} name each other in a circle")
-        order += ready
-        left = [key for key in left if key not in ready]
-    return order
-
-
-def _times(value: Any, factor: float | None) -> Any:
-    if factor is None:
-        return copy.deepcopy(value)
-    product = value * factor
-    return int(product) if isinstance(value, int) and float(product).is_integer() else product
-
-
-def _put(tree: dict, key: str, value: Any) -> None:
+def put(tree: dict, key: str, value: Any) -> None:
     """Set `a.b` of a tree, parts made where they are missing."""
     *path, last = key.split(".")
     for name in path:
@@ -537,7 +292,7 @@ def _put(tree: dict, key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _get(settings: RunConfig, key: str) -> Any:
+def get(settings: RunConfig, key: str) -> Any:
     """The value of `a.b`; None where a part is not there."""
     value: Any = settings
     for name in key.split("."):
