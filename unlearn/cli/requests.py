@@ -330,7 +330,7 @@ def _close(ids: list[int], state: str, reason: str | None, by: str | None, ledge
     from unlearn.cli.console import out
 
     with _open(ledger) as book:
-        moved = book.advance(ids, state, by, reason=reason or "")
+        moved = book.advance(ids, state, by=by, reason=reason or "")
     out.print(f"{state}: {', '.join(map(str, moved)) or 'none, they were already'}", soft_wrap=True)
 
 

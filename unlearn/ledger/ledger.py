@@ -73,8 +73,8 @@ class Ledger:
         self,
         ids: int | Iterable[int],
         state: str,
-        by: str | None = None,
         evidence: Mapping[str, Any] | None = None,
+        by: str | None = None,
         reason: str = "",
     ) -> list[int]:
         """Move requests to `state`, all or none; those that moved. One that is there already by the same evidence is left as it is,
