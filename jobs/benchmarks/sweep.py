@@ -3,8 +3,8 @@
     python -m jobs.benchmarks.sweep [CONFIG] [--set a.b=c] [--alone 4] [--slots 2]
 
 Sixteen trials: four alphas by four sizes of the forget set, `--slots` at one time with one worker each. The baseline is `unlearn run` of
-`--alone` of the same runs, each with as many workers as there are slots, so that both have the same cores; its total is theirs times
-16 / alone. They are interleaved with nothing and share nothing but the machine: watch its load, and trust the ratios.
+`--alone` of the same runs, each with as many workers as there are slots, so that both have the same cores; its total is
+theirs times 16 / alone. The two run one after the other on the same machine: trust the ratios, not the seconds.
 """
 
 import math

@@ -8,15 +8,17 @@ from unlearn.training.loop import worker
 
 
 def test_neither_what_is_kept_nor_legs_change_a_weight(tiny_run, tmp_path):
-    """The second run asks the teacher for what the first has asked, and the images are read; it stops on the way, too."""
+    """The third run asks the teacher for what the second has asked, and the images are read; it stops on the way, too. The first one
+    has the same views of other images."""
     kept, alphas = Kept(targets=True), ("method.alpha=0.25", "method.alpha=1.0")
     shared = [tiny_run(alpha, "data.cache=decoded", f"run_dir={tmp_path}/{alpha}") for alpha in alphas]
     plain = tiny_run(alphas[1], f"run_dir={tmp_path}/plain")
     worker(resolve(plain))
+    worker(resolve(tiny_run("data.forget.classes=[bee]", f"run_dir={tmp_path}/other")), kept=kept)
     worker(resolve(shared[0]), kept=kept)
     teacher, images = kept._teacher, kept.images(shared[0])
     known, read = set(teacher[1].encode.known._held), images.bytes
-    assert len(known) == 5 and read, "four steps and the dry-run step"
+    assert len(known) == 10 and read, "four steps and the dry-run step, of two sets"
     seen = []
     worker(resolve(shared[1]), seen.append, until=2, kept=kept)
     assert [row["step"] for row in seen] == [1, 2] and seen[-1]["steps"] == 4
