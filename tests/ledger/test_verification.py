@@ -6,9 +6,10 @@ import shutil
 import pytest
 import sqlalchemy as sa
 
+from unlearn import certificate
 from unlearn.data.storage import Storage
 from unlearn.errors import LedgerError
-from unlearn.ledger import entry, keys, verification
+from unlearn.ledger import entry, verification
 from unlearn.ledger.ledger import Ledger
 from unlearn.ledger.tables import entries
 
@@ -119,12 +120,14 @@ def test_a_step_that_was_not_allowed_is_named(sqlite, tamper_sqlite):
 
 
 def test_checkpoints_name_what_a_rewritten_history_hides(sqlite, tamper_sqlite, place, pair):
-    private, public = (pair("a")[0], keys.public(pair("a")[1]))
+    private, public = (pair("a")[0], certificate.public_key(pair("a")[1]))
     with filled(str(sqlite)) as ledger:
-        first, new = verification.checkpoint(ledger, place, keys.signer(private))
-        assert new and first.size == 9 and not verification.checkpoint(ledger, place, keys.signer(private))[1]
+        first, new = verification.checkpoint(ledger, place, certificate.private_key(private))
+        assert (
+            new and first.size == 9 and not verification.checkpoint(ledger, place, certificate.private_key(private))[1]
+        )
         ledger.advance([1, 2], "scheduled")
-        second, _ = verification.checkpoint(ledger, place, keys.signer(private))
+        second, _ = verification.checkpoint(ledger, place, certificate.private_key(private))
         ledger.add([{"forget": {"classes": [1]}}])
         report = verification.verify(ledger, place, public)
         assert report.wrong == [] and [each.size for each in report.holding] == [9, 11]
@@ -135,7 +138,7 @@ def test_checkpoints_name_what_a_rewritten_history_hides(sqlite, tamper_sqlite, 
         report = verification.verify(ledger, place, public)
         assert report.wrong == [f"entry 10: changed since {second}"] and report.holding == [first]
         with pytest.raises(LedgerError, match="entry 10: changed"):
-            verification.checkpoint(ledger, place, keys.signer(private))
+            verification.checkpoint(ledger, place, certificate.private_key(private))
         tamper_sqlite(*rewrite(ledger, lambda content: content | {"due": "2031-01-01"}, 3, rest=True))
         rewritten = f"entry 3 and all after it: rewritten since {second}; {HINT}"
         assert rewritten in verification.verify(ledger, place, public).wrong
@@ -149,28 +152,31 @@ def test_checkpoints_name_what_a_rewritten_history_hides(sqlite, tamper_sqlite, 
 def test_checkpoints_that_are_not_what_was_signed_are_named(sqlite, tmp_path, pair):
     place, (private, public) = str(tmp_path / "place"), pair("a")
     with filled(str(sqlite)) as ledger:
-        first, _ = verification.checkpoint(ledger, place, keys.signer(private))
+        first, _ = verification.checkpoint(ledger, place, certificate.private_key(private))
         ledger.advance(1, "scheduled")
-        second, _ = verification.checkpoint(ledger, place, keys.signer(private))
-        wrong = verification.verify(ledger, place, keys.public(pair("b")[1])).wrong
+        second, _ = verification.checkpoint(ledger, place, certificate.private_key(private))
+        wrong = verification.verify(ledger, place, certificate.public_key(pair("b")[1])).wrong
         assert wrong == [f"{each.name}: not signed with this key, or changed since" for each in (first, second)]
         envelope = (tmp_path / "place" / first.name).read_text()
         (tmp_path / "place" / first.name).unlink()
-        assert verification.verify(ledger, place, keys.public(public)).wrong == [
+        assert verification.verify(ledger, place, certificate.public_key(public)).wrong == [
             f"{first.name}: removed, {second.name} was written after it"
         ]
         (tmp_path / "place" / first.name).write_text(envelope.replace('"sig": "', '"sig": "AAAA'))
         (tmp_path / "place" / "checkpoint-x.json").write_text("[]")
-        wrong = verification.verify(ledger, place, keys.public(public)).wrong
+        wrong = verification.verify(ledger, place, certificate.public_key(public)).wrong
         assert f"{first.name}: not signed with this key, or changed since" in wrong
         assert "checkpoint-x.json: damaged, it cannot be read" in wrong
     with Ledger(str(tmp_path / "other.sqlite"), create=True) as other:
-        assert f"{second.name}: of another ledger" in verification.verify(other, place, keys.public(public)).wrong
+        assert (
+            f"{second.name}: of another ledger"
+            in verification.verify(other, place, certificate.public_key(public)).wrong
+        )
 
 
 def test_a_restore_is_recorded_and_a_cut_is_not_taken_for_one(sqlite, tmp_path, place, pair, tamper_sqlite):
     (private, public), backup = pair("a"), tmp_path / "backup"
-    signer, public = keys.signer(private), keys.public(public)
+    signer, public = certificate.private_key(private), certificate.public_key(public)
     with filled(str(sqlite)) as ledger:
         first, _ = verification.checkpoint(ledger, place, signer)
     shutil.copy(sqlite, backup)
@@ -206,10 +212,3 @@ def test_a_restore_is_recorded_and_a_cut_is_not_taken_for_one(sqlite, tmp_path, 
         tamper_sqlite("UPDATE ledger_entries SET document = replace(document, '2030', '2040') WHERE position = 3")
         with pytest.raises(LedgerError, match="the ledger is not what it was:\n  entry 3"):
             verification.reseal(ledger, place, signer, "disk lost")
-
-
-def test_keys_that_are_none_are_refused(pair, tmp_path):
-    private, public = pair("a")
-    for read, path in ((keys.signer, public), (keys.public, private), (keys.signer, str(tmp_path / "none"))):
-        with pytest.raises(LedgerError, match="not a private|not a public|No such file"):
-            read(path)

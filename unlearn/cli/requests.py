@@ -195,13 +195,14 @@ def verify(
 
     Example: `unlearn request verify --checkpoints s3://bucket/ledger --key ledger.pub`
     """
+    from unlearn import certificate
     from unlearn.cli.console import out, warn
-    from unlearn.ledger import keys, verification
+    from unlearn.ledger import verification
 
     if (checkpoints is None) != (key is None):
         raise LedgerError("--checkpoints and --key belong together: a checkpoint is worth what its signature is")
     with _open(ledger) as book:
-        report = verification.verify(book, checkpoints, keys.public(key) if key else None)
+        report = verification.verify(book, checkpoints, certificate.public_key(key) if key else None)
         report.check(book.name)
     size = report.walk.tree.size
     out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
@@ -225,10 +226,11 @@ def checkpoint(to: Place, key: Private, ledger: Url = None):
 
     Example: `unlearn request checkpoint s3://bucket/ledger --key ledger.key`
     """
+    from unlearn import certificate
     from unlearn.cli.console import out
-    from unlearn.ledger import keys, verification
+    from unlearn.ledger import verification
 
-    signer = keys.signer(key)
+    signer = certificate.private_key(key)
     with _open(ledger) as book:
         written, new = verification.checkpoint(book, to, signer)
     note = "" if new else ", which was there already"
@@ -248,10 +250,11 @@ def reseal(
 
     Example: `unlearn request reseal s3://bucket/ledger --key ledger.key --reason "disk lost, backup of Monday"`
     """
+    from unlearn import certificate
     from unlearn.cli.console import out
-    from unlearn.ledger import keys, verification
+    from unlearn.ledger import verification
 
-    signer = keys.signer(key)
+    signer = certificate.private_key(key)
     with _open(ledger) as book:
         written = verification.reseal(book, at, signer, reason, by, restored)
     out.print(f"re-sealed; {written.name}: {written.size} entries, root {written.root}", soft_wrap=True)
