@@ -61,7 +61,7 @@ def test_checkpoints_from_the_command_line(told, book, tmp_path, pair, tamper_sq
     assert "which was there already" in told("request", "checkpoint", place, "--key", private)[1]
     assert "1 checkpoints hold" in told("request", "verify", "--checkpoints", place, "--key", public)[1]
     assert "belong together" in refused(told, "request", "verify", "--checkpoints", place)
-    assert "not a private Ed25519 key" in refused(told, "request", "checkpoint", place, "--key", public)
+    assert "is no private Ed25519 key" in refused(told, "request", "checkpoint", place, "--key", public)
     tamper_sqlite("DELETE FROM ledger_entries WHERE position = 1", "DELETE FROM ledger_disclosures")
     text = refused(told, "request", "verify", "--checkpoints", place, "--key", public)
     assert "the ledger is not what it was: entry 1: cut off, which the checkpoint of" in text
