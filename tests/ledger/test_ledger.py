@@ -143,7 +143,7 @@ def test_sixteen_writers_lose_nothing(url):
     with Ledger(url) as ledger:
         report = verification.verify(ledger)
         names = {request.forget["subjects"][0] for request in ledger.requests()}
-        assert report.wrong == [] and report.walk.tree.get_size() == 1 + 16 * 4
+        assert report.wrong == [] and report.walk.tree.size == 1 + 16 * 4
         assert names == {f"{writer}-{i}" for writer in range(16) for i in range(3)}
         assert ledger.counts()["scheduled"] == 16 and [r.id for r in ledger.requests()] == list(range(1, 49))
 

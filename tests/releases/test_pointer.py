@@ -132,6 +132,13 @@ def test_a_release_that_lacks_a_file_is_not_promoted(store, signer):
     assert pointer.read(store).version is None
 
 
+def test_exchanged_certificates_are_told(store, signer):
+    put(store, signer), put(store, signer)
+    store.storage.write("certificates/v1.json", store.storage.read("certificates/v2.json"))
+    with pytest.raises(ReleaseError, match="v1.json speaks of v2 in v2-.*: certificates were exchanged"):
+        store.releases()
+
+
 def test_a_damaged_pointer_is_told(store):
     store.storage.write("current.json", b'{"version": 3}')
     with pytest.raises(ReleaseError, match="current.json is damaged"):

@@ -147,13 +147,12 @@ def list_releases(
     as_json: Json = False,
 ):
     """List the releases of a store, and which one is current."""
-    from unlearn.releases import pointer
-    from unlearn.releases import publish as publisher
+    from unlearn.releases import pointer, rejection
     from unlearn.releases.store import Store
 
     opened = Store(store)
     if rejected:
-        return _list_rejected(publisher.rejected(opened), as_json)
+        return _list_rejected(rejection.kept(opened), as_json)
     state, releases = pointer.read(opened), opened.releases()
     if as_json:
         typer.echo(json.dumps([r.model_dump(mode="json") | {"state": _state(r, state)} for r in releases]))

@@ -203,7 +203,7 @@ def verify(
     with _open(ledger) as book:
         report = verification.verify(book, checkpoints, keys.public(key) if key else None)
         report.check(book.name)
-    size = report.walk.tree.get_size()
+    size = report.walk.tree.size
     out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
     for checkpoint, reseal in reversed(report.resealed):
         out.print(
@@ -299,6 +299,25 @@ def metrics(ledger: Url = None):
 
     with _open(ledger) as book:
         out.print(text(book), soft_wrap=True)
+
+
+@app.command()
+def notify(
+    url: Annotated[str, typer.Argument(metavar="URL", help="http(s), where the webhook is to go")],
+    secret: Annotated[str, typer.Option("--secret-file", metavar="FILE", help="the key it is signed with, base64")],
+    ledger: Url = None,
+):
+    """Send requests by state, pending and overdue, as a signed webhook; tried again for 15 seconds.
+
+    Example: `unlearn request notify https://desk.example/hook --secret-file webhook.secret`
+    """
+    from unlearn.cli.console import out
+    from unlearn.ledger import webhook
+
+    key = webhook.secret(secret)
+    with _open(ledger) as book:
+        attempts = webhook.send(url, key, webhook.event(book))
+    out.print(f"sent at attempt {attempts}")
 
 
 def _open(url: str | None, create: bool = False) -> "Ledger":

@@ -8,7 +8,6 @@ ImageNet is published.
 import contextlib
 import lzma
 import os
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -36,12 +35,7 @@ def source(src: str, wanted: Wanted, nested: bool | None = None) -> contextlib.A
         raise DataError(f"{src}: no such folder, tar or zip file")
     if path.is_dir():
         return _folder(path, wanted, nested)
-    return _zip(path, wanted) if zipfile.is_zipfile(path) and not _is_tar(path) else tars.source(path, wanted)
-
-
-def _is_tar(path: Path) -> bool:
-    with tars.told_as_tar(path):
-        return tarfile.is_tarfile(path)
+    return _zip(path, wanted) if zipfile.is_zipfile(path) and not tars.is_tar(path) else tars.source(path, wanted)
 
 
 @contextlib.contextmanager

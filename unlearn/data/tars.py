@@ -95,6 +95,16 @@ def source(path: Path, wanted: Wanted) -> Iterator[Source]:
         yield Source(sorted(scan.names), read, scan.left_out)
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file begins as a tar does, compressed or not. Raises DataError where it cannot be read."""
+    with told_as_tar(path):
+        try:
+            _open(name=path, mode="r:*").close()
+        except tarfile.ReadError:
+            return False
+        return True
+
+
 class _Scan:
     """The members of a tar: wanted files and their places, and links to them."""
 

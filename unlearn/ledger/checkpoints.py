@@ -84,7 +84,7 @@ class Checkpoints:
 
     def write(self, walk: Walk, base: Checkpoint | None, signer: CryptoSigner) -> Checkpoint:
         """A checkpoint of the whole ledger; the leaves first, since a checkpoint without them names nothing."""
-        size, root = walk.tree.get_size(), walk.tree.root()
+        size, root = walk.tree.size, walk.tree.root()
         first, before = (base.size, base.name) if base else (0, "")
         checkpoint = Checkpoint(walk.ledger, size, root, walk.last, entry.now(), before, first)
         envelope = Envelope(entry.canonical(asdict(checkpoint)).encode(), TYPE, {})

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import sqlalchemy as sa
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 
 from unlearn.errors import LedgerError, MissingExtra
 
@@ -60,7 +60,7 @@ class Database:
     def __init__(self, url: str | None = None, create: bool = False):
         self.url = place(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self.name = self.url.database if self.is_sqlite else self.url.render_as_string(hide_password=True)
+        self.name = str(self.url.database) if self.is_sqlite else self.url.render_as_string(hide_password=True)
         if self.is_sqlite:
             self._file(create)
         self.engine = _engine(self.url, self.is_sqlite)
@@ -160,8 +160,8 @@ def _engine(url: sa.URL, is_sqlite: bool) -> sa.Engine:
     except ImportError:
         raise MissingExtra("psycopg", "postgres", "a ledger in PostgreSQL") from None
     if is_sqlite:
-        sa.event.listen(engine, "connect", _prepare)
-        sa.event.listen(engine, "begin", _begin)
+        event.listen(engine, "connect", _prepare)
+        event.listen(engine, "begin", _begin)
     return engine
 
 

@@ -12,6 +12,11 @@ class Tree(BaseMerkleTree):
         super().__init__()
         self.leaves = bytearray(leaves)
 
+    @property
+    def size(self) -> int:
+        """How many leaves it has."""
+        return len(self.leaves) // WIDTH
+
     def root(self, size: int | None = None) -> str:
         """Hex of the root of the first `size` leaves, of all by default."""
         return self.get_root(size).hex()
@@ -24,7 +29,7 @@ class Tree(BaseMerkleTree):
 
     def _store_leaf(self, data: str, digest: bytes) -> int:
         self.leaves += digest
-        return self._get_size()
+        return self.size
 
     def _get_leaf(self, index: int) -> bytes:
         return self.leaf(index - 1)
@@ -33,7 +38,7 @@ class Tree(BaseMerkleTree):
         return [self.leaf(position) for position in range(offset, offset + width)]
 
     def _get_size(self) -> int:
-        return len(self.leaves) // WIDTH
+        return self.size
 
     def _get_subroot_uncached(self, offset: int, width: int) -> bytes:
         """From the roots of both halves, which are kept, so that the roots of many sizes share their work."""

@@ -56,7 +56,7 @@ def checkpoint(ledger: Ledger, uri: str, signer: CryptoSigner) -> tuple[Checkpoi
     report = _held_against(walk(ledger), there)
     report.check(ledger.name)
     base = report.holding[-1] if report.holding else None
-    if base and base.size == report.walk.tree.get_size():
+    if base and base.size == report.walk.tree.size:
         return base, False
     return there.write(report.walk, base, signer), True
 
@@ -88,7 +88,7 @@ def reseal(
             len(differing(ours, theirs)) != min(len(ours), len(theirs)) // WIDTH - same
         ):  # a restore changes all that follows
             report.check(ledger.name)
-    same, size = min(shared), report.walk.tree.get_size()
+    same, size = min(shared), report.walk.tree.size
     if same != (size if restored is None else restored):
         raise LedgerError(
             f"{ledger.name}: it agrees with its checkpoints in its first {same} entries, and has {size - same} others since; "
@@ -107,7 +107,7 @@ def reseal(
 
 def _held_against(seen: Walk, there: Checkpoints) -> Report:
     report = Report(seen, wrong=[*seen.wrong, *there.wrong])
-    size = seen.tree.get_size()
+    size = seen.tree.size
     own = [each for each in there.all if each.ledger == seen.ledger]
     report.wrong += [f"{each.name}: of another ledger" for each in there.all if each.ledger != seen.ledger]
     report.holding = [each for each in own if each.size <= size and seen.tree.root(each.size) == each.root]
@@ -127,7 +127,7 @@ def _held_against(seen: Walk, there: Checkpoints) -> Report:
 def _differences(report: Report, there: Checkpoints, failing: Checkpoint) -> list[str]:
     """A sentence for each entry that is not what the checkpoint has, and was not named before."""
     tree, named = report.walk.tree, report.walk.named
-    size, theirs = tree.get_size(), there.leaves(failing)
+    size, theirs = tree.size, there.leaves(failing)
     if theirs is None:
         good = max((each.size for each in report.holding if each.size <= failing.size), default=0)
         return [

@@ -1,5 +1,6 @@
 """What a run folder offers for release: a model, and evidence that is of this model."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ from unlearn.config import RunConfig
 from unlearn.data.storage import Storage
 from unlearn.errors import ReleaseError
 from unlearn.models import weights
-from unlearn.releases.release import AUDIT, CARD, CONFIG, METRICS, Model
+from unlearn.releases import files
+from unlearn.releases.release import AUDIT, CARD, CONFIG, METRICS, WEIGHTS, File, Model
 
 _SETS, _NAMES = ("forget", "retain", "proxy"), ("ids", "subjects")
 
@@ -34,6 +36,20 @@ class Candidate:
     metrics: dict[str, Any]
     audit: dict[str, Any] | None
 
+    def copy_to(self, folder: Storage) -> dict[str, File]:
+        """Write its files to a folder; what was written. Raises ReleaseError where the weights are not those that were measured."""
+        digest, size = files.copy(self.model, weights.WEIGHTS, folder, WEIGHTS)
+        if digest != self.weights:
+            raise ReleaseError(
+                f"{self.model.where(weights.WEIGHTS)} is not the file that model.json and metrics.json speak of: it was changed or is "
+                "damaged; export the model again"
+            )
+        listed = {WEIGHTS: File(sha256=digest, bytes=size)}
+        for name, data in self.documents.items():
+            folder.write(name, data)
+            listed[name] = File(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        return dict(sorted(listed.items()))
+
 
 def read(run: str) -> Candidate:
     """The candidate of a run folder. Raises ReleaseError where its parts are not of one model; ConfigError, StorageError, WeightsError."""
@@ -45,26 +61,27 @@ def read(run: str) -> Candidate:
             raise ReleaseError(
                 f"{folder.uri}: no {name} there, so nothing is known of the model: `unlearn {command} {run}`"
             )
-    settings = config.read(folder.read(CONFIG).decode(errors="replace"), folder.where(CONFIG))
-    files = {METRICS: folder.read(METRICS)}
-    metrics = _json(files[METRICS], folder.where(METRICS))
+    written = folder.read(CONFIG)
+    settings = config.read(written.decode(errors="replace"), folder.where(CONFIG))
+    kept = {METRICS: folder.read(METRICS)}
+    metrics = _json(kept[METRICS], folder.where(METRICS))
     measured = _measured(metrics)
     model, card = _model(folder, measured, run)
     _check_configuration(settings, card, metrics, folder, run)
     audit = None
     if folder.is_file(AUDIT):
-        files[AUDIT] = folder.read(AUDIT)
-        audit = _json(files[AUDIT], folder.where(AUDIT))
+        kept[AUDIT] = folder.read(AUDIT)
+        audit = _json(kept[AUDIT], folder.where(AUDIT))
         if _measured(audit) != measured:
             raise ReleaseError(f"{folder.where(AUDIT)}: it is not of the weights in {model.uri}: audit the run again")
-    files[CONFIG], withheld = _public(folder.read(CONFIG), settings)
-    files[CARD] = model.read(weights.CARD)
+    kept[CONFIG], withheld = _public(written, settings)
+    kept[CARD] = model.read(weights.CARD)
     data = dict(card.get("data") or {})
     origin = data.pop("weights", None)
     return Candidate(
         model=model, weights=card["sha256"], name=settings.name, software=str(card.get("software", "")), family=card["family"],
         config_hash=settings.hash(), base=Model(weights=origin, uri=card.get("from")) if origin else None,
-        data={str(name): str(value) for name, value in data.items()}, documents=files, withheld=withheld, metrics=metrics, audit=audit,
+        data={str(name): str(value) for name, value in data.items()}, documents=kept, withheld=withheld, metrics=metrics, audit=audit,
     )  # fmt: skip
 
 

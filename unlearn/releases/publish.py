@@ -1,30 +1,25 @@
 """Publish a run: judge it, copy it to a new folder, certify it."""
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
-import rfc8785
 from securesystemslib.signer import CryptoSigner
 
 from unlearn import certificate, documents
 from unlearn.data.storage import Storage
-from unlearn.errors import ReleaseError
+from unlearn.errors import ReleaseError, StorageError
 from unlearn.releases import candidate as candidates
-from unlearn.releases import claims, files, gate, pointer
+from unlearn.releases import claims, gate, pointer, rejection
 from unlearn.releases.candidate import Candidate
 from unlearn.releases.gate import Gate, Verdict
-from unlearn.releases.release import AUDIT, CONFIG, METRICS, RECORD, WEIGHTS, Content, File, Model, Release
-from unlearn.releases.store import REJECTED, Store
+from unlearn.releases.release import AUDIT, CONFIG, METRICS, RECORD, Content, Model, Release
+from unlearn.releases.store import Store
 
 log = logging.getLogger(__name__)
-
-CANDIDATE = "candidate.json"
 
 
 @dataclass(frozen=True)
@@ -66,13 +61,13 @@ def publish(
         )
     verdict = gate.judge(rules, (candidate.metrics, candidate.audit), _evidence(store, before)) if rules else None
     if verdict and not verdict.passed:
-        return Outcome(None, _reject(store, candidate, content, verdict, before), verdict)
+        return Outcome(None, rejection.keep(store, candidate, content, verdict, before), verdict)
 
     version = f"v{max((release.number for release in known), default=0) + 1}"
     name = store.attempt(version)
     folder = Storage(store.storage.where(name))
     try:
-        listed = _copy(candidate, folder)
+        listed = candidate.copy_to(folder)
         audited, base = candidate.audit is not None, candidate.base
         made_from = next((r.version for r in known if base and r.weights == base.weights), None)
         release = Release(
@@ -87,14 +82,22 @@ def publish(
         folder.write(RECORD, release.to_json())
         envelope = certificate.sign(release.statement(), signer)
         check()
-    except Exception:
+    except Exception as e:
         store.discard(name)
+        # Whoever was faster deletes the files of the slower one.
+        if isinstance(e, StorageError) and store.holds(version):
+            return _beaten(store, version, content, state)
         raise
     # Where the storage fails in this very request the certificate may be there all the same: the folder is left.
-    if store.commit(release, envelope):
-        store.complete(release)
-        return Outcome(release, folder.uri, verdict)
-    store.discard(name)
+    if not store.commit(release, envelope):
+        store.discard(name)
+        return _beaten(store, version, content, state)
+    store.complete(release)
+    return Outcome(release, folder.uri, verdict)
+
+
+def _beaten(store: Store, version: str, content: Content, state: pointer.State) -> Outcome:
+    """What comes of it where somebody else has published this version meanwhile."""
     winner = store.release(version)
     if winner.content == content:
         return _again(store, winner, state)
@@ -144,44 +147,3 @@ def _evidence(store: Store, release: Release | None) -> gate.Documents | None:
                     f"{folder.where(name)} was changed after {release.version} was published: restore it"
                 )
     return documents.from_json(read[METRICS]), documents.from_json(read[AUDIT]) if AUDIT in read else None
-
-
-def _copy(candidate: Candidate, folder: Storage) -> dict[str, File]:
-    """Copy the candidate's files; what was copied. Raises ReleaseError where the weights are not those that were measured."""
-    digest, size = files.copy(candidate.model, "weights.safetensors", folder, WEIGHTS)
-    if digest != candidate.weights:
-        raise ReleaseError(
-            f"{candidate.model.where('weights.safetensors')} is not the file that model.json and metrics.json speak of: it was changed or is "
-            "damaged; export the model again"
-        )
-    listed = {WEIGHTS: File(sha256=digest, bytes=size)}
-    for name, data in candidate.documents.items():
-        folder.write(name, data)
-        listed[name] = File(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
-    return dict(sorted(listed.items()))
-
-
-def _reject(store: Store, candidate: Candidate, content: Content, verdict: Verdict, before: Release | None) -> str:
-    """Keep a candidate that failed, with the reasons; its folder. The same candidate with the same verdict lies there once."""
-    about: dict[str, Any] = {
-        "name": candidate.name, "weights": candidate.weights, "config_hash": candidate.config_hash,
-        "base": candidate.base and candidate.base.model_dump(), "parent": before and before.version, "data": candidate.data,
-        "requests": list(content.requests), "withdraws": list(content.withdraws), "gate": verdict.model_dump(mode="json"),
-    }  # fmt: skip
-    name = hashlib.sha256(rfc8785.dumps(about)).hexdigest()[:16]
-    folder = Storage(store.storage.where(f"{REJECTED}/{name}"))
-    if not folder.is_file(CANDIDATE):  # written last: a folder without it was not completed
-        about["rejected"] = datetime.now(UTC).isoformat(timespec="seconds")
-        about["files"] = {file: facts.model_dump() for file, facts in _copy(candidate, folder).items()}
-        folder.write(CANDIDATE, json.dumps(about, indent=1, allow_nan=False).encode() + b"\n")
-    return folder.uri
-
-
-def rejected(store: Store) -> list[dict[str, Any]]:
-    """What candidate.json says of every candidate that was refused, with its `folder`, the first one first."""
-    names = [name for name in store.storage.files(REJECTED) if name.endswith(f"/{CANDIDATE}")]
-    found = [
-        documents.from_json(store.storage.read(name)) | {"folder": store.storage.where(name.rpartition("/")[0])}
-        for name in names
-    ]
-    return sorted(found, key=lambda about: str(about.get("rejected")))

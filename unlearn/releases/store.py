@@ -41,11 +41,15 @@ class Store:
     def release(self, version: str) -> Release:
         """Raises ReleaseError where there is no such one."""
         releases.number(version)
-        if not self.storage.is_file(_certificate(version)):
+        if not self.holds(version):
             raise ReleaseError(
                 f"{self.storage.uri} has no release {version}: `unlearn release list` names those there are"
             )
         return self._read(version)
+
+    def holds(self, version: str) -> bool:
+        """Whether there is such a release by now."""
+        return self.storage.is_file(_certificate(version))
 
     def folder(self, release: Release) -> Storage:
         """Where its files are."""
@@ -66,14 +70,14 @@ class Store:
             try:
                 folder.write(CERTIFICATE, self.storage.read(_certificate(release.version)))
             except StorageError:
-                if not folder.is_file(
-                    CERTIFICATE
-                ):  # somebody else completes it too, and has deleted the half of a copy
+                # Somebody else completes it too, and has deleted the half of a copy.
+                if not folder.is_file(CERTIFICATE):
                     raise
-        for name in files.listing(folder):
-            if name.startswith(f".{CERTIFICATE}.") and name.endswith(".part"):
-                folder.delete(name)
-        self._sweep()
+        with contextlib.suppress(StorageError):  # others delete too; what is left the next publisher deletes
+            for name in files.listing(folder):
+                if name.startswith(f".{CERTIFICATE}.") and name.endswith(".part"):
+                    folder.delete(name)
+            self._sweep()
 
     def discard(self, folder: str) -> None:
         """Delete the folder of an attempt, as far as it can be: others may be at it, and the next publisher deletes the rest."""
@@ -85,11 +89,11 @@ class Store:
     def _sweep(self) -> None:
         """Delete folders of versions that are taken by another one: whoever still writes there can publish it no more."""
         attempts: dict[str, set[str]] = {}
-        for name in self.storage.files():
+        for name in files.listing(self.storage):  # also of folders that hold nothing but half a file
             if attempt := re.match(r"(v\d+)-[0-9a-f]{8}(?=/)", name):
                 attempts.setdefault(attempt[1], set()).add(attempt[0])
         for version, folders in attempts.items():
-            if len(folders) > 1 and self.storage.is_file(_certificate(version)):
+            if len(folders) > 1 and self.holds(version):
                 for folder in folders - {self._read(version).folder}:
                     self.discard(folder)
 
@@ -97,8 +101,10 @@ class Store:
         name = _certificate(version)
         where = self.storage.where(name)
         release = releases.of(certificate.read(self.storage.read(name), where)[0], where)
-        if release.version != version:
-            raise ReleaseError(f"{where} speaks of {release.version}: certificates were exchanged, or renamed")
+        if release.version != version or not re.fullmatch(rf"{version}-[0-9a-f]{{8}}", release.folder):
+            raise ReleaseError(
+                f"{where} speaks of {release.version} in {release.folder}: certificates were exchanged, or renamed"
+            )
         return release
 
 
