@@ -10,7 +10,7 @@ from unlearn import config, documents
 from unlearn.config import RunConfig
 from unlearn.errors import ClusterError
 from unlearn.log import message
-from unlearn.search import space
+from unlearn.search import sweep_file
 from unlearn.search.space import Sweep
 from unlearn.signals import JOB
 
