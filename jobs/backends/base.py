@@ -94,7 +94,7 @@ class Request:
 
 def settings(request: Request) -> RunConfig | Sweep:
     """What the job's driver is given. Raises ConfigError."""
-    return (space if request.driver == "sweep" else config).read(request.config, request.id)
+    return (sweep_file if request.driver == "sweep" else config).read(request.config, request.id)
 
 
 def is_ours(text: str) -> bool:
