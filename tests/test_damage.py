@@ -25,7 +25,6 @@ from support.models import SMALL, build
 from unlearn import config
 from unlearn.data import archives, duplicates, manifest, selection, shards
 from unlearn.data.decode import decode
-from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 from unlearn.models import weights
 
@@ -202,8 +201,8 @@ def test_a_shard_that_is_cut_short_while_it_is_read_is_one_error(tmp_path, monke
     pq.write_table(tiny_table(0, 16), path, row_group_size=4)
     known, opened = shards.index(str(tmp_path)), manifest.parquet
 
-    def cut(storage: Storage, name: str) -> pq.ParquetFile:
-        file = opened(storage, name)
+    def cut(*arguments) -> pq.ParquetFile:
+        file = opened(*arguments)
         os.truncate(path, 100)
         return file
 

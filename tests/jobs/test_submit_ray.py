@@ -178,8 +178,8 @@ def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, t
         and holds(Path(run.run_dir), named[1])
         and not [name for id in named for name in holds(kept, id)]
     )
-    assert [d.submission_id for d in there._details()] == [f"{job.id}-r2", job.id]
-    assert [j.id for j in there.jobs()] == [job.id]
+    assert [d.submission_id for d in there._details() if d.submission_id.startswith(job.id)] == [f"{job.id}-r2", job.id]
+    assert [j.id for j in there.jobs()].count(job.id) == 1
 
 
 @pytest.mark.slow

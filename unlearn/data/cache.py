@@ -79,9 +79,7 @@ class Recent:
 
     def _evict(self) -> None:
         while self._bytes > self._limit and len(self._held) > 1:
-            key, (_, size) = self._held.popitem(last=False)
-            self._bytes -= size
-            self._reading.pop(key, None)
+            self._bytes -= self._held.popitem(last=False)[1][1]
 
 
 class ImageCache:
