@@ -89,6 +89,7 @@ def start_driver(path: Path, *options: str) -> subprocess.Popen:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
 
 
+@pytest.mark.slow
 def test_a_killed_driver_and_ctrl_c_leave_a_run_that_goes_on(uninterrupted, tmp_path):
     run = uninterrupted.model_copy(update={"run_dir": str(tmp_path / "run")})
     path = tmp_path / "run.yaml"

@@ -143,7 +143,7 @@ def cluster():
             made.close()
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sign", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_no_worker_is_left_on_a_cluster_that_lives_on(cluster, written_to, tmp_path, sign):
     address = f"127.0.0.1:{cluster.ports[0]}"
     driver = Driver(

@@ -210,6 +210,7 @@ def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_lost_head(there, ray_cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
     """First its node alone, while the cluster's records can still be asked; then all of it. The same submit goes on afterwards."""
     monkeypatch.setattr(submit, "PATIENCE", 20)
