@@ -89,6 +89,17 @@ def test_one_objective_one_point_or_none(tmp_path):
     assert "No point is complete yet." in written(few, running) and "No point is complete yet." in written(few, [])
 
 
+def again(tab, x: float, y: float) -> None:
+    """Another click, where the last one has opened nothing within two seconds."""
+    end = time.monotonic() + 2
+    while not tab.run("document.querySelector('#p000').open"):
+        if time.monotonic() > end:
+            tab.move(x, y)
+            tab.click(x, y)
+            return
+        time.sleep(0.1)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
 def test_a_browser_draws_it_and_opens_a_point(html, tmp_path):
     path = tmp_path / "report.html"
@@ -112,8 +123,9 @@ def test_a_browser_draws_it_and_opens_a_point(html, tmp_path):
             })()""")
             hovered = "/p000.*alpha 0.01/.test(document.querySelector('#front-0 .hoverlayer')?.textContent)"
             tab.wait(hovered, again=lambda x=x, y=y: tab.move(x, y))
-            # A click counts where the page has seen the pointer come to rest: on a busy machine the first may not.
-            tab.wait("document.querySelector('#p000').open", again=lambda x=x, y=y: tab.click(x, y))
+            tab.click(x, y)
+            # A page that is busy may have missed it.
+            tab.wait("document.querySelector('#p000').open", again=lambda x=x, y=y: again(tab, x, y))
             tab.wait("[...document.querySelectorAll('#p000 img')].every(i => i.complete && i.naturalWidth === 32)")
             assert tab.run("document.activeElement.closest('details').id") == "p000"
         tab.open(path, 1280, dark=True)

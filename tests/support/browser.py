@@ -76,9 +76,7 @@ class Tab:
             self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=y)
 
     def click(self, x: float, y: float) -> None:
-        """Go to a place of the window, rest there, press and let go, as a hand does."""
-        self.move(x, y)
-        time.sleep(0.5)
+        """Press and let go at a place of the window, as a mouse does."""
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
