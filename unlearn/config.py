@@ -41,7 +41,7 @@ from unlearn.registry import METHODS
 
 # The parts are known by this name too: a user of a configuration needs one import.
 __all__ = ["Cluster", "Data", "Evaluation", "Location", "Method", "Model", "Part", "Positive", "Rows", "RunConfig", "Storage", "Training",
-           "ViewSpec", "dump", "explain", "json_schema", "load", "location", "override", "parse", "read", "unknown_key"]  # fmt: skip
+           "ViewSpec", "dump", "explain", "json_schema", "load", "location", "override", "parse", "read", "unknown_key", "yaml_tree"]  # fmt: skip
 
 
 class RunConfig(Part):
@@ -124,13 +124,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The same from the text of a file; `source` names it in messages."""
+    return parse(override(yaml_tree(text, f"config {source}"), overrides), source)
+
+
+def yaml_tree(text: str, what: str) -> dict[str, Any]:
+    """Keys and values of a YAML document, `what` in messages. Raises ConfigError."""
     try:
-        tree = documents.from_yaml(text) or {}
+        values = documents.from_yaml(text) or {}
     except ValueError as e:
-        raise ConfigError(f"config {source} is not YAML: {e}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"config {source}: expected keys and values at the top, found {type(tree).__name__}")
-    return parse(override(tree, overrides), source)
+        raise ConfigError(f"{what} is not YAML: {e}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{what}: expected keys and values at the top, found {type(values).__name__}")
+    return values
 
 
 def override(tree: dict, overrides: Sequence[str]) -> dict:

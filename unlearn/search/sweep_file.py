@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from unlearn import config, documents
+from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
@@ -45,12 +45,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
 
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The same from the text of a file; `source` names it in messages."""
-    try:
-        tree = documents.from_yaml(text) or {}
-    except ValueError as e:
-        raise ConfigError(f"sweep {source} is not YAML: {e}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"sweep {source}: expected keys and values at the top, found {type(tree).__name__}")
+    tree = config.yaml_tree(text, f"sweep {source}")
     of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
     tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
     tree["set"] = (tree.get("set") or {}) | {
@@ -95,13 +90,7 @@ def _run_file(given: str, source: str) -> dict:
     path = given if "://" in given or Path(given).exists() or not beside.exists() else str(beside)
     if not Storage(path).is_file():
         raise ConfigError(f"{source}: run: there is no file {given}")
-    try:
-        tree = documents.from_yaml(Storage(path).read().decode(errors="replace"))
-    except ValueError as e:
-        raise ConfigError(f"{source}: run: {given} is not YAML: {e}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{source}: run: {given} holds no configuration")
-    return tree
+    return config.yaml_tree(Storage(path).read().decode(errors="replace"), f"{source}: run: {given}")
 
 
 def _check(sweep: Sweep, source: str) -> None:
