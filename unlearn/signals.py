@@ -9,6 +9,7 @@ import faulthandler
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 # The environment variable that holds the id of the submitted job that this process is.
@@ -37,8 +38,26 @@ def listen() -> None:
 
 
 def show_stacks() -> None:
-    """Let SIGUSR1 print the stack of every thread to standard error."""
-    faulthandler.register(signal.SIGUSR1, file=2)
+    """Let SIGUSR1 print the stack of every thread to standard error. To be called once in a process, in any thread of it.
+
+    A handler of faulthandler's that walks through all threads does so while they run, and ends the process with a segmentation
+    fault where it meets a frame that is just being made. So the handler only wakes a thread, which holds the interpreter's lock.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    faulthandler.register(signal.SIGUSR1, file=write, all_threads=False)
+    threading.Thread(target=_print_stacks, args=(read,), name="stacks", daemon=True).start()
+
+
+def _print_stacks(asked: int) -> None:
+    while os.read(asked, 1 << 16):
+        time.sleep(0.1)  # the handler writes a line at a time
+        os.set_blocking(asked, False)
+        with contextlib.suppress(BlockingIOError):
+            while os.read(asked, 1 << 16):
+                pass
+        os.set_blocking(asked, True)
+        faulthandler.dump_traceback(file=2)
 
 
 @contextlib.contextmanager

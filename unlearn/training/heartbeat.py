@@ -43,7 +43,6 @@ class Heartbeat:
     def at(self, place: str) -> None:
         """Record the place in the run that this rank has reached, as in "step 12"."""
         self._place, self._since = place, time.time()
-        faulthandler.dump_traceback_later(self.timeout * STALLED, file=2)
         if self._board:
             self._board.write(self.rank, self._now())  # some microseconds: no answer is waited for
 
@@ -66,11 +65,11 @@ class Heartbeat:
                     self._place,
                     time.time() - reported,
                 )
+                faulthandler.dump_traceback(file=2)
             if self._over.wait(EVERY):
                 return
 
     def stop(self) -> None:
-        faulthandler.cancel_dump_traceback_later()
         self._over.set()
 
     def ended(self, error: Exception) -> Exception:
