@@ -4,7 +4,6 @@ The plain engine is the reference: same batches, same loss, same optimizer, noth
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -17,12 +16,11 @@ from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError
 from unlearn.methods.base import Method
 from unlearn.models.base import Adapter
-from unlearn.training import fragments
+from unlearn.training import fragments, zero
 from unlearn.training.apart import Imposed, TermGradients
 from unlearn.training.fragments import Fragment
 
 Parts = dict[str, torch.Tensor]
-BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket by default
 
 
 def check(settings: Training, method: Method) -> None:
@@ -196,7 +194,6 @@ class DeepSpeedEngine:
         self, objective: Objective, trained: list[nn.Parameter], settings: Training, device: torch.device,
         accumulation: int, micro_batch: int,
     ):  # fmt: skip
-        deepspeed = import_deepspeed()
         import torch.distributed as dist
 
         self.device, self.settings, self.accumulation = device, settings, accumulation
@@ -205,18 +202,24 @@ class DeepSpeedEngine:
         self._apart = objective.method.gradients_apart  # then DeepSpeed sees one backward pass a step
         self._named = _named(objective.student, trained)
         self.finite = FiniteCheck()
-        self._engine, optimizer, _, _ = deepspeed.initialize(
-            model=objective.to(device), optimizer=_optimizer(trained, settings, device),
-            model_parameters=trained,  # pyright: ignore[reportArgumentType]  DeepSpeed says Module, and wants a list
-            config=deepspeed_config(settings, 1 if self._apart else accumulation, micro_batch, sum(p.numel() for p in trained)),
-            dist_init_required=False,
-        )  # fmt: skip
+        self._engine, optimizer, self._linear = zero.initialize(
+            model=objective.to(device),
+            optimizer=_optimizer(trained, settings, device),
+            model_parameters=trained,
+            config=zero.config(
+                settings, 1 if self._apart else accumulation, micro_batch, sum(p.numel() for p in trained)
+            ),
+        )
         self._optimizer: Any = optimizer  # torch's own, or one of ZeRO's, which share no type
         self._engine.train()
         self._plain = settings.zero_stage == 0
         self._dtype = torch.bfloat16 if settings.dtype == "bf16" and not self._plain else torch.float32
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
+        with zero.linear(self._linear):
+            return self._step(batches, lr)
+
+    def _step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
         norm = None
         for group in self._optimizer.param_groups:
@@ -257,12 +260,11 @@ class DeepSpeedEngine:
         yield self._engine(Imposed(trained, apart.combined(self.objective.method)))["loss"]
 
     def fragments(self) -> list[Fragment]:
-        zero = self._optimizer
         if self.settings.zero_stage == 3:
-            return list(fragments.zero3(self._named, zero, self.rank))
+            return list(fragments.zero3(self._named, self._optimizer, self.rank))
         if self._plain:
-            return list(fragments.whole(self._named, zero))
-        return list(fragments.zero12(self._named, zero))
+            return list(fragments.whole(self._named, self._optimizer))
+        return list(fragments.zero12(self._named, self._optimizer))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
@@ -273,38 +275,6 @@ class DeepSpeedEngine:
         values = [None] * self.workers
         self._dist.all_gather_object(values, value)
         return values
-
-
-def deepspeed_config(settings: Training, accumulation: int, micro_batch: int, trained: int) -> dict:
-    """The run's settings as a DeepSpeed configuration; trained: elements of all trained parameters."""
-    # DeepSpeed allocates the whole bucket, and most models are smaller.
-    zero: dict = {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, trained)}
-    if settings.offload_optimizer and settings.zero_stage:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    config = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": settings.clip,
-        "steps_per_print": 10**9,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if settings.dtype == "bf16" and settings.zero_stage == 0:
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif settings.dtype == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return config
-
-
-def import_deepspeed():
-    """The DeepSpeed module, with the accelerator set, and without compiling a shared-memory op where gloo is enough."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _named(student: Adapter, trained: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
