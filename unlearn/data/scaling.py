@@ -21,7 +21,7 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
     left, top = (wide - size) // 2, (high - size) // 2
     if max(wide, high) <= NARROW * size:
         middle = scaled(image, high, wide)[top : top + size, left : left + size]
-        return middle if wide == high else np.ascontiguousarray(middle)
+        return middle if wide == high else middle.copy()  # a view would keep all of it in memory
     # The whole of a narrow image would be large, once scaled. PIL scales a part that begins between two pixels.
     x, y = width / wide, height / high
     box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
