@@ -21,7 +21,7 @@ from pydantic import Field
 
 from unlearn import config
 from unlearn.config import Location, Part, Rows, RunConfig
-from unlearn.releases import gate
+from unlearn.releases import gate as gates
 
 KEY = "UNLEARN_RELEASE_KEY"  # the variable that names the private key
 
@@ -35,9 +35,7 @@ class Cycle(Part):
         default=None, description="URL of the ledger of requests, without a password; none = UNLEARN_LEDGER"
     )
     releases: Location = Field(description="where the releases of this model lie: a path or s3://bucket/prefix")
-    key: Location | None = Field(
-        default=None, description=f"path of the private key that signs releases; none = {KEY}"
-    )
+    key: Location | None = Field(default=None, description=f"path of the private key that signs releases; none = {KEY}")
     run: dict[str, Any] = Field(
         description="a run's configuration, or the path of one: its model.weights is the base, its data.forget is replaced"
     )
@@ -59,9 +57,9 @@ class Cycle(Part):
         return 1 + len(self.ladder)
 
     @property
-    def rules(self) -> gate.Gate | None:
+    def rules(self) -> gates.Gate | None:
         """The gate, checked. Raises ConfigError."""
-        return gate.parse(self.gate, f"cycle {self.name}: gate") if self.gate else None
+        return gates.parse(self.gate, f"cycle {self.name}: gate") if self.gate else None
 
     @property
     def base(self) -> str:

@@ -20,6 +20,8 @@ SET_APART = {
     "data.forget": "it is what the requests name",
     "run_dir": "each rung has a run folder in cycle_dir",
     "model.weights": "every rung starts from the base, that of the run",
+    "data.train": "every rung is trained on the data that the requests were looked up in",
+    "data.split": "every rung is trained on the data that the requests were looked up in",
 }
 
 

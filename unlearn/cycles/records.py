@@ -67,11 +67,18 @@ class Selection(Record):
         return [asked.number for asked in self.new]
 
 
+class Measured(Record):
+    """metrics: sha256 of the metrics.json that was measured for a cycle."""
+
+    metrics: str
+
+
 class Judgement(Record):
-    """What the gate said; verdict: None without a gate. parent: the release that it compared with; metrics, weights: sha256.
-    requests: commitments to what the model serves, as its release lists them."""
+    """What the gate said; verdict: None without a gate. run: the key of the run folder; parent: the release that it compared with;
+    metrics, weights: sha256. requests: commitments to what the model serves, as its release lists them."""
 
     rung: int
+    run: str
     verdict: Verdict | None
     parent: str | None
     metrics: str
@@ -96,8 +103,7 @@ class Rows(Record):
 
 
 class Outcome(Record):
-    """How a cycle ended. release: None where no rung passed. rung: the one that was released; numbers: of the requests that are served.
-    seconds: by stage, of the process that ended it."""
+    """How a cycle ended. release: None where no rung passed. rung: the one that was released; numbers: of the requests that are served."""
 
     id: str
     at: str
@@ -109,7 +115,6 @@ class Outcome(Record):
     promoted: bool = False
     numbers: list[int] = []
     rows: Rows | None = None
-    seconds: dict[str, float] = {}
 
     @property
     def due(self) -> bool:
