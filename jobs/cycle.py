@@ -24,7 +24,7 @@ from typing import Any
 
 from securesystemslib.signer import CryptoSigner
 
-from unlearn import certificate, documents
+from unlearn import certificate, config, documents
 from unlearn.config import RunConfig
 from unlearn.cycles import selecting
 from unlearn.cycles.cycle import KEY, Cycle, digest
@@ -57,15 +57,6 @@ Measuring = Callable[[int, int], None]
 def nothing(*about: Any) -> None: ...
 
 
-def check(cycle: Cycle) -> None:
-    """Check what can be checked before a cycle: the key that signs, the configuration of every rung. Raises UnlearnError."""
-    from jobs import train as training
-
-    _signer(cycle)
-    for rung in range(cycle.rungs):
-        training.check_models(cycle.settings(rung))
-
-
 def select(cycle: Cycle) -> Selection:
     """Take the open requests that meet images into a cycle, or find the cycle that was begun and has not ended.
 
@@ -84,12 +75,10 @@ def opened(cycle: Cycle, id: str) -> Selection:
 def settings(cycle: Cycle, selection: Selection, rung: int) -> RunConfig:
     """The configuration of a rung, as `unlearn run` would take it: its run_dir is the run folder in the cycle's own, its data.forget
     what all requests of the selection name. It may name ids and subjects: keep it out of logs and of parameters."""
-    from unlearn.config import read
-
     folder = Records(cycle.cycle_dir).run_folder(selection.id, cycle.run_key(rung))
     storage = Storage(folder)
     if storage.is_file("config.yaml"):  # what was resolved once stays
-        forget = read(storage.read("config.yaml").decode(), storage.where("config.yaml")).data.forget
+        forget = config.read(storage.read("config.yaml").decode(), storage.where("config.yaml")).data.forget
     else:
         manifest = selecting.data(cycle)
         if manifest.hash != selection.data:
@@ -237,6 +226,7 @@ def run(
             yield progress
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
+    _signer(cycle)  # its lack is told before anything is trained
     with step("select"):
         selection = select(cycle)
     if selection.status == "nothing":
@@ -245,6 +235,7 @@ def run(
         records = Records(cycle.cycle_dir)
         ended = records.read(selection.id, selecting.given_up(cycle, records, selection.id), Outcome)
         return Ended(selection, ended, [], seconds)
+    _check_methods(cycle)
     judgements = []
     for rung in range(cycle.rungs):
         with step("train", rung) as progress:
@@ -269,6 +260,14 @@ def _signer(cycle: Cycle) -> CryptoSigner:
             f"no key signs the releases: give its path as `key`, or in {KEY}; see `unlearn release keygen`"
         )
     return certificate.private_key(path)
+
+
+def _check_methods(cycle: Cycle) -> None:
+    """Raises ConfigError where a method of the ladder cannot work with the model or the training."""
+    from jobs import train as training
+
+    for rung in range(cycle.rungs):
+        training.check_method(cycle.settings(rung, config.Rows()))
 
 
 def _sha256(folder: Storage, name: str) -> str | None:
