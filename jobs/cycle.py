@@ -26,7 +26,7 @@ from securesystemslib.signer import CryptoSigner
 
 from unlearn import certificate, config, documents
 from unlearn.config import RunConfig
-from unlearn.cycles import selecting
+from unlearn.cycles import lineage, selecting
 from unlearn.cycles.cycle import KEY, Cycle, digest
 from unlearn.cycles.records import (
     MEASURED,
@@ -64,7 +64,10 @@ def select(cycle: Cycle) -> Selection:
     Raises UnlearnError: no ledger, no data; CycleError where a request that was served before cannot be forgotten again.
     """
     with Ledger(cycle.ledger) as ledger:
-        return selecting.select(cycle, ledger)
+        selection = selecting.select(cycle, ledger)
+    if selection.status == "selected":
+        lineage.write(cycle, Records(cycle.cycle_dir), selection)
+    return selection
 
 
 def opened(cycle: Cycle, id: str) -> Selection:
@@ -151,6 +154,7 @@ def judge(cycle: Cycle, selection: Selection, rung: int) -> Judgement:
                 rung=rung, run=key, verdict=verdict, parent=parent, metrics=evidence["metrics"] or "", weights=weights,
                 requests=sorted(asked.commitment for asked in served), at=now(),
             ))  # fmt: skip
+        lineage.write(cycle, records, selection)
         if judgement.passed:
             facts = {"gate": "passed" if judgement.verdict else "none", "metrics": judgement.metrics}
             selecting.advance(ledger, selection, states.VERIFIED, facts)
@@ -180,6 +184,7 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
             id=selection.id, at=now(), release=published.release.version, folder=published.folder, weights=published.release.weights,
             rung=rung, run=judgement.run, promoted=cycle.promote, numbers=selection.numbers, rows=rows,
         ))  # fmt: skip
+    lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
         facts = {"release": ended.release, "weights": ended.weights}
         selecting.advance(ledger, selection, states.RELEASED, facts)
@@ -193,6 +198,7 @@ def give_up(cycle: Cycle, selection: Selection) -> Outcome:
     ended = records.keep(
         selection.id, name, Outcome(id=selection.id, at=now(), release=None, numbers=selection.numbers)
     )
+    lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
         selecting.hand_back(ledger, selection.id, "retraining is due")
     return ended
