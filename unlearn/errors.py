@@ -56,6 +56,10 @@ class ReleaseError(UnlearnError):
     """A release cannot be published, found, promoted or brought back, or is not what its certificate says."""
 
 
+class CycleError(UnlearnError):
+    """A cycle that serves deletion requests cannot go on as it is."""
+
+
 class MissingExtra(UnlearnError):
     """An optional package is not installed."""
 

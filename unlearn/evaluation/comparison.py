@@ -91,7 +91,9 @@ class Comparison:
         and the number alone: not on batches and not on workers.
         """
         if (name, number) not in self._views:
-            rng = order.generator(self.settings.seed, 1 << 22, number, sorted(self.sets).index(name))
+            # A part of a set (forget_new) comes behind the sets, whose views are the same with and without it.
+            sets = sorted(self.sets, key=lambda other: ("_" in other, other))
+            rng = order.generator(self.settings.seed, 1 << 22, number, sets.index(name))
             self._views[name, number] = views.draw(
                 [self.settings.evaluation.views[number]], self.grid, len(self.sets[name]), rng
             )

@@ -131,7 +131,7 @@ def _table(document: dict, name: str) -> dict:
     return {
         "set": name,
         "about": document["sets"][name],
-        "heads": [{"name": title, "wanted": WANTED[name][key]} for key, title, _ in figures],
+        "heads": [{"name": title, "wanted": WANTED[name.partition("_")[0]][key]} for key, title, _ in figures],
         "rows": rows,
     }
 

@@ -12,7 +12,10 @@ NOT_CLAIMED: tuple[str, ...] = (
 )
 
 
-def claimed(version: str, weights: str, config_hash: str, base: str | None, requests: int, audited: bool, verdict: Verdict | None) -> list[str]:  # fmt: skip
+def claimed(
+    version: str, weights: str, config_hash: str, base: str | None, requests: int, audited: bool, verdict: Verdict | None,
+    rewritten: tuple[str, str] | None = None,
+) -> list[str]:  # fmt: skip
     """Sentences, each of which the files of the release bear out."""
     sentences = [f"The holder of the key has published these files, and no others, as {version}."]
     start = f"starting from the weights {base[:16]}" if base else "from nothing"
@@ -25,6 +28,11 @@ def claimed(version: str, weights: str, config_hash: str, base: str | None, requ
     if verdict is not None:
         judged = sum(check.passed is not None for check in verdict.checks)
         sentences.append(f"The gate held {judged} limit(s) against the figures, and none failed.")
+    if rewritten:
+        sentences.append(
+            f"The training data with the manifest {rewritten[0][:16]} was written anew without the rows that are served, with the manifest "
+            f"{rewritten[1][:16]}."
+        )
     return sentences
 
 

@@ -16,7 +16,7 @@ from unlearn.releases import candidate as candidates
 from unlearn.releases import claims, gate, pointer, rejection
 from unlearn.releases.candidate import Candidate
 from unlearn.releases.gate import Gate, Verdict
-from unlearn.releases.release import AUDIT, CONFIG, METRICS, RECORD, Content, Model, Release
+from unlearn.releases.release import AUDIT, CONFIG, METRICS, RECORD, Content, Model, Release, Rewritten
 from unlearn.releases.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ class Outcome:
 def publish(
     run: str, store: Store, signer: CryptoSigner, requests: Sequence[str] = (), rules: Gate | None = None,
     parent: str | None = None, withdraws: Sequence[str] = (), check: Callable[[], None] = lambda: None,
+    rewritten: tuple[str, str] | None = None,
 ) -> Outcome:  # fmt: skip
     """Make a run folder a release, the next version of a store; the pointer is not moved.
 
@@ -75,8 +76,11 @@ def publish(
             published=datetime.now(UTC).isoformat(timespec="seconds"), family=candidate.family, weights=candidate.weights,
             config_hash=candidate.config_hash, base=base and base.model_copy(update={"version": made_from}),
             parent=Model(weights=before.weights, version=before.version) if before else None, data=candidate.data,
+            rewritten=Rewritten(before=rewritten[0], after=rewritten[1]) if rewritten else None,
             requests=requests, withdraws=withdraws, withheld=candidate.withheld, gate=verdict,
-            claimed=claims.claimed(version, candidate.weights, candidate.config_hash, base and base.weights, len(requests), audited, verdict),
+            claimed=claims.claimed(
+                version, candidate.weights, candidate.config_hash, base and base.weights, len(requests), audited, verdict, rewritten
+            ),
             not_claimed=claims.not_claimed(len(requests), audited, verdict), files=listed,
         )  # fmt: skip
         folder.write(RECORD, release.to_json())
@@ -94,6 +98,13 @@ def publish(
         return _beaten(store, version, content, state)
     store.complete(release)
     return Outcome(release, folder.uri, verdict)
+
+
+def judge(run: str, store: Store, rules: Gate | None, parent: str | None) -> tuple[Verdict | None, str]:
+    """(what the gate says of a run folder beside a release, as `publish` would ask it; sha256 of the weights). Raises as `publish`."""
+    candidate = candidates.read(run)
+    before = _evidence(store, store.release(parent) if parent else None)
+    return gate.judge(rules, (candidate.metrics, candidate.audit), before) if rules else None, candidate.weights
 
 
 def _beaten(store: Store, version: str, content: Content, state: pointer.State) -> Outcome:

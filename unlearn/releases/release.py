@@ -45,6 +45,13 @@ class Model(_Part):
     uri: str | None = None
 
 
+class Rewritten(_Part):
+    """Hashes of the manifest of the training data with the rows that are served, and of the one without them."""
+
+    before: str
+    after: str
+
+
 class Content(NamedTuple):
     """What makes two releases the same model with the same evidence for the same requests."""
 
@@ -58,7 +65,7 @@ class Release(_Part):
     that the weights were trained with. base: what training started from; parent: the release that was current before.
     data: sha256 of the manifest of each set that was trained on. requests: commitments to the deletion requests that are served.
     withdraws: releases that may not be current any more once this one is. withheld: keys of config.yaml whose values are left out.
-    gate: its verdict, where there was one.
+    gate: its verdict, where there was one. rewritten: training data without the rows that are served, where it was made.
     """
 
     version: str
@@ -79,6 +86,7 @@ class Release(_Part):
     claimed: list[str]
     not_claimed: list[str]
     files: dict[str, File]
+    rewritten: Rewritten | None = None
 
     @property
     def number(self) -> int:

@@ -1,0 +1,120 @@
+"""CYCLE.yaml: read, and checked whole, every rung of its ladder too, before anything starts."""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from unlearn import config
+from unlearn.cycles.cycle import Cycle, put
+from unlearn.data.storage import Storage
+from unlearn.errors import ConfigError
+from unlearn.registry import METHODS
+
+# Keys of the run that a cycle sets itself, or that do not go with it, and why.
+SET_APART = {
+    "data.forget": "it is what the requests name",
+    "run_dir": "each rung has a run folder in cycle_dir",
+    "model.weights": "every rung starts from the base, that of the run",
+    "data.train": "every rung is trained on the data that the requests were looked up in",
+    "data.split": "every rung is trained on the data that the requests were looked up in",
+}
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Cycle:
+    """The cycle that `source` names: a YAML file (path or s3://), or env:VARIABLE. overrides: "key=value" of the cycle, and
+    "run.key=value" of its run. Raises ConfigError, StorageError."""
+    if source.startswith("env:"):
+        variable = source.removeprefix("env:")
+        if variable not in os.environ:
+            raise ConfigError(f"{source}: this variable is not set; a cycle is expected in it")
+        return read(os.environ[variable], source, overrides)
+    return read(Storage(source).read().decode(errors="replace"), source, overrides)
+
+
+def read(text: str, source: str, overrides: Sequence[str] = ()) -> Cycle:
+    """The same from the text of a file; `source` names it in messages."""
+    tree = config.yaml_tree(text, f"cycle {source}")
+    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
+    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
+    changes = {item.partition("=")[0]: _value(item.partition("=")[2]) for item in of_run}
+    tree["set"] = (tree.get("set") or {}) | changes
+    return parse(tree, source)
+
+
+def parse(tree: dict[str, Any], source: str = "cycle") -> Cycle:
+    """Validate a tree of plain values, the run with every rung, and the gate. Raises ConfigError."""
+    tree = copy.deepcopy(tree)
+    changes = tree.pop("set", None) or {}
+    run = _file(tree.get("run"), source, "run") or {}
+    if not isinstance(run, dict) or not run:
+        raise ConfigError(f"{source}: run: give a run's configuration, or the path of one")
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
+    for key, value in changes.items():
+        put(run, key, value)
+    if isinstance(run.get("data"), dict):
+        run["data"].pop("forget", None)
+    run.pop("run_dir", None)
+    tree |= {"run": run, "gate": _file(tree.get("gate"), source, "gate")}
+    try:
+        cycle = Cycle.model_validate(tree)
+    except ValidationError as e:
+        lines = [line for error in e.errors() for line in config.explain(error, Cycle)]
+        raise ConfigError(
+            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+        ) from None
+    _check(cycle, source)
+    return cycle
+
+
+def dump(cycle: Cycle) -> str:
+    """The cycle as YAML, its run and gate inline; it holds no key and names no request."""
+    return yaml.safe_dump(cycle.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+
+def _check(cycle: Cycle, source: str) -> None:
+    """Raises ConfigError where the run, a rung or the gate cannot be."""
+    for number, rung in enumerate(cycle.ladder, 1):
+        if not rung:
+            raise ConfigError(f"{source}: ladder, rung {number}: it changes nothing; give keys of the run and values")
+        for key in rung:
+            for apart, why in SET_APART.items():
+                if key == apart or apart.startswith(f"{key}.") or key.startswith(f"{apart}."):
+                    raise ConfigError(f"{source}: ladder, rung {number}: {key} is not to be set: {why}")
+    for number in range(cycle.rungs):
+        settings = cycle.settings(number)
+        where = f"{source}: " + (f"ladder, rung {number}" if number else "run")
+        if not METHODS.load(settings.method.name).needs_forget:
+            raise ConfigError(f"{where}: method {settings.method.name} forgets nothing")
+        if settings.model.weights is None:
+            raise ConfigError(f"{where}: model.weights is missing: it is the base that every cycle starts from")
+        if settings.data.retain is not None:
+            raise ConfigError(
+                f"{where}: data.retain is not to be set: every image is retained that nobody asks to forget, and that changes with "
+                "every request; leave it out, or give data.proxy"
+            )
+        if settings.evaluation.oracle is not None:
+            raise ConfigError(
+                f"{where}: evaluation.oracle is not to be set: a cycle forgets what no oracle was trained without; leave it out"
+            )
+    cycle.rules  # noqa: B018  raises where it is no gate
+
+
+def _file(given: Any, source: str, key: str) -> Any:
+    """The tree of a file that is given by its path, found from here or from beside the cycle's file; other values as they are."""
+    if not isinstance(given, str):
+        return copy.deepcopy(given)
+    beside = Path(source).parent / given if "://" not in source and not source.startswith("env:") else Path(given)
+    path = given if "://" in given or Path(given).exists() or not beside.exists() else str(beside)
+    if not Storage(path).is_file():
+        raise ConfigError(f"{source}: {key}: there is no file {given}")
+    return config.yaml_tree(Storage(path).read().decode(errors="replace"), f"{source}: {key}: {given}")
+
+
+def _value(text: str) -> Any:
+    return config.override({}, [f"value={text}"])["value"]
