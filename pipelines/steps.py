@@ -35,7 +35,7 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def told(*arguments: P.args, **named: P.kwargs) -> R:
-        signals.listen()
+        _listen()
         level, form = log.wanted(1)
         log.start(log.JsonLines() if form == "json" else logging.StreamHandler(), level)
         try:
@@ -45,6 +45,11 @@ def step(function: Callable[P, R]) -> Callable[P, R]:
             sys.exit(2)
 
     return told
+
+
+@functools.cache
+def _listen() -> None:
+    signals.listen()
 
 
 @step
