@@ -24,9 +24,9 @@ from typing import Any
 
 from securesystemslib.signer import CryptoSigner
 
-from unlearn import certificate, documents
+from unlearn import certificate, config, documents
 from unlearn.config import RunConfig
-from unlearn.cycles import selecting
+from unlearn.cycles import lineage, selecting
 from unlearn.cycles.cycle import KEY, Cycle, digest
 from unlearn.cycles.records import (
     MEASURED,
@@ -57,15 +57,6 @@ Measuring = Callable[[int, int], None]
 def nothing(*about: Any) -> None: ...
 
 
-def check(cycle: Cycle) -> None:
-    """Check what can be checked before a cycle: the key that signs, the configuration of every rung. Raises UnlearnError."""
-    from jobs import train as training
-
-    _signer(cycle)
-    for rung in range(cycle.rungs):
-        training.check_models(cycle.settings(rung))
-
-
 def select(cycle: Cycle) -> Selection:
     """Take the open requests that meet images into a cycle, or find the cycle that was begun and has not ended.
 
@@ -73,7 +64,10 @@ def select(cycle: Cycle) -> Selection:
     Raises UnlearnError: no ledger, no data; CycleError where a request that was served before cannot be forgotten again.
     """
     with Ledger(cycle.ledger) as ledger:
-        return selecting.select(cycle, ledger)
+        selection = selecting.select(cycle, ledger)
+    if selection.status == "selected":
+        lineage.write(cycle, Records(cycle.cycle_dir), selection)
+    return selection
 
 
 def opened(cycle: Cycle, id: str) -> Selection:
@@ -84,12 +78,10 @@ def opened(cycle: Cycle, id: str) -> Selection:
 def settings(cycle: Cycle, selection: Selection, rung: int) -> RunConfig:
     """The configuration of a rung, as `unlearn run` would take it: its run_dir is the run folder in the cycle's own, its data.forget
     what all requests of the selection name. It may name ids and subjects: keep it out of logs and of parameters."""
-    from unlearn.config import read
-
     folder = Records(cycle.cycle_dir).run_folder(selection.id, cycle.run_key(rung))
     storage = Storage(folder)
     if storage.is_file("config.yaml"):  # what was resolved once stays
-        forget = read(storage.read("config.yaml").decode(), storage.where("config.yaml")).data.forget
+        forget = config.read(storage.read("config.yaml").decode(), storage.where("config.yaml")).data.forget
     else:
         manifest = selecting.data(cycle)
         if manifest.hash != selection.data:
@@ -162,6 +154,7 @@ def judge(cycle: Cycle, selection: Selection, rung: int) -> Judgement:
                 rung=rung, run=key, verdict=verdict, parent=parent, metrics=evidence["metrics"] or "", weights=weights,
                 requests=sorted(asked.commitment for asked in served), at=now(),
             ))  # fmt: skip
+        lineage.write(cycle, records, selection)
         if judgement.passed:
             facts = {"gate": "passed" if judgement.verdict else "none", "metrics": judgement.metrics}
             selecting.advance(ledger, selection, states.VERIFIED, facts)
@@ -191,6 +184,7 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
             id=selection.id, at=now(), release=published.release.version, folder=published.folder, weights=published.release.weights,
             rung=rung, run=judgement.run, promoted=cycle.promote, numbers=selection.numbers, rows=rows,
         ))  # fmt: skip
+    lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
         facts = {"release": ended.release, "weights": ended.weights}
         selecting.advance(ledger, selection, states.RELEASED, facts)
@@ -204,6 +198,7 @@ def give_up(cycle: Cycle, selection: Selection) -> Outcome:
     ended = records.keep(
         selection.id, name, Outcome(id=selection.id, at=now(), release=None, numbers=selection.numbers)
     )
+    lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
         selecting.hand_back(ledger, selection.id, "retraining is due")
     return ended
@@ -237,6 +232,7 @@ def run(
             yield progress
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
+    _signer(cycle)  # its lack is told before anything is trained
     with step("select"):
         selection = select(cycle)
     if selection.status == "nothing":
@@ -245,6 +241,7 @@ def run(
         records = Records(cycle.cycle_dir)
         ended = records.read(selection.id, selecting.given_up(cycle, records, selection.id), Outcome)
         return Ended(selection, ended, [], seconds)
+    _check_methods(cycle)
     judgements = []
     for rung in range(cycle.rungs):
         with step("train", rung) as progress:
@@ -269,6 +266,14 @@ def _signer(cycle: Cycle) -> CryptoSigner:
             f"no key signs the releases: give its path as `key`, or in {KEY}; see `unlearn release keygen`"
         )
     return certificate.private_key(path)
+
+
+def _check_methods(cycle: Cycle) -> None:
+    """Raises ConfigError where a method of the ladder cannot work with the model or the training."""
+    from jobs import train as training
+
+    for rung in range(cycle.rungs):
+        training.check_method(cycle.settings(rung, config.Rows()))
 
 
 def _sha256(folder: Storage, name: str) -> str | None:

@@ -19,12 +19,19 @@ def tiny_cycle(folder: Path, data: str, model: str, **changes: Any) -> Cycle:
     run = {
         "seed": 3, "model": {"weights": model}, "data": {"train": data},
         "training": {"engine": "torch", "steps": 2, "batch_size": 8, "lr": 1e-3, "checkpoint_every": 1, "log_every": 1},
-        "evaluation": {"limit": 8, "batch_size": 8, "views": [{"size": 0.5}]},
+        "evaluation": {"limit": 1, "views": [{"size": 0.5}]},  # of one image there is no FID, which takes seconds
     }  # fmt: skip
     return cycle_file.parse({
         "cycle_dir": str(folder / "cycles"), "ledger": str(folder / "ledger.sqlite"), "releases": str(folder / "store"),
         "key": str(folder / "releases.key"), "run": run, "gate": {LIMIT: {"min": -1.0}}, **changes,
     })  # fmt: skip
+
+
+def written(cycle: Cycle) -> str:
+    """The path of a YAML file that holds it."""
+    path = Path(cycle.cycle_dir).with_name("cycle.yaml")
+    path.write_text(cycle_file.dump(cycle))
+    return str(path)
 
 
 def ask(cycle: Cycle, *wanted: dict[str, list]) -> list[int]:

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from unlearn.cli.cycles import DUE
 from unlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipelines.kubeflow import Kubeflow
     from pipelines.place import Place
-
-DUE = 3  # the exit code where no rung has passed the gate, as of `unlearn cycle`
 
 app = typer.Typer(
     no_args_is_help=True, help="Serve deletion requests by a Kubeflow pipeline, once or by a schedule, or by its local runner."

@@ -21,6 +21,7 @@ SET_APART = {
     "run_dir": "each rung has a run folder in cycle_dir",
     "model.weights": "every rung starts from the base, that of the run",
     "data.train": "every rung is trained on the data that the requests were looked up in",
+    "evaluation": "every rung is measured alike",
     "data.split": "every rung is trained on the data that the requests were looked up in",
 }
 
@@ -102,6 +103,11 @@ def _check(cycle: Cycle, source: str) -> None:
             raise ConfigError(
                 f"{where}: evaluation.oracle is not to be set: a cycle forgets what no oracle was trained without; leave it out"
             )
+    keys = [cycle.run_key(rung) for rung in range(cycle.rungs)]
+    for number, key in enumerate(keys):
+        if (before := keys.index(key)) < number:
+            same = f"rung {before}" if before else "the run as it stands"
+            raise ConfigError(f"{source}: ladder, rung {number}: it would make the same model as {same}")
     cycle.rules  # noqa: B018  raises where it is no gate
 
 

@@ -4,12 +4,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from unlearn.config import Rows
+from unlearn.cycles.records import NEW, OLD
 from unlearn.data import held_out, selection
 from unlearn.data.selection import RowSet
 from unlearn.ledger.request import Request
 from unlearn.run import Run
-
-NEW, OLD = "forget_new", "forget_old"
 
 
 def with_parts(run: Run, new: Rows | None, old: Rows | None, requests: Iterable[Request]) -> Run:

@@ -25,6 +25,7 @@ from unlearn.errors import CycleError
 from unlearn.releases.gate import Verdict
 
 SELECTION, OUTCOME, ROWS = "selection.json", "outcome.json", "rows.json"
+NEW, OLD = "forget_new", "forget_old"  # what is measured of a forget set: requests of this cycle, and of those before
 RUNS, MEASURED, VERDICTS, GIVEN_UP = "runs", "measured", "verdicts", "given-up"
 
 

@@ -1,0 +1,193 @@
+"""Requests are served in cycles: from the base, all together, old ones apart from new ones, and what fails stays open."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.cycles import LIMIT, ask, standing
+
+from jobs import cycle as job
+from unlearn import certificate, config
+from unlearn.cycles import selecting
+from unlearn.cycles.records import Records
+from unlearn.errors import CycleError
+from unlearn.evaluation import comparison
+from unlearn.evaluation.comparison import Comparison
+from unlearn.ledger import letter, states
+from unlearn.ledger.ledger import Ledger
+from unlearn.models import weights
+from unlearn.releases import pointer, verification
+from unlearn.releases.store import Store
+from unlearn.run import resolve
+
+
+def files(cycle, id: str) -> dict[str, str]:
+    """The text of what a cycle has left, the weights apart."""
+    folder = Path(cycle.cycle_dir, id)
+    names = (
+        path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".jsonl", ".yaml", ".html")
+    )
+    return {str(path.relative_to(folder)): path.read_text() for path in names}
+
+
+@pytest.fixture(scope="module")
+def served(made):
+    """(cycle, what its first run came to, its second, its third): three requests, one of them of nobody; none; one more."""
+    cycle = made()
+    ask(cycle, {"subjects": ["person-1"]}, {"ids": ["img-003", "img-999"]}, {"subjects": ["nobody"]})
+    first, second = job.run(cycle), job.run(cycle)
+    ask(cycle, {"classes": ["cat"]})
+    return cycle, first, second, job.run(cycle)
+
+
+def test_what_is_open_is_served_and_what_meets_nothing_stays_open(served):
+    cycle, first, second, _ = served
+    assert (first.selection.unmatched, [(a.number, a.images, a.missing) for a in first.selection.new]) == (
+        [3],
+        [(1, 10, 0), (2, 1, 1)],
+    )
+    assert first.outcome.release == "v1" and pointer.read(Store(cycle.releases)).history[0].after == "v1"
+    assert (second.selection.status, second.outcome, set(second.seconds)) == ("nothing", None, {"select"})
+    assert standing(cycle) == {1: "released", 2: "released", 3: "received", 4: "released"}
+
+
+def test_every_cycle_starts_from_the_base_with_all_that_was_ever_asked(served):
+    cycle, first, _, third = served
+    store = Store(cycle.releases)
+    one, two = store.release("v1"), store.release("v2")
+    base = weights.locate(cycle.base).fingerprint
+    assert one.base.weights == two.base.weights == base == third.selection.base and two.parent.version == "v1"
+    assert set(one.requests) < set(two.requests) and len(two.requests) == 3
+    settings = job.settings(cycle, third.selection, 0)
+    assert {"img-001", "img-003", "img-024"} <= set(settings.data.forget.ids) and len(
+        settings.data.forget.ids
+    ) == 10 + 1 + 12 - 2
+    for release, folder in ((one, first.outcome.folder), (two, third.outcome.folder)):
+        assert verification.verify(folder, certificate.public_key(cycle.key.replace(".key", ".pub"))) == release
+
+
+def test_old_requests_are_measured_apart_from_new_ones(served):
+    cycle, first, _, third = served
+    metrics = [json.loads(files(cycle, e.selection.id)[f"runs/{e.outcome.run}/metrics.json"]) for e in (first, third)]
+    assert [list(m["sets"]) for m in metrics] == [
+        ["forget", "retain", "forget_new"],
+        ["forget", "retain", "forget_new", "forget_old"],
+    ]
+    assert metrics[1]["sets"]["forget_new"]["classes"] == ["cat"]
+
+
+def test_a_part_of_the_forget_set_changes_no_view_of_the_others(served):
+    cycle, _, _, third = served
+    settings = job.settings(cycle, third.selection, 0)
+    views = settings.evaluation.model_copy(update={"views": [config.ViewSpec(kind="random")]})
+    run = resolve(settings.model_copy(update={"evaluation": views}), measured=True)
+    parts = replace(
+        run, measured=run.measured | {"forget_old": run.measured["forget"], "forget_new": run.measured["retain"]}
+    )
+    one, other = (Comparison(each, comparison.generators(settings)) for each in (run, parts))
+    for name in ("forget", "retain"):
+        assert one.view(name, 0, np.arange(1)).hidden.equal(other.view(name, 0, np.arange(1)).hidden)
+    assert not other.view("forget_old", 0, np.arange(1)).hidden.equal(one.view("forget", 0, np.arange(1)).hidden)
+
+
+def test_the_ledger_and_the_letter_tell_what_was_done(served):
+    cycle, first, _, _ = served
+    with Ledger(cycle.ledger) as ledger:
+        events = [(step["event"], step.get("evidence", {})) for step in ledger.history(1)]
+        text = letter.write(ledger, 1)
+    assert [event for event, _ in events] == ["received", "scheduled", "trained", "verified", "released"]
+    assert all(evidence["cycle"] == first.selection.id for _, evidence in events[1:])
+    assert events[3][1]["gate"] == "passed" and events[4][1] == {
+        "cycle": first.selection.id, "release": "v1", "weights": first.outcome.weights,
+    }  # fmt: skip
+    assert "release: v1" in text and first.outcome.weights in text
+
+
+def test_names_are_in_the_configuration_of_the_run_alone(served):
+    cycle, first, _, third = served
+    for ended in (first, third):
+        for name, text in files(cycle, ended.selection.id).items():
+            named = any(word in text for word in ("person-1", "img-0", "img-9", "nobody"))
+            assert named == (name == f"runs/{ended.outcome.run}/config.yaml"), name
+    config_file = Path(cycle.cycle_dir, first.selection.id, "runs", first.outcome.run, "config.yaml")
+    assert config_file.stat().st_mode & 0o077 == 0 and config.load(config_file).data.forget.ids
+
+
+def test_the_ladder_is_climbed_and_every_rung_recorded(made):
+    """The first rung does not learn at all, the second does; after both fail the same requests are tried again only under another gate."""
+    gate = {"metrics.unlearned.forget.psnr": {"base": {"max": -1e-3}}, LIMIT: {"min": 1.5}}
+    cycle = made(gate=gate, ladder=[{"training.lr": 0.3, "training.steps": 3}])
+    cycle = cycle.model_copy(update={"run": cycle.run | {"training": cycle.run["training"] | {"lr": 1e-30}}})
+    ask(cycle, {"subjects": ["person-1"]})
+    due = job.run(cycle)
+    assert due.outcome.due and [j.passed for j in due.judgements] == [False, False]
+    assert standing(cycle) == {1: "received"} and not Store(cycle.releases).releases()
+    assert (
+        (again := job.run(cycle)).selection.status == "due"
+        and again.outcome == due.outcome
+        and set(again.seconds) == {"select"}
+    )
+
+    eased = cycle.model_copy(update={"gate": {"metrics.unlearned.forget.psnr": gate["metrics.unlearned.forget.psnr"]}})
+    before = {name: text for name, text in files(cycle, due.selection.id).items() if "metrics" in name}
+    ended = job.run(eased)
+    assert [j.passed for j in ended.judgements] == [False, True] and ended.outcome.rung == 1
+    assert ended.selection.id == due.selection.id, "the same cycle goes on"
+    assert before.items() <= files(cycle, due.selection.id).items(), "nothing was trained or measured again"
+    assert len(Records(cycle.cycle_dir).judgements(due.selection.id)) == 4 and standing(cycle) == {1: "released"}
+
+
+def test_a_request_that_comes_or_goes_meanwhile_does_not_disturb(cycle):
+    first, second = ask(cycle, {"subjects": ["person-1"]}, {"subjects": ["person-2"]})
+    selection = job.select(cycle)
+    (late,) = ask(cycle, {"classes": ["dog"]})
+    with Ledger(cycle.ledger) as ledger:
+        ledger.advance(second, states.WITHDRAWN)
+    ended = job.run(cycle)
+    assert ended.selection == selection and ended.outcome.release == "v1"
+    release = Store(cycle.releases).release("v1")
+    assert release.requests == [asked.commitment for asked in selection.new if asked.number == first]
+    assert standing(cycle) == {first: "released", second: "withdrawn", late: "received"}
+    following = job.select(cycle)
+    assert [a.number for a in following.new] == [late] and [a.number for a in following.old] == [first]
+
+
+def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path):
+    ask(cycle, {"subjects": ["person-1"]})
+    before = job.select(cycle)
+    other = str(tmp_path / "other")
+    model = config.Model(weights=cycle.base)
+    weights.write(weights.build(model).requires_grad_(False).apply(_shifted), other, {})
+    changed = cycle.model_copy(update={"run": cycle.run | {"model": {"weights": other}}})
+    with pytest.raises(CycleError, match="the base was changed"):
+        job.train(changed, before, 0)
+    after = job.select(changed)
+    assert after.id != before.id and [a.number for a in after.new] == [1]
+    with Ledger(cycle.ledger) as ledger:
+        assert [s["event"] for s in ledger.history(1)] == ["received", "scheduled", "received", "scheduled"]
+
+
+def _shifted(module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.add_(0.01)
+
+
+def test_a_cycle_of_another_folder_is_taken_over_with_a_warning(cycle, made, logged):
+    ask(cycle, {"subjects": ["person-1"]})
+    began = job.select(cycle)
+    moved = cycle.model_copy(update={"cycle_dir": cycle.cycle_dir + "-moved"})
+    assert job.select(moved).id == began.id and "has no such cycle" in logged.text
+
+
+def test_the_id_is_of_what_is_asked_the_base_and_the_data_alone(cycle):
+    ask(cycle, {"subjects": ["person-1"]})
+    selection = job.select(cycle)
+    assert (
+        selecting.identity(selection)
+        == selection.id
+        == selecting.identity(selection.model_copy(update={"at": "x", "unmatched": [9]}))
+    )
+    for change in ({"base": "b"}, {"data": "d"}, {"old": selection.new}, {"new": []}):
+        assert selecting.identity(selection.model_copy(update=change)) != selection.id

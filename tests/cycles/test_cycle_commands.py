@@ -1,0 +1,108 @@
+"""`unlearn cycle`: what it says, how it exits, and what it shows."""
+
+import json
+import re
+
+import pytest
+import yaml
+from support.cycles import LIMIT, ask, standing, written
+
+from jobs.owner import owned
+from unlearn.cycles import cycle_file
+from unlearn.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def due(made):
+    """A cycle that no rung can pass."""
+    return made(gate={LIMIT: {"min": 2.0}})
+
+
+def test_it_says_what_was_served_and_shows_it(cycle, told):
+    path = written(cycle)
+    assert told("cycle", path)[:2] == (0, "nothing to serve: no request is open\n")
+    ask(cycle, {"subjects": ["person-1"]}, {"ids": ["img-003", "img-999"]}, {"subjects": ["nobody"]})
+    code, out, err = told("cycle", path, "--delete-rows", str(cycle.cycle_dir) + "-kept")
+    assert code == 0 and "person" not in out + err and "img-" not in out + err
+    assert (
+        "no image meets request(s) 3: they stay open" in out
+        and "met in part only: request(s) 2 (1 of its values)" in out
+    )
+    assert re.search(r"v1, now current: cycle \w{12} has served request\(s\) 1, 2\n", out)
+    assert re.search(r"shards without 11 rows: .*; to be deleted: 3 objects", out)
+    assert "nothing to serve: no open request meets an image" in told("cycle", path)[1]
+
+    (shown,) = json.loads(told("cycle", "show", path, "--json")[1])
+    assert shown["ended"] == "v1, current" and shown["figures"]["forget_new"]["unlearned"]["psnr"] > 0
+    assert re.search(rf"{shown['id']} .* 2 +0 +1 +v1, current", told("cycle", "show", path)[1])
+    one = told("cycle", "show", path, shown["id"])[1]
+    assert "rung 0  passed, beside no release" in one and LIMIT in one and "shard-2.parquet" in one
+    code, _, err = told("cycle", "show", path, "0" * 12)
+    assert code == 2 and "has no cycle 000000000000" in err
+
+
+def test_it_exits_with_3_where_retraining_is_due(due, told):
+    ask(due, {"subjects": ["person-1"]})
+    for _ in range(2):
+        code, out, _ = told("cycle", written(due))
+        assert code == 3 and re.search(
+            r"retraining is due: no rung of cycle \w{12} passed the gate; request\(s\) 1 stay open", out
+        )
+    text = told("cycle", "metrics", written(due))[1]
+    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert (
+        samples['unlearn_requests{state="received"}'] == "1"
+        and samples['unlearn_cycles{cycle="cycle",outcome="retraining_due"}'] == "1"
+    )
+    assert samples['unlearn_gate_verdicts{cycle="cycle",verdict="refused"}'] == "1"
+    assert samples['unlearn_last_cycle_released{cycle="cycle"}'] == "0"
+    assert float(samples['unlearn_last_cycle_timestamp_seconds{cycle="cycle"}']) > 1.7e9
+    assert all(
+        re.fullmatch(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [0-9.]+', f"{k} {v}") for k, v in samples.items()
+    )
+
+
+def test_of_two_at_once_the_second_yields(cycle, told):
+    with owned(cycle.cycle_dir, "cycle"):
+        code, _, err = told("cycle", written(cycle))
+    assert code == 2 and "is in use by `unlearn cycle`" in err
+
+
+def test_a_missing_key_is_told_before_anything_is_trained(cycle, told, monkeypatch):
+    monkeypatch.delenv("UNLEARN_RELEASE_KEY", raising=False)
+    ask(cycle, {"subjects": ["person-1"]})
+    code, _, err = told("cycle", written(cycle), "--set", "key=null")
+    assert code == 2 and "no key signs the releases" in err
+    assert standing(cycle) == {1: "received"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"ladders": []}, "unknown key; did you mean ladder"),
+        ({"run": {"data": {"train": "x"}, "training": {"steps": 1}}}, "run: model.weights is missing"),
+        ({"set": {"data.retain": {"limit": 5}}}, "data.retain is not to be set"),
+        ({"set": {"evaluation.oracle": "x"}}, "evaluation.oracle is not to be set"),
+        ({"set": {"method.name": "pretrain"}}, "method pretrain forgets nothing"),
+        ({"set": {"training.stepz": 5}}, "training.stepz: unknown key; did you mean steps"),
+        ({"ladder": [{}]}, "rung 1: it changes nothing"),
+        ({"ladder": [{"training.steps": 2}]}, "rung 1: it would make the same model as the run as it stands"),
+        ({"ladder": [{"evaluation.limit": 5}]}, "evaluation.limit is not to be set: every rung is measured alike"),
+        ({"ladder": [{"data": {"forget": {}}}]}, "rung 1: data is not to be set"),
+        ({"ladder": [{"method.alpha": "x"}]}, "ladder, rung 1: method.alpha: "),
+        ({"gate": {"metrics.x": {"mix": 1}}}, "metrics.x.mix: unknown key"),
+        ({"gate": "nowhere.yaml"}, "gate: there is no file nowhere.yaml"),
+        ({"run": "nowhere.yaml"}, "run: there is no file nowhere.yaml"),
+    ],
+)
+def test_a_mistake_in_the_file_is_told(cycle, changes, told):
+    tree = yaml.safe_load(cycle_file.dump(cycle)) | changes
+    with pytest.raises(ConfigError) as raised:
+        cycle_file.parse(tree, "cycle.yaml")
+    assert told in str(raised.value)
+
+
+def test_the_file_is_read_as_it_was_written(cycle):
+    assert cycle_file.load(written(cycle)) == cycle
+    changed = cycle_file.load(written(cycle), ["promote=false", "run.training.steps=7"])
+    assert not changed.promote and changed.settings(0).training.steps == 7 and changed.identity() != cycle.identity()
