@@ -73,6 +73,11 @@ class RayJobs:
         commands = (p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"]))
         return any(f"--session-name={session}" in command and command[0].endswith("gcs_server") for command in commands)
 
+    def ray_version(self) -> str:
+        """Of the head. Raises ClusterError."""
+        with self._told():
+            return self._client._do_request("GET", "/api/version").json()["ray_version"]
+
     def plan(self, request: Request) -> str:
         return yaml.safe_dump(self._sent(request, request.id), sort_keys=False)
 

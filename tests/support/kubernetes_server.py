@@ -1,8 +1,7 @@
 """A real Kubernetes API server for custom resources, on loopback: etcd from PyPI and a server from the shared folder.
 
-from unlearn.run import resolve
-It holds KubeRay's and Kueue's definitions, no core kinds, no webhooks and no operator: a test that needs an operator writes the
-status itself. Started once for all tests, in some seconds; skipped where its parts are missing.
+It holds the definitions of KubeRay, Kueue and Kubeflow Pipelines, no core kinds, no webhooks and no operator: a test that
+needs an operator writes the status itself. Started once for all tests, in some seconds; skipped where its parts are missing.
 """
 
 import contextlib
@@ -32,6 +31,8 @@ KINDS = [
     "resourceflavors",
     "workloadpriorityclasses",
     "workloads",
+    "pipelines",
+    "pipelineversions",
 ]
 DEFINITIONS = sorted(path for kind in KINDS for path in SHARED.glob(f"crds/ku*/*_{kind}.yaml"))
 CONTEXT = "tests"

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from unlearn import __version__
-from unlearn.cli import catalogue, configs, cycles, jobs, plan, releases, requests, runs, shards, sweeps
+from unlearn.cli import catalogue, configs, cycles, jobs, pipelines, plan, releases, requests, runs, shards, sweeps
 from unlearn.errors import UnlearnError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.add_typer(sweeps.app, name="sweep")
 app.add_typer(cycles.app, name="cycle")
 app.add_typer(requests.app, name="request")
 app.add_typer(releases.app, name="release")
+app.add_typer(pipelines.app, name="pipeline")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 def run(
     config: Config, overrides: Set = [], resume: Resume = False, show_forget: ShowForget = False,  # noqa: B006  read only
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, also against the cluster; train and write nothing")] = False,
+    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="train alone; `unlearn evaluate` measures later")] = False,
     memory: Memory = None, gpu: Gpu = None, mfu: Mfu = None,
 ):  # fmt: skip
     """Unlearn, evaluate and write the report.
@@ -30,7 +31,7 @@ def run(
         return _dry_run(settings, resume, memory, gpu, mfu)
     with _owned(settings, "run") as lease:
         trained = _train(settings, resume, lease)
-        if trained.measured:  # a method that has no original has nothing to compare with
+        if trained.measured and not no_evaluate:  # a method that has no original has nothing to compare with
             _evaluate(trained, show_forget, lease)
 
 
