@@ -36,6 +36,7 @@ def check(settings: config.RunConfig) -> Run:
     """
     check_method(settings)
     run = resolve(settings)
+    methods.create(settings.method).restarts(run.steps)
     check_models(settings)
     return run
 
