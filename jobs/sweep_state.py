@@ -254,7 +254,7 @@ class SweepState:
         self.rows.pop(trial.id, None)
         log.warning("trial %s failed: %s", trial.id, message)
         self.causes.append(_cause(message))
-        if len(self.causes) >= SAME and len(set(self.causes[-SAME:])) == 1:
+        if self.sweep.gives_up and len(self.causes) >= SAME and len(set(self.causes[-SAME:])) == 1:
             raise TrainingError(
                 f"{SAME} trials in a row failed of the same cause: {message}. The sweep has stopped; mend it, and the same command "
                 "with --retry-failed goes on"
