@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from unlearn import __version__
-from unlearn.cli import catalogue, configs, jobs, plan, releases, requests, runs, shards, sweeps
+from unlearn.cli import audits, catalogue, configs, jobs, plan, releases, requests, runs, shards, sweeps
 from unlearn.errors import UnlearnError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.add_typer(shards.app, name="shards")
 app.add_typer(configs.app, name="config")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweep")
+app.add_typer(audits.app, name="audit")
 app.add_typer(requests.app, name="request")
 app.add_typer(releases.app, name="release")
 
