@@ -68,8 +68,8 @@ def check_models(settings: config.RunConfig) -> None:
         )
     if methods.method_class(settings.method.name).needs_teacher:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
-        if settings.evaluation.oracle:
-            weights.build(settings.model.model_copy(update={"weights": settings.evaluation.oracle}))
+        for oracle in settings.evaluation.oracles:
+            weights.build(settings.model.model_copy(update={"weights": oracle}))
 
 
 def prepare(settings: config.RunConfig, resume: bool = False) -> Run:
