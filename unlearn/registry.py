@@ -1,4 +1,4 @@
-"""What can be named in a configuration: families of models, and methods. A name leads to `package.module:Class`, which is imported
+"""What can be named in a configuration: families of models, methods, and tests of an audit. A name leads to `package.module:Class`, which is imported
 when it is first asked for; a name twice is an error."""
 
 import importlib
@@ -54,3 +54,7 @@ METHODS = Registry("method", "method.name", {
     "pretrain": "unlearn.methods.pretrain:Pretrain",
     "pretrain_first_stage": "unlearn.methods.pretrain:PretrainFirstStage",
 }, aliases={"pretrain_front": "pretrain_first_stage"})  # fmt: skip
+
+AUDITS = Registry("test", "tests", {
+    "membership": "unlearn.audit.membership:Membership",
+})  # fmt: skip

@@ -7,8 +7,20 @@ import typer
 
 from unlearn import __version__
 from unlearn.cli import (
-    catalogue, comparisons, configs, cycles, jobs, pipelines, plan, releases, requests, runs, shards, sweeps,
-)  # fmt: skip
+    audits,
+    catalogue,
+    comparisons,
+    configs,
+    cycles,
+    jobs,
+    pipelines,
+    plan,
+    releases,
+    requests,
+    runs,
+    shards,
+    sweeps,
+)
 from unlearn.errors import UnlearnError
 
 app = typer.Typer(
@@ -25,6 +37,7 @@ app.add_typer(configs.app, name="config")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweep")
 app.add_typer(cycles.app, name="cycle")
+app.add_typer(audits.app, name="audit")
 app.add_typer(requests.app, name="request")
 app.add_typer(releases.app, name="release")
 app.add_typer(pipelines.app, name="pipeline")
