@@ -1,6 +1,6 @@
 """Ten cycles, from the base with all that was ever asked, beside the chained way: each from the model of the one before, with what is new.
 
-    python -m jobs.benchmarks.cycles [--cycles 10] [--steps 25] [--limit 100] [--seed 0] [--folder FOLDER]
+    python -m jobs.benchmarks.cycles [--cycles 10] [--steps 20] [--limit 50] [--seed 0] [--folder FOLDER]
 
 Clothes of five classes are asked to be forgotten, half a class a cycle. Both ways are measured alike after each cycle: on the images of
 the first request, and on held-out images of the classes that nobody asks for. At last one cycle serves ten requests at once, with its
@@ -33,8 +33,8 @@ CLASSES = ("Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cycles", type=int, default=10)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--limit", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder")
     options = parser.parse_args()
