@@ -9,13 +9,14 @@ import functools
 import html
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from unlearn import log, signals
-from unlearn.cycles.cycle import Cycle
+from unlearn import certificate, log, signals
+from unlearn.cycles.cycle import KEY, Cycle
 from unlearn.cycles.records import Selection
 from unlearn.errors import ConfigError, CycleError, UnlearnError
 
@@ -60,8 +61,10 @@ def select(source: str, rungs: int, requests: Any) -> Selected:
     cycle = _cycle(source)
     if cycle.rungs != rungs:
         raise ConfigError(f"{source} has {cycle.rungs} rungs, and this pipeline was made for {rungs}: compile it again")
+    if not (key := cycle.key or os.environ.get(KEY)):  # told before days of training, not after
+        raise CycleError(f"no key signs the releases: compile the pipeline with --key SECRET/KEY, or set {KEY}")
+    certificate.private_key(key)
     with _lease(cycle):
-        steps.check(cycle)
         selection = steps.select(cycle)
     counts = {
         "status": selection.status, "new": len(selection.new), "old": len(selection.old), "unmatched": len(selection.unmatched),

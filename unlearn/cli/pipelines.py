@@ -99,7 +99,7 @@ def run(
     if not local and not host:
         raise ConfigError("say where: --local, or --host URL")
     if local:
-        return _run_here(source, to, artifacts)
+        return _run_here(source, to, parameter, image, artifacts)
     with _sent(source, _place(image, gpus, cpus, memory, secrets, key), parameter, mounted) as (package, parameters):
         server = _server(host, profile, token_file, authority)
         id = server.run(package, parameters, name, account)
@@ -216,13 +216,17 @@ def _load(source: str):
     return cycle_file.load(source)
 
 
-def _run_here(source: str, to: str, artifacts: str | None) -> None:
+def _run_here(source: str, to: str, given: list[str], image: str | None, artifacts: str | None) -> None:
     from pathlib import Path
 
+    from pipelines import kubeflow, sending
     from pipelines import local as runner
+    from pipelines.place import IMAGE
     from unlearn.cli.console import out
 
-    now = runner.run(_load(source), source if "://" in source else str(Path(source).absolute()), to, artifacts)
+    kubeflow.required()
+    where = source if "://" in source else str(Path(source).absolute())
+    now = runner.run(_load(source), where, to, sending.parameters(given), image or IMAGE, artifacts)
     for what, value in now.told().items():
         out.print(f"{what}: {value}", soft_wrap=True)
     if now.outcome is not None and now.outcome.due:
