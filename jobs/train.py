@@ -36,6 +36,7 @@ def check(settings: config.RunConfig) -> Run:
     """
     check_method(settings)
     run = resolve(settings)
+    methods.create(settings.method).restarts(run.steps)
     check_models(settings)
     return run
 
@@ -68,8 +69,8 @@ def check_models(settings: config.RunConfig) -> None:
         )
     if methods.method_class(settings.method.name).needs_teacher:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
-        if settings.evaluation.oracle:
-            weights.build(settings.model.model_copy(update={"weights": settings.evaluation.oracle}))
+        for oracle in settings.evaluation.oracles:
+            weights.build(settings.model.model_copy(update={"weights": oracle}))
 
 
 def prepare(settings: config.RunConfig, resume: bool = False) -> Run:

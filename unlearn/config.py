@@ -101,10 +101,14 @@ class RunConfig(Part):
     def locations(self) -> dict[str, str]:
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation
-        places = {
+        places: dict[str, str | None] = {
             "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage, "data.train": d.train, "data.proxy_data": d.proxy_data,
-            "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights, "evaluation.oracle": e.oracle,
+            "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights,
         }  # fmt: skip
+        numbered = enumerate(e.oracles) if isinstance(e.oracle, list) else ()
+        places |= {f"evaluation.oracle.{number}": uri for number, uri in numbered} or {
+            "evaluation.oracle": next(iter(e.oracles), None)
+        }
         return {key: uri for key, uri in places.items() if uri}
 
     def hash(self) -> str:

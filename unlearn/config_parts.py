@@ -223,8 +223,10 @@ class Evaluation(Part):
         gt=0,
         description="how far a diffusion model's samples are led towards its prompt, away from the empty one; none = not at all",
     )
-    oracle: Location | None = Field(
-        default=None, description="weights of a model trained without the forget set, as the reference"
+    oracle: Location | Annotated[list[Location], Field(min_length=1)] | None = Field(
+        default=None,
+        description="weights of a model trained without the forget set, as the reference; or a list of several, trained with "
+        "other seeds: then the distance to them is told in units of their own spread",
     )
     weights: Literal["trained", "ema"] = Field(
         default="trained",
@@ -234,6 +236,11 @@ class Evaluation(Part):
     batch_size: Positive = 100
     workers: Positive | None = Field(default=None, description="default: cluster.workers")
     pictures: Positive = Field(default=8, description="rows of each picture grid")
+
+    @property
+    def oracles(self) -> list[str]:
+        """The weights of every oracle."""
+        return [self.oracle] if isinstance(self.oracle, str) else list(self.oracle or ())
 
 
 class Storage(Part):

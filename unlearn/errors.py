@@ -24,6 +24,10 @@ class StorageError(UnlearnError):
     """A file or an object cannot be reached, read or written."""
 
 
+class ReplacedError(StorageError):
+    """An object is not the one that was opened: it was replaced meanwhile."""
+
+
 class WeightsError(UnlearnError):
     """A file of weights is missing, unreadable, or of another shape than the model."""
 

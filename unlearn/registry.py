@@ -1,4 +1,4 @@
-"""What can be named in a configuration: families of models, and methods. A name leads to `package.module:Class`, which is imported
+"""What can be named in a configuration: families of models, methods, and tests of an audit. A name leads to `package.module:Class`, which is imported
 when it is first asked for; a name twice is an error."""
 
 import importlib
@@ -44,6 +44,17 @@ MODELS = Registry("model family", "model.family", {
 
 METHODS = Registry("method", "method.name", {
     "encoder_l2": "unlearn.methods.encoder_l2:EncoderL2",
+    "max_loss": "unlearn.methods.max_loss:MaxLoss",
+    "noisy_label": "unlearn.methods.noisy_label:NoisyLabel",
+    "retain_label": "unlearn.methods.retain_label:RetainLabel",
+    "random_encoder": "unlearn.methods.random_encoder:RandomEncoder",
+    "epsilon_constrained": "unlearn.methods.epsilon_constrained:EpsilonConstrained",
+    "gradient_projection": "unlearn.methods.gradient_projection:GradientProjection",
+    "decoupling": "unlearn.methods.decoupling:Decoupling",
     "pretrain": "unlearn.methods.pretrain:Pretrain",
     "pretrain_first_stage": "unlearn.methods.pretrain:PretrainFirstStage",
 }, aliases={"pretrain_front": "pretrain_first_stage"})  # fmt: skip
+
+AUDITS = Registry("test", "tests", {
+    "membership": "unlearn.audit.membership:Membership",
+})  # fmt: skip

@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from jobs.benchmarks import command
 from unlearn import config
-from unlearn.data.decode import decode, fit
+from unlearn.data.decode import decode
 from unlearn.data.loader import Loader
+from unlearn.data.scaling import fit
 from unlearn.models import weights
 from unlearn.run import resolve
 

@@ -16,9 +16,10 @@ from support.images import encode
 
 from unlearn import sizes
 from unlearn.data import cache, selection, shards
-from unlearn.data.cache import ENTRY, ImageCache, Recent
+from unlearn.data.cache import ENTRY, ImageCache
 from unlearn.data.images import Images
 from unlearn.data.loader import Loader
+from unlearn.data.recent import Recent
 
 LIMIT, SLACK = 2 << 20, 20 << 20
 # For each configuration, prints how many bytes more than after a first look the process had at most in three epochs.
@@ -85,7 +86,7 @@ def test_a_decoded_image_takes_what_it_has_after_it_was_cut_to_size(tiny_run):
     for row in found.set.rows.tolist():
         assert found[row] is found[row]
     assert found.cache.bytes == len(found.set) * (3 * 32 * 32 + ENTRY)
-    assert all(image.base is None or len(image.base) == image.nbytes for image in found._kept.values())
+    assert all(image.base is None or memoryview(image.base).nbytes == image.nbytes for image in found._kept.values())
     whole = images(tiny_run, 1 << 30, "data.cache=decoded", size=None)  # for crops
     assert sum(whole[row].nbytes + ENTRY for row in whole.set.rows.tolist()) == whole.cache.bytes
 

@@ -13,8 +13,9 @@ from support.images import encode
 
 from unlearn.data import packing, selection
 from unlearn.data.cache import ImageCache
-from unlearn.data.decode import decode, fit
+from unlearn.data.decode import decode
 from unlearn.data.images import Images
+from unlearn.data.scaling import fit
 from unlearn.errors import DataError, ImageError
 
 FLAGS = {

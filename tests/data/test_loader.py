@@ -14,9 +14,10 @@ from support.images import encode, tiny_table
 
 from unlearn.data import selection, shards
 from unlearn.data.cache import ImageCache
-from unlearn.data.decode import crop_flip, decode, fit
+from unlearn.data.decode import decode
 from unlearn.data.images import Images
 from unlearn.data.loader import Loader
+from unlearn.data.scaling import crop_flip, fit, scaled
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 
@@ -118,6 +119,28 @@ def test_fit_and_crop_flip_give_the_size_and_are_deterministic(height, width):
     assert fit(image, 32).shape == crop_flip(image, 32, np.random.default_rng(0)).shape == (32, 32, 3)
     crops = [crop_flip(image, 32, np.random.default_rng(s)) for s in (5, 5, 6)]
     assert np.array_equal(crops[0], crops[1]) and (image.size == 3 or not np.array_equal(crops[0], crops[2]))
+
+
+@pytest.mark.parametrize(
+    "kind, size",
+    [
+        ("noise", (224, 127)),
+        ("noise", (33, 19)),
+        ("noise", (700, 397)),
+        ("smooth", (224, 127)),
+        ("smooth", (224, 224)),  # noise overshoots more where one axis is scaled up and the other down
+    ],
+)
+def test_scaling_is_that_of_pil_but_for_two_levels(kind, size):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (300, 170, 3), np.uint8)
+    if kind == "smooth":
+        image = np.asarray(Image.fromarray(image[:9, :7]).resize((170, 300), Image.Resampling.BICUBIC))  # read-only
+    of_pil = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(scaled(image, *size) - of_pil).max() <= 2
+    part = image[60:, 34:]  # of another array, and not contiguous
+    of_pil = np.asarray(Image.fromarray(part).resize(size[::-1], Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(scaled(part, *size) - of_pil).max() <= 2
 
 
 def test_fit_takes_the_middle_and_a_flat_image_stays_flat():

@@ -32,7 +32,7 @@ def test_what_stays_is_as_it_was_and_what_goes_is_nowhere(tiny_shards, place):
     assert [bytes(i) for i in shards.images(images)] == [
         bytes(i) for g in range(len(after.groups)) for i in shards.images(after.read(g, ["image"]))
     ]
-    storage, name = Storage(place), "img-003".encode()
+    storage, name = Storage(place), b"img-003"
     assert not any(name in storage.read(file) for file in storage.files()), "its id is in no page and in no statistics"
     assert removal.without(before, np.array([5]), place).hash == after.hash, "what was written is taken"
 

@@ -18,6 +18,7 @@ from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, UnlearnError
 from unlearn.evaluation import comparison, features, metrics
 from unlearn.evaluation.report import data_uri
+from unlearn.evaluation.verdict import verdict
 from unlearn.models import weights
 from unlearn.run import resolve
 
@@ -210,6 +211,35 @@ def test_reconstructions_keep_what_is_seen(tmp_path):
     torch.testing.assert_close(before[~hidden], pixels.float()[~hidden] / 255)
     assert (before[hidden] - after[hidden]).abs().mean() > 0.01
     assert 0 <= before.min() and before.max() <= 1
+
+
+def test_several_oracles_are_one_column_and_their_spread_is_the_unit_of_the_distance(tmp_path):
+    places = [write_model(tmp_path / f"oracle-{seed}", seed) for seed in (2, 3, 4)]
+    run = make_run(tmp_path, evaluation={"oracle": places})
+    document = evaluate(run)
+    assert document["generators"] == ["original", "unlearned", "oracle"] and len(document["weights"]) == 5
+    found = {(r["generator"], r["set"]): r for r in document["rows"]}
+    single = [r for r in document["oracles"] if r["set"] == "forget"]
+    alone = evaluate(
+        config.parse(
+            run.model_dump(mode="json") | {"evaluation": run.evaluation.model_dump(mode="json") | {"oracle": places[1]}}
+        )
+    )
+    of_second = next(r for r in alone["rows"] if (r["generator"], r["set"]) == ("oracle", "forget"))
+    assert single[1] | {"generator": "oracle"} == of_second and "oracle_distance" not in alone
+    for figure in ("cosine", "psnr", "fid"):
+        values = np.array([r[figure] for r in single])
+        assert found["oracle", "forget"][figure] == pytest.approx(values.mean())
+        expected = (found["unlearned", "forget"][figure] - values.mean()) / values.std(ddof=1)
+        assert document["oracle_distance"]["generators"]["unlearned"]["forget"][figure] == pytest.approx(expected)
+    each = document["oracle_distance"]["generators"]["unlearned"]["forget"]
+    assert each["whole"] == pytest.approx(np.sqrt((each["cosine"] ** 2 + each["psnr"] ** 2) / 2))
+    assert document["oracle_distance"]["chance"] == pytest.approx(4.303 * np.sqrt(4 / 3))
+    assert (
+        f"Distance to the 3 oracles, in units of their own spread: {each['whole']:.1f} on the forget set"
+        in verdict(document)[1][-1]
+    )
+    report(run)  # written anew from metrics.json, with one column of the oracle
 
 
 def test_generators_are_those_that_are_there(tmp_path):

@@ -28,6 +28,7 @@ def started(*arguments) -> subprocess.Popen:
     )
 
 
+@pytest.mark.parametrize("place", [pytest.param("file", marks=pytest.mark.slow), "s3"], indirect=True)
 def test_two_runs_of_the_same_second(place, tiny_shards, tiny_model, tmp_path):
     """The one that is refused says by whom; model, metrics and configuration are of the other alone."""
     for seed in (1, 2):

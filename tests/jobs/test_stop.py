@@ -122,7 +122,9 @@ def test_stacks_are_shown_on_request(written_to, tmp_path):
     driver.process.kill()
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["driver", "all of its processes"])
+@pytest.mark.parametrize(
+    "group", [pytest.param(False, marks=pytest.mark.slow, id="driver"), pytest.param(True, id="all of its processes")]
+)
 def test_sigterm_on_a_cluster_of_its_own(written_to, tmp_path, group):
     """Also where, as Slurm does it, all of Ray's processes get the signal, too."""
     driver = Driver(tmp_path, "pretrain", written_to(*RAY), RAY_ADDRESS="")

@@ -127,6 +127,7 @@ def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path, monkeyp
     submit.remove(there, failing.id)
 
 
+@pytest.mark.slow
 def test_ray_runs_a_sweep(there, told, tiny_shards, tiny_model, tmp_path):
     """Two slots, one on each node."""
     run = tiny_config("unused", tiny_shards, tiny_model, "training.engine=deepspeed", "training.micro_batch_size=8")

@@ -105,6 +105,7 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
         job.prepare(sweep_file.parse(sweep_file.parse(tree(s3, tiny_shards, tiny_model)).model_dump(mode="json")))
 
 
+@pytest.mark.slow
 def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
     """The driver while its second trial trains, a worker in the next start; the trials are those of a sweep that nothing disturbs."""
     long = [

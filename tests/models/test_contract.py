@@ -212,7 +212,8 @@ def test_a_method_trains_what_it_says_and_nothing_else(shape, name):
     trained = {id(p) for p in method.trainable(student)}
     parts = runs.losses(method, batch, student, teacher if method.needs_teacher else None)
     assert parts["loss"].shape == () and parts["loss"].requires_grad and len(parts) > 1
-    assert all(not p.requires_grad and p.isfinite() and p.shape == () for n, p in parts.items() if n != "loss")
+    terms = [p for n, p in parts.items() if n != "loss"]
+    assert all(p.requires_grad == method.gradients_apart and p.isfinite() and p.shape == () for p in terms)
     parts["loss"].backward()
     moved = {id(p) for p in student.parameters() if p.grad is not None and p.grad.any()}
     assert moved and moved <= trained and all(p.grad is None for p in teacher.parameters())

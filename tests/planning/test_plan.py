@@ -38,7 +38,8 @@ PLAIN = [
     ["training.micro_batch_size=64", WIDE], ["method.name=toy_sum", WIDE],
 ]  # fmt: skip
 SHARED = [
-    *[[f"training.zero_stage={stage}", f"training.dtype={dtype}"] for dtype in ("fp32", "bf16") for stage in range(4)],
+    *[[f"training.zero_stage={stage}", f"training.dtype={dtype}"] for stage, dtype in enumerate(("bf16", "fp32", "bf16", "fp32"))],
+    ["training.zero_stage=2", "training.dtype=fp32"], ["training.zero_stage=3", "training.dtype=bf16"],
     *[["training.offload_optimizer=true", f"training.zero_stage={stage}"] for stage in (2, 3)],
     ["training.zero_stage=3", WIDE], ["training.zero_stage=1", "training.micro_batch_size=32", WIDE],
     *[["method.name=toy_sum", f"training.zero_stage={stage}", WIDE] for stage in (0, 2)],

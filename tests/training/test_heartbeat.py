@@ -17,7 +17,9 @@ TWO = [
 ]
 
 
-@pytest.mark.parametrize("sign", [signal.SIGSTOP, None], ids=["stopped", "asleep"])
+@pytest.mark.parametrize(
+    "sign", [pytest.param(signal.SIGSTOP, marks=pytest.mark.slow, id="stopped"), pytest.param(None, id="asleep")]
+)
 def test_a_missing_rank_is_named(tiny_shards, tiny_model, tmp_path, sign):
     """Rank 1 stops, or hangs, when it has computed step 2: rank 0 says so, and since when."""
     run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *TWO, "cluster.timeout=20")

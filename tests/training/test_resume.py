@@ -1,7 +1,6 @@
 """Stopped anywhere, by anything, and resumed: the same weights to the bit."""
 
 import dataclasses
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -41,16 +40,21 @@ def whole(tiny_shards, tiny_model, tmp_path_factory):
     return runs
 
 
-KILLS = [*((step, "report") for step in range(1, STEPS)), (2, "written"), (4, "written"), (4, "committed")]
+# The step, where in it, and the ZeRO stage: each place for one stage, those of a save for both.
+KILLS = [
+    *((step, "report", 3 if step == 3 else 2) for step in range(1, STEPS)),
+    *((4, where, stage) for where in ("written", "committed") for stage in (2, 3)),
+    (2, "written", 2),  # begins anew in a process that has trained with stage 3 before
+]
 
 
 @pytest.fixture(scope="module")
 def resumed(whole, tmp_path_factory):
-    """{(stage, step, where): a run that was killed there and went on}. Each is killed in processes of its own; those that
+    """{(step, where, stage): a run that was killed there and went on}. Each is killed in processes of its own; those that
     go on share theirs, which saves starting them."""
     runs = {}
-    for stage, (step, where) in itertools.product(whole, KILLS):
-        runs[stage, step, where] = run = whole[stage].model_copy(
+    for step, where, stage in KILLS:
+        runs[step, where, stage] = run = whole[stage].model_copy(
             update={"run_dir": str(tmp_path_factory.mktemp("killed") / "run")}
         )
         with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
@@ -60,10 +64,9 @@ def resumed(whole, tmp_path_factory):
     return runs
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize(("step", "where"), KILLS)
+@pytest.mark.parametrize(("step", "where", "stage"), KILLS)
 def test_killed_at_any_step_and_resumed_is_the_same_run(whole, resumed, stage, step, where):
-    run = resumed[stage, step, where]
+    run = resumed[step, where, stage]
     assert not list(Path(run.run_dir).rglob("*.part"))
     assert weights_of(run) == weights_of(whole[stage])
     assert [row["step"] for row in metrics.read(run.run_dir)] == [*range(1, STEPS + 1)]

@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from unlearn import __version__
-from unlearn.cli import catalogue, configs, cycles, jobs, pipelines, plan, releases, requests, runs, shards, sweeps
+from unlearn.cli import (
+    audits,
+    catalogue,
+    comparisons,
+    configs,
+    cycles,
+    jobs,
+    pipelines,
+    plan,
+    releases,
+    requests,
+    runs,
+    shards,
+    sweeps,
+)
 from unlearn.errors import UnlearnError
 
 app = typer.Typer(
@@ -15,7 +29,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     runs.run, runs.pretrain, runs.evaluate, runs.report, runs.demo, jobs.submit, plan.plan, catalogue.convert, catalogue.models,
-    catalogue.methods,
+    catalogue.methods, comparisons.oracle, comparisons.compare,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(shards.app, name="shards")
@@ -23,6 +37,7 @@ app.add_typer(configs.app, name="config")
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(sweeps.app, name="sweep")
 app.add_typer(cycles.app, name="cycle")
+app.add_typer(audits.app, name="audit")
 app.add_typer(requests.app, name="request")
 app.add_typer(releases.app, name="release")
 app.add_typer(pipelines.app, name="pipeline")

@@ -15,7 +15,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM
 # Pixels of one image; more is what PIL calls a decompression bomb. Decoding takes some 16 bytes for each.
 LARGEST = 178_956_970
 TILE_WIDTH, TILE_HEIGHT = 322, 323  # TIFF tags
-NARROW = 16  # longer side / shorter side from which an image is cut before it is scaled
 
 
 def decode(data: memoryview | bytes, orientation: Orientation = "exif") -> np.ndarray:
@@ -42,36 +41,6 @@ def decode(data: memoryview | bytes, orientation: Orientation = "exif") -> np.nd
         raise
     except Exception as e:  # the libraries raise whatever they meet first: a dozen types, not all of them documented
         raise ImageError(" ".join(f"{e}".split()) or type(e).__name__) from None
-
-
-def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """(size, size, 3) of (H, W, 3): the shorter side is scaled to `size` (bicubic), and the middle is cut out."""
-    height, width = image.shape[:2]
-    if height == width == size:
-        return image
-    scale = size / min(height, width)
-    wide, high = max(round(width * scale), size), max(round(height * scale), size)
-    left, top = (wide - size) // 2, (high - size) // 2
-    if max(wide, high) <= NARROW * size:
-        scaled = Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC)
-        return np.asarray(scaled.crop((left, top, left + size, top + size)))
-    # The whole of a narrow image would be large, once scaled: only the middle is.
-    x, y = width / wide, height / high
-    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size, 3) of (H, W, 3): a random crop of 0.2 to 1 of the area, aspect ratio 3/4 to 4/3, scaled to `size`
-    (bicubic), and flipped left to right half of the time."""
-    height, width = image.shape[:2]
-    area = height * width * rng.uniform(0.2, 1)
-    aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-    w = min(max(round((area * aspect) ** 0.5), 1), width)
-    h = min(max(round((area / aspect) ** 0.5), 1), height)
-    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    scaled = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + w, y + h))
-    return np.asarray(scaled)[:, ::-1] if rng.random() < 0.5 else np.asarray(scaled)
 
 
 def _open(data: memoryview | bytes) -> ImageFile.ImageFile:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from unlearn.data.facts import Facts
 from unlearn.errors import StorageError
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -82,6 +83,10 @@ class Folder:
             finally:
                 temporary.unlink(missing_ok=True)
             return True
+
+    def facts(self, name: str) -> Facts:
+        found = self.path(name).stat()
+        return Facts(found.st_size, f"{found.st_mtime_ns}-{found.st_ino}")
 
     def open(self, name: str) -> pa.NativeFile:
         # Not mapped: where a mapped file is cut short meanwhile, the kernel ends the process (SIGBUS).

@@ -36,6 +36,25 @@ def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, Ro
     return {name: _limit(rows, settings.evaluation.limit, settings.seed) for name, rows in measured.items()}
 
 
+def of_classes(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, RowSet]:
+    """{"forget": ..., "retain": ...}: the held-out rows of the classes that the training sets have, however these were chosen.
+
+    Of a set without labels, every held-out row. A set has none where evaluation.data names no other images than those of training.
+    """
+    manifest, found = _manifest(settings), {}
+    for name, rows in trained.items():
+        proxied = name == "retain" and settings.data.proxy is not None  # whose classes are others
+        if manifest is None or manifest.hash == rows.manifest.hash or proxied:
+            continue
+        labels = [int(label) for label in np.unique(rows.labels) if label >= 0]
+        named = _labels(manifest, rows.manifest, list(labels), f"data.{name}") or {}
+        chosen = [label for label in named.values() if label is not None]
+        if chosen or not labels:
+            conditions = config.Rows(classes=chosen or None)
+            found[name] = selection.select(manifest, conditions, settings.seed, name)
+    return found
+
+
 def _manifest(settings: config.RunConfig) -> shards.Manifest | None:
     data, split = settings.evaluation.data, settings.evaluation.split
     return shards.load(data or settings.data.train, split) if data or split else None

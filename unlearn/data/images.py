@@ -8,7 +8,8 @@ import numpy as np
 from unlearn import config
 from unlearn.data import selection, shards
 from unlearn.data.cache import ENTRY, ImageCache, entry_bytes
-from unlearn.data.decode import decode, fit
+from unlearn.data.decode import decode
+from unlearn.data.scaling import fit
 from unlearn.data.selection import RowSet
 from unlearn.errors import DataError, ImageError
 

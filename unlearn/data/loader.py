@@ -15,8 +15,8 @@ import torch
 
 from unlearn import config, views
 from unlearn.data import cache, order
-from unlearn.data.decode import crop_flip
 from unlearn.data.images import Images
+from unlearn.data.scaling import crop_flip
 from unlearn.data.selection import RowSet
 
 log = logging.getLogger(__name__)

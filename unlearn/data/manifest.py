@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unlearn.data import columns as roles
+from unlearn.data.parquet_file import extent, forget, parquet, short
 from unlearn.data.storage import Storage
-from unlearn.errors import DataError, StorageError
+from unlearn.errors import DataError, ReplacedError, StorageError
 
 READERS = 8  # files that are read at the same time for their labels and ids
 SCHEMA = pa.schema(
@@ -159,19 +160,27 @@ class Manifest:
 
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
         """Columns of these row groups of one shard, in this order, checked against the manifest."""
+        try:
+            return self._read_once(s, groups, columns)
+        except ReplacedError:  # since its footer was read; what counts is whether its values are those of the manifest
+            forget(Storage(self.uri), self.shards[s].path, self.shards[s].sha256)
+            return self._read_once(s, groups, columns)
+
+    def _read_once(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
         shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
         if missing := [role for role in columns if role not in self.columns]:
             raise DataError(f"{self.uri}: its shards have no {' and no '.join(missing)}")
         known = shard.row_groups
         # Without checksums of its values a shard must at least be the one that was opened first.
         versions = None if all(known[g].checks for g in groups) else self.versions
-        with _named(groups), parquet(Storage(self.uri), shard.path, versions) as file:
+        with _named(groups), parquet(Storage(self.uri), shard.path, shard.sha256, versions) as file:
             for g in groups:
                 if file.num_row_groups != len(known) or extent(file, g) != (
                     known[g].rows,
                     known[g].offset,
                     known[g].bytes,
                 ):
+                    forget(Storage(self.uri), shard.path, shard.sha256)
                     raise DataError(
                         f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify {self.uri}`"
                     )
@@ -248,28 +257,7 @@ def _named(groups: list[int]) -> Iterator[None]:
         yield
     except StorageError as e:
         what = f"row group {groups[0]}" if len(groups) == 1 else f"row groups {groups[0]} to {groups[-1]}"
-        raise StorageError(f"{what} of {e}") from None
-
-
-def parquet(storage: Storage, name: str, versions: dict[str, str] | None = None) -> pq.ParquetFile:
-    """Open a shard; versions: as `Storage.open` takes them. Raises DataError where it is not Parquet."""
-    return opened(storage.open(name, versions), storage.where(name), pre_buffer=not storage.is_local())
-
-
-def opened(file: pa.NativeFile, where: str, pre_buffer: bool = False) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(file, pre_buffer=pre_buffer)
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{where}: truncated, or not Parquet ({short(e)}); restore the shard") from None
-
-
-def extent(file: pq.ParquetFile, g: int) -> tuple[int, int, int]:
-    """(rows, offset, bytes) of a row group, from the file's footer."""
-    meta = file.metadata.row_group(g)
-    chunks = [meta.column(c) for c in range(meta.num_columns)]
-    # Without a dictionary page its offset is None, or 0 from some writers.
-    offset = min(c.dictionary_page_offset or c.data_page_offset for c in chunks)
-    return meta.num_rows, offset, sum(c.total_compressed_size for c in chunks)
+        raise type(e)(f"{what} of {e}") from None
 
 
 def _rows(file: pq.ParquetFile, groups: list[int], columns: list[str], where: str) -> pa.Table:
@@ -284,7 +272,3 @@ def _rows(file: pq.ParquetFile, groups: list[int], columns: list[str], where: st
         except (pa.ArrowException, OSError) as e:
             raise DataError(f"{where}, row group {g}: unreadable ({short(e)}); restore the shard") from None
     raise DataError(f"{where}: unreadable ({short(error)}); try again") from None
-
-
-def short(error: Exception) -> str:
-    return " ".join(str(error).split())[:120]

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter
 from unlearn import documents
 from unlearn.data import columns as roles
 from unlearn.data import duplicates
-from unlearn.data.manifest import Manifest, short
+from unlearn.data.manifest import Manifest
+from unlearn.data.parquet_file import short
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 

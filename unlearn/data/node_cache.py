@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from unlearn.data.s3 import Facts
+from unlearn.data.facts import Facts
 from unlearn.data.storage import Storage, download, told
 from unlearn.errors import StorageError
 

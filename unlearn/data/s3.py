@@ -6,7 +6,6 @@ An outage of the server, or of the way to it, is waited out (see patience.py). E
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,8 +13,9 @@ import pyarrow as pa
 
 from unlearn import patience
 from unlearn.data import s3_client, s3_errors
+from unlearn.data.facts import Facts
 from unlearn.data.s3_object import Object
-from unlearn.errors import StorageError
+from unlearn.errors import ReplacedError, StorageError
 
 T = TypeVar("T")
 
@@ -23,14 +23,6 @@ T = TypeVar("T")
 # single PUT.
 PART = 64 << 20
 _known: set[str] = set()  # buckets that have been reached
-
-
-@dataclass(frozen=True)
-class Facts:
-    """Size and ETag of an object, as in a listing. etag: changes with its content."""
-
-    size: int
-    etag: str
 
 
 class Bucket:
@@ -115,11 +107,8 @@ class Bucket:
     def download(self, name: str, path: Path) -> None:
         self._outlast(name, lambda: self.client.download_file(self.name, self.key(name), str(path), Config=_transfer()))
 
-    def open(self, name: str, versions: dict[str, str] | None = None) -> pa.NativeFile:
-        """For random access; all of it is of one version, that of `versions` where it is in there. Raises FileNotFoundError."""
-        facts = self.head(name)
-        if facts is None:
-            raise FileNotFoundError(self.key(name))
+    def open(self, name: str, facts: Facts, versions: dict[str, str] | None = None) -> pa.NativeFile:
+        """For random access; all of it is of one version, that of `facts`, and of `versions` where it is in there."""
         if versions is not None and versions.setdefault(name, facts.etag) != facts.etag:
             raise StorageError(f"s3://{self.name}/{self.key(name)}: {s3_errors.hint('PreconditionFailed')}")
 
@@ -140,7 +129,8 @@ class Bucket:
                 return self._outlast(name, lambda: fetch(start, stop))
             except Exception as e:  # its reader is Arrow, which knows no error of S3
                 if what := s3_errors.meaning(e):
-                    raise StorageError(f"s3://{self.name}/{self.key(name)}: {what}") from None
+                    error = ReplacedError if s3_errors.code(e) == "PreconditionFailed" else StorageError
+                    raise error(f"s3://{self.name}/{self.key(name)}: {what}") from None
                 raise
 
         return pa.PythonFile(Object(facts.size, told), mode="r")

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
 from unlearn.data import duplicates
-from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard, extent, opened, parquet, short
+from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard
 from unlearn.data.manifest_file import MANIFEST, is_indexed, is_ours, load, manifest_name, save
+from unlearn.data.parquet_file import extent, opened, parquet, short
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
 

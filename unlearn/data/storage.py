@@ -15,8 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 
 from unlearn.data import s3_errors
+from unlearn.data.facts import Facts
 from unlearn.data.folder import Folder
-from unlearn.data.s3 import Bucket, Facts
+from unlearn.data.s3 import Bucket
 from unlearn.errors import StorageError
 
 
@@ -137,13 +138,25 @@ class Storage:
             with self.writing(name) as temporary:
                 shutil.move(path, temporary)
 
-    def open(self, name: str = "", versions: dict[str, str] | None = None) -> pa.NativeFile:
+    def facts(self, name: str = "") -> Facts:
+        """Size and version of a file."""
+        with told(self.where(name)):
+            if self.bucket is None:
+                return self.folder.facts(name)
+            if facts := self.bucket.head(name):
+                return facts
+            raise FileNotFoundError(name)
+
+    def open(self, name: str = "", versions: dict[str, str] | None = None, facts: Facts | None = None) -> pa.NativeFile:
         """A file for random access, as Parquet readers need it. An S3 object that is replaced while it is open cannot be read on.
 
         versions: {name: version} of S3 objects that were opened before, which this one is added to, and must still be.
+        facts: what is known of an S3 object, which is then not asked for, and must still be so.
         """
         with told(self.where(name)):
-            return self.folder.open(name) if self.bucket is None else self.bucket.open(name, versions)
+            if self.bucket is None:
+                return self.folder.open(name)
+            return self.bucket.open(name, facts or self.facts(name), versions)
 
     def files(self, name: str = "") -> list[str]:
         """Names of all files below `name`, relative to the root, sorted."""

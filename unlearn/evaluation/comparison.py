@@ -8,6 +8,7 @@ from unlearn.data import cache, order
 from unlearn.data.images import Images
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, ImageError, UnlearnError
+from unlearn.evaluation import oracles
 from unlearn.models import base, weights
 from unlearn.run import Run
 
@@ -15,8 +16,10 @@ GREY = 128
 
 
 def generators(settings: config.RunConfig) -> dict[str, config.Model]:
-    """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle."""
-    uris = {"original": settings.model.weights, "unlearned": None, "oracle": settings.evaluation.oracle}
+    """What is compared, in the order of the tables: original (the config's weights), unlearned (once trained), oracle;
+    further oracles as "oracle 2" and so on."""
+    uris = {"original": settings.model.weights, "unlearned": None}
+    uris |= {oracles.name(number): uri for number, uri in enumerate(settings.evaluation.oracles)}
     folder = Storage(settings.run_dir)
     trained = "model_ema" if settings.evaluation.weights == "ema" else "model"
     if folder.is_file(f"{trained}/{weights.CARD}"):

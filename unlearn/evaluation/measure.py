@@ -9,6 +9,8 @@ metrics.json holds
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
+    oracles                          where there are several: the rows of each; in `rows` the oracle is their mean, `spread` theirs
+    oracle_distance                  where there are several: see unlearn/evaluation/oracles.py
     rows                             [{generator, set, view, images, fid, is, is_std, cosine, cosine_std, psnr}]: fid against
                                      the set's own originals; is and is_std over ten splits; cosine of each reconstruction's
                                      features to its original's, mean and standard deviation; psnr in dB, inside the hole
@@ -31,7 +33,7 @@ import torch
 from unlearn import __version__, config, patience
 from unlearn.data import cache, selection
 from unlearn.errors import UnlearnError
-from unlearn.evaluation import features
+from unlearn.evaluation import features, oracles
 from unlearn.evaluation.comparison import Comparison
 from unlearn.evaluation.metrics import STABLE, hole_errors, scores
 from unlearn.models import weights
@@ -136,13 +138,14 @@ def evaluate(
     mapped: calls a Measurer of this run and these models on pieces. The figures do not depend on the number of workers.
     known: what is known from another evaluation of the same images, views and original; what this one finds out is added to it.
     """
-    rows, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress, known or Known())
+    every, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress, known or Known())
+    rows, single = oracles.folded(every)
     settings = run.settings
     sources = weights.located((model.weights for model in models.values()), run.sources)
     document = {
         "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
         "features": settings.evaluation.features, "resize": features.resizing(settings.evaluation.features, settings.evaluation.resize),
-        "guidance_scale": settings.evaluation.guidance_scale, "views": [view.name for view in settings.evaluation.views], "generators": list(models),
+        "guidance_scale": settings.evaluation.guidance_scale, "views": [view.name for view in settings.evaluation.views], "generators": oracles.shown(models),
         "weights": {name: sources[model.weights].fingerprint for name, model in models.items() if model.weights},
         "sets": {
             name: described | {
@@ -153,6 +156,9 @@ def evaluate(
         },
         "rows": rows,
     }  # fmt: skip
+    if single:
+        count = len(settings.evaluation.oracles)
+        document |= {"oracles": single, "oracle_distance": oracles.distance(rows, document["views"][0], count)}
     document["notes"] = _notes(settings, document)
     document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     return document, grids(pictures, list(models), pictured)
@@ -160,7 +166,7 @@ def evaluate(
 
 def columns(generators: list[str], pictured: list[str]) -> list[Column]:
     """The columns of the picture grids of these sets, those of one generator after the other."""
-    return [Column(name, generator) for generator in (None, *generators) for name in pictured]
+    return [Column(name, generator) for generator in (None, *oracles.shown(generators)) for name in pictured]
 
 
 def grids(pictures: dict[Column, dict], generators: list[str], pictured: list[str]) -> list[dict]:
@@ -169,7 +175,10 @@ def grids(pictures: dict[Column, dict], generators: list[str], pictured: list[st
     for name in pictured:
         first = pictures[Column(name, None)]
         titled = [("the image", first["images"]), ("what the model sees", first["seen"])]
-        titled += [(f"{generator} model", pictures[Column(name, generator)]["images"]) for generator in generators]
+        titled += [
+            (f"{generator} model", pictures[Column(name, generator)]["images"])
+            for generator in oracles.shown(generators)
+        ]
         made.append({"set": name, "labels": first["labels"], "columns": titled})
     return made
 
@@ -186,7 +195,7 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
     for name, generator, view in cells:
         pieces += [Piece(name, generator, view, i, min(i + step, sizes[name])) for i in range(0, sizes[name], step)]
     pieces += columns([], pictured)
-    for generator in generators:  # behind the last piece that this generator measures
+    for generator in oracles.shown(generators):  # behind the last piece that this generator measures
         last = max((i for i, piece in enumerate(pieces) if piece.generator == generator), default=len(pieces) - 1)
         pieces[last + 1 : last + 1] = [Column(name, generator) for name in pictured]
     total, done = sum(p.stop - p.start for p in pieces if isinstance(p, Piece)), 0

@@ -2,6 +2,8 @@
 
 import math
 
+from unlearn.evaluation import oracles
+
 
 def verdict(document: dict) -> tuple[str, list[str]]:
     """(headline, sentences) in plain words, from the figures under the first view.
@@ -26,6 +28,8 @@ def verdict(document: dict) -> tuple[str, list[str]]:
     sentences = [_told("forget", forget), _told("retain", retain)]
     if ("oracle", "forget") in rows:
         sentences.append(_against_oracle(rows))
+    if "oracle_distance" in document:
+        sentences.append(oracles.told(document["oracle_distance"]))
     return headline, sentences
 
 

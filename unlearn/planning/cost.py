@@ -117,7 +117,7 @@ def _evaluation_flops(
             f"evaluation.features: no network {settings.evaluation.features!r}; known: {', '.join(FEATURE_FLOPS)}"
         )
     steps = next((getattr(options, name) for name in STEP_OPTIONS if hasattr(options, name)), 1)
-    reconstructions = len(settings.evaluation.views) * (3 if settings.evaluation.oracle else 2)
+    reconstructions = len(settings.evaluation.views) * (2 + len(settings.evaluation.oracles))
     return FEATURE_FLOPS[kind] + reconstructions * (to_inputs + forward * steps + FEATURE_FLOPS[kind])
 
 

@@ -1,7 +1,7 @@
 """Memory estimate of a run: bytes on each worker, for every strategy of distributing the work.
 
 What is counted is what the engines keep: torch's own (float32 weights, whole), and DeepSpeed 0.19's ZeRO stages with the
-settings of `engine.deepspeed_config` and its own defaults for the rest. N: elements of the trained parameters, W: workers.
+settings of `training.zero.config` and its own defaults for the rest. N: elements of the trained parameters, W: workers.
 """
 
 import math
@@ -16,7 +16,7 @@ from unlearn.methods import base as methods
 from unlearn.planning import footprint
 from unlearn.planning.footprint import Footprint
 from unlearn.planning.shape import model_options
-from unlearn.training.engine import BUCKET
+from unlearn.training.zero import BUCKET
 
 # Elements that ZeRO-3 gathers ahead at once, and those it keeps gathered at most (DeepSpeed's defaults).
 PREFETCH, LIVE = 50_000_000, 1_000_000_000

@@ -4,7 +4,6 @@ The plain engine is the reference: same batches, same loss, same optimizer, noth
 """
 
 import math
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol
@@ -17,12 +16,11 @@ from unlearn.data.loader import Batch
 from unlearn.errors import ConfigError
 from unlearn.methods.base import Method
 from unlearn.models.base import Adapter
-from unlearn.training import fragments
+from unlearn.training import fragments, zero
 from unlearn.training.apart import Imposed, TermGradients
 from unlearn.training.fragments import Fragment
 
 Parts = dict[str, torch.Tensor]
-BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket by default
 
 
 def check(settings: Training, method: Method) -> None:
@@ -31,6 +29,10 @@ def check(settings: Training, method: Method) -> None:
         raise ConfigError(
             f"training.zero_stage 3: {method.name} needs the gradient of each term of its loss, and ZeRO-3 gives their sum alone; "
             "set zero_stage 2 or lower"
+        )
+    if getattr(method.options, "saliency", None) and settings.weight_decay:
+        raise ConfigError(
+            f"method.saliency: training.weight_decay {settings.weight_decay:g} would move the weights that are to stay; set it to 0"
         )
 
 
@@ -75,13 +77,14 @@ class Objective(nn.Module):
 
 
 class Engine(Protocol):
-    """rank, workers: of the run. fragments: this rank's part of the state."""
+    """rank, workers: of the run. named: what is trained. fragments: this rank's part of the state."""
 
     rank: int
     workers: int
     device: torch.device
     objective: Objective
     finite: "FiniteCheck"
+    named: list[tuple[str, nn.Parameter]]
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         """One optimizer step over this rank's micro-batches. Sums of the loss parts over them, and `grad_norm`, all on
@@ -148,12 +151,12 @@ class TorchEngine:
         self.device, self.settings = device, settings
         self.objective = objective.to(device).train()
         self.optimizer = _optimizer(trained, settings, device)
-        self._named = _named(objective.student, trained)
+        self.named = _named(objective.student, trained)
         self.finite = FiniteCheck()
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
-        batches, trained, method = list(batches), [p for _, p in self._named], self.objective.method
+        batches, trained, method = list(batches), [p for _, p in self.named], self.objective.method
         apart = TermGradients(trained, len(batches)) if method.gradients_apart else None
         for batch in batches:
             batch = self.objective.on(batch, self.device, torch.float32)
@@ -165,6 +168,8 @@ class TorchEngine:
             else:
                 (parts["loss"] / len(batches)).backward()
             _add(sums, parts)
+        if method.observes:
+            method.observe({name: value / len(batches) for name, value in terms(sums).items()})
         if apart:
             for p, gradient in zip(trained, apart.combined(method), strict=True):
                 p.grad = gradient
@@ -177,7 +182,7 @@ class TorchEngine:
         return sums | {"grad_norm": norm}
 
     def fragments(self) -> list[Fragment]:
-        return list(fragments.whole(self._named, self.optimizer))
+        return list(fragments.whole(self.named, self.optimizer))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -196,27 +201,32 @@ class DeepSpeedEngine:
         self, objective: Objective, trained: list[nn.Parameter], settings: Training, device: torch.device,
         accumulation: int, micro_batch: int,
     ):  # fmt: skip
-        deepspeed = import_deepspeed()
         import torch.distributed as dist
 
         self.device, self.settings, self.accumulation = device, settings, accumulation
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self._dist, self.objective = dist, objective
         self._apart = objective.method.gradients_apart  # then DeepSpeed sees one backward pass a step
-        self._named = _named(objective.student, trained)
+        self.named = _named(objective.student, trained)
         self.finite = FiniteCheck()
-        self._engine, optimizer, _, _ = deepspeed.initialize(
-            model=objective.to(device), optimizer=_optimizer(trained, settings, device),
-            model_parameters=trained,  # pyright: ignore[reportArgumentType]  DeepSpeed says Module, and wants a list
-            config=deepspeed_config(settings, 1 if self._apart else accumulation, micro_batch, sum(p.numel() for p in trained)),
-            dist_init_required=False,
-        )  # fmt: skip
+        self._engine, optimizer, self._linear = zero.initialize(
+            model=objective.to(device),
+            optimizer=_optimizer(trained, settings, device),
+            model_parameters=trained,
+            config=zero.config(
+                settings, 1 if self._apart else accumulation, micro_batch, sum(p.numel() for p in trained)
+            ),
+        )
         self._optimizer: Any = optimizer  # torch's own, or one of ZeRO's, which share no type
         self._engine.train()
         self._plain = settings.zero_stage == 0
         self._dtype = torch.bfloat16 if settings.dtype == "bf16" and not self._plain else torch.float32
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
+        with zero.linear(self._linear):
+            return self._step(batches, lr)
+
+    def _step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
         norm = None
         for group in self._optimizer.param_groups:
@@ -225,9 +235,11 @@ class DeepSpeedEngine:
             self._engine.backward(loss)
             # Without ZeRO DeepSpeed keeps no norm, and updates whatever it is; the gradients are gone after its step.
             if self._plain and self._engine.is_gradient_accumulation_boundary():
-                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named if p.grad is not None])
+                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named if p.grad is not None])
                 self.finite({"gradient norm": norm})
             self._engine.step()  # updates at the end of the accumulation only
+        if not self._apart:
+            self._observed(sums)
         norm = torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, device=self.device)
         self.finite({"gradient norm": norm})  # ZeRO has skipped the update then; no checkpoint may count it
         return sums | {"grad_norm": norm}
@@ -242,7 +254,7 @@ class DeepSpeedEngine:
 
     def _combined(self, batches: Iterable[Batch], sums: Parts) -> Iterator[torch.Tensor]:
         """One loss whose gradient is what the method makes of those of its terms."""
-        trained = [p for _, p in self._named]
+        trained = [p for _, p in self.named]
         apart = TermGradients(trained, self.accumulation)
         for batch in batches:
             batch = self.objective.on(batch, self.device, self._dtype)
@@ -254,15 +266,22 @@ class DeepSpeedEngine:
             self.finite(parts)
             apart.add(terms(parts))
             _add(sums, parts)
+        self._observed(sums)
         yield self._engine(Imposed(trained, apart.combined(self.objective.method)))["loss"]
 
+    def _observed(self, sums: Parts) -> None:
+        """Tell a method that observes its terms their means over all ranks."""
+        method, values = self.objective.method, terms(sums)
+        if method.observes:
+            means = self.mean(torch.stack([value.float() for value in values.values()]) / self.accumulation)
+            method.observe(dict(zip(values, means, strict=True)))
+
     def fragments(self) -> list[Fragment]:
-        zero = self._optimizer
         if self.settings.zero_stage == 3:
-            return list(fragments.zero3(self._named, zero, self.rank))
+            return list(fragments.zero3(self.named, self._optimizer, self.rank))
         if self._plain:
-            return list(fragments.whole(self._named, zero))
-        return list(fragments.zero12(self._named, zero))
+            return list(fragments.whole(self.named, self._optimizer))
+        return list(fragments.zero12(self.named, self._optimizer))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()
@@ -273,38 +292,6 @@ class DeepSpeedEngine:
         values = [None] * self.workers
         self._dist.all_gather_object(values, value)
         return values
-
-
-def deepspeed_config(settings: Training, accumulation: int, micro_batch: int, trained: int) -> dict:
-    """The run's settings as a DeepSpeed configuration; trained: elements of all trained parameters."""
-    # DeepSpeed allocates the whole bucket, and most models are smaller.
-    zero: dict = {"stage": settings.zero_stage, "reduce_bucket_size": min(BUCKET, trained)}
-    if settings.offload_optimizer and settings.zero_stage:
-        zero["offload_optimizer"] = {"device": "cpu"}
-    config = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": settings.clip,
-        "steps_per_print": 10**9,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    if settings.dtype == "bf16" and settings.zero_stage == 0:
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    elif settings.dtype == "bf16":
-        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    return config
-
-
-def import_deepspeed():
-    """The DeepSpeed module, with the accelerator set, and without compiling a shared-memory op where gloo is enough."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _named(student: Adapter, trained: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:

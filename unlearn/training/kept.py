@@ -7,6 +7,7 @@ import torch
 
 from unlearn import config
 from unlearn.data import cache
+from unlearn.data.recent import Recent
 from unlearn.models import weights
 from unlearn.models.base import Adapter, Embedding
 from unlearn.training import teacher
@@ -53,7 +54,7 @@ class _Remembered:
     """An `encode` that computes nothing twice. Inputs are compared by a digest of their bytes."""
 
     def __init__(self, encode: Callable[..., Embedding], limit: int):
-        self.encode, self.known = encode, cache.Recent(limit)
+        self.encode, self.known = encode, Recent(limit)
 
     def __call__(self, inputs: torch.Tensor, view: View, seed: int = 0) -> Embedding:
         digest = hashlib.blake2b(repr((inputs.dtype, inputs.shape, view.grid, seed)).encode())

@@ -19,8 +19,9 @@ from safetensors.torch import load, load_file, save
 
 from unlearn import config, views
 from unlearn.data import cache, order
-from unlearn.data.cache import ImageCache, Recent
+from unlearn.data.cache import ImageCache
 from unlearn.data.images import Images
+from unlearn.data.recent import Recent
 from unlearn.data.selection import RowSet
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError

@@ -5,6 +5,7 @@ import torch
 from unlearn import config
 from unlearn.models import weights
 from unlearn.models.base import Adapter
+from unlearn.training import zero
 
 
 def load(
@@ -30,12 +31,10 @@ def dtype(settings: config.RunConfig) -> torch.dtype:
 
 def _sharded(teacher: Adapter, settings: config.RunConfig) -> Adapter:
     """Each rank keeps its share; parameters are gathered for the forward of the module that owns them."""
-    from unlearn.training.engine import deepspeed_config, import_deepspeed
-
-    zero = deepspeed_config(settings.training, 1, 1, 0) | {"zero_optimization": {"stage": 3}}
+    how = zero.config(settings.training, 1, 1, 0) | {"zero_optimization": {"stage": 3}}
     # Part by part: DeepSpeed learns what to fetch ahead from calls of the very module it was given.
     for name in ("encoder", "decoder", "shared"):
         if (part := getattr(teacher, name)) is not None:
-            engine, *_ = import_deepspeed().initialize(model=part, config=zero, dist_init_required=False)
+            engine, *_ = zero.initialize(model=part, config=how)
             setattr(teacher, name, engine.module)
     return teacher.eval()

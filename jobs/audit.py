@@ -1,0 +1,145 @@
+"""Audit: a run's tests over its workers, and audit.json and audit.html of them; behind `unlearn audit`."""
+
+import io
+import json
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from jobs.pool import pool
+from unlearn import __version__
+from unlearn.audit import base, page
+from unlearn.audit.base import Measured, Piece
+from unlearn.audit.bench import Bench
+from unlearn.audit.settings import AuditConfig
+from unlearn.audit.subject import Subject, subject
+from unlearn.data import selection
+from unlearn.data.storage import Storage
+from unlearn.errors import UnlearnError
+from unlearn.evaluation import comparison, provenance
+from unlearn.run import Run
+
+log = logging.getLogger(__name__)
+
+RESULTS = "audit.json"
+DONE = "audit"  # folder of what is measured already, a file a piece
+Progress = Callable[[int, int], None]
+
+
+def audit(
+    run: Run, settings: AuditConfig, progress: Progress = lambda done, total: None, check: Callable[[], None] = lambda: None,
+    again: bool = False,
+) -> dict:  # fmt: skip
+    """Make every test of `settings` on a trained run; write audit.json and the page. Returns what is in audit.json.
+
+    What an audit of the same weights, images and options has measured before is not measured again, unless `again`. The figures do
+    not depend on the number of workers. check: asked with every progress and before anything is written. Raises UnlearnError.
+    """
+    began = time.perf_counter()
+    trained = provenance.check(run)
+    audited = prepared(run, settings)
+    seconds: dict[str, float] = {}
+    judged = {}
+    for test in audited.tests.values():
+        if reason := test.missing(audited):
+            judged[test.name] = base.document(test, [], [base.Judgement(base.NOT_SHOWN, reason)], settings.confidence)
+    measured = _measured(
+        audited, [name for name in audited.tests if name not in judged], progress, check, again, seconds
+    )
+    computing = time.perf_counter()
+    for name, found in measured.items():
+        figures = audited.tests[name].figures(found, audited)
+        judgements = [j for j in (base.judge(figure, settings.confidence) for figure in figures) if j]
+        judged[name] = base.document(audited.tests[name], figures, judgements, settings.confidence)
+    seconds["figures"] = time.perf_counter() - computing
+    check()
+    document = {
+        "software": f"unlearn {__version__}", "name": run.settings.name, "config_hash": trained,
+        "weights": {name: audited.source(name).fingerprint for name in audited.models},
+        "sets": selection.describe(audited.sets),
+        "settings": {name: value for name, value in settings.model_dump(mode="json").items() if name not in audited.tests and not isinstance(value, dict)},
+    } | _verdict(judged, list(audited.tests)) | {name: judged[name] for name in audited.tests}  # fmt: skip
+    seconds["total"] = time.perf_counter() - began
+    document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+    storage = Storage(run.folder)
+    storage.write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
+    log.info("audited in %.0f s: %s, %s", seconds["total"], document["verdict"], page.write(run, document))
+    return document
+
+
+def prepared(run: Run, settings: AuditConfig) -> Subject:
+    """What an audit of this run looks at, all of it looked up. Raises UnlearnError."""
+    models = comparison.generators(run.settings)
+    if base.UNLEARNED not in models:
+        raise UnlearnError(f"{run.folder}: no trained model there, so there is nothing to audit: `unlearn run` first")
+    return subject(run.with_weights(model.weights for model in models.values()), models, settings)
+
+
+def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
+    """The verdict of the whole, and each test's in a sentence."""
+    verdicts = {name: judged[name]["verdict"] for name in names}
+    undecided = any(judged[name]["open"] for name in names)
+    found = set(verdicts.values())
+    verdict = base.FAIL if base.FAIL in found else base.PASS if base.PASS in found and not undecided else base.NOT_SHOWN
+    reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
+    return {"verdict": verdict, "reasons": reasons, "tests": names}
+
+
+def _measured(
+    audited: Subject, names: list[str], progress: Progress, check: Callable[[], None], again: bool, seconds: dict[str, float]
+) -> dict[str, Measured]:  # fmt: skip
+    """What all pieces of these tests have found, by test; seconds of workers are added up by test."""
+    settings, storage = audited.run.settings, Storage(audited.run.folder)
+    pieces = [piece for name in names for piece in audited.tests[name].pieces(audited)]
+    # Generator by generator over all tests, so that a worker loads each few times.
+    order = {name: i for i, name in enumerate(audited.models)}
+    pieces.sort(key=lambda piece: order[piece.generator])
+    keys = {piece: audited.key(piece) for piece in pieces}
+    there = set() if again else set(storage.files(DONE))
+    left = [piece for piece in pieces if _file(keys[piece]) not in there]
+    found: dict[Piece, dict[str, np.ndarray]] = {}
+    if left:
+        count = audited.settings.workers or settings.evaluation.workers or settings.cluster.workers
+        here = settings.training.engine == "torch"
+        with pool(Bench, audited, cluster=settings.cluster, workers=count, here=here) as mapped:
+            for done, (piece, arrays) in enumerate(zip(left, mapped(left), strict=True), len(pieces) - len(left) + 1):
+                check()
+                storage.write(_file(keys[piece]), _packed(arrays))
+                found[piece] = arrays
+                progress(done, len(pieces))
+    for piece in pieces:
+        if piece not in found:
+            found[piece] = _unpacked(storage.read(_file(keys[piece])), storage.where(_file(keys[piece])))
+        seconds[piece.test] = seconds.get(piece.test, 0.0) + float(found[piece]["seconds"].sum())
+    return {name: _joined(found, name) for name in names}
+
+
+def _joined(found: dict[Piece, dict[str, np.ndarray]], name: str) -> Measured:
+    """The arrays of a test, those of one (generator, what) put together in the order of their rows."""
+    parts: dict[tuple[str, str], list[dict[str, np.ndarray]]] = {}
+    for piece in sorted((p for p in found if p.test == name), key=lambda p: p.start):
+        parts.setdefault((piece.generator, piece.what), []).append(found[piece])
+    return {
+        key: {column: np.concatenate([one[column] for one in rows]) for column in rows[0]}
+        for key, rows in parts.items()
+    }
+
+
+def _file(key: str) -> str:
+    return f"{DONE}/{key[:32]}.npz"
+
+
+def _packed(arrays: dict[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+    return file.getvalue()
+
+
+def _unpacked(data: bytes, where: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except (ValueError, OSError, KeyError) as e:
+        raise UnlearnError(f"{where} is damaged ({type(e).__name__}): delete it, and audit again") from None

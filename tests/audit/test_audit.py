@@ -1,0 +1,140 @@
+"""An audit from end to end on the embedded images: what it writes, that it resumes, that workers change nothing."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from jobs import audit as job
+from unlearn import config
+from unlearn.audit import settings as audits
+from unlearn.audit.bench import Bench
+from unlearn.data.storage import Storage
+from unlearn.errors import ConfigError, UnlearnError
+from unlearn.models import weights
+from unlearn.releases import figures, gate
+from unlearn.run import resolve
+
+ORIGINAL, ORACLE = "embedded:mae-fashion", "embedded:mae-fashion-oracle"
+QUICK = ["limit=40", "resamples=100", "membership.views=2"]
+
+
+def make_run(folder, unlearned: str = ORIGINAL, **evaluation) -> config.RunConfig:
+    """The demo's run, whose unlearned model is the one given."""
+    tree = {
+        "run_dir": str(folder / "run"), "model": {"weights": ORIGINAL},
+        "data": {"train": "embedded:fashion-train", "forget": {"classes": ["Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot"]}},
+        "training": {"engine": "torch", "steps": 1},
+        "evaluation": {"data": "embedded:fashion-test", "oracle": ORACLE} | evaluation,
+    }  # fmt: skip
+    settings = config.parse(tree)
+    weights.write(weights.build(config.Model(weights=unlearned)), str(folder / "run" / "model"), {})
+    return settings
+
+
+def audited(settings: config.RunConfig, *overrides: str, **arguments) -> dict:
+    return job.audit(resolve(settings, measured=True), audits.load(None, [*QUICK, *overrides]), **arguments)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """(run, audit.json of an original that claims to have forgotten)."""
+    settings = make_run(tmp_path_factory.mktemp("audited"))
+    return settings, audited(settings, "tests=[membership]")
+
+
+def test_audit_json_says_what_was_audited(done):
+    settings, document = done
+    folder = Storage(settings.run_dir)
+    assert json.loads(folder.read("audit.json")) == document
+    assert document["weights"]["unlearned"] == weights.card(Storage(folder.where("model")))["sha256"]
+    assert list(document["weights"]) == ["original", "unlearned", "oracle"]
+    assert document["config_hash"] == settings.hash() and document["verdict"] in ("PASS", "FAIL", "NOT SHOWN")
+    row = document["membership"]["unlearned"]
+    assert row == document["membership"]["original"] and row["auc_low"] <= row["auc"] <= row["auc_high"]
+    assert {name: s["images"] for name, s in document["sets"].items()} == dict.fromkeys(
+        ("forget", "forget_new", "retain", "retain_new"), 40
+    )
+
+
+def test_a_gate_refers_to_its_figures(done):
+    _, document = done
+    rules = gate.parse({"audit.membership.unlearned.auc": {"max": 0.9, "oracle": {"min": -1, "max": 1}}})
+    assert gate.judge(rules, ({}, document), None).passed
+    assert figures.flat({}, document)["audit.membership.oracle.auc"] == document["membership"]["oracle"]["auc"]
+
+
+def test_membership_is_the_auc_of_the_errors(done):
+    """Against errors computed here, image by image."""
+    settings, document = done
+    run = resolve(settings, measured=True)
+    subject = job.prepared(run, audits.load(None, [*QUICK, "tests=[membership]"]))
+    bench = Bench(subject)
+    scores = {}
+    for name in ("forget", "forget_new"):
+        errors = []
+        kept, pixels = bench.pixels(name, 0, 40)
+        model = weights.build(config.Model(weights=ORIGINAL))
+        for number in range(2):
+            view = bench.view(config.ViewSpec(kind="random", size=0.5), number, name, kept)
+            with torch.no_grad():
+                made = model.denormalise(model.reconstruct(model.normalise(pixels), view)).double().numpy()
+            hidden = np.broadcast_to(view.pixel_mask(32).numpy(), made.shape)
+            squares = np.where(hidden, (made - pixels.numpy() / 255) ** 2, 0)
+            errors.append(squares.sum((1, 2, 3)) / hidden.sum((1, 2, 3)))
+        scores[name] = -np.mean(errors, 0)
+    expected = np.mean(scores["forget"][:, None] > scores["forget_new"][None])
+    assert document["membership"]["original"]["auc"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_is_done_is_not_done_again(done, tmp_path, monkeypatch):
+    settings, document = done
+    shutil.copytree(settings.run_dir, tmp_path / "run")
+    moved = settings.model_copy(update={"run_dir": str(tmp_path / "run")})
+    pieces = sorted(os.listdir(tmp_path / "run/audit"))
+    os.remove(tmp_path / "run/audit" / pieces[0])
+    calls = []
+    measure = Bench.__call__
+    monkeypatch.setattr(Bench, "__call__", lambda self, piece: calls.append(piece) or measure(self, piece))
+    assert audited(moved, "tests=[membership]")["membership"] == document["membership"]
+    assert len(calls) == 1
+    assert audited(moved, "tests=[membership]", "membership.views=1")["membership"] != document["membership"]
+    assert len(calls) == 7, "other options are another measurement"
+    (tmp_path / "run/audit" / pieces[1]).write_bytes(b"PK damaged")
+    with pytest.raises(UnlearnError, match="is damaged"):
+        audited(moved, "tests=[membership]")
+
+
+def test_figures_do_not_depend_on_who_measures_what(done):
+    settings, _ = done
+    subject = job.prepared(
+        resolve(settings, measured=True), audits.load(None, [*QUICK, "tests=[membership]", "batch_size=15"])
+    )
+    pieces = subject.tests["membership"].pieces(subject)
+    one, other = Bench(subject), Bench(subject)
+    first = [one(piece)["errors"] for piece in pieces]
+    second = [(one, other)[i % 2](piece)["errors"] for i, piece in reversed(list(enumerate(pieces)))][::-1]
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+def test_without_held_out_images_nothing_is_shown(tmp_path):
+    document = audited(make_run(tmp_path, data=None), "tests=[membership]")
+    assert document["verdict"] == document["membership"]["verdict"] == "NOT SHOWN"
+    assert "evaluation.data" in document["membership"]["reasons"][0]
+
+
+def test_a_run_without_a_model_is_told(tmp_path):
+    settings = make_run(tmp_path)
+    Storage(settings.run_dir).delete("model")
+    with pytest.raises(UnlearnError, match="nothing to audit"):
+        audited(settings)
+
+
+def test_mistakes_in_an_audit_are_told():
+    with pytest.raises(ConfigError, match="membership.vews: unknown key; did you mean views"):
+        audits.parse({"membership": {"vews": 3}})
+    with pytest.raises(ConfigError, match="no test 'membershop'; known: membership"):
+        audits.parse({"tests": ["membershop"]})

@@ -1,0 +1,87 @@
+"""The commands that audit: `unlearn audit RUN`, and `shadows`, `tests` of it."""
+
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from unlearn.cli.options import Config, Set
+
+
+class StartsByDefault(TyperGroup):
+    """A group whose first word may be a run: `unlearn audit RUN` is `unlearn audit start RUN`."""
+
+    default = "start"
+
+    def resolve_command(self, ctx, args):
+        return super().resolve_command(ctx, args if args[0] in self.commands else [self.default, *args])
+
+
+app = typer.Typer(
+    cls=StartsByDefault, no_args_is_help=True, subcommand_metavar="RUN | COMMAND [ARGS]...",
+    help="Ask whether a model has really forgotten: `unlearn audit RUN` makes the tests, and writes audit.json and audit.html.",
+)  # fmt: skip
+
+Audit = Annotated[
+    str | None, typer.Option("--audit", metavar="AUDIT.yaml", help="what is tested and how; default: the usual tests")
+]
+Option = Annotated[
+    list[str],
+    typer.Option(
+        "--option", "-o", metavar="KEY=VALUE", help="override one value of the audit, as in membership.views=16"
+    ),
+]
+
+
+@app.command()
+def start(
+    config: Config, audit: Audit = None, options: Option = [], overrides: Set = [],  # noqa: B006  read only
+    again: Annotated[bool, typer.Option("--again", help="measure anew what was measured before")] = False,
+):  # fmt: skip
+    """Audit a trained run: `unlearn audit RUN` is the same. It ends with 0 whatever the verdict is.
+
+    Example: `unlearn audit runs/half --option limit=500`
+    """
+    from jobs import audit as job
+    from jobs.owner import owned
+    from unlearn import signals
+    from unlearn.audit import page
+    from unlearn.audit.settings import load
+    from unlearn.cli import options as shared
+    from unlearn.cli.console import out, progress
+    from unlearn.data.storage import Storage
+    from unlearn.run import resolve
+
+    settings, wanted = shared.load(config, overrides), load(audit, options)
+    with owned(settings.run_dir, "audit") as lease:
+        try:
+            run = resolve(settings, measured=True)
+            with progress("auditing") as advance:
+                document = job.audit(
+                    run, wanted, lambda done, total: advance(done, total, ""), lease.check, again
+                )  # fmt: skip
+        except signals.Stopped as e:
+            e.hint = f"what was measured stays; go on with: unlearn audit {settings.run_dir}"
+            raise
+    out.print(page.table(document))
+    out.print(f"audit: {Storage(settings.run_dir).where(page.NAME)}", soft_wrap=True)
+
+
+@app.command(name="tests")
+def list_tests():
+    """List the tests, what each shows and does not show, and their options: keys of AUDIT.yaml."""
+    from rich.table import Table
+
+    from unlearn.audit.base import test_class
+    from unlearn.cli.console import out
+    from unlearn.registry import AUDITS
+
+    table = Table("test", "option", "default", "what it does", box=None)
+    for name in AUDITS:
+        test = test_class(name)
+        table.add_row(name, "", "", f"shows: {test.shows}")
+        table.add_row("", "", "", f"does not show: {test.hides}")
+        table.add_row("", "", "", f"costs: {test.cost}")
+        for option, field in test.Options.model_fields.items():
+            table.add_row("", option, str(field.get_default(call_default_factory=True)), field.description or "")
+    out.print(table)
