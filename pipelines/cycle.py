@@ -1,4 +1,5 @@
-"""The cycle as a Kubeflow pipeline: select -> unlearn -> evaluate -> judge -> release, or up the ladder, or give up; then close.
+"""The cycle as a Kubeflow pipeline: select -> unlearn -> evaluate -> audit -> judge -> release, or up the ladder, or
+give up; then close.
 
 Which rungs there are, what steps may take and which Secrets they see is fixed when it is compiled; where the cycle's file lies and where
 to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False and "". Nothing is taken from a
@@ -11,6 +12,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
+from pipelines.components.audit import audit
 from pipelines.components.close import close
 from pipelines.components.evaluate import evaluate
 from pipelines.components.give_up import give_up
@@ -27,8 +29,11 @@ KEY_FOLDER = "/etc/unlearn/key"
 DAY = 24 * 3600
 
 
-def pipeline(rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = "k8s") -> Callable:
-    """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters."""
+def pipeline(
+    rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = "k8s", audited: str | None = None
+) -> Callable:
+    """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters; audited: URI of an AUDIT.yaml, without one
+    there is no such step."""
     default_cycle, default_to = cycle, to
 
     @dsl.pipeline(
@@ -62,6 +67,8 @@ def pipeline(rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str
             trained = large(unlearn, 7 * DAY, **one, **where)
             measured = large(evaluate, DAY, **one, model=trained.outputs["model"])
             judged = small(judge, **one, metrics=measured.outputs["metrics"])
+            if audited:
+                judged.after(large(audit, DAY, **one, settings=audited, model=trained.outputs["model"]).after(measured))
             with dsl.If(judged.outputs["Output"] == "passed", name=f"rung-{rung}-passed"):
                 small(release, signs=True, **one, model=trained.outputs["model"])
             with dsl.Else(name=f"rung-{rung}-refused"):

@@ -120,6 +120,28 @@ def evaluate(source: str, id: str, rung: int, metrics: Any, report: Any) -> None
 
 
 @step
+def audit(source: str, id: str, rung: int, wanted: str, figures: Any, page: Any) -> None:
+    """Audit a rung; see `jobs.audit`. wanted: URI of the AUDIT.yaml; figures, page: artifacts."""
+    from jobs import audit as audits
+    from jobs import cycle as steps
+    from unlearn.audit.page import NAME
+    from unlearn.audit.settings import load
+    from unlearn.data.storage import Storage
+    from unlearn.releases.figures import flat
+    from unlearn.run import resolve
+
+    chosen = load(wanted)
+    with _step(source, id) as (cycle, selection, check):
+        run = resolve(steps.settings(cycle, selection, rung), measured=True)
+        document = audits.audit(run, chosen, _progress("auditing"), check)
+    for name, value in flat({}, document).items():
+        if ".unlearned." in name:
+            figures.log_metric(name.removeprefix("audit."), value)
+    _write(page, Storage(run.folder).read(NAME).decode(), verdict=document["verdict"])
+    say(f"audit of rung {rung}: {document['verdict']}")
+
+
+@step
 def judge(source: str, id: str, rung: int, reasons: Any) -> str:
     """Hold a rung against the gate; see `jobs.cycle.judge`. reasons: an artifact. Returns "passed" or "refused"."""
     from jobs import cycle as steps
