@@ -2,7 +2,7 @@
 
 import hashlib
 
-from pipelines.place import Place
+from pipelines.place import IMAGE, Place
 from unlearn.audit.settings import load
 from unlearn.cycles import cycle_file
 from unlearn.cycles.cycle import Cycle
@@ -22,6 +22,8 @@ def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
             raise ConfigError(
                 f"{key} {uri} is a path of this machine, and the steps run on others: give s3://bucket/prefix, or --mounted"
             )
+    if place.image == IMAGE:
+        raise ConfigError("give --image: what the steps run in, this software with the extras of infra/Dockerfile")
     if cycle.key or not place.key:
         raise ConfigError(
             "the private key is to come from a Secret: leave `key` out of the cycle, and give --key SECRET/KEY"

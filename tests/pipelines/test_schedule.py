@@ -16,7 +16,10 @@ from unlearn.errors import ClusterError, ConfigError
 
 pytest.importorskip("kfp", reason="pip install 'unlearn[pipelines]'")
 UTC = ZoneInfo("UTC")
-PLACE = ("--mounted", "--key", "unlearn-cycle/releases.key", "--secret", "UNLEARN_LEDGER=unlearn-cycle/ledger")
+PLACE = (
+    "--mounted", "--image", "registry.example.com/unlearn:1", "--key", "unlearn-cycle/releases.key",
+    "--secret", "UNLEARN_LEDGER=unlearn-cycle/ledger",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -112,8 +115,9 @@ def test_nothing_is_sent_that_a_cluster_could_not_serve(kubeflow, told, source):
         return err
 
     assert "is a path of this machine" in refused("run", source, *PLACE[1:])
-    assert "private key" in refused("run", source, "--mounted", *PLACE[3:])
-    assert "no ledger" in refused("run", source, *PLACE[:3])
+    assert "give --image" in refused("run", source, "--mounted", *PLACE[3:])
+    assert "private key" in refused("run", source, *PLACE[:3], *PLACE[5:])
+    assert "no ledger" in refused("run", source, *PLACE[:5])
     assert "--parameter x=1" in refused("run", source, *PLACE, "-p", "x=1")
     assert "goes backwards" in refused("schedule", source, *PLACE, "--cron", "0 0 5-3 * * *")
     assert "--timezone Mars" in refused("schedule", source, *PLACE, "--cron", "0 0 3 * * *", "--timezone", "Mars")
