@@ -55,12 +55,15 @@ def test_every_step_has_what_it_needs(tmp_path):
             resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"]
             and "resourceCpuLimit" not in resources
         )
-        assert ("accelerator" in resources) is (name.split("-")[0] in ("unlearn", "evaluate", "audit")), name
+        assert ("accelerator" in resources) is (name.split("-")[0] in ("evaluate", "audit")), name
         assert "pip install" not in command and "from pipelines import steps" in command, name
         pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{name}"]
         assert pod["secretAsEnv"][0]["keyToEnv"] == [{"envVar": "UNLEARN_LEDGER", "secretKey": "ledger"}]
         assert ("secretAsVolume" in pod) is (name.split("-")[0] in ("select", "release")), name  # the key that signs
         assert pod["securityContext"]["runAsNonRoot"] and int(pod["activeDeadlineSeconds"]) >= 3600
+    # It only follows a job, unless it trains itself.
+    here = compiled(tmp_path / "here.yaml", 1, FULL, "cycle.yaml", "here")[0]
+    assert "accelerator" in here["deploymentSpec"]["executors"]["exec-unlearn"]["container"]["resources"]
     conditions = [
         task["triggerPolicy"]["condition"]
         for component in spec["components"].values()

@@ -60,6 +60,7 @@ def compile(
     rungs: Annotated[int, typer.Option(min=1, help="without a cycle: 1, and one for each entry of its ladder")] = 1,
     objects: Annotated[bool, typer.Option("--objects", help="as Kubernetes objects, for kubectl apply")] = False,
     namespace: Annotated[str, typer.Option(help="with --objects: Kubeflow's")] = "kubeflow",
+    to: Annotated[str, typer.Option("--to", metavar="PLACE", help="where to train: k8s, http://HEAD:8265, or here, with what a step takes")] = "k8s",
     image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [], key: Key = None,  # noqa: B006
     audit: Audit = None,
 ):  # fmt: skip
@@ -77,7 +78,7 @@ def compile(
         raise ConfigError(f"--audit {audit}: give s3://...: a package says where the steps find it")
     # Where a file of this machine will lie for a cluster is known when it is sent.
     there = {"cycle": source} if source and "://" in source else {}
-    made = pipeline(_load(source).rungs if source else rungs, place, audited=audit, **there)
+    made = pipeline(_load(source).rungs if source else rungs, place, audited=audit, to=to, **there)
     compiling.compile(made, output, objects, namespace)
     say(f"written: {output}")
 
@@ -251,7 +252,9 @@ def _sent(
 
     parameters, cycle = sending.parameters(given), _load(source)
     sending.check(cycle, place, mounted)
-    made = pipeline(cycle.rungs, place, audited=sending.audit(cycle, audit))
+    made = pipeline(
+        cycle.rungs, place, audited=sending.audit(cycle, audit), **{k: v for k, v in parameters.items() if k == "to"}
+    )
     with compiling.package(made) as path:
         yield path, parameters | {"cycle": sending.source(cycle, source)}
 
