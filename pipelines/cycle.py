@@ -1,4 +1,5 @@
-"""The cycle as a Kubeflow pipeline: select -> unlearn -> evaluate -> judge -> release, or up the ladder, or give up; then close.
+"""The cycle as a Kubeflow pipeline: select -> unlearn -> evaluate -> audit -> judge -> release, or up the ladder, or
+give up; then close.
 
 Which rungs there are, what steps may take and which Secrets they see is fixed when it is compiled; where the cycle's file lies and where
 to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False and "". Nothing is taken from a
@@ -11,6 +12,7 @@ from typing import Any
 from kfp import dsl, kubernetes
 from kfp.dsl import PipelineTask
 
+from pipelines.components.audit import audit
 from pipelines.components.close import close
 from pipelines.components.evaluate import evaluate
 from pipelines.components.give_up import give_up
@@ -19,6 +21,7 @@ from pipelines.components.release import release
 from pipelines.components.select import select
 from pipelines.components.unlearn import unlearn
 from pipelines.place import Place
+from pipelines.steps import HERE
 from unlearn.cycles.cycle import KEY
 
 NAME = "unlearn-cycle"
@@ -27,8 +30,12 @@ KEY_FOLDER = "/etc/unlearn/key"
 DAY = 24 * 3600
 
 
-def pipeline(rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = "k8s") -> Callable:
-    """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters."""
+def pipeline(
+    rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = "k8s", audited: str | None = None
+) -> Callable:
+    """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters, and a step that trains `here` gets what it
+    takes; audited: URI of an AUDIT.yaml, without one
+    there is no such step."""
     default_cycle, default_to = cycle, to
 
     @dsl.pipeline(
@@ -49,19 +56,32 @@ def pipeline(rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str
             priority: Kueue's priority class of the RayJob.
         """
 
-        def small(component: Callable[..., Any], signs: bool = False, **inputs: Any) -> PipelineTask:
-            return _placed(component(**inputs), place, "1", "4Gi", signs=signs)
+        def small(
+            component: Callable[..., Any], seconds: int = 3600, signs: bool = False, **inputs: Any
+        ) -> PipelineTask:
+            return _placed(component(**inputs), place, "1", "4Gi", seconds, signs)
 
         def large(component: Callable[..., Any], seconds: int, **inputs: Any) -> PipelineTask:
             task = _placed(component(**inputs), place, str(place.cpus), place.memory, seconds)
             return task.set_accelerator_type("nvidia.com/gpu").set_accelerator_limit(place.gpus) if place.gpus else task
 
         def attempt(id: Any, rung: int) -> None:
-            one = {"cycle": cycle, "id": id, "rung": rung}
-            where = {"to": to, "overlay": overlay, "image": place.image, "namespace": namespace, "priority": priority}
-            trained = large(unlearn, 7 * DAY, **one, **where)
-            measured = large(evaluate, DAY, **one, model=trained.outputs["model"])
+            one: dict[str, Any] = {"cycle": cycle, "id": id, "rung": rung}
+            where: dict[str, Any] = {
+                "to": to,
+                "overlay": overlay,
+                "image": place.image,
+                "namespace": namespace,
+                "priority": priority,
+            }
+            train = large if default_to == HERE else small  # which only follows a job
+            trained = train(unlearn, seconds=7 * DAY, **one, **where)
+            measured = large(evaluate, seconds=DAY, **one, model=trained.outputs["model"])
             judged = small(judge, **one, metrics=measured.outputs["metrics"])
+            if audited:
+                judged.after(
+                    large(audit, seconds=DAY, **one, settings=audited, model=trained.outputs["model"]).after(measured)
+                )
             with dsl.If(judged.outputs["Output"] == "passed", name=f"rung-{rung}-passed"):
                 small(release, signs=True, **one, model=trained.outputs["model"])
             with dsl.Else(name=f"rung-{rung}-refused"):
@@ -79,7 +99,7 @@ def pipeline(rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str
 
 
 def _placed(
-    task: PipelineTask, place: Place, cpus: str, memory: str, seconds: int = 3600, signs: bool = False
+    task: PipelineTask, place: Place, cpus: str, memory: str, seconds: int, signs: bool = False
 ) -> PipelineTask:  # fmt: skip
     """What every step has: image, resources, retries, secrets, no cache. A limit of memory is what is requested, or a neighbour's peak
     kills; CPU has none, which would only throttle."""

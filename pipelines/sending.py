@@ -2,7 +2,8 @@
 
 import hashlib
 
-from pipelines.place import Place
+from pipelines.place import IMAGE, Place
+from unlearn.audit.settings import load
 from unlearn.cycles import cycle_file
 from unlearn.cycles.cycle import Cycle
 from unlearn.data.storage import Storage
@@ -21,6 +22,8 @@ def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
             raise ConfigError(
                 f"{key} {uri} is a path of this machine, and the steps run on others: give s3://bucket/prefix, or --mounted"
             )
+    if place.image == IMAGE:
+        raise ConfigError("give --image: what the steps run in, this software with the extras of infra/Dockerfile")
     if cycle.key or not place.key:
         raise ConfigError(
             "the private key is to come from a Secret: leave `key` out of the cycle, and give --key SECRET/KEY"
@@ -37,9 +40,22 @@ def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
 def source(cycle: Cycle, given: str) -> str:
     """Where the steps read the cycle's file: a URI as it is given, which may be changed there later; a file of this machine as a copy in
     cycle_dir that never changes. It names no request and no person. Raises StorageError."""
-    if "://" in given and not given.startswith("file://"):
-        return given
-    data = cycle_file.dump(cycle).encode()
+    return given if _is_remote(given) else _copied(cycle, cycle_file.dump(cycle).encode())
+
+
+def audit(cycle: Cycle, given: str | None) -> str | None:
+    """The same of an AUDIT.yaml, which is checked. Raises ConfigError, StorageError."""
+    if given is None:
+        return None
+    load(given)
+    return given if _is_remote(given) else _copied(cycle, Storage(given).read())
+
+
+def _is_remote(given: str) -> bool:
+    return "://" in given and not given.startswith("file://")
+
+
+def _copied(cycle: Cycle, data: bytes) -> str:
     folder, name = Storage(cycle.cycle_dir), f"{FILES}/{hashlib.sha256(data).hexdigest()[:16]}.yaml"
     folder.create(name, data)
     return folder.where(name)

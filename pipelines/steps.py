@@ -9,13 +9,14 @@ import functools
 import html
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from unlearn import log, signals
-from unlearn.cycles.cycle import Cycle
+from unlearn import certificate, log, signals
+from unlearn.cycles.cycle import KEY, Cycle
 from unlearn.cycles.records import Selection
 from unlearn.errors import ConfigError, CycleError, UnlearnError
 
@@ -60,8 +61,10 @@ def select(source: str, rungs: int, requests: Any) -> Selected:
     cycle = _cycle(source)
     if cycle.rungs != rungs:
         raise ConfigError(f"{source} has {cycle.rungs} rungs, and this pipeline was made for {rungs}: compile it again")
+    if not (key := cycle.key or os.environ.get(KEY)):  # told before days of training, not after
+        raise CycleError(f"no key signs the releases: compile the pipeline with --key SECRET/KEY, or set {KEY}")
+    certificate.private_key(key)
     with _lease(cycle):
-        steps.check(cycle)
         selection = steps.select(cycle)
     counts = {
         "status": selection.status, "new": len(selection.new), "old": len(selection.old), "unmatched": len(selection.unmatched),
@@ -114,6 +117,28 @@ def evaluate(source: str, id: str, rung: int, metrics: Any, report: Any) -> None
                 if row.get(figure) is not None:
                     metrics.log_metric(f"{row['generator']}.{row['set']}.{figure}", float(row[figure]))
     _write(report, page.decode())
+
+
+@step
+def audit(source: str, id: str, rung: int, wanted: str, figures: Any, page: Any) -> None:
+    """Audit a rung; see `jobs.audit`. wanted: URI of the AUDIT.yaml; figures, page: artifacts."""
+    from jobs import audit as audits
+    from jobs import cycle as steps
+    from unlearn.audit.page import NAME
+    from unlearn.audit.settings import load
+    from unlearn.data.storage import Storage
+    from unlearn.releases.figures import flat
+    from unlearn.run import resolve
+
+    chosen = load(wanted)
+    with _step(source, id) as (cycle, selection, check):
+        run = resolve(steps.settings(cycle, selection, rung), measured=True)
+        document = audits.audit(run, chosen, _progress("auditing"), check)
+    for name, value in flat({}, document).items():
+        if ".unlearned." in name:
+            figures.log_metric(name.removeprefix("audit."), value)
+    _write(page, Storage(run.folder).read(NAME).decode(), verdict=document["verdict"])
+    say(f"audit of rung {rung}: {document['verdict']}")
 
 
 @step

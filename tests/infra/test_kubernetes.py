@@ -339,7 +339,7 @@ def test_rendered_files_are_up_to_date(tmp_path):
 
 
 @needs_kubectl
-@pytest.mark.parametrize("component", ["efa", "tls", "podmonitor", "irsa"])
+@pytest.mark.parametrize("component", ["efa", "tls", "podmonitor", "irsa", "cycle"])
 def test_components_that_no_overlay_has(component, tmp_path, request):
     """As a user adds them, in an overlay of one's own with another image."""
     shutil.copytree(FOLDER, tmp_path / "kubernetes")

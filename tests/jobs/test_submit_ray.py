@@ -1,6 +1,7 @@
 """Jobs on a real Ray cluster of two nodes on loopback, through its Jobs API."""
 
 import tempfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def there(ray_cluster: Cluster, monkeypatch) -> RayJobs:
 
 
 def test_ray_tokens_and_jobs_that_are_not_there(there, told, monkeypatch, tmp_path):
-    assert there.jobs() == [] and there._client is not None
+    assert there.jobs() == [] and there._client is not None  # made while the token is known
+    assert there.ray_version() == metadata.version("ray")
     assert f"no job x at {there.where}" in told("jobs", "status", "x", "--to", there.where)[2]
     monkeypatch.setenv("RAY_ADDRESS", "10.9.9.9:6379")  # Ray's client would prefer it; --to is what is meant
     assert told("jobs", "list", "--to", there.where)[0] == 0

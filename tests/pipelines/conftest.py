@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 import pytest
-from support.cycles import tiny_cycle
+from support.cycles import tiny_cycle, written
 
-from unlearn.cycles import cycle_file
 from unlearn.cycles.cycle import Cycle
 
 
@@ -21,8 +20,6 @@ def given(tmp_path, tiny_shards, tiny_model):
 
     def make(**changes) -> Given:
         cycle = tiny_cycle(tmp_path, tiny_shards, tiny_model, **changes)
-        path = tmp_path / "cycle.yaml"
-        path.write_text(cycle_file.dump(cycle))
-        return Given(cycle, str(path))
+        return Given(cycle, written(cycle))
 
     return make

@@ -13,14 +13,14 @@ from unlearn.errors import CycleError
 pytest.importorskip("kfp", reason="pip install 'unlearn[pipelines]'")
 GOLDEN = Path(__file__).parent / "golden.yaml"
 FULL = Place(gpus=1, secrets=(("UNLEARN_LEDGER", "unlearn-cycle", "ledger"),), key=("unlearn-cycle", "releases.key"))
-STEPS = {"select", "unlearn", "evaluate", "judge", "release", "give-up", "close"}
+STEPS = {"select", "unlearn", "evaluate", "audit", "judge", "release", "give-up", "close"}
 
 
-def compiled(path, *arguments, **named) -> list[dict]:
+def compiled(path, *arguments, audited: str | None = "s3://bucket/audit.yaml", **named) -> list[dict]:
     from pipelines import compiling
     from pipelines.cycle import pipeline
 
-    compiling.compile(pipeline(*arguments), str(path), **named)
+    compiling.compile(pipeline(*arguments, audited=audited), str(path), **named)
     return list(yaml.safe_load_all(path.read_text()))
 
 
@@ -32,7 +32,7 @@ def steps(spec: dict) -> dict[str, dict]:
 
 
 def test_what_kubeflow_gets_is_as_committed(tmp_path):
-    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1
+    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1 --audit s3://bucket/audit.yaml
     --secret UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key"""
     from kfp import components
 
@@ -55,12 +55,15 @@ def test_every_step_has_what_it_needs(tmp_path):
             resources["resourceMemoryLimit"] == resources["resourceMemoryRequest"]
             and "resourceCpuLimit" not in resources
         )
-        assert ("accelerator" in resources) is (name.split("-")[0] in ("unlearn", "evaluate")), name
+        assert ("accelerator" in resources) is (name.split("-")[0] in ("evaluate", "audit")), name
         assert "pip install" not in command and "from pipelines import steps" in command, name
         pod = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"][f"exec-{name}"]
         assert pod["secretAsEnv"][0]["keyToEnv"] == [{"envVar": "UNLEARN_LEDGER", "secretKey": "ledger"}]
         assert ("secretAsVolume" in pod) is (name.split("-")[0] in ("select", "release")), name  # the key that signs
-        assert pod["securityContext"]["runAsNonRoot"] and pod["activeDeadlineSeconds"] > 0
+        assert pod["securityContext"]["runAsNonRoot"] and int(pod["activeDeadlineSeconds"]) >= 3600
+    # It only follows a job, unless it trains itself.
+    here = compiled(tmp_path / "here.yaml", 1, FULL, "cycle.yaml", "here")[0]
+    assert "accelerator" in here["deploymentSpec"]["executors"]["exec-unlearn"]["container"]["resources"]
     conditions = [
         task["triggerPolicy"]["condition"]
         for component in spec["components"].values()
@@ -127,6 +130,9 @@ def unlearn(source, id, rung, to, overlay, image, namespace, priority, model):
 def evaluate(source, id, rung, metrics, report):
     note(f"evaluate {rung}"); metrics.log_metric("unlearned.forget.cosine", 0.5); artifact(report)
 
+def audit(source, id, rung, settings, figures, page):
+    note(f"audit {rung} {settings}"); artifact(page)
+
 def judge(source, id, rung, reasons):
     note(f"judge {rung}"); artifact(reasons)
     return "passed" if rung == int(os.environ["PASSES"]) else "refused"
@@ -147,7 +153,21 @@ def close(source, figures, page):
     "status, passes, taken",
     [
         ("selected", 0, ["unlearn 0", "evaluate 0", "judge 0", "release 0 c1"]),
-        ("selected", 1, ["unlearn 0", "evaluate 0", "judge 0", "unlearn 1", "evaluate 1", "judge 1", "release 1 c1"]),
+        (
+            "selected",
+            1,
+            [
+                "unlearn 0",
+                "evaluate 0",
+                "audit 0 audit.yaml",
+                "judge 0",
+                "unlearn 1",
+                "evaluate 1",
+                "audit 1 audit.yaml",
+                "judge 1",
+                "release 1 c1",
+            ],
+        ),
         ("selected", 9, ["unlearn 0", "evaluate 0", "judge 0", "unlearn 1", "evaluate 1", "judge 1", "give up c1"]),
         ("nothing", 0, []),
     ],
@@ -167,7 +187,7 @@ def test_the_local_runner_takes_the_right_branches(status, passes, taken, tmp_pa
         monkeypatch.setenv(name, value)
     with quiet():
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root="out", workspace_root="workspace")
-        pipeline(2, Place(retries=0))(cycle="cycle.yaml", to="here")
+        pipeline(2, Place(retries=0), audited="audit.yaml" if passes == 1 else None)(cycle="cycle.yaml", to="here")
     calls = Path("calls").read_text().splitlines()
     assert calls[0] == "select 2" and calls[-1] == "close"
     assert [call.removesuffix(" here unlearn-request") for call in calls[1:-1]] == taken
@@ -179,7 +199,7 @@ def test_a_pipeline_serves_two_requests_then_a_third_that_the_gate_refuses(given
     one = given(ladder=[{"training.steps": 3}])
     first = ask(one.cycle, {"classes": ["ant"]}, {"subjects": ["person-1"]})
     code, out, err = told("pipeline", "run", one.source, "--local", "--artifacts", tmp_path / "shown")
-    assert code == 0 and "released v1" in out, err
+    assert code == 0 and "released v1" in out, out[-3000:] + err
     assert {standing(one.cycle)[number] for number in first} == {"released"}
     [page] = tmp_path.glob("shown/*/evaluate/report")
     assert page.read_text().startswith("<!doctype html>")
@@ -199,7 +219,7 @@ def test_a_branch_that_was_left_out_is_told(given, monkeypatch):
     one = given()
     ask(one.cycle, {"classes": ["ant"]})
 
-    def selects_alone(*arguments):
+    def selects_alone(*arguments, **named):
         def run(**parameters):
             from jobs import cycle as job
 

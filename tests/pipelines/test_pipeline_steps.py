@@ -46,6 +46,8 @@ def test_the_steps_serve_a_request_and_can_be_repeated(given, made, capsys, tmp_
     requests, model, metrics, report, reasons, released = map(
         made, ("requests", "model", "metrics", "report", "reasons", "released")
     )
+    (tmp_path / "audit.yaml").write_text("{tests: [membership], limit: 8, resamples: 100, workers: 1}")
+    audited = None
     for _ in range(2):
         status, id = steps.select(source, 1, requests)
         assert status == "selected" and json.loads(requests.text)["new"] == 1 and requests.metadata["unmatched"] == 1
@@ -56,6 +58,11 @@ def test_the_steps_serve_a_request_and_can_be_repeated(given, made, capsys, tmp_
             metrics.metadata
         )
         assert report.text.lower().startswith("<!doctype html>")
+        if audited is None:  # once: it is made anew each time
+            audited, page = made("audited"), made("audit-page")
+            steps.audit(source, id, 0, str(tmp_path / "audit.yaml"), audited, page)
+            assert page.metadata["verdict"] == "NOT SHOWN" and page.text.lower().startswith("<!doctype html>")
+            assert list(tmp_path.glob("cycles/*/runs/*/audit.json"))
         assert (
             steps.judge(source, id, 0, reasons) == "passed"
             and "- kept: metrics.unlearned.retain.cosine" in reasons.text

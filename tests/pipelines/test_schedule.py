@@ -1,6 +1,7 @@
 """The client of Kubeflow Pipelines, against the released REST description over HTTP; and when a schedule comes due."""
 
 import json
+import sys
 from datetime import datetime
 from zoneinfo import ZoneInfo
 
@@ -16,7 +17,10 @@ from unlearn.errors import ClusterError, ConfigError
 
 pytest.importorskip("kfp", reason="pip install 'unlearn[pipelines]'")
 UTC = ZoneInfo("UTC")
-PLACE = ("--mounted", "--key", "unlearn-cycle/releases.key", "--secret", "UNLEARN_LEDGER=unlearn-cycle/ledger")
+PLACE = (
+    "--mounted", "--image", "registry.example.com/unlearn:1", "--key", "unlearn-cycle/releases.key",
+    "--secret", "UNLEARN_LEDGER=unlearn-cycle/ledger",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -112,12 +116,34 @@ def test_nothing_is_sent_that_a_cluster_could_not_serve(kubeflow, told, source):
         return err
 
     assert "is a path of this machine" in refused("run", source, *PLACE[1:])
-    assert "private key" in refused("run", source, "--mounted", *PLACE[3:])
-    assert "no ledger" in refused("run", source, *PLACE[:3])
+    assert "give --image" in refused("run", source, "--mounted", *PLACE[3:])
+    assert "private key" in refused("run", source, *PLACE[:3], *PLACE[5:])
+    assert "no ledger" in refused("run", source, *PLACE[:5])
     assert "--parameter x=1" in refused("run", source, *PLACE, "-p", "x=1")
     assert "goes backwards" in refused("schedule", source, *PLACE, "--cron", "0 0 5-3 * * *")
     assert "--timezone Mars" in refused("schedule", source, *PLACE, "--cron", "0 0 3 * * *", "--timezone", "Mars")
     assert not {"CreateRun", "CreateRecurringRun"} & {name.partition("_")[2] for name in kubeflow.operations()}
+
+
+def test_what_does_not_keep_to_the_description_is_refused():
+    with serving() as server:
+        made = {"display_name": "x", "mode": "ENABLE", "max_concurency": 1}
+        path = "/apis/v2beta1/recurringruns"
+        assert (
+            server.answer("POST", path, {}, json.dumps(made).encode())[0] == 400
+            and "max_concurency" in server.broken[0]
+        )
+        assert (
+            server.answer("GET", f"{path}?experiment=1", {}, b"")[0] == 400
+            and server.answer("PUT", path, {}, b"")[0] == 404
+        )
+
+
+def test_without_the_extra(told, source, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kfp", None)
+    for command in (["compile", "-o", "x.yaml"], ["run", source, "--local"], ["schedules", "--host", "http://x"]):
+        code, _, err = told("pipeline", *command)
+        assert code == 2 and "pip install 'unlearn[pipelines]'" in err
 
 
 def test_a_run_is_started_and_watched(kubeflow, told, source):

@@ -29,6 +29,9 @@ Secrets = Annotated[
     typer.Option("--secret", metavar="NAME=SECRET/KEY", help="a variable of the steps from a key of a Secret there"),
 ]
 Key = Annotated[str | None, typer.Option("--key", metavar="SECRET/KEY", help="the private key that signs releases")]
+Audit = Annotated[
+    str | None, typer.Option("--audit", metavar="AUDIT.yaml", help="audit each rung; without it there is no audit")
+]
 Parameter = Annotated[
     list[str],
     typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="of the pipeline: to, overlay, namespace, priority"),
@@ -57,7 +60,9 @@ def compile(
     rungs: Annotated[int, typer.Option(min=1, help="without a cycle: 1, and one for each entry of its ladder")] = 1,
     objects: Annotated[bool, typer.Option("--objects", help="as Kubernetes objects, for kubectl apply")] = False,
     namespace: Annotated[str, typer.Option(help="with --objects: Kubeflow's")] = "kubeflow",
+    to: Annotated[str, typer.Option("--to", metavar="PLACE", help="where to train: k8s, http://HEAD:8265, or here, with what a step takes")] = "k8s",
     image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [], key: Key = None,  # noqa: B006
+    audit: Audit = None,
 ):  # fmt: skip
     """Write the pipeline as a file that Kubeflow takes.
 
@@ -69,12 +74,11 @@ def compile(
     from pipelines import compiling
     from pipelines.cycle import pipeline
 
-    if source is None:
-        made = pipeline(rungs, place)
-    elif "://" in source:
-        made = pipeline(_load(source).rungs, place, source)
-    else:  # where its copy for a cluster lies is known when it is sent
-        made = pipeline(_load(source).rungs, place)
+    if audit and "://" not in audit:
+        raise ConfigError(f"--audit {audit}: give s3://...: a package says where the steps find it")
+    # Where a file of this machine will lie for a cluster is known when it is sent.
+    there = {"cycle": source} if source and "://" in source else {}
+    made = pipeline(_load(source).rungs if source else rungs, place, audited=audit, to=to, **there)
     compiling.compile(made, output, objects, namespace)
     say(f"written: {output}")
 
@@ -87,7 +91,7 @@ def run(
     artifacts: Annotated[str | None, typer.Option(metavar="FOLDER", help="with --local: keep what the steps show")] = None,
     host: Host = "", name: Annotated[str, typer.Option(help="of the run")] = "unlearn-cycle",
     parameter: Parameter = [], image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [],  # noqa: B006
-    key: Key = None, mounted: Mounted = False, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
+    key: Key = None, audit: Audit = None, mounted: Mounted = False, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
     wait: Annotated[bool, typer.Option("--wait", help="watch it to its end")] = False,
 ):  # fmt: skip
     """Run the pipeline once: here, or in Kubeflow.
@@ -99,8 +103,11 @@ def run(
     if not local and not host:
         raise ConfigError("say where: --local, or --host URL")
     if local:
-        return _run_here(source, to, artifacts)
-    with _sent(source, _place(image, gpus, cpus, memory, secrets, key), parameter, mounted) as (package, parameters):
+        return _run_here(source, to, parameter, image, audit, artifacts)
+    with _sent(source, _place(image, gpus, cpus, memory, secrets, key), parameter, audit, mounted) as (
+        package,
+        parameters,
+    ):
         server = _server(host, profile, token_file, authority)
         id = server.run(package, parameters, name, account)
     out.print(id)
@@ -115,7 +122,7 @@ def schedule(
     host: Host, name: Annotated[str, typer.Option(help="of the schedule; what has this name is replaced")] = "unlearn-cycle",
     timezone: Annotated[str, typer.Option(help="of Kubeflow's controller (its CRON_SCHEDULE_TIMEZONE); a schedule has none of its own")] = "UTC",
     parameter: Parameter = [], image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [],  # noqa: B006
-    key: Key = None, mounted: Mounted = False, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
+    key: Key = None, audit: Audit = None, mounted: Mounted = False, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, show the next times, and send nothing")] = False,
 ):  # fmt: skip
     """Run the pipeline by a schedule: one run at a time, none caught up on. The same again changes nothing.
@@ -130,7 +137,7 @@ def schedule(
 
     times = cron.upcoming(expression, cron.zone(timezone))
     if not dry_run:
-        with _sent(source, place, parameter, mounted) as (package, parameters):
+        with _sent(source, place, parameter, audit, mounted) as (package, parameters):
             server = _server(host, profile, token_file, authority)
             id, new = schedules.replace(server, name, expression, package, parameters, account)
         out.print(f"{name}: {'scheduled' if new else 'is scheduled already'}, {id}", soft_wrap=True)
@@ -216,13 +223,19 @@ def _load(source: str):
     return cycle_file.load(source)
 
 
-def _run_here(source: str, to: str, artifacts: str | None) -> None:
+def _run_here(
+    source: str, to: str, given: list[str], image: str | None, audit: str | None, artifacts: str | None
+) -> None:  # fmt: skip
     from pathlib import Path
 
+    from pipelines import kubeflow, sending
     from pipelines import local as runner
+    from pipelines.place import IMAGE
     from unlearn.cli.console import out
 
-    now = runner.run(_load(source), source if "://" in source else str(Path(source).absolute()), to, artifacts)
+    kubeflow.required()
+    where, audited = (path if path is None or "://" in path else str(Path(path).absolute()) for path in (source, audit))
+    now = runner.run(_load(source), str(where), to, sending.parameters(given), image or IMAGE, audited, artifacts)
     for what, value in now.told().items():
         out.print(f"{what}: {value}", soft_wrap=True)
     if now.outcome is not None and now.outcome.due:
@@ -230,14 +243,19 @@ def _run_here(source: str, to: str, artifacts: str | None) -> None:
 
 
 @contextmanager
-def _sent(source: str, place: "Place", given: list[str], mounted: bool) -> Iterator[tuple[str, dict[str, str]]]:
+def _sent(
+    source: str, place: "Place", given: list[str], audit: str | None, mounted: bool
+) -> Iterator[tuple[str, dict[str, str]]]:  # fmt: skip
     """(path of the compiled pipeline, its parameters), after a check that a cluster can serve this cycle."""
     from pipelines import compiling, sending
     from pipelines.cycle import pipeline
 
     parameters, cycle = sending.parameters(given), _load(source)
     sending.check(cycle, place, mounted)
-    with compiling.package(pipeline(cycle.rungs, place)) as path:
+    made = pipeline(
+        cycle.rungs, place, audited=sending.audit(cycle, audit), **{k: v for k, v in parameters.items() if k == "to"}
+    )
+    with compiling.package(made) as path:
         yield path, parameters | {"cycle": sending.source(cycle, source)}
 
 
