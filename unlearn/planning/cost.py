@@ -89,7 +89,7 @@ def work(
             with torch.no_grad():
                 inputs = model.inputs(image, view)
             forward = base.count_flops(lambda: model.training_loss(inputs, view))
-            each = 3 * forward
+            each = method.units * forward
     if not method.needs_decoder:
         each = method.units * float(np.mean([_encoder_flops(model, spec) for spec in settings.train_views]))
     evaluation = None
