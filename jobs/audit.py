@@ -10,7 +10,7 @@ import numpy as np
 
 from jobs.pool import pool
 from unlearn import __version__
-from unlearn.audit import base, page
+from unlearn.audit import base, page, shadows
 from unlearn.audit.base import Measured, Piece
 from unlearn.audit.bench import Bench
 from unlearn.audit.settings import AuditConfig
@@ -40,6 +40,7 @@ def audit(
     began = time.perf_counter()
     trained = provenance.check(run)
     audited = prepared(run, settings)
+    run = audited.run
     seconds: dict[str, float] = {}
     judged = {}
     for test in audited.tests.values():
@@ -74,7 +75,32 @@ def prepared(run: Run, settings: AuditConfig) -> Subject:
     models = comparison.generators(run.settings)
     if base.UNLEARNED not in models:
         raise UnlearnError(f"{run.folder}: no trained model there, so there is nothing to audit: `unlearn run` first")
-    return subject(run.with_weights(model.weights for model in models.values()), models, settings)
+    return subject(run, models, settings)
+
+
+def train_shadows(
+    run: Run, recipe: Run, folder: str, count: int, workers: int | None = None,
+    progress: Progress = lambda done, total: None, check: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
+    """Train `count` shadow models of a run's original into a folder, those that are not there yet; their URIs.
+
+    recipe: the run that trains the original. Each is one plain process, several at a time on a cluster; one that was stopped goes on
+    from its checkpoint. Raises UnlearnError.
+    """
+    if "forget" not in run.sets:
+        raise UnlearnError("data.forget is missing: shadow models are trained without half of it each")
+    shadows.card(folder, recipe, run.sets["forget"])
+    cluster = run.settings.cluster
+    made = []
+    count_workers = min(workers or cluster.workers, count)
+    with pool(
+        shadows.Trainer, recipe, folder, run.sets["forget"], cluster=cluster, workers=count_workers, here=True
+    ) as mapped:
+        for uri in mapped(range(count)):
+            check()
+            made.append(uri)
+            progress(len(made), count)
+    return made
 
 
 def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
@@ -94,7 +120,7 @@ def _measured(
     settings, storage = audited.run.settings, Storage(audited.run.folder)
     pieces = [piece for name in names for piece in audited.tests[name].pieces(audited)]
     # Generator by generator over all tests, so that a worker loads each few times.
-    order = {name: i for i, name in enumerate(audited.models)}
+    order = {name: i for i, name in enumerate(audited.every)}
     pieces.sort(key=lambda piece: order[piece.generator])
     keys = {piece: audited.key(piece) for piece in pieces}
     there = set() if again else set(storage.files(DONE))

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.data.storage import Storage
+from unlearn.evaluation.oracles import shown
 from unlearn.run import Run
 
 NAME = "audit.html"
@@ -17,7 +18,7 @@ def write(run: Run, document: dict[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     html = environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
-        document=document, tests=[_test(document, name) for name in document["tests"]], generators=list(document["weights"]),
+        document=document, tests=[_test(document, name) for name in document["tests"]], generators=_columns(document),
         run=run.folder,
     )  # fmt: skip
     storage = Storage(run.folder)
@@ -29,7 +30,7 @@ def table(document: dict[str, Any]):
     """An audit.json as a rich Table for the terminal."""
     from rich.table import Table
 
-    generators = list(document["weights"])
+    generators = _columns(document)
     rich_table = Table(title=f"audit: {document['verdict']}", title_justify="left", box=None)
     for head in ("test", "verdict", "figure"):
         rich_table.add_column(head)
@@ -52,11 +53,16 @@ def _test(document: dict[str, Any], name: str) -> dict[str, Any]:
     rows = [
         {
             "title": about["title"], "judged": about["judged"], "note": about["note"],
-            "cells": [_cell(test.get(generator, {}), figure, about["digits"]) for generator in document["weights"]],
+            "cells": [_cell(test.get(generator, {}), figure, about["digits"]) for generator in _columns(document)],
         }
         for figure, about in test["figures"].items()
     ]  # fmt: skip
     return test | {"name": name, "rows": rows}
+
+
+def _columns(document: dict[str, Any]) -> list[str]:
+    """The generators that have a column; of several oracles there is one, their mean."""
+    return shown(document["weights"])
 
 
 def _cell(row: dict[str, float], figure: str, digits: int) -> str:
