@@ -110,7 +110,11 @@ def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
     found = set(verdicts.values())
     verdict = base.FAIL if base.FAIL in found else base.PASS if base.PASS in found and not undecided else base.NOT_SHOWN
     reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
-    return {"verdict": verdict, "reasons": reasons, "tests": names}
+    counts = {
+        key: sum(v == told for v in verdicts.values())
+        for key, told in (("passed", base.PASS), ("failed", base.FAIL), ("not_shown", base.NOT_SHOWN))
+    }
+    return {"verdict": verdict, "counts": counts, "reasons": reasons, "tests": names}
 
 
 def _measured(
