@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jobs import evaluate
 from jobs.pool import pool
 from unlearn import __version__
 from unlearn.audit import base, page, shadows
@@ -68,6 +69,17 @@ def audit(
     storage.write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
     log.info("audited in %.0f s: %s, %s", seconds["total"], document["verdict"], page.write(run, document))
     return document
+
+
+def report(run: Run, document: dict, show_forget: bool = False) -> str | None:
+    """Write report.html anew, with the audit in it; its URI. None where the run has no figures of these weights to report."""
+    storage = Storage(run.folder)
+    if not storage.is_file(evaluate.RESULTS):
+        return None
+    measured = json.loads(storage.read(evaluate.RESULTS))
+    if measured.get("weights", {}).get(base.UNLEARNED) != document["weights"][base.UNLEARNED]:
+        return None
+    return evaluate.write_report(run, show_forget)
 
 
 def prepared(run: Run, settings: AuditConfig) -> Subject:

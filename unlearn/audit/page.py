@@ -1,5 +1,6 @@
 """audit.html: one file with the verdict, its reasons and the figures of every test. It loads nothing and holds no image."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,28 @@ def _test(document: dict[str, Any], name: str) -> dict[str, Any]:
         }
         for figure, about in test["figures"].items()
     ]  # fmt: skip
-    return test | {"name": name, "rows": rows}
+    curves = [_curve(test["figures"][figure]["title"], lines) for figure, lines in test.get("curves", {}).items()]
+    return test | {"name": name, "rows": rows, "drawn": curves}
+
+
+def _curve(title: str, lines: dict[str, list[list[float]]]) -> dict[str, Any]:
+    """Lines in a box of 100 x 100, y upwards; the points of x at even distances, as they were chosen."""
+    xs = [x for x, _ in next(iter(lines.values()))]
+    values = [y for line in lines.values() for _, y in line]
+    low, high = math.floor(min(values)), math.ceil(max(values) + 1e-9)
+    high = max(high, low + 1)
+
+    def at(place: int, y: float) -> str:
+        return f"{100 * place / max(len(xs) - 1, 1):.2f},{100 - 100 * (y - low) / (high - low):.2f}"
+
+    return {
+        "title": title.partition(":")[0], "low": low, "high": high,
+        "marks": [{"at": 100 * i / max(len(xs) - 1, 1), "text": f"{x:g}"} for i, x in enumerate(xs)],
+        "lines": [
+            {"generator": g, "points": " ".join(at(i, y) for i, (_, y) in enumerate(line)), "last": f"{line[-1][1]:.1f}", "first": f"{line[0][1]:.1f}"}
+            for g, line in lines.items()
+        ],
+    }  # fmt: skip
 
 
 def _columns(document: dict[str, Any]) -> list[str]:

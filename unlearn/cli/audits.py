@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from unlearn.cli.options import Config, Set
+from unlearn.cli.options import Config, Set, ShowForget
 
 
 class StartsByDefault(TyperGroup):
@@ -36,6 +36,7 @@ Option = Annotated[
 @app.command()
 def start(
     config: Config, audit: Audit = None, options: Option = [], overrides: Set = [],  # noqa: B006  read only
+    show_forget: ShowForget = False,
     again: Annotated[bool, typer.Option("--again", help="measure anew what was measured before")] = False,
 ):  # fmt: skip
     """Audit a trained run: `unlearn audit RUN` is the same. It ends with 0 whatever the verdict is.
@@ -57,14 +58,15 @@ def start(
         try:
             run = resolve(settings, measured=True)
             with progress("auditing") as advance:
-                document = job.audit(
-                    run, wanted, lambda done, total: advance(done, total, ""), lease.check, again
-                )  # fmt: skip
+                document = job.audit(run, wanted, lambda n, of: advance(n, of, ""), lease.check, again)
+            written = job.report(run, document, show_forget)
         except signals.Stopped as e:
             e.hint = f"what was measured stays; go on with: unlearn audit {settings.run_dir}"
             raise
     out.print(page.table(document))
     out.print(f"audit: {Storage(settings.run_dir).where(page.NAME)}", soft_wrap=True)
+    if written:
+        out.print(f"report: {written}", soft_wrap=True)
 
 
 @app.command()

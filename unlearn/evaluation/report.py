@@ -10,6 +10,7 @@ from PIL import Image
 
 from unlearn.data import selection
 from unlearn.data.storage import Storage
+from unlearn.evaluation import story
 from unlearn.evaluation.verdict import verdict
 from unlearn.run import Run
 from unlearn.training import metrics
@@ -45,6 +46,12 @@ def write(run: Run, document: dict, grids: list[dict]) -> str:
     shown = [grid["set"] for grid in grids]
     html = environment.from_string(Path(__file__).with_name(NAME).read_text()).render(
         document=document,
+        asked=story.asked(run),
+        done=story.done(run, document),
+        audit=story.audit(run, document),
+        commands=story.commands(run),
+        not_claimed=story.NOT_CLAIMED,
+        private=run.settings.names_rows,
         network=network(document),
         headline=headline,
         sentences=sentences,
