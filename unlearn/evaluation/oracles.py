@@ -65,7 +65,7 @@ def distance(rows: Sequence[dict[str, Any]], view: str, count: int) -> dict[str,
             each = {
                 figure: (row[figure] - oracle[figure]) / spread
                 for figure, spread in oracle["spread"].items()
-                if spread > 0 and isinstance(row.get(figure), float) and not figure.endswith("_std")
+                if spread > 0 and isinstance(row.get(figure), float) and not figure.endswith(("_std", "_low", "_high"))
             }
             whole = [each[figure] ** 2 for figure in WHOLE if figure in each]
             each |= {"whole": math.sqrt(statistics.fmean(whole))} if whole else {}
