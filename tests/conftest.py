@@ -181,7 +181,7 @@ def written(tiny_run, tmp_path):
     """written(*overrides) -> path of a YAML file that holds the small run; overrides may be wrong."""
 
     def write(*overrides: str) -> str:
-        tree = config.override(yaml.safe_load(config.dump(tiny_run())), list(overrides))
+        tree = config.override(tiny_run().model_dump(mode="json", exclude_defaults=True), list(overrides))
         path = tmp_path / "run.yaml"
         path.write_text(yaml.safe_dump(tree))
         return str(path)

@@ -62,7 +62,10 @@ _TRAINING = (
 def first_hash(run) -> str:
     """The hash of a RunConfig by the first schema, which checkpoints written before the second one carry."""
     tree = run.model_dump(mode="json")
-    data, training, method, model = tree["data"], tree["training"], tree["method"], tree["model"]
+    data, training, model = tree["data"], tree["training"], tree["model"]
+    method = {"name": run.method.name} | run.method.model_dump(
+        mode="json", exclude_defaults=True
+    )  # a later option: not its default
     former = {today: old for names in VALUES.values() for old, today in names.items()}
     rows = {key: data[key] and {name: data[key][name] for name in _ROWS} for key in ("forget", "retain", "proxy")}
     told = {

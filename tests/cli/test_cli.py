@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -116,6 +117,8 @@ def test_a_shard_that_is_not_parquet(told, written, tmp_path, damage):
     data = (folder / "shard-0.parquet").read_bytes()
     (folder / "shard-0.parquet").write_bytes(data[: len(data) // 2] if damage == "truncated" else b"not parquet")
     path = written(f"data.train={folder}", "data.forget.classes=[0]")
+    assert "shard-0.parquet: not the file of the manifest" in refused(told, "run", path)
+    shards.save(replace(shards.load(str(folder)), values=""))
     assert "shard-0.parquet: truncated, or not Parquet" in refused(told, "run", path)
     assert "shard-0.parquet has" in refused(told, "shards", "verify", folder)
 
