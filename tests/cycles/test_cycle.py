@@ -10,8 +10,10 @@ from support.cycles import LIMIT, ask, standing
 
 from jobs import cycle as job
 from unlearn import certificate, config
-from unlearn.cycles import selecting
+from unlearn.cycles import history, selecting
+from unlearn.cycles.measured import with_parts
 from unlearn.cycles.records import Records
+from unlearn.data import shards
 from unlearn.errors import CycleError
 from unlearn.evaluation import comparison
 from unlearn.evaluation.comparison import Comparison
@@ -90,6 +92,31 @@ def test_a_part_of_the_forget_set_changes_no_view_of_the_others(served):
     for name in ("forget", "retain"):
         assert one.view(name, 0, np.arange(1)).hidden.equal(other.view(name, 0, np.arange(1)).hidden)
     assert not other.view("forget_old", 0, np.arange(1)).hidden.equal(one.view("forget", 0, np.arange(1)).hidden)
+
+
+def test_images_of_a_class_that_somebody_names_are_no_retain_images(made, tiny_shards):
+    """Requests of several kinds are forgotten by id, and yet held-out images of a class that one of them names are not retained."""
+    cycle = made()
+    cycle = cycle.model_copy(update={"run": cycle.run | {"evaluation": {"data": tiny_shards}}})
+    ask(cycle, {"subjects": ["person-1"]}, {"classes": ["cat"]})
+    settings = job.settings(cycle, job.select(cycle), 0)
+    run = resolve(settings, measured=True)
+    with Ledger(cycle.ledger) as ledger:
+        parts = with_parts(run, config.Rows(classes=["cat"]), config.Rows(subjects=["person-1"]), ledger.requests())
+    assert settings.data.forget.ids and 2 in run.measured["retain"].labels and 2 not in parts.measured["retain"].labels
+    assert set(parts.measured["forget_new"].labels) == {2} and len(parts.measured["forget_old"]) == 10
+
+
+def test_all_of_it_on_s3(cycle, s3):
+    cycle = cycle.model_copy(
+        update={"cycle_dir": f"{s3}/cycles", "releases": f"{s3}/store", "delete_rows": f"{s3}/kept"}
+    )
+    ask(cycle, {"subjects": ["person-1"]})
+    ended = job.run(cycle)
+    assert ended.outcome.folder.startswith(f"{s3}/store/v1-") and standing(cycle) == {1: "released"}
+    assert [told.ended for told in history.of(Records(cycle.cycle_dir))] == ["v1, made current"]
+    again = job.release(cycle, ended.selection, 0)
+    assert again == ended.outcome and shards.load(ended.outcome.rows.uri).rows == 38
 
 
 def test_the_ledger_and_the_letter_tell_what_was_done(served):

@@ -35,9 +35,9 @@ def test_the_certificate_names_the_manifests_before_and_after(rewritten):
     assert set(release.data.values()) == {before.hash} and any(after.hash[:16] in claim for claim in release.claimed)
     assert after.rows == before.rows - rows.removed == 48 - 20
     assert not {"person-1", "person-2"} & set(after.table(["subject"])["subject"].to_pylist())
-    assert rows.delete == [f"{before.uri}/shard-{n}.parquet" for n in range(3)] and before.rows == 48, (
-        "nothing is deleted"
-    )
+    beside = [f"{before.uri}/manifest.{kind}" for kind in ("images", "rows")]
+    assert rows.delete == [*(f"{before.uri}/shard-{n}.parquet" for n in range(3)), *beside]
+    assert shards.load(before.uri).table(["id"]).num_rows == 48, "nothing is deleted"
 
 
 def test_a_base_that_may_remember_what_is_gone_is_refused(rewritten):

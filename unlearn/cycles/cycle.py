@@ -14,16 +14,21 @@ ladder:                                      # what is tried one after the other
 
 import copy
 import hashlib
-from typing import Any
+from typing import Annotated, Any
 
 import rfc8785
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from unlearn import config
-from unlearn.config import Location, Part, Rows, RunConfig
+from unlearn.config import Location, Part, Rows, RunConfig, location
 from unlearn.releases import gate as gates
 
 KEY = "UNLEARN_RELEASE_KEY"  # the variable that names the private key
+
+
+def _ledger(url: str) -> str:
+    """A path is made absolute."""
+    return url if "://" in url else location(url)
 
 
 class Cycle(Part):
@@ -31,8 +36,8 @@ class Cycle(Part):
 
     name: str = Field(default="cycle", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     cycle_dir: Location = Field(description="everything that cycles write: a path or s3://bucket/prefix")
-    ledger: str | None = Field(
-        default=None, description="URL of the ledger of requests, without a password; none = UNLEARN_LEDGER"
+    ledger: Annotated[str, AfterValidator(_ledger)] | None = Field(
+        default=None, description="path or URL of the ledger of requests, without a password; none = UNLEARN_LEDGER"
     )
     releases: Location = Field(description="where the releases of this model lie: a path or s3://bucket/prefix")
     key: Location | None = Field(default=None, description=f"path of the private key that signs releases; none = {KEY}")

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,8 @@ def parse(tree: dict[str, Any], source: str = "cycle") -> Cycle:
     if isinstance(run.get("data"), dict):
         run["data"].pop("forget", None)
     run.pop("run_dir", None)
+    if re.match(r"[^/]*//[^/@]*:[^/]*@", str(tree.get("ledger"))):  # checked here, where no message repeats it
+        raise ConfigError(f"{source}: ledger: a password does not belong here: give it by PGPASSWORD or ~/.pgpass")
     tree |= {"run": run, "gate": _file(tree.get("gate"), source, "gate")}
     try:
         cycle = Cycle.model_validate(tree)

@@ -94,7 +94,7 @@ class Judgement(Record):
 
 class Rows(Record):
     """Shards without the served rows. before, after: hashes of the manifests; uri: where the new ones are; delete: the objects that
-    hold the rows, which are not deleted by this program."""
+    hold the rows, or ids and checksums of theirs, which are not deleted by this program."""
 
     uri: str
     before: str

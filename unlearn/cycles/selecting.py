@@ -144,12 +144,10 @@ def _check_known(
     trained_on = card.get("data")
     if isinstance(trained_on, dict) and set(trained_on.values()) == {manifest.hash}:
         return  # the base was trained on what is there now, from nothing: it has never seen what is not
-    lost = []
-    for request in served:
-        before = records.read(str(request.evidence.get("cycle")), SELECTION, Selection)
-        counts = {asked.number: asked.images for asked in (before.new if before else ())}
-        if chosen.matched.get(request.id, 0) < counts.get(request.id, 1):
-            lost.append(request.id)
+    cycles = {str(request.evidence.get("cycle")) for request in served}
+    before = [found for id in sorted(cycles) if (found := records.read(id, SELECTION, Selection))]
+    images = {asked.number: asked.images for selection in before for asked in selection.new}
+    lost = [r.id for r in served if chosen.matched.get(r.id, 0) < images.get(r.id, 1)]
     if lost:
         raise CycleError(
             f"request(s) {', '.join(map(str, lost))} were served, and images of theirs are not in {manifest.uri} any more; the base was trained "

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unlearn.data import duplicates, selection, shards
+from unlearn.data import duplicates, row_values, selection, shards
 from unlearn.data.manifest import Manifest
 from unlearn.data.selection import RowSet
 from unlearn.data.storage import Storage, local_copy, told
@@ -27,8 +27,13 @@ def with_duplicates(rows: RowSet) -> np.ndarray:
 
 
 def touched(manifest: Manifest, gone: np.ndarray) -> list[str]:
-    """The names of the shards that hold some of these rows."""
-    return [manifest.shards[s].path for s in sorted({manifest.groups[g][0] for g in manifest.group_of(gone)})]
+    """The names of the files that hold something of these rows: their shards, and what lies beside the manifest of each row."""
+    names = [manifest.shards[s].path for s in sorted({manifest.groups[g][0] for g in manifest.group_of(gone)})]
+    beside = (
+        (duplicates.file_name(manifest.split), manifest.images),
+        (row_values.file_name(manifest.split), manifest.values),
+    )
+    return names + [name for name, there in beside if there]
 
 
 def without(
