@@ -32,8 +32,8 @@ def steps(spec: dict) -> dict[str, dict]:
 
 
 def test_what_kubeflow_gets_is_as_committed(tmp_path):
-    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1 --audit s3://bucket/audit.yaml
-    --secret UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key"""
+    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1 --audit
+    s3://bucket/audit.yaml --secret UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key"""
     from kfp import components
 
     assert compiled(tmp_path / "cycle.yaml", 1, FULL) == list(yaml.safe_load_all(GOLDEN.read_text()))
