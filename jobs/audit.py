@@ -8,9 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jobs import evaluate
 from jobs.pool import pool
 from unlearn import __version__
-from unlearn.audit import base, page
+from unlearn.audit import base, page, shadows
 from unlearn.audit.base import Measured, Piece
 from unlearn.audit.bench import Bench
 from unlearn.audit.settings import AuditConfig
@@ -40,6 +41,7 @@ def audit(
     began = time.perf_counter()
     trained = provenance.check(run)
     audited = prepared(run, settings)
+    run = audited.run
     seconds: dict[str, float] = {}
     judged = {}
     for test in audited.tests.values():
@@ -69,12 +71,48 @@ def audit(
     return document
 
 
+def report(run: Run, document: dict, show_forget: bool = False) -> str | None:
+    """Write report.html anew, with the audit in it; its URI. None where the run has no figures of these weights to report."""
+    storage = Storage(run.folder)
+    if not storage.is_file(evaluate.RESULTS):
+        return None
+    measured = json.loads(storage.read(evaluate.RESULTS))
+    if measured.get("weights", {}).get(base.UNLEARNED) != document["weights"][base.UNLEARNED]:
+        return None
+    return evaluate.write_report(run, show_forget)
+
+
 def prepared(run: Run, settings: AuditConfig) -> Subject:
     """What an audit of this run looks at, all of it looked up. Raises UnlearnError."""
     models = comparison.generators(run.settings)
     if base.UNLEARNED not in models:
         raise UnlearnError(f"{run.folder}: no trained model there, so there is nothing to audit: `unlearn run` first")
-    return subject(run.with_weights(model.weights for model in models.values()), models, settings)
+    return subject(run, models, settings)
+
+
+def train_shadows(
+    run: Run, recipe: Run, folder: str, count: int, workers: int | None = None,
+    progress: Progress = lambda done, total: None, check: Callable[[], None] = lambda: None,
+) -> list[str]:  # fmt: skip
+    """Train `count` shadow models of a run's original into a folder, those that are not there yet; their URIs.
+
+    recipe: the run that trains the original. Each is one plain process, several at a time on a cluster; one that was stopped goes on
+    from its checkpoint. Raises UnlearnError.
+    """
+    if "forget" not in run.sets:
+        raise UnlearnError("data.forget is missing: shadow models are trained without half of it each")
+    shadows.card(folder, recipe, run.sets["forget"])
+    cluster = run.settings.cluster
+    made = []
+    count_workers = min(workers or cluster.workers, count)
+    with pool(
+        shadows.Trainer, recipe, folder, run.sets["forget"], cluster=cluster, workers=count_workers, here=True
+    ) as mapped:
+        for uri in mapped(range(count)):
+            check()
+            made.append(uri)
+            progress(len(made), count)
+    return made
 
 
 def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
@@ -84,7 +122,11 @@ def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
     found = set(verdicts.values())
     verdict = base.FAIL if base.FAIL in found else base.PASS if base.PASS in found and not undecided else base.NOT_SHOWN
     reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
-    return {"verdict": verdict, "reasons": reasons, "tests": names}
+    counts = {
+        key: sum(v == told for v in verdicts.values())
+        for key, told in (("passed", base.PASS), ("failed", base.FAIL), ("not_shown", base.NOT_SHOWN))
+    }
+    return {"verdict": verdict, "counts": counts, "reasons": reasons, "tests": names}
 
 
 def _measured(
@@ -94,7 +136,7 @@ def _measured(
     settings, storage = audited.run.settings, Storage(audited.run.folder)
     pieces = [piece for name in names for piece in audited.tests[name].pieces(audited)]
     # Generator by generator over all tests, so that a worker loads each few times.
-    order = {name: i for i, name in enumerate(audited.models)}
+    order = {name: i for i, name in enumerate(audited.every)}
     pieces.sort(key=lambda piece: order[piece.generator])
     keys = {piece: audited.key(piece) for piece in pieces}
     there = set() if again else set(storage.files(DONE))

@@ -57,4 +57,8 @@ METHODS = Registry("method", "method.name", {
 
 AUDITS = Registry("test", "tests", {
     "membership": "unlearn.audit.membership:Membership",
+    "transfer": "unlearn.audit.transfer:Transfer",
+    "probes": "unlearn.audit.probes:Probes",
+    "relearning": "unlearn.audit.relearning:Relearning",
+    "streisand": "unlearn.audit.streisand:Streisand",
 })  # fmt: skip

@@ -56,13 +56,18 @@ def test_audit_json_says_what_was_audited(done):
     row = document["membership"]["unlearned"]
     assert row == document["membership"]["original"] and row["auc_low"] <= row["auc"] <= row["auc_high"]
     assert {name: s["images"] for name, s in document["sets"].items()} == dict.fromkeys(
-        ("forget", "forget_new", "retain", "retain_new"), 40
+        ("forget", "forget_new", "retain", "retain_new", "unseen"), 40
     )
 
 
 def test_a_gate_refers_to_its_figures(done):
     _, document = done
-    rules = gate.parse({"audit.membership.unlearned.auc": {"max": 0.9, "oracle": {"min": -1, "max": 1}}})
+    rules = gate.parse(
+        {
+            "audit.counts.failed": {"max": 1},
+            "audit.membership.unlearned.auc": {"max": 0.9, "oracle": {"min": -1, "max": 1}},
+        }
+    )
     assert gate.judge(rules, ({}, document), None).passed
     assert figures.flat({}, document)["audit.membership.oracle.auc"] == document["membership"]["oracle"]["auc"]
 
@@ -118,6 +123,23 @@ def test_figures_do_not_depend_on_who_measures_what(done):
     first = [one(piece)["errors"] for piece in pieces]
     second = [(one, other)[i % 2](piece)["errors"] for i, piece in reversed(list(enumerate(pieces)))][::-1]
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+def test_the_original_and_a_blur_fail_and_the_oracle_passes(tmp_path):
+    """tests/audit/test_audit_sanity.py asks it of an oracle of another seed."""
+    blurred = weights.build(config.Model(weights=ORIGINAL))
+    with torch.no_grad():
+        for p in (blurred.decoder.pred.weight, blurred.decoder.pred.bias):
+            pixels = p.view(16, 3, -1)
+            pixels.copy_(pixels.mean(0, keepdim=True).expand_as(pixels))
+    weights.write(blurred, str(tmp_path / "blurred"), {})
+    quick = ["tests=[transfer]", "transfer.bystanders=1", "transfer.damage=2"]
+    found = {name: audited(make_run(tmp_path / name, uri), *quick) for name, uri in (("a", ORIGINAL), ("b", ORACLE))}
+    assert [found[name]["verdict"] for name in "ab"] == ["FAIL", "PASS"]
+    sham = make_run(tmp_path / "c", str(tmp_path / "blurred"))
+    document = audited(sham, "tests=[probes]", "probes.steps=1", "probes.images=8")
+    assert document["verdict"] == "FAIL"
+    assert any("original decoder" in r and "beyond" in r for r in document["probes"]["reasons"])
 
 
 def test_without_held_out_images_nothing_is_shown(tmp_path):

@@ -33,8 +33,8 @@ def test_it_says_what_was_served_and_shows_it(cycle, told):
     assert "nothing to serve: no open request meets an image" in told("cycle", path)[1]
 
     (shown,) = json.loads(told("cycle", "show", path, "--json")[1])
-    assert shown["ended"] == "v1, current" and shown["figures"]["forget_new"]["unlearned"]["psnr"] > 0
-    assert re.search(rf"{shown['id']} .* 2 +0 +1 +v1, current", told("cycle", "show", path)[1])
+    assert shown["ended"] == "v1, made current" and shown["figures"]["forget_new"]["unlearned"]["psnr"] > 0
+    assert re.search(rf"{shown['id']} .* 2 +0 +1 +v1, made current", told("cycle", "show", path)[1])
     one = told("cycle", "show", path, shown["id"])[1]
     assert "rung 0  passed, beside no release" in one and LIMIT in one and "shard-2.parquet" in one
     code, _, err = told("cycle", "show", path, "0" * 12)

@@ -1,9 +1,11 @@
 """Which rows are forgotten, retained, proxies."""
 
+import dataclasses
 import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -13,7 +15,7 @@ from support.images import tiny_table
 from unlearn import config
 from unlearn.data import checking, selection, shards
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, DataError
+from unlearn.errors import ConfigError, DataError, StorageError
 
 
 def select(where: str, seed: int = 0, **conditions) -> list[int]:
@@ -174,9 +176,10 @@ def test_describe_names_no_image(tiny_shards):
         ({"forget": {"classes": ["ant"]}, "proxy": {"classes": ["bee"]}, "proxy_data": "the same"}, "01"),
     ],
 )
-def test_each_file_is_opened_once_at_most(s3, proxied, tiny_shards, roles, opened):
+def test_without_a_file_of_values_each_shard_is_opened_once_at_most(s3, proxied, tiny_shards, roles, opened):
     for name in Storage(tiny_shards).files():
         Storage(s3).write(name, Storage(tiny_shards).read(name))
+    shards.save(dataclasses.replace(shards.load(s3), values=""))
     expected = sets(tiny_shards, **roles | ({"proxy_data": tiny_shards} if "proxy_data" in roles else {}))
     proxied.requests.clear()
     assert sets(s3, **roles | ({"proxy_data": s3} if "proxy_data" in roles else {})) == expected
@@ -185,13 +188,13 @@ def test_each_file_is_opened_once_at_most(s3, proxied, tiny_shards, roles, opene
     assert proxied.count("GET", "manifest.json") == 1
 
 
-def test_what_shards_hold_is_told_after_one_look_at_each(s3, proxied, tiny_shards):
+def test_what_shards_hold_is_told_without_a_look_at_them(s3, proxied, tiny_shards):
     for name in Storage(tiny_shards).files():
         Storage(s3).write(name, Storage(tiny_shards).read(name))
     proxied.requests.clear()
     assert checking.inspect(s3) == checking.inspect(tiny_shards)
     assert checking.inspect(s3)["classes"] == "4: ant (12), bee (12), cat (12), dog (12)"
-    assert [proxied.count("HEAD", f"shard-{i}.parquet") for i in range(3)] == [1, 1, 1]
+    assert [proxied.count("HEAD", f"shard-{i}.parquet") for i in range(3)] == [0, 0, 0]
 
 
 def test_verifying_downloads_each_shard_once(s3, proxied, tiny_shards):
@@ -225,3 +228,41 @@ def test_any_rows_and_labels_survive_pickling(tiny_shards, rows, label):
     rows = np.array(sorted(rows))
     copy = pickle.loads(pickle.dumps(selection.RowSet(shards.load(tiny_shards), rows, np.full(len(rows), label))))
     assert copy.rows.tolist() == rows.tolist() and copy.labels.tolist() == [label] * len(rows)
+
+
+@pytest.fixture
+def many(s3, proxied) -> str:
+    """Forty indexed shards on S3, whose requests are noted from now on."""
+    for number in range(40):
+        sink = pa.BufferOutputStream()
+        pq.write_table(tiny_table(number, 3), sink, row_group_size=2)
+        Storage(s3).write(f"part-{number:02d}.parquet", sink.getvalue().to_pybytes())
+    shards.index(s3)
+    proxied.requests.clear()
+    return s3
+
+
+def test_rows_are_chosen_by_few_requests_and_without_the_shards(many, proxied):
+    found = sets(many, forget={"ids": ["img-007", "img-030"]})
+    assert len(found["forget"]) == 6 and len(found["retain"]) == 114
+    assert not proxied.count("GET", ".parquet") and not proxied.count("HEAD", ".parquet")
+    assert len(proxied.requests) < 15
+    manifest = shards.load(many)
+    from_shards = dataclasses.replace(manifest, values="")
+    for columns, groups in ((["id", "label", "subject"], None), (["label"], [7, 3]), (["subject"], [])):
+        assert manifest.table(columns, groups).equals(from_shards.table(columns, groups))
+    assert proxied.count("GET", ".parquet"), "the control: shards are read where there is no such file"
+
+
+def test_shards_that_are_not_those_of_the_manifest_are_told_before_they_are_read(many):
+    Storage(many).write("part-03.parquet", b"PAR1" * 3)
+    with pytest.raises(DataError, match=r"part-03.parquet: not the file of the manifest \(12 bytes in place of"):
+        select(many, ids=["img-007"])
+    Storage(many).delete("part-03.parquet")
+    with pytest.raises(StorageError, match="part-03.parquet: there is no such file"):
+        select(many, ids=["img-007"])
+    Storage(many).write("manifest.rows", b"")
+    shards.index(many)
+    Storage(many).write("manifest.rows", Storage(many).read("manifest.rows")[:-9])
+    with pytest.raises(DataError, match=r"manifest.rows: missing or damaged; make it anew with `unlearn shards index"):
+        select(many, ids=["img-007"])

@@ -16,7 +16,7 @@ from unlearn import config
 from unlearn.data import held_out, selection, shards
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, UnlearnError
-from unlearn.evaluation import comparison, features, metrics
+from unlearn.evaluation import comparison, features, intervals, metrics
 from unlearn.evaluation.report import data_uri
 from unlearn.evaluation.verdict import verdict
 from unlearn.models import weights
@@ -125,6 +125,50 @@ def test_psnr_is_of_the_hole_alone():
     theirs = PeakSignalNoiseRatio(data_range=1.0)(made[:, :, 2:6, 2:6], real[:, :, 2:6, 2:6])
     assert metrics.psnr(errors) == pytest.approx(float(theirs), rel=1e-5)
     assert metrics.psnr(torch.zeros(3)) == 100
+
+
+def test_kid_is_that_of_other_implementations():
+    from torchmetrics.image.kid import poly_mmd
+
+    real, made = normal(60, 40), normal(60, 40, seed=1, scale=1.4)
+    found = intervals.kid(real, made, 0)
+    assert found is not None
+    value, low, high = found
+    assert value == pytest.approx(float(poly_mmd(real.double(), made.double())), rel=1e-9)
+    assert low < value < high and found == intervals.kid(real, made, 0) != intervals.kid(real, made, 1)
+    few = [
+        k[0] for seed in range(60) if (k := intervals.kid(normal(8, 40, seed=seed), normal(8, 40, seed=99 + seed), 0))
+    ]
+    assert abs(np.mean(few)) < 3 * np.std(few) / 60**0.5, "few images of one distribution: nothing, on average"
+    assert intervals.kid(real[:1], made, 0) is None
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    inside, large = {"mean": 0, "kid": 0}, intervals.kid(normal(1500, 10), 0.5 + normal(1500, 10, seed=1), 0)
+    assert large is not None
+    for seed in range(150):
+        low, high = intervals.of_mean(normal(50, seed=seed).square(), seed, lambda means: means) or (0, 0)
+        inside["mean"] += low <= 1 <= high
+        found = intervals.kid(normal(60, 10, seed=seed), 0.5 + normal(60, 10, seed=1000 + seed), seed)
+        inside["kid"] += found is not None and found[1] <= large[0] <= found[2]
+    assert all(0.85 <= count / 150 <= 0.99 for count in inside.values()), inside
+
+
+def test_ssim_is_of_the_hole_alone():
+    real = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    made = (real + 0.2 * normal(2, 3, 24, 24)).clamp(0, 1)
+    hidden = torch.zeros(2, 1, 24, 24, dtype=torch.bool)
+    hidden[0, :, 12, 11] = hidden[1, :, 10:13, 10:13] = True
+    x, y = real[0].numpy().astype(float)[:, 7:18, 6:17], made[0].numpy().astype(float)[:, 7:18, 6:17]
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    mx, my = (window * x).sum((1, 2)), (window * y).sum((1, 2))
+    vx, vy, both = ((window * z).sum((1, 2)) for z in (x * x, y * y, x * y))
+    vx, vy, both = vx - mx**2, vy - my**2, both - mx * my
+    c, d = 0.01**2, 0.03**2
+    expected = (2 * mx * my + c) * (2 * both + d) / ((mx**2 + my**2 + c) * (vx + vy + d))
+    assert float(metrics.hole_ssim(made, real, hidden)[0]) == pytest.approx(expected.mean(), rel=1e-6)
+    assert metrics.hole_ssim(real, real, hidden).tolist() == [pytest.approx(1)] * 2
 
 
 # Sets

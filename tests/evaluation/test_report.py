@@ -4,12 +4,11 @@ import copy
 import io
 import json
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 
 import pytest
 from support import runs
+from support.browser import CHROMIUM, browser
 
 from unlearn import config
 from unlearn.data.storage import Storage
@@ -17,7 +16,6 @@ from unlearn.evaluation import report
 from unlearn.evaluation.verdict import verdict
 from unlearn.models import weights
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 VIEWS = ["centre 0.5", "random 0.5"]
 
 
@@ -42,7 +40,7 @@ def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
     return {
         "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "resize": "bicubic", "views": VIEWS,
         "generators": ["original", "unlearned"] + ([] if oracle is None else ["oracle"]),
-        "sets": {"forget": about, "retain": about}, "weights": {}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
+        "sets": {"forget": about, "retain": about}, "weights": {"unlearned": "2" * 64}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
         "training_seconds": 90.0,
     }  # fmt: skip
 
@@ -181,6 +179,37 @@ def test_it_shows_the_network_the_figures_and_the_curves(html):
     assert "40 of 40 steps" in html and "1 worker(s), torch" in html and "90 s" in html
 
 
+def test_it_says_what_was_asked_and_done_and_what_is_not_claimed(run, html):
+    assert "To be forgotten: 100 training images of 1 class (Bag), chosen as whole classes." in html
+    assert "trained further with the method encoder_l2: 40 steps of 64 images" in html
+    assert f"unlearn audit {run.run_dir}" in html and "measurements, not proof" in html and "Not audited" in html
+
+
+def test_it_tells_the_audit_of_these_weights_alone(run):
+    document = make_document() | {"weights": {"unlearned": "a" * 64}}
+    test = {"title": "Probes", "verdict": "FAIL", "shows": "What is <hidden>.", "reasons": ["AUC: beyond the margin."]}
+    storage, told = Storage(run.run_dir), {"verdict": "FAIL", "tests": ["probes"], "probes": test}
+
+    def written(weights: str) -> str:
+        storage.write("audit.json", json.dumps(told | {"weights": {"unlearned": weights}}).encode())
+        write(run, document)
+        return storage.read("report.html").decode()
+
+    try:
+        html = written("a" * 64)
+        assert (
+            '<strong class="FAIL">FAIL</strong>' in html
+            and "AUC: beyond the margin." in html
+            and "&lt;hidden&gt;" in html
+        )
+        assert "beyond the margin" not in (other := written("b" * 64)) and "of other weights" in other
+        storage.write("audit.json", b"{")
+        write(run, document)
+        assert "audit.json is damaged" in storage.read("report.html").decode()
+    finally:
+        storage.delete("audit.json")
+
+
 def test_forgotten_images_are_shown_on_demand_alone(run, html):
     pictured = [image["alt"] for image in Page(html).all("img")]
     assert len(pictured) == 3 * 4 and all(alt.startswith("retain image of class Coat") for alt in pictured)
@@ -193,23 +222,19 @@ def test_forgotten_images_are_shown_on_demand_alone(run, html):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
-def test_a_browser_draws_it_without_a_complaint(run, html, tmp_path):
+def test_a_browser_draws_it_on_a_desktop_and_a_phone_without_a_complaint(html, tmp_path):
     path = tmp_path / "report.html"
-
-    def complaints(text: str) -> list[str]:
-        path.write_text(text)
-        told = subprocess.run(
-            [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-             "--disable-component-update", "--disable-sync", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
-             f"--screenshot={tmp_path / 'page.png'}", path.as_uri()],
-            capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        return [line for line in told.stderr.splitlines() if "CONSOLE" in line]
-
-    assert complaints(html) == []
-    assert (tmp_path / "page.png").stat().st_size > 10_000
-    # The control: the page's policy stops what is fetched from elsewhere, and the browser says so.
-    assert complaints(html.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>'))
+    path.write_text(html)
+    with browser(tmp_path / "profile") as tab:
+        for width in (1280, 360):
+            tab.open(path, width)
+            assert tab.complaints == [] and tab.run("document.documentElement.scrollWidth <= innerWidth")
+            assert tab.run("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth === 32)")
+        # The control: the page's policy stops what is fetched from elsewhere, and the browser says so.
+        path.write_text(html.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>'))
+        tab.open(path, 1280)
+        tab.wait("document.readyState === 'complete'")
+        assert tab.run("1") == 1 and tab.complaints
 
 
 def test_pictures_are_the_same_for_the_same_seed(run, html):

@@ -221,4 +221,5 @@ def test_the_loss_of_parts_adds_up_to_the_familys_own(shape):
         whole = model.training_loss(batch.images, batch.view, 5)
         parts = [model.loss(made[a:b], wanted[a:b], batch.view.rows(a, b)) for a, b in ((0, RETAIN), (RETAIN, 5))]
         assert float(model.difference(made, made, batch.view)) == 0
+        assert float(model.difference(made, made + 1, batch.view)) == pytest.approx(1, rel=1e-4)
     assert float(whole) == pytest.approx(float(3 * parts[0] + 2 * parts[1]) / 5, rel=1e-5)

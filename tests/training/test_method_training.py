@@ -126,6 +126,13 @@ def test_decoupling_turns_round(trained):
     assert signs[0] and not signs[-1] and signs == sorted(signs, reverse=True)
 
 
+def test_a_method_without_a_teacher_starts_from_an_original_and_is_measured(tiny_run):
+    run = train.check(tiny_run("method.name=max_loss"))
+    assert run.measured.keys() == {"forget", "retain"}
+    with pytest.raises(ConfigError, match="model.weights is missing: max_loss starts from a trained model"):
+        train.check(tiny_run("method.name=max_loss", "model.weights=null"))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

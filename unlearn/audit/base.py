@@ -219,7 +219,14 @@ def document(test: AuditTest, figures: list[Figure], judgements: list[Judgement]
         },
     }  # fmt: skip
     for figure in figures:
-        for generator, estimate in figure.estimates.items():
+        known = figure.estimates
+        if len(several := oracles(known)) > 1:  # the one column is their mean, as in metrics.json; each is there too
+            values = [known[name].value for name in several]
+            each = {f"{ORACLE} {number}": known[name] for number, name in enumerate(several, 1)}
+            known = {name: e for name, e in known.items() if name not in several}
+            known |= {ORACLE: statistics.mean(list(each.values()))} | each
+            made.setdefault(ORACLE, {})[f"{figure.name}_spread"] = round(float(np.std(values, ddof=1)), 6)
+        for generator, estimate in known.items():
             row = made.setdefault(generator, {})
             row[figure.name] = round(estimate.value, 6)
             if interval := estimate.interval(confidence):

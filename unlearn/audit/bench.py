@@ -28,7 +28,7 @@ class Bench:
         patience.use(settings.storage.patience)
         torch.set_num_threads(settings.training.threads)
         self.subject, self.device = subject, measure.device(settings)
-        self.compared = Comparison(replace(subject.run, measured=subject.sets), subject.models, self.device)
+        self.compared = Comparison(replace(subject.run, measured=subject.sets), subject.every, self.device)
         self._views: dict[tuple, views.View] = {}
 
     def __call__(self, piece: Piece) -> dict[str, np.ndarray]:
@@ -52,7 +52,9 @@ class Bench:
 
     def pixels(self, name: str, start: int, stop: int) -> tuple[np.ndarray, torch.Tensor]:
         """(positions, uint8 (B, 3, S, S)) of the images start .. stop of a set; damaged ones are left out."""
-        return self.compared.pixels(name, np.arange(start, stop))
+        kept, pixels = self.compared.pixels(name, np.arange(start, stop))
+        on_their_side = name == "unseen" and self.subject.settings.unseen is None
+        return kept, pixels.rot90(1, (2, 3)).contiguous() if on_their_side else pixels
 
     def view(self, spec: config.ViewSpec, number: int, name: str, positions: np.ndarray) -> views.View:
         """The view `number` of a kind of the images at these positions of a set, whatever batch they are in."""

@@ -10,11 +10,14 @@ import numpy as np
 from pydantic import Field
 
 from unlearn import config
-from unlearn.audit import statistics
+from unlearn.audit import shadows, statistics
 from unlearn.audit.base import AuditTest, Figure, Measured, Piece, Rule
 from unlearn.audit.bench import Bench
 from unlearn.audit.subject import Subject
 from unlearn.config import Part, Positive, ViewSpec
+
+FEWEST = 4  # shadow models without which nothing is said by image
+ENOUGH = 8  # shadows that have not seen an image, for a deviation of its own
 
 
 class MembershipOptions(Part):
@@ -28,6 +31,9 @@ class MembershipOptions(Part):
     )
     margin: float = Field(default=0.05, gt=0, description="AUC: how far from the oracle's, or from 0.5, it may be")
     tpr_margin: float = Field(default=0.05, gt=0, description="share of members found at 1 % false alarms: likewise")
+    worst_margin: float = Field(
+        default=0.1, gt=0, description="AUC of the worst decile: how far from the oracle's, or from 0.5"
+    )
 
 
 class Membership(AuditTest):
@@ -46,7 +52,7 @@ class Membership(AuditTest):
     options: MembershipOptions
 
     def pieces(self, subject: Subject) -> list[Piece]:
-        return self.batches(subject, self.needs)
+        return self.batches(subject, self.needs, subject.every)
 
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
         specs: list[config.ViewSpec] = [self.options.view] * self.options.views
@@ -69,4 +75,63 @@ class Membership(AuditTest):
             if found[share]:
                 rule = Rule("above", self.options.tpr_margin, known=share)
                 figures.append(Figure(name, f"members found at {share:.1%} false alarms", found[share], rule))
-        return figures
+        return figures + (self._by_image(measured, subject) if len(subject.shadows) >= FEWEST else [])
+
+    def _by_image(self, measured: Measured, subject: Subject) -> list[Figure]:
+        """The same with the difficulty of each image taken out of its score, by shadow models that have not seen it."""
+        names, others = list(subject.shadows), len(measured[next(iter(subject.models)), "forget_new"]["errors"])
+        scores = [np.array([_score(measured[name, kind]["errors"]) for name in names]) for kind in self.needs]
+        # An image that none has seen is compared with one of each pair, as many as have not seen a member.
+        absent = np.array([shadows.seen(others, number, subject.settings.seed) for number in range(len(names))])
+        unseen = [~subject.seen, absent]
+        half = len(names) // 4 * 2  # pairs that say which images are learnt by heart; the others then judge them
+        learnt = _mean(scores[0][:half], subject.seen[:half]) - _mean(scores[0][:half], unseen[0][:half])
+        worst = np.argsort(-learnt, kind="stable")[: max(1, len(learnt) // 10)]
+        ratios, hardest, found = {}, {}, {}
+        for generator in subject.models:
+            members, rest = (
+                _ratio(_score(measured[generator, kind]["errors"]), scores[i], unseen[i])
+                for i, kind in enumerate(self.needs)
+            )
+            ratios[generator] = subject.estimate(statistics.auc, members, rest)
+            found[generator] = subject.estimate(lambda m, r: statistics.tpr_at(m, r, 0.01), members, rest)
+            members, rest = (
+                _ratio(_score(measured[generator, kind]["errors"]), scores[i][half:], unseen[i][half:])
+                for i, kind in enumerate(self.needs)
+            )
+            hardest[generator] = subject.estimate(statistics.auc, members[worst], rest)
+        note = f"By image rests on {len(names)} shadow models; the worst decile are the images that half of them say are learnt by heart."
+        rule, margin = Rule("apart", self.options.margin, known=0.5), self.options.worst_margin
+        return [
+            Figure("lr_auc", "by image: AUC", ratios, rule, note=note),
+            Figure(
+                "lr_tpr_1",
+                "by image: members found at 1.0% false alarms",
+                found,
+                Rule("above", self.options.tpr_margin, known=0.01),
+            ),
+            Figure("worst_auc", "by image, the worst decile: AUC", hardest, Rule("apart", margin, known=0.5)),
+        ]
+
+
+def _score(errors: np.ndarray) -> np.ndarray:
+    """(N,) minus the logarithm of each image's error, which is nearly normal."""
+    return -np.log(errors.mean(1).clip(1e-12))
+
+
+def _mean(scores: np.ndarray, which: np.ndarray) -> np.ndarray:
+    """(N,) mean of (shadows, N) scores over those of the shadows that `which` says; each image has some."""
+    return np.where(which, scores, 0).sum(0) / which.sum(0)
+
+
+def _ratio(score: np.ndarray, scores: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """(N,) how far a score lies above those of shadows that have not seen the image, in their standard deviations.
+
+    It grows with the likelihood ratio against "not seen" (the offline test of arXiv 2112.03570). With few shadows all images share one
+    deviation.
+    """
+    mean = _mean(scores, unseen)
+    variance = _mean((scores - mean) ** 2, unseen)
+    if unseen.sum(0).min() < ENOUGH:
+        variance = np.full_like(variance, max(variance.mean(), 1e-12))
+    return (score - mean) / np.sqrt(variance.clip(1e-12))

@@ -14,7 +14,7 @@ from unlearn.errors import ConfigError
 from unlearn.registry import AUDITS
 
 # Made unless AUDIT.yaml says otherwise; the others need what not every run has.
-USUAL = ("membership",)
+USUAL = ("transfer", "membership", "probes", "relearning", "streisand")
 
 
 class AuditConfig(Part):
@@ -29,6 +29,10 @@ class AuditConfig(Part):
     resamples: int = Field(default=1000, ge=100, description="draws of the bootstrap")
     batch_size: Positive = Field(default=250, description="images that a worker measures at once")
     workers: Positive | None = Field(default=None, description="default: as the evaluation of the run")
+    unseen: Location | None = Field(
+        default=None,
+        description="shards of classes that neither the original nor the oracle has seen; none = retained images laid on their side",
+    )
     shadows: Location | None = Field(
         default=None, description="folder of the shadow models that `unlearn audit shadows` has trained"
     )

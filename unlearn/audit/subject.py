@@ -1,4 +1,4 @@
-"""What is audited: the run, its generators, and the images of four kinds.
+"""What is audited: the run, its generators, and the images of several kinds.
 
 forget          forget images of training: what is to be forgotten
 forget_new      held-out images of the same classes: no model has seen them
@@ -8,16 +8,17 @@ retain_new      held-out images of the retained classes
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from unlearn import config
+from unlearn.audit import shadows
 from unlearn.audit.base import AuditTest, Piece, test_class
 from unlearn.audit.settings import AuditConfig
 from unlearn.audit.statistics import Estimate, bootstrap
-from unlearn.data import held_out, order
+from unlearn.data import held_out, order, selection, shards
 from unlearn.data.selection import RowSet
 from unlearn.models.weights import Source
 from unlearn.run import Run
@@ -28,6 +29,7 @@ _ABSENT = {
     "forget_new": "held-out images of the forgotten classes (evaluation.data)",
     "retain": "retain images",
     "retain_new": "held-out images of the retained classes (evaluation.data)",
+    "unseen": "images of unseen classes (`unseen`), or held-out images of the retained classes (evaluation.data)",
 }
 
 
@@ -41,6 +43,14 @@ class Subject:
     sets: dict[str, RowSet]
     settings: AuditConfig
     tests: dict[str, AuditTest]
+    shadows: dict[str, config.Model] = field(default_factory=dict)
+    # (shadows, images of "forget"): which shadow has seen which of them
+    seen: np.ndarray = field(default_factory=lambda: np.empty((0, 0), bool))
+
+    @property
+    def every(self) -> dict[str, config.Model]:
+        """Generators and shadow models."""
+        return self.models | self.shadows
 
     def why(self, name: str) -> str:
         """What is missing where there is no set of that name."""
@@ -48,7 +58,7 @@ class Subject:
 
     def source(self, generator: str) -> Source:
         """What the storage says of the weights of a generator."""
-        return self.run.sources[self.models[generator].weights or ""]
+        return self.run.sources[self.every[generator].weights or ""]
 
     def estimate(self, statistic: Any, *samples: np.ndarray) -> Estimate:
         """statistic(*samples) with its bootstrap draws; rows are images."""
@@ -60,10 +70,10 @@ class Subject:
         told = {
             "schema": SCHEMA, "piece": [piece.test, piece.what, piece.start, piece.stop], "seed": self.settings.seed,
             "options": test.options.model_dump(mode="json"),
-            "weights": [self.source(name).fingerprint for name in (piece.generator, "original") if name in self.models],
-            "model": self.models[piece.generator].model_dump(mode="json", exclude={"weights", "first_stage"}),
+            "weights": [self.source(name).fingerprint for name in (piece.generator, "original") if name in self.every],
+            "model": self.every[piece.generator].model_dump(mode="json", exclude={"weights", "first_stage"}),
             "first_stage": self.run.origin.get("first_stage"),
-            "sets": {name: _digest(rows) for name, rows in self.sets.items()}, "shadows": self.settings.shadows,
+            "sets": {name: _digest(rows) for name, rows in self.sets.items()},
             "features": [evaluation.features, evaluation.features_weights, evaluation.resize, evaluation.guidance_scale],
             "orientation": self.run.settings.data.orientation,
         }  # fmt: skip
@@ -71,26 +81,42 @@ class Subject:
 
 
 def subject(run: Run, models: dict[str, config.Model], settings: AuditConfig) -> Subject:
-    """The subject of an audit; run knows the weights of the models already. Raises ConfigError."""
+    """The subject of an audit of these models, all weights looked up. Raises UnlearnError."""
     tests = {name: test_class(name)(getattr(settings, name)) for name in settings.tests}
-    return Subject(run, models, _sets(run, settings), settings, tests)
+    known, seen = {}, np.empty((0, 0), bool)
+    if settings.shadows and "forget" in run.sets:
+        forget = run.sets["forget"]
+        known, seed = shadows.found(settings.shadows, run.settings.model, forget)
+        kept = _drawn(forget, settings, 0)
+        seen = np.array([shadows.seen(len(forget), number, seed)[kept] for number in range(len(known))])
+    run = run.with_weights(model.weights for model in (models | known).values())
+    return Subject(run, models, _sets(run, settings), settings, tests, known, seen)
 
 
 def _sets(run: Run, settings: AuditConfig) -> dict[str, RowSet]:
     new = held_out.of_classes(run.settings, run.sets)
     found = {"forget": run.sets.get("forget"), "forget_new": new.get("forget"), "retain": run.sets["retain"],
              "retain_new": new.get("retain")}  # fmt: skip
+    if settings.unseen:
+        found["unseen"] = selection.select(shards.load(settings.unseen), config.Rows(), settings.seed, "unseen")
+    else:
+        found["unseen"] = found["retain_new"]
     return {
-        name: _limited(rows, settings.limit, settings.seed, number)
+        name: _limited(rows, settings, number)
         for number, (name, rows) in enumerate(found.items())
         if rows is not None and len(rows)
     }
 
 
-def _limited(rows: RowSet, limit: int, seed: int, number: int) -> RowSet:
-    if len(rows) <= limit:
-        return rows
-    index = np.sort(order.generator(seed, 1 << 24, number).permutation(len(rows))[:limit])
+def _drawn(rows: RowSet, settings: AuditConfig, number: int) -> np.ndarray:
+    """Positions of `limit` rows of set `number`, drawn with the seed."""
+    if len(rows) <= settings.limit:
+        return np.arange(len(rows))
+    return np.sort(order.generator(settings.seed, 1 << 24, number).permutation(len(rows))[: settings.limit])
+
+
+def _limited(rows: RowSet, settings: AuditConfig, number: int) -> RowSet:
+    index = _drawn(rows, settings, number)
     return replace(rows, rows=rows.rows[index], labels=rows.labels[index])
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from unlearn.cli.options import Config, Set
+from unlearn.cli.options import Config, Set, ShowForget
 
 
 class StartsByDefault(TyperGroup):
@@ -36,6 +36,7 @@ Option = Annotated[
 @app.command()
 def start(
     config: Config, audit: Audit = None, options: Option = [], overrides: Set = [],  # noqa: B006  read only
+    show_forget: ShowForget = False,
     again: Annotated[bool, typer.Option("--again", help="measure anew what was measured before")] = False,
 ):  # fmt: skip
     """Audit a trained run: `unlearn audit RUN` is the same. It ends with 0 whatever the verdict is.
@@ -57,14 +58,57 @@ def start(
         try:
             run = resolve(settings, measured=True)
             with progress("auditing") as advance:
-                document = job.audit(
-                    run, wanted, lambda done, total: advance(done, total, ""), lease.check, again
-                )  # fmt: skip
+                document = job.audit(run, wanted, lambda n, of: advance(n, of, ""), lease.check, again)
+            written = job.report(run, document, show_forget)
         except signals.Stopped as e:
             e.hint = f"what was measured stays; go on with: unlearn audit {settings.run_dir}"
             raise
     out.print(page.table(document))
     out.print(f"audit: {Storage(settings.run_dir).where(page.NAME)}", soft_wrap=True)
+    if written:
+        out.print(f"report: {written}", soft_wrap=True)
+
+
+@app.command()
+def shadows(
+    config: Config,
+    recipe: Annotated[str, typer.Option("--recipe", metavar="PRETRAIN.yaml", help="how the original was trained")],
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="where they are written: a path or s3://bucket/prefix")],
+    count: Annotated[int, typer.Option("--count", min=4, help="how many; an even number, 8 or more say more")] = 8,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="trained at a time; default: cluster.workers")] = None,
+    overrides: Set = [],  # noqa: B006  read only
+):  # fmt: skip
+    """Train shadow models, each without another half of the forget images, or go on with it; audits share them.
+
+    --set changes the recipe. Example: `unlearn audit shadows runs/half --recipe jobs/configs/pretrain_fashion.yaml --to runs/shadows`
+    """
+    from jobs import audit as job
+    from jobs.owner import owned
+    from unlearn import config as configs
+    from unlearn.cli import options as shared
+    from unlearn.cli.console import out, progress
+    from unlearn.errors import ConfigError
+    from unlearn.run import load, resolve
+
+    if count % 2:
+        raise ConfigError(f"--count {count}: shadow models come in pairs, each with what the other has not seen")
+    folder = configs.location(to)
+    settings, trained = shared.load(config, []), load(recipe, [*overrides, f"run_dir={folder}"])
+    if trained.method.name != "pretrain":
+        raise ConfigError(
+            f"--recipe {recipe}: its method is {trained.method.name}; give what trains the original, method pretrain"
+        )
+    with owned(folder, "audit shadows") as lease, progress("training shadows") as advance:
+        made = job.train_shadows(
+            resolve(settings),
+            resolve(trained),
+            folder,
+            count,
+            workers,
+            lambda done, total: advance(done, total, ""),
+            lease.check,
+        )
+    out.print(f"{len(made)} shadow models: {folder}; audit with --option shadows={folder}", soft_wrap=True)
 
 
 @app.command(name="tests")

@@ -20,6 +20,7 @@ def oracle(
     """
     from jobs import oracle as job
     from jobs.owner import owned
+    from unlearn import signals
     from unlearn.cli.console import out, progress, training
     from unlearn.config import location
 
@@ -29,8 +30,12 @@ def oracle(
     runs = [job.settings(pretraining, forgetting, pretraining.seed + number, place) for number in range(seeds)]
     models = []
     for run in runs:
-        with owned(run.run_dir, "oracle") as lease, progress(run.name) as advance:
-            models.append(job.oracle(run, lambda row: advance(*training(row)), lease.check))
+        try:
+            with owned(run.run_dir, "oracle") as lease, progress(run.name) as advance:
+                models.append(job.oracle(run, lambda row: advance(*training(row)), lease.check))
+        except signals.Stopped as e:
+            e.hint = "what is trained stays: the same command goes on"
+            raise
     out.print(f"evaluation.oracle: [{', '.join(models)}]", soft_wrap=True, highlight=False, markup=False)
 
 

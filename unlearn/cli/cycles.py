@@ -57,7 +57,7 @@ def start(
     warned(cycle.settings(0))
     with owned(cycle.cycle_dir, "cycle") as lease:
         try:
-            ended = job.run(cycle, _shown, lease.check)
+            ended = job.run(cycle, shown, lease.check)
         except signals.Stopped as e:
             e.hint = f"nothing that was done is done again: unlearn cycle {source}"
             raise
@@ -106,15 +106,20 @@ def report(
     output: Annotated[
         str | None, typer.Option(metavar="FILE", help="default: history.html in the cycles' folder")
     ] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="PUB", help="verify every release with this public key")
+    ] = None,
 ):
     """Write the page that shows the history: requests, cycles, figures, verdicts, releases.
 
-    Example: `unlearn cycle report cycle.yaml`
+    Example: `unlearn cycle report cycle.yaml --key releases.pub`
     """
+    from unlearn import certificate
     from unlearn.cli.console import out
     from unlearn.cycles import cycle_file, page
 
-    out.print(f"report: {page.write(cycle_file.load(source), output)}", soft_wrap=True)
+    public = certificate.public_key(key) if key else None
+    out.print(f"report: {page.write(cycle_file.load(source), output, public)}", soft_wrap=True)
 
 
 @app.command()
@@ -185,7 +190,8 @@ def _numbers(numbers: list[int]) -> str:
 
 
 @contextlib.contextmanager
-def _shown(step: str, rung: int) -> Iterator[Callable[..., None]]:
+def shown(step: str, rung: int) -> Iterator[Callable[..., None]]:
+    """A bar while a rung is trained or measured."""
     from unlearn.cli.console import progress, training
 
     what = f", rung {rung}" if rung else ""

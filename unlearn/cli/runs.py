@@ -9,6 +9,7 @@ import typer
 
 from unlearn import signals
 from unlearn.cli.options import Config, Gpu, Memory, Mfu, Resume, Set, ShowForget, load, warned
+from unlearn.errors import ConfigError
 
 if TYPE_CHECKING:
     from unlearn.config import RunConfig
@@ -91,17 +92,39 @@ def demo(
     show_forget: Annotated[
         bool | None, typer.Option(help="pictures of the forget set; default: for the embedded images only")
     ] = None,
+    cycle: Annotated[
+        bool,
+        typer.Option("--cycle", help="the story of deletion requests: two cycles, two certified releases, one page"),
+    ] = False,
 ):
     """Forget half of the classes of an embedded data set with two workers: minutes on a laptop, no download.
 
     Example: `unlearn demo`, or `unlearn demo --data s3://bucket/shards --model model.safetensors --forget cat`
     """
+    if cycle:
+        if data or model or forget or show_forget:
+            raise ConfigError("--cycle has its own data and requests: --run-dir and --set go with it")
+        return _demo_cycle(run_dir, overrides)
     from jobs.demo import demo_config
 
     settings = warned(demo_config(data, model, forget, run_dir, overrides))
     with _owned(settings, "demo") as lease:
         trained = _train(settings, resume, lease)
         _evaluate(trained, data is None if show_forget is None else show_forget, lease)
+
+
+def _demo_cycle(folder: str | None, overrides: list[str]) -> None:
+    from jobs import demo_cycle as job
+    from unlearn.cli.console import out
+    from unlearn.cli.cycles import shown
+
+    cycle = job.demo_cycle(folder, overrides)
+    try:
+        page = job.story(cycle, lambda text: out.print(text, soft_wrap=True), shown)
+    except signals.Stopped as e:
+        e.hint = f"go on with: unlearn demo --cycle --run-dir {cycle.cycle_dir.removesuffix('/cycles')}"
+        raise
+    out.print(f"\nThe whole history on one page: {page}", soft_wrap=True)
 
 
 def _train(settings: "RunConfig", resume: bool, lease: "Lease") -> "Run":

@@ -26,7 +26,7 @@ class Told:
         if not self.ends:
             return "not ended"
         last = self.ends[-1]
-        return "retraining is due" if last.due else f"{last.release}" + (", current" if last.promoted else "")
+        return "retraining is due" if last.due else f"{last.release}, {'' if last.promoted else 'not '}made current"
 
     def document(self) -> dict[str, Any]:
         """As plain values, for programs."""

@@ -50,7 +50,7 @@ def of_classes(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[s
         named = _labels(manifest, rows.manifest, list(labels), f"data.{name}") or {}
         chosen = [label for label in named.values() if label is not None]
         if chosen or not labels:
-            conditions = config.Rows(classes=chosen or None)
+            conditions = config.Rows(classes=[*chosen] or None)
             found[name] = selection.select(manifest, conditions, settings.seed, name)
     return found
 

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from unlearn.data import columns as roles
+from unlearn.data import row_values
 from unlearn.data.parquet_file import extent, forget, parquet, short
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, ReplacedError, StorageError
@@ -67,7 +68,8 @@ class Manifest:
     """What a folder of shards holds. columns: the roles that its columns fill; classes: name of label i, or empty where the
     names are not known; names: {role: column} where a column is not called as its role.
 
-    images: sha256 of the file of image checksums (see duplicates.py). split: the part of the folder that this is, if not all.
+    images: sha256 of the file of image checksums (see duplicates.py); values: sha256 of the file of all other values (see
+    row_values.py); both are empty where there is none. split: the part of the folder that this is, if not all.
     """
 
     uri: str
@@ -76,6 +78,7 @@ class Manifest:
     shards: list[Shard]
     names: dict[str, str] = field(default_factory=dict)
     images: str = ""
+    values: str = ""
     split: str | None = None
 
     @cached_property
@@ -97,6 +100,7 @@ class Manifest:
         """sha256 of the content, independent of its URI. Optional fields count only where they are present."""
         content = self.tree()
         content.pop("images", None)
+        content.pop("values", None)
         for shard in content["shards"]:
             for group in shard["row_groups"]:
                 group.pop("checks", None)
@@ -105,7 +109,7 @@ class Manifest:
     def tree(self) -> dict:
         """As plain values, without `uri`, `split` and empty optional fields."""
         tree = {key: value for key, value in asdict(self).items() if key not in ("uri", "split")}
-        for part, keys in [(tree, ("names", "images")), *((s, ("labels",)) for s in tree["shards"]),
+        for part, keys in [(tree, ("names", "images", "values")), *((s, ("labels",)) for s in tree["shards"]),
                            *((g, ("checks",)) for s in tree["shards"] for g in s["row_groups"])]:  # fmt: skip
             for key in keys:
                 if not part[key]:
@@ -136,9 +140,12 @@ class Manifest:
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
         """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
 
-        Every file is opened once, several at a time. Raises DataError where a shard does not match the manifest.
+        Read from the file of all values where there is one; else every shard is opened once, several at a time. Raises DataError
+        where a shard does not match the manifest.
         """
         groups = range(len(self.groups)) if groups is None else list(groups)
+        if self.values and columns and set(columns) <= set(self.columns) and groups:
+            return self._of_values(columns, groups)
         wanted: dict[int, list[int]] = {}  # shard -> its row groups
         for s, g in (self.groups[group] for group in groups):
             wanted.setdefault(s, []).append(g)
@@ -157,6 +164,31 @@ class Manifest:
             parts.append(tables[s].slice(taken[s], rows).append_column("row", numbers))
             taken[s] += rows
         return pa.concat_tables(parts, promote_options="permissive")
+
+    def _of_values(self, columns: list[str], groups: Sequence[int]) -> pa.Table:
+        self._check_shards({self.groups[group][0] for group in groups})
+        table = row_values.read(self.uri, self.split, self.values, columns).select(columns)
+        if len(table) != self.rows:
+            raise DataError(
+                f"{self.uri}: its file of values is of another manifest; run `unlearn shards index {self.uri}`"
+            )
+        table = table.append_column("row", pa.array(np.arange(self.rows)))
+        if len(groups) == len(self.groups) and list(groups) == sorted(groups):
+            return table
+        return pa.concat_tables(
+            table.slice(int(self.starts[g]), int(self.starts[g + 1] - self.starts[g])) for g in groups
+        )
+
+    def _check_shards(self, wanted: Iterable[int]) -> None:
+        """Raises DataError where a shard has not the size that the manifest says, StorageError where it is not there."""
+        sizes = Storage(self.uri).sizes([self.shards[s].path for s in wanted])
+        for s in wanted:
+            shard = self.shards[s]
+            if sizes[shard.path] != shard.bytes:
+                raise DataError(
+                    f"{self.uri}/{shard.path}: not the file of the manifest ({sizes[shard.path]} bytes in place of {shard.bytes}); "
+                    f"run `unlearn shards verify {self.uri}`"
+                )
 
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
         """Columns of these row groups of one shard, in this order, checked against the manifest."""
@@ -238,6 +270,18 @@ class Manifest:
         if labels.null_count:
             raise DataError(f"{where}: a label that the manifest does not know; run `unlearn shards index {self.uri}`")
         return labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels])
+
+    def values_of(self, stored: list[pa.Table]) -> pa.Table:
+        """The columns but the image of all rows, of what each shard stores, with the labels of the folder."""
+        parts = []
+        for shard, table in zip(self.shards, stored, strict=True):
+            table = table.select([role for role in self.columns if role in table.column_names])
+            if "label" in table.column_names and len(table):
+                where = f"{self.uri}/{shard.path}"
+                labels = self._own(shard, table["label"], where)
+                table = table.set_column(table.column_names.index("label"), "label", labels)
+            parts += [table] if len(table) else []
+        return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
 
     @cached_property
     def versions(self) -> dict[str, str]:

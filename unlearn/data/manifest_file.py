@@ -2,14 +2,15 @@
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow as pa
 from pydantic import TypeAdapter
 
 from unlearn import documents
 from unlearn.data import columns as roles
-from unlearn.data import duplicates
+from unlearn.data import duplicates, row_values
 from unlearn.data.manifest import Manifest
 from unlearn.data.parquet_file import short
 from unlearn.data.storage import Storage
@@ -18,6 +19,14 @@ from unlearn.errors import DataError
 MANIFEST = "manifest.json"
 ROWS = 1 << 31  # of one row group: Parquet writers stay far below
 _MANIFEST = TypeAdapter(Manifest)
+
+
+@dataclass(frozen=True)
+class RowFacts:
+    """What is told of every row, in order. images: (rows,) checksums, see duplicates.py; values: see row_values.py."""
+
+    images: np.ndarray
+    values: pa.Table
 
 
 def load(uri: str, split: str | None = None) -> Manifest:
@@ -60,11 +69,13 @@ def is_indexed(uri: str, split: str | None = None) -> bool:
     return any(re.fullmatch(wanted, name) and is_ours(storage.read(name)) for name in storage.files())
 
 
-def save(manifest: Manifest, checksums: np.ndarray | None = None) -> Manifest:
-    """Write the manifest beside the shards, and the checksums of their images; returns the manifest as written."""
+def save(manifest: Manifest, rows: RowFacts | None = None) -> Manifest:
+    """Write the manifest beside the shards, and what is told of each row; returns the manifest as written."""
     storage = Storage(manifest.uri)
-    if checksums is not None:
-        manifest = replace(manifest, images=duplicates.write(storage, manifest.split, checksums))
+    if rows is not None:
+        images = duplicates.write(storage, manifest.split, rows.images)
+        values = row_values.write(storage, manifest.split, rows.values) if rows.values.num_columns else ""
+        manifest = replace(manifest, images=images, values=values)
     storage.write(
         manifest_name(manifest.split), json.dumps(manifest.tree() | {"hash": manifest.hash}, indent=1).encode()
     )

@@ -193,7 +193,8 @@ def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.Chu
     if "label" not in table.column_names:
         table = table.append_column("label", pa.array(np.full(len(table), -1)))
     if rows.ids is not None:
-        table = table.append_column("key", pa.array(identity(wanted.manifest, table), pa.string()))
+        own = table["id"] if "id" in table.column_names else pa.array(identity(wanted.manifest, table), pa.string())
+        table = table.append_column("key", own)
     table = _only(table, "label", wanted.labels, None)
     if wanted.unwanted:
         table = table.filter(pc.invert(pc.is_in(table["label"], pa.array(sorted(wanted.unwanted)))))

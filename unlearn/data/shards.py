@@ -24,7 +24,7 @@ from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
 from unlearn.data import duplicates
 from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard
-from unlearn.data.manifest_file import MANIFEST, is_indexed, is_ours, load, manifest_name, save
+from unlearn.data.manifest_file import MANIFEST, RowFacts, is_indexed, is_ours, load, manifest_name, save
 from unlearn.data.parquet_file import extent, opened, parquet, short
 from unlearn.data.storage import Storage, local_copy, told
 from unlearn.errors import DataError
@@ -40,7 +40,8 @@ class Described:
     """What can be read from one shard alone, without the other shards of the folder.
 
     columns: {role: column}. classes: names of its labels, or [] where they are numbers without names. text: whether its labels
-    are stored as those names. labels: the distinct labels of each row group. images: checksum of each image.
+    are stored as those names. labels: the distinct labels of each row group. images: checksum of each image. values: every column
+    but the image, as it is stored.
     """
 
     shard: Shard
@@ -49,6 +50,7 @@ class Described:
     text: bool
     labels: list[np.ndarray]
     images: np.ndarray
+    values: pa.Table
 
 
 def images(table: pa.Table) -> Iterator[memoryview]:
@@ -74,8 +76,7 @@ def index(
         raise DataError(
             f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own"
         )
-    manifest, checksums = look(uri, split, columns, classes)
-    return save(manifest, checksums)
+    return save(*look(uri, split, columns, classes))
 
 
 def find(uri: str, split: str | None = None) -> Manifest:
@@ -85,8 +86,8 @@ def find(uri: str, split: str | None = None) -> Manifest:
 
 def look(
     uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
-) -> tuple[Manifest, np.ndarray]:  # fmt: skip
-    """(manifest of the existing shards, checksum of each image); arguments and errors are those of `index`."""
+) -> tuple[Manifest, RowFacts]:  # fmt: skip
+    """(manifest of the existing shards, what is told of each row); arguments and errors are those of `index`."""
     storage = Storage(uri)
     names = _of_split(storage, split)
     try:
@@ -100,12 +101,12 @@ def look(
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
-    manifest, checksums = collect(storage.uri, described, classes)
-    return replace(manifest, split=split), checksums
+    manifest, rows = collect(storage.uri, described, classes)
+    return replace(manifest, split=split), rows
 
 
-def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> tuple[Manifest, np.ndarray]:
-    """(manifest of shards from the results of `describe`, checksum of each image). classes: instead of the shards' own
+def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> tuple[Manifest, RowFacts]:
+    """(manifest of shards from the results of `describe`, what is told of each row). classes: instead of the shards' own
     names.
 
     Raises DataError where files of one folder contradict each other.
@@ -135,8 +136,9 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
         groups = [replace(group, labels=span) for group, span in zip(d.shard.row_groups, spans, strict=True)]
         same = d.text or own == list(range(len(own)))
         shards.append(replace(d.shard, row_groups=groups, labels=[] if same else own))
+    manifest = Manifest(uri, columns, common, shards, names)
     checksums = np.concatenate([d.images for d in described]) if described else np.empty(0, np.uint64)
-    return Manifest(uri, columns, common, shards, names), checksums
+    return manifest, RowFacts(checksums, manifest.values_of([d.values for d in described]))
 
 
 def describe(
@@ -156,9 +158,9 @@ def describe(
             raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
         row_groups = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]
         shard = Shard(
-            name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, _, _ in row_groups]
+            name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, *_ in row_groups]
         )
-    labels = [values for _, values, _ in row_groups]
+    labels = [distinct for _, distinct, _, _ in row_groups]
     text = any(values.dtype.kind == "O" for values in labels)
     if text:
         classes = class_lists.ordered({str(value) for values in labels for value in values})
@@ -172,14 +174,15 @@ def describe(
         classes,
         text,
         labels,
-        np.concatenate([np.empty(0, np.uint64), *(sums for *_, sums in row_groups)]),
+        np.concatenate([np.empty(0, np.uint64), *(sums for _, _, sums, _ in row_groups)]),
+        pa.concat_tables([values for *_, values in row_groups]) if row_groups else pa.table({}),
     )
 
 
 def _describe_group(
     parquet: pq.ParquetFile, file: pa.NativeFile, g: int, columns: dict[str, str], name: str, where: str
-) -> tuple[RowGroup, np.ndarray, np.ndarray]:  # fmt: skip
-    """(row group with labels still unknown, its distinct labels, checksum of each image)."""
+) -> tuple[RowGroup, np.ndarray, np.ndarray, pa.Table]:  # fmt: skip
+    """(row group with labels still unknown, its distinct labels, checksum of each image, the other values)."""
     rows, offset, size = extent(parquet, g)
     at = f"{where}, row group {g}"
     inside = [column for column in columns.values() if column in parquet.schema_arrow.names]
@@ -209,7 +212,8 @@ def _describe_group(
     digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
     checks = {role: roles.checksum(column.chunks) for role, column in values.items()}
     sums = np.array([duplicates.checksum(image) for image in images(pa.table({"image": values["image"]}))], np.uint64)
-    return RowGroup(rows, offset, size, (0, -1), digest, checks), labels, sums
+    others = pa.table({role: column for role, column in values.items() if role != "image"})
+    return RowGroup(rows, offset, size, (0, -1), digest, checks), labels, sums, others
 
 
 def _span(labels: np.ndarray, own: list[int]) -> tuple[int, int]:

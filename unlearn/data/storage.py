@@ -147,6 +147,16 @@ class Storage:
                 return facts
             raise FileNotFoundError(name)
 
+    def sizes(self, names: list[str]) -> dict[str, int]:
+        """Bytes of each of these files; many S3 objects are asked for at once. Raises StorageError where one is not there."""
+        if self.bucket is None or len(names) < 3:
+            return {name: self.facts(name).size for name in names}
+        there = self.objects()
+        for name in names:
+            if name not in there:
+                raise StorageError(f"{self.where(name)}: there is no such file or folder")
+        return {name: there[name].size for name in names}
+
     def open(self, name: str = "", versions: dict[str, str] | None = None, facts: Facts | None = None) -> pa.NativeFile:
         """A file for random access, as Parquet readers need it. An S3 object that is replaced while it is open cannot be read on.
 

@@ -11,10 +11,11 @@ metrics.json holds
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
     oracles                          where there are several: the rows of each; in `rows` the oracle is their mean, `spread` theirs
     oracle_distance                  where there are several: see unlearn/evaluation/oracles.py
-    rows                             [{generator, set, view, images, fid, is, is_std, cosine, cosine_std, psnr}]: fid against
-                                     the set's own originals; is and is_std over ten splits; cosine of each reconstruction's
-                                     features to its original's, mean and standard deviation; psnr in dB, inside the hole
-                                     alone; null where a figure cannot be given
+    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr, ssim}]: fid and
+                                     kid against the set's own originals; is and is_std over ten splits; cosine of each
+                                     reconstruction's features to its original's, mean and standard deviation; psnr in dB and ssim,
+                                     inside the hole alone; null where a figure cannot be given. Of kid, cosine, psnr and ssim also
+                                     FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
     notes                            sentences a reader of the figures must know
     seconds                          worker time by stage, and the whole by the clock
     training_seconds                 time in training steps, from metrics.jsonl; null without it
@@ -35,7 +36,7 @@ from unlearn.data import cache, selection
 from unlearn.errors import UnlearnError
 from unlearn.evaluation import features, oracles
 from unlearn.evaluation.comparison import Comparison
-from unlearn.evaluation.metrics import STABLE, hole_errors, scores
+from unlearn.evaluation.metrics import STABLE, hole_errors, hole_ssim, scores
 from unlearn.models import weights
 from unlearn.run import Run
 
@@ -92,21 +93,23 @@ class Measurer:
         return self.picture(piece) if isinstance(piece, Column) else self.measure(piece)
 
     def measure(self, piece: Piece) -> dict:
-        """{"features": (B, D), "classes": (B, C) or None, "errors": (B,) squared error in the hole, or None, "seconds"}."""
+        """{"features": (B, D), "classes": (B, C) or None, "errors", "ssim": (B,) of the hole, or None, "seconds"}."""
         assert self.network is not None, "made for pictures alone"
-        began, errors = time.perf_counter(), None
+        began, errors, ssim = time.perf_counter(), None, None
         kept, pixels = self.compared.pixels(piece.set, np.arange(piece.start, piece.stop))
         images = pixels.float() / 255
         if not len(images):
-            return {"features": images.new_empty(0, 0), "classes": None, "errors": None, "seconds": 0.0}
+            return {"features": images.new_empty(0, 0), "classes": None, "errors": None, "ssim": None, "seconds": 0.0}
         if piece.generator:
             view = self.compared.view(piece.set, piece.view, kept)
             made = self.compared.reconstruct(piece.generator, pixels, view)
-            errors = hole_errors(made, images, view.pixel_mask(self.compared.size)).cpu()
+            hidden = view.pixel_mask(self.compared.size)
+            errors, ssim = (figure(made, images, hidden).cpu() for figure in (hole_errors, hole_ssim))
             images = made
         vectors, classes = self.network(images)
         classes = classes if classes is None else classes.cpu()
-        return {"features": vectors.cpu(), "classes": classes, "errors": errors, "seconds": time.perf_counter() - began}
+        seconds = time.perf_counter() - began
+        return {"features": vectors.cpu(), "classes": classes, "errors": errors, "ssim": ssim, "seconds": seconds}
 
     def picture(self, column: Column) -> dict:
         """{"labels": the class of each row, "images": uint8 (rows, 3, S, S); for the images themselves "seen" besides}."""
@@ -214,14 +217,16 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
             continue
         seconds[piece.generator or "originals"] += sum(part["seconds"] for part in parts)
         began, name = time.perf_counter(), piece.set
-        made, classes, errors = _joined(parts)
+        made, classes, errors, ssim = _joined(parts)
         if piece.generator is None:
             if made is None:
                 raise UnlearnError(f"no image of the {name} set decodes: nothing to measure")
             real[name] = made
         else:
             row = {"generator": piece.generator, "set": name, "view": settings.evaluation.views[piece.view].name}
-            figures[name, piece.view, piece.generator] = row | scores(real[name], made, classes, errors, settings.seed)
+            figures[name, piece.view, piece.generator] = row | scores(
+                real[name], made, classes, {"errors": errors, "ssim": ssim}, settings.seed
+            )
             if piece.generator != "unlearned":
                 known.rows[name, piece.view, piece.generator] = figures[name, piece.view, piece.generator]
         parts = []
@@ -231,8 +236,8 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
 
 
 def _joined(parts: list[dict]) -> tuple:
-    """Features, class scores and errors of all batches, in order, or None; a batch of damaged images alone adds nothing."""
-    columns = ([p[key] for p in parts if len(p["features"])] for key in ("features", "classes", "errors"))
+    """Features, class scores, errors and similarities of all batches, in order, or None; a batch of damaged images alone adds nothing."""
+    columns = ([p[key] for p in parts if len(p["features"])] for key in ("features", "classes", "errors", "ssim"))
     return tuple(torch.cat(column) if column and column[0] is not None else None for column in columns)
 
 
@@ -243,7 +248,7 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
         counts = ", ".join(f"{count:,} images of the {name} set" for name, count in measured.items())
         notes.append(
             f"FID rests on {counts}. Fewer than {STABLE:,} are too few for a covariance: the value is biased upwards and only "
-            "indicates. Compare it within this table, not with other work."
+            "indicates. Compare it within this table, not with other work; KID is not biased by few images."
         )
     for name, described in document["sets"].items():
         if described["split"] == "training":

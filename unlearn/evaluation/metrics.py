@@ -1,11 +1,13 @@
-"""FID, Inception Score, cosine and PSNR of one set under one view, from what the workers have computed."""
+"""FID, KID, Inception Score, cosine, PSNR and SSIM of one set under one view, from what the workers have computed."""
 
 import torch
 from torch import nn
 
 import unlearn.torchvision_cpu  # noqa: F401  torchmetrics imports torchvision
+from unlearn.evaluation import intervals
 
 from torchmetrics.functional.regression import cosine_similarity  # isort: skip
+from torchmetrics.functional.image import structural_similarity_index_measure  # isort: skip
 from torchmetrics.image.fid import FrechetInceptionDistance  # isort: skip
 
 STABLE = 2048  # images below which FID is too biased to be more than an indication
@@ -24,19 +26,32 @@ class _Computed(nn.Module):
 
 
 def scores(
-    real: torch.Tensor, made: torch.Tensor, classes: torch.Tensor | None, errors: torch.Tensor, seed: int
+    real: torch.Tensor, made: torch.Tensor, classes: torch.Tensor | None, holes: dict[str, torch.Tensor], seed: int
 ) -> dict[str, float | int | None]:
-    """One row of figures, None where a figure cannot be given.
+    """One row of figures, None where a figure cannot be given; FIGURE_low and FIGURE_high are ends of an interval.
 
     real, made: (N, D) features of the originals and of the reconstructions, row for row; classes: (N, C) class scores of
-    the reconstructions; errors: (N,) mean squared error in the hole, pixels in [0, 1].
+    the reconstructions; holes: of each reconstruction "errors", the (N,) mean squared error in the hole, pixels in [0, 1], and
+    "ssim", likewise.
     """
     score, score_std = inception_score(classes, seed) if classes is not None else (None, None)
     similar = cosine(made, real)
-    return {
+    row: dict[str, float | int | None] = {
         "images": len(made), "fid": fid(real, made), "is": score, "is_std": score_std,
-        "cosine": float(similar.mean()), "cosine_std": float(similar.std(correction=0)), "psnr": psnr(errors),
+        "cosine": float(similar.mean()), "cosine_std": float(similar.std(correction=0)), "psnr": psnr(holes["errors"]),
+        "ssim": float(holes["ssim"].mean()),
     }  # fmt: skip
+    distance = intervals.kid(real, made, seed)
+    found = {
+        "cosine": intervals.of_mean(similar, seed, lambda means: means),
+        "psnr": intervals.of_mean(holes["errors"], seed, _decibels),
+        "ssim": intervals.of_mean(holes["ssim"], seed, lambda means: means),
+        "kid": None if distance is None else distance[1:],
+    }
+    row["kid"] = None if distance is None else distance[0]
+    for name, interval in found.items():
+        row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
+    return row
 
 
 def fid(real: torch.Tensor, made: torch.Tensor) -> float | None:
@@ -75,7 +90,20 @@ def cosine(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 def psnr(errors: torch.Tensor) -> float:
     """dB, from the mean of (N,) squared errors: pooled over the set, so one perfect image does not make it infinite.
     At most 100."""
-    return float(-10 * errors.double().mean().clamp(min=1e-10).log10())
+    return float(_decibels(errors.double().mean()))
+
+
+def _decibels(errors: torch.Tensor) -> torch.Tensor:
+    return -10 * errors.clamp(min=1e-10).log10()
+
+
+def hole_ssim(made: torch.Tensor, real: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """(B,) float64 structural similarity (Gaussian window, sigma 1.5, 11 pixels) averaged over windows whose middle is hidden, so
+    that those at the edge see what is visible beside it. made, real: (B, 3, S, S) in [0, 1]; hidden: (B, 1, S, S) bool."""
+    _, every = structural_similarity_index_measure(
+        made.double(), real.double(), data_range=1.0, reduction="none", return_full_image=True
+    )
+    return (every * hidden).sum((1, 2, 3)) / (3 * hidden.sum((1, 2, 3)))
 
 
 def hole_errors(made: torch.Tensor, real: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from PIL import Image
 
 from unlearn.data import selection
 from unlearn.data.storage import Storage
+from unlearn.evaluation import story
 from unlearn.evaluation.verdict import verdict
 from unlearn.run import Run
 from unlearn.training import metrics
@@ -20,11 +21,14 @@ CURVES = (
     ("retain", "Retain loss", ""), ("forget", "Forget loss", ""), ("lr", "Learning rate", ""),
     ("grad_norm", "Gradient norm", ""), ("images_per_s", "Throughput", "images/s"),
 )  # fmt: skip
-FIGURES = (("cosine", "Cosine", 3), ("psnr", "PSNR in the hole, dB", 1), ("fid", "FID", 1), ("is", "IS", 2))
+FIGURES = (
+    ("cosine", "Cosine", 3), ("psnr", "PSNR in the hole, dB", 1), ("ssim", "SSIM in the hole", 3), ("fid", "FID", 1), ("kid", "KID", 3),
+    ("is", "IS", 2),
+)  # fmt: skip
 # Where a figure should go from the original to the unlearned model. The oracle's value is the aim, not the extreme.
 WANTED = {
-    "forget": {"cosine": "lower", "psnr": "lower", "fid": "higher", "is": "lower"},
-    "retain": {"cosine": "unchanged", "psnr": "unchanged", "fid": "unchanged", "is": "unchanged"},
+    "forget": {"cosine": "lower", "psnr": "lower", "ssim": "lower", "fid": "higher", "kid": "higher", "is": "lower"},
+    "retain": dict.fromkeys(("cosine", "psnr", "ssim", "fid", "kid", "is"), "unchanged"),
 }
 
 
@@ -42,6 +46,12 @@ def write(run: Run, document: dict, grids: list[dict]) -> str:
     shown = [grid["set"] for grid in grids]
     html = environment.from_string(Path(__file__).with_name(NAME).read_text()).render(
         document=document,
+        asked=story.asked(run),
+        done=story.done(run, document),
+        audit=story.audit(run, document),
+        commands=story.commands(run),
+        not_claimed=story.NOT_CLAIMED,
+        private=run.settings.names_rows,
         network=network(document),
         headline=headline,
         sentences=sentences,
@@ -119,7 +129,7 @@ def _tracks(document: dict) -> list[dict]:
 
 def _table(document: dict, name: str) -> dict:
     """Head and rows of one set: each figure with its difference to the original's."""
-    figures = [f for f in FIGURES if any(row[f[0]] is not None for row in document["rows"])]
+    figures = [f for f in FIGURES if any(row.get(f[0]) is not None for row in document["rows"])]
     rows = []
     for view in document["views"]:
         block = [row for row in document["rows"] if row["set"] == name and row["view"] == view]
@@ -137,12 +147,14 @@ def _table(document: dict, name: str) -> dict:
 
 
 def _cell(row: dict, original: dict | None, key: str, digits: int) -> dict:
-    value = row[key]
+    value, low = row.get(key), row.get(f"{key}_low")  # metrics.json of earlier versions has fewer figures
+    interval = None if low is None else f"{low:.{digits}f} – {row[f'{key}_high']:.{digits}f}".replace("-", "−")
     if value is None:
-        return {"value": "–", "change": None}
-    if original is None or row is original or original[key] is None:
-        return {"value": f"{value:.{digits}f}", "change": None}
-    return {"value": f"{value:.{digits}f}", "change": f"{value - original[key]:+.{digits}f}".replace("-", "−")}
+        return {"value": "–", "change": None, "interval": None}
+    change = None
+    if original is not None and row is not original and original.get(key) is not None:
+        change = f"{value - original[key]:+.{digits}f}".replace("-", "−")
+    return {"value": f"{value:.{digits}f}".replace("-", "−"), "change": change, "interval": interval}
 
 
 def _facts(run: Run, document: dict) -> list[tuple[str, str]]:

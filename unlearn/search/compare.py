@@ -16,6 +16,7 @@ import copy
 import hashlib
 import itertools
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -114,7 +115,12 @@ class Compare(Part):
         return self._stage("runs", list(chosen.values()), self.seeds, self.originals or [None], None)
 
     def _stage(
-        self, part: str, points: list[Parameters], seeds: list[int], originals: list[Original | None], limit: int | None
+        self,
+        part: str,
+        points: list[Parameters],
+        seeds: list[int],
+        originals: Sequence[Original | None],
+        limit: int | None,
     ) -> "Stage":
         known = [original for original in originals if original is not None]
         return Stage.model_validate({

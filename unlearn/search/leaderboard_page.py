@@ -69,7 +69,7 @@ def title(document: dict[str, Any]) -> str:
     seeds, originals, oracles = len(document["seeds"]), document["originals"], max(document["oracles"])
     counts = [(seeds, "seed"), (originals, "original"), (oracles, "oracle")]
     told = ", ".join(f"{n or 'no'} {what}{'' if n == 1 else 's'}" for n, what in counts)
-    return f"{document['name']}: {told}; held-out images, {document['view']} hidden; mean ± standard deviation"
+    return f"{document['name']}: {told}; {document['view']} hidden; mean ± standard deviation"
 
 
 def html(document: dict[str, Any]) -> str:

@@ -1,0 +1,114 @@
+"""What the tests of an audit compute: probes, statistics of outputs, training inside an audit, shadow models."""
+
+import numpy as np
+import pytest
+import torch
+from support import models as small
+
+from unlearn import config
+from unlearn.audit import linear, membership, probes, shadows, statistics, streisand, tuning
+from unlearn.audit.bench import pooled
+
+
+def test_a_probe_is_ridge_regression():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(3, [1, 5, 0.1], (50, 3)), rng.normal(0, 1, (50, 2))
+    z = (x - x.mean(0)) / x.std(0)
+    expected = np.linalg.solve(z.T @ z + 50 * 0.3 * np.eye(3), z.T @ (y - y.mean(0)))
+    np.testing.assert_allclose(linear.fit(x, y, 0.3)(x), z @ expected + y.mean(0), rtol=1e-9)
+    constant = np.c_[x, np.full(50, 7.0)]
+    np.testing.assert_allclose(linear.fit(constant, y, 0.3)(constant), linear.fit(x, y, 0.3)(x), rtol=1e-6)
+
+
+def test_a_score_is_of_a_probe_that_has_not_seen_its_row():
+    """With as many dimensions as rows anything can be learnt by heart, and nothing be said of other rows."""
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 1, (60, 60)), rng.normal(0, 1, (60, 60))
+    assert 0.3 < statistics.auc(*linear.crossed(*noise, 1e-6, 5, 0)) < 0.7
+    apart = noise[0] + 1, noise[1]
+    assert statistics.auc(*linear.crossed(*apart, 0.1, 5, 0)) > 0.95
+
+
+def test_pooled_embeddings_are_means_over_tokens_and_places():
+    tokens, level = torch.randn(2, 5, 3), torch.randn(2, 4, 2, 2)
+    both = pooled([tokens, level])
+    torch.testing.assert_close(both, torch.cat([tokens.mean(1), level.mean((2, 3))], 1))
+    assert pooled(tokens).shape == (2, 3)
+
+
+def test_looks_are_of_the_hole():
+    hidden = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
+    hidden[:, :, 4:12, 4:12] = True
+    smooth = torch.full((2, 3, 16, 16), 0.5)
+    rough = torch.where(hidden, torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)), smooth)
+    plain, noisy = streisand.looks(smooth, hidden), streisand.looks(rough, hidden)
+    assert (plain[:, 1:6].abs() < 1e-9).all(), "grey has no contrast, no steps and no roughness"
+    assert (noisy[:, 1:6] > 0.02).all() and (noisy[:, 7:12].abs() < 1e-9).all(), "outside nothing has changed"
+    steps = (rough.diff(dim=2).abs() * (hidden[:, :, 1:] ^ hidden[:, :, :-1])).sum((1, 2, 3)) / 3
+    steps += (rough.diff(dim=3).abs() * (hidden[..., 1:] ^ hidden[..., :-1])).sum((1, 2, 3)) / 3
+    torch.testing.assert_close(noisy[:, 12], steps.double() / 32, rtol=1e-5, atol=1e-7)
+
+
+def test_a_cut_holds_the_hole_and_an_output_is_found_among_originals():
+    images = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    hidden = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    hidden[0, :, 2:5, 1:5] = hidden[1, :, 5:8, 4:8] = True
+    cut = probes._cut(images, hidden)
+    assert torch.equal(cut[0], images[0, :, 2:5, 1:5]) and torch.equal(cut[1], images[1, :, 5:8, 4:8])
+    gallery = np.random.default_rng(0).normal(5, 1, (20, 8))
+    near = gallery + np.random.default_rng(1).normal(0, 0.1, gallery.shape)
+    assert probes._found(near, gallery).all() and not probes._found(near[::-1], gallery).all()
+
+
+def test_training_inside_an_audit_leaves_the_model_alone_and_repeats():
+    model = small.build("mae").requires_grad_(False)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    ends, seen = [], []
+    for _ in range(2):
+        copy = tuning.copied(model)
+        tuning.tune(copy, pixels, [config.ViewSpec(size=0.5)], 3, 4, 1e-2, 7, tuning.rounds(3), seen.append)
+        ends.append(copy)
+    assert seen == [0, 1, 2, 3] * 2
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(ends[0].parameters(), ends[1].parameters(), strict=True))
+    moved = {name.split(".")[0] for name, p in ends[0].named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize("shape", ["mae", "mage", "diffusion_latent"])
+def test_a_fresh_decoder_is_all_that_is_trained(shape):
+    model = small.build(shape).requires_grad_(False)
+    copy = tuning.with_fresh_decoder(model, 5)
+    trained = {name for name, p in copy.named_parameters() if p.requires_grad}
+    assert trained and all(name.startswith("decoder.") for name in trained)
+    assert not any(name.startswith(model.first_stage_names) for name in trained)
+    before, after = dict(model.named_parameters()), dict(copy.named_parameters())
+    assert any(not torch.equal(after[name], before[name]) for name in trained)
+    assert all(torch.equal(after[name], before[name]) for name in after if name not in trained)
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    tuning.tune(copy, pixels, [config.ViewSpec(kind="random", size=0.5)], 1, 4, 1e-3, 0)
+
+
+def test_steps_are_about_even_on_a_logarithmic_scale():
+    assert tuning.rounds(100) == [0, 1, 2, 5, 10, 20, 50, 100] and tuning.rounds(30) == [0, 1, 2, 5, 10, 20, 30]
+
+
+def test_pairs_of_shadows_divide_the_forget_images():
+    halves = np.array([shadows.seen(11, number, 3) for number in range(4)])
+    assert (halves[0] == ~halves[1]).all() and (halves[2] == ~halves[3]).all() and (halves[0] != halves[2]).any()
+    assert halves.sum(1).tolist() in ([6, 5, 6, 5], [5, 6, 5, 6])
+
+
+def test_a_likelihood_ratio_finds_members_that_plain_errors_do_not():
+    """Members' errors are a little smaller than they would be, but images differ far more than that."""
+    rng = np.random.default_rng(0)
+    kinds, ratios, plain = 8, [], []
+    for member in (True, False):
+        hard = rng.normal(0, 3, 400)
+        unseen = np.array([shadows.seen(400, n, 0) for n in range(kinds)])
+        scores = hard + rng.normal(0, 0.2, (kinds, 400)) + 0.5 * (~unseen if member else 0)
+        target = hard + rng.normal(0, 0.2, 400) + 0.5 * member
+        ratios.append(membership._ratio(target, scores, unseen))
+        plain.append(target)
+    assert statistics.auc(*plain) < 0.6 and statistics.auc(*ratios) > 0.9

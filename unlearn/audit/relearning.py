@@ -1,0 +1,122 @@
+"""Relearning: how soon is it back? A copy of each model is trained on, and the forget images are watched.
+
+Whoever has the weights can do that. What comes back faster than the oracle learns it was hidden, not removed.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from unlearn.audit import statistics, tuning
+from unlearn.audit.base import ORIGINAL, AuditTest, Figure, Measured, Piece, Rule, oracles
+from unlearn.audit.bench import Bench
+from unlearn.audit.subject import Subject
+from unlearn.config import Part, Positive, ViewSpec
+from unlearn.evaluation.metrics import hole_errors
+
+
+class RelearningOptions(Part):
+    """Of relearning."""
+
+    on: list[Literal["retain", "forget"]] = Field(
+        default=["retain", "forget"],
+        min_length=1,
+        description="what is trained on: retain images, or `images` forget images",
+    )
+    images: Positive = Field(default=64, description="forget images that an attacker has")
+    steps: Positive = 100
+    batch_size: Positive = 32
+    lr: float = Field(default=3e-4, gt=0, description="of AdamW, over encoder and decoder")
+    view: ViewSpec = Field(default=ViewSpec(size=0.5), description="under which the forget images are watched")
+    watched: Positive = Field(default=200, description="held-out images of the forgotten classes that are watched")
+    margin: float = Field(
+        default=1.0,
+        gt=0,
+        description="dB above the oracle's curve that are allowed, at steps 1, 2, 5, 10, ...",
+    )
+
+
+class Relearning(AuditTest):
+    """Steps of further training until the forget figure is back, beside the oracle's curve."""
+
+    name = "relearning"
+    title = "Relearning"
+    shows = "Whether a little further training brings back what was forgotten, sooner than a model learns it that never knew it."
+    hides = "Other training (other images, learning rates, more steps) may bring back more; one seed of training is shown, and its chance is in no interval."
+    cost = "2 x steps of training"
+    needs = ("forget", "forget_new", "retain")
+    Options = RelearningOptions
+    options: RelearningOptions
+
+    def pieces(self, subject: Subject) -> list[Piece]:
+        return [Piece(self.name, generator, what) for generator in subject.models for what in self.options.on]
+
+    def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
+        """errors: (images, points) squared errors in the hole after each number of steps."""
+        options, seed = self.options, bench.subject.settings.seed
+        count = min(options.images, len(bench.subject.sets["forget"])) if piece.what == "forget" else None
+        _, shown = bench.pixels(piece.what, 0, count or len(bench.subject.sets[piece.what]))
+        kept, pixels = bench.pixels("forget_new", 0, min(options.watched, len(bench.subject.sets["forget_new"])))
+        real, view = pixels.float() / 255, bench.view(options.view, 0, "forget_new", kept)
+        model, columns = tuning.copied(bench.generator(piece.generator)), []
+
+        @torch.no_grad()
+        def watch(step: int) -> None:
+            made = model.denormalise(model.reconstruct(model.normalise(pixels), view))
+            columns.append(hole_errors(made, real, view.pixel_mask(bench.size)).cpu().numpy())
+
+        tuning.tune(
+            model, shown, bench.subject.run.settings.train_views, options.steps, options.batch_size, options.lr, seed,
+            tuning.rounds(options.steps), watch,
+        )  # fmt: skip
+        return {"errors": np.stack(columns, 1)}
+
+    def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
+        points, figures = tuning.rounds(self.options.steps), []
+        for what in self.options.on:
+            errors = {generator: measured[generator, what]["errors"] for generator in subject.models}
+            lines = {generator: [statistics.psnr(column) for column in e.T] for generator, e in errors.items()}
+            known = oracles(errors)
+            if known:
+                reference = np.stack([errors[name] for name in known], 2)
+                leads = {
+                    g: subject.estimate(_lead, np.concatenate([e[:, :, None], reference], 2)) for g, e in errors.items()
+                }
+                curves = {g: list(zip(map(float, points), line, strict=True)) for g, line in lines.items()}
+                title = f"trained on {what} images: largest lead over the oracle's curve, dB"
+                # An oracle is judged by nothing; what several of them lead each other by is chance, and belongs to the reference.
+                figures.append(Figure(f"lead_{what}", title, leads, Rule("above", self.options.margin), 2, curves))
+            if ORIGINAL in lines and known:
+                start = float(np.mean([lines[name][0] for name in known]))
+                level = (start + lines[ORIGINAL][0]) / 2
+                note = f"Back is a PSNR of {level:.1f} dB, half-way from the oracle's to the original's; {2 * points[-1]} stands for never."
+                title = f"trained on {what} images: steps until the forget images are back"
+                steps = {
+                    g: subject.estimate(lambda rows, level=level: _steps(rows, points, level), e)
+                    for g, e in errors.items()
+                }
+                figures.append(Figure(f"steps_{what}", title, steps, None, 0, note=note))
+        return figures
+
+
+def _lead(errors: np.ndarray) -> float:
+    """By how many dB a curve is above the mean of the oracles' where it leads most, after the first step of training.
+
+    errors: (images, points, 1 + oracles), the curve first.
+    """
+    curves = np.array(
+        [[statistics.psnr(errors[:, point, one]) for one in range(errors.shape[2])] for point in range(errors.shape[1])]
+    )
+    return float((curves[1:, 0] - curves[1:, 1:].mean(1)).max())
+
+
+def _steps(errors: np.ndarray, points: list[int], level: float) -> float:
+    """The first point at which the PSNR reaches a level; twice the last where none does."""
+    return float(
+        next(
+            (step for step, column in zip(points, errors.T, strict=True) if statistics.psnr(column) >= level),
+            2 * points[-1],
+        )
+    )
