@@ -13,15 +13,16 @@ from unlearn.errors import ConfigError
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what kfp says of images that are no Python image, of resources that its local runner ignores, and of its own future."""
+    """Without what kfp says of images that are no Python image, of resources that its local runner ignores, and of its
+    own future."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def compile(made, output: str, objects: bool = False, namespace: str = "kubeflow") -> None:
-    """Write the compiled pipeline. objects: as Pipeline and PipelineVersion for `kubectl apply`, in that namespace; a version is named by
-    its content, since Kubeflow lets none be changed. Raises UnlearnError."""
+    """Write the compiled pipeline. objects: as Pipeline and PipelineVersion for `kubectl apply`, in that namespace; a
+    version is named by its content, since Kubeflow lets none be changed. Raises UnlearnError."""
     kubeflow.required()
     from kfp import compiler
     from kfp.compiler.compiler_utils import KubernetesManifestOptions
@@ -34,8 +35,11 @@ def compile(made, output: str, objects: bool = False, namespace: str = "kubeflow
             if objects:
                 version = f"{made.name}-{hashlib.sha256(Path(output).read_bytes()).hexdigest()[:8]}"
                 options = KubernetesManifestOptions(
-                    pipeline_name=made.name, pipeline_version_name=version, namespace=namespace, include_pipeline_manifest=True
-                )  # fmt: skip
+                    pipeline_name=made.name,
+                    pipeline_version_name=version,
+                    namespace=namespace,
+                    include_pipeline_manifest=True,
+                )
                 compiler.Compiler().compile(
                     made, output, kubernetes_manifest_format=True, kubernetes_manifest_options=options
                 )

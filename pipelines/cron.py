@@ -1,8 +1,8 @@
 """When a schedule comes due: Kubeflow's six fields, seconds first.
 
-Neither Kubeflow's client nor its server looks at them. What its controller (robfig/cron 1) cannot read never fires, without a word to
-the user; and five fields, as crontab has them, it reads as seconds first without a day of the week, so that `0 3 * * *` fires each
-hour. Hence they are checked here, by that reader's rules.
+Neither Kubeflow's client nor its server looks at them. What its controller (robfig/cron 1) cannot read never fires,
+without a word to the user; and five fields, as crontab has them, it reads as seconds first without a day of the week,
+so that `0 3 * * *` fires each hour. Hence they are checked here, by that reader's rules.
 """
 
 import re
@@ -23,11 +23,13 @@ FIELDS = [
 
 
 def check(expression: str) -> str:
-    """The expression with single spaces. Raises ConfigError where Kubeflow could not read it, or would read it as another."""
+    """The expression with single spaces. Raises ConfigError where Kubeflow could not read it, or would read it as
+    another."""
     fields = expression.split()
     if len(fields) != 6:
         raise ConfigError(
-            f"--cron '{expression}': {len(fields)} fields, and Kubeflow wants six: second minute hour day-of-month month day-of-week; {EXAMPLE}"
+            f"--cron '{expression}': {len(fields)} fields, and Kubeflow wants six: second minute hour day-of-month "
+            f"month day-of-week; {EXAMPLE}"
         )
     for text, (name, least, greatest, names) in zip(fields, FIELDS, strict=True):
         for part in text.split(","):

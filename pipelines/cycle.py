@@ -1,9 +1,10 @@
 """The cycle as a Kubeflow pipeline: select -> unlearn -> evaluate -> audit -> judge -> release, or up the ladder, or
 give up; then close.
 
-Which rungs there are, what steps may take and which Secrets they see is fixed when it is compiled; where the cycle's file lies and where
-to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False and "". Nothing is taken from a
-cache: a step finds by itself what is done, and the ledger changes between two runs that look the same.
+Which rungs there are, what steps may take and which Secrets they see is fixed when it is compiled; where the cycle's
+file lies and where to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False
+and "". Nothing is taken from a cache: a step finds by itself what is done, and the ledger changes between two runs that
+look the same.
 """
 
 from collections.abc import Callable
@@ -26,16 +27,16 @@ from unlearn.cycles.cycle import KEY
 
 NAME = "unlearn-cycle"
 CYCLE = "s3://bucket/unlearn/cycle.yaml"  # the default of a package for anybody
+TO = "k8s"
 KEY_FOLDER = "/etc/unlearn/key"
 DAY = 24 * 3600
 
 
 def pipeline(
-    rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = "k8s", audited: str | None = None
+    rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = TO, audited: str | None = None
 ) -> Callable:
-    """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters, and a step that trains `here` gets what it
-    takes; audited: URI of an AUDIT.yaml, without one
-    there is no such step."""
+    """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters, and a step that trains
+    `here` gets what it takes; audited: URI of an AUDIT.yaml, without one there is no such step."""
     default_cycle, default_to = cycle, to
 
     @dsl.pipeline(
@@ -101,8 +102,8 @@ def pipeline(
 def _placed(
     task: PipelineTask, place: Place, cpus: str, memory: str, seconds: int, signs: bool = False
 ) -> PipelineTask:  # fmt: skip
-    """What every step has: image, resources, retries, secrets, no cache. A limit of memory is what is requested, or a neighbour's peak
-    kills; CPU has none, which would only throttle."""
+    """What every step has: image, resources, retries, secrets, no cache. A limit of memory is what is requested, or a
+    neighbour's peak kills; CPU has none, which would only throttle."""
     task.set_container_image(place.image).set_caching_options(False)
     task.set_cpu_request(cpus).set_memory_request(memory).set_memory_limit(memory)
     if place.retries:  # a lost pod, another cycle at work

@@ -1,6 +1,7 @@
 """Training of a step as a job on a Ray cluster: submitted or found again, its log followed as the step's own.
 
-The job gets the run's configuration alone, by way of the run folder. The ledger and the key that signs stay with the steps.
+The job gets the run's configuration alone, by way of the run folder. The ledger and the key that signs stay with the
+steps.
 """
 
 import json
@@ -29,9 +30,11 @@ def place(to: str, overlay: str, image: str, namespace: str, priority: str) -> B
 
 
 def train(place: Backend, settings: RunConfig, image: str, base: str, check: Callable[[], None]) -> None:
-    """Train this run there, unless its model is there already, and return when it is. base: sha256 of what it is to start from.
+    """Train this run there, unless its model is there already, and return when it is. base: sha256 of what it is to
+    start from.
 
-    Where the step is stopped the job goes on; the next attempt finds it. Raises UnlearnError, ClusterError where the job has failed.
+    Where the step is stopped the job goes on; the next attempt finds it. Raises UnlearnError, ClusterError where the
+    job has failed.
     """
     folder = Storage(settings.run_dir)
     if not folder.is_file("model/model.json"):
@@ -47,12 +50,13 @@ def train(place: Backend, settings: RunConfig, image: str, base: str, check: Cal
 
 
 def check_versions(place: Backend, sent: Request, image: str) -> None:
-    """Raise ClusterError where the job's Ray is not the one of this step: they must agree to the last number, and so must the software."""
+    """Raise ClusterError where the job's Ray is not the one of this step: they must agree to the last number, and so
+    must the software."""
     mine = metadata.version("ray")
     if version := getattr(place, "ray_version", None):
         if (theirs := version()) != mine:
             raise ClusterError(
-                f"{place.where} runs Ray {theirs}, and this image has {mine}: take the image of the same release for both"
+                f"{place.where} runs Ray {theirs}, and this image has {mine}: take images of the same release"
             )
         return
     document: dict[str, Any] = yaml.safe_load(place.plan(sent))
@@ -63,7 +67,8 @@ def check_versions(place: Backend, sent: Request, image: str) -> None:
     images = {group["template"]["spec"]["containers"][0]["image"] for group in groups}
     if cluster.get("rayVersion") != mine:
         raise ClusterError(
-            f"the RayJob is for Ray {cluster.get('rayVersion')}, and this image has {mine}: render the overlay anew, or take its image"
+            f"the RayJob is for Ray {cluster.get('rayVersion')}, and this image has {mine}: render the overlay "
+            "anew, or take its image"
         )
     if images != {image}:
         raise ClusterError(

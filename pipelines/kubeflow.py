@@ -1,4 +1,5 @@
-"""Kubeflow Pipelines' server: its client with our errors, a token that never stands on a command line, runs, and watching them."""
+"""Kubeflow Pipelines' server: its client with our errors, a token that never stands on a command line, runs, and
+watching them."""
 
 import contextlib
 import functools
@@ -33,9 +34,9 @@ def required() -> None:
 
 @dataclass(frozen=True)
 class Kubeflow:
-    """host: URL of the server. namespace: the user's profile, where Kubeflow has several users, else "". authority: a file with the
-    certificates that are trusted, else "". token_file: read anew whenever a request is made, since tokens of pods are replaced
-    each hour."""
+    """host: URL of the server. namespace: the user's profile, where Kubeflow has several users, else "". authority: a
+    file with the certificates that are trusted, else "". token_file: read anew whenever a request is made, since tokens
+    of pods are replaced each hour."""
 
     host: str
     namespace: str = ""
@@ -74,13 +75,15 @@ class Kubeflow:
             raise _Refused(f"{self.host}: {doing}: {_why(e)}", e.status) from None
         except (HTTPError, TimeoutError, OSError) as e:
             raise ClusterError(
-                f"{self.host}: {doing}: nobody answers ({type(e).__name__}); is it the URL of Kubeflow Pipelines, and reachable from here?"
+                f"{self.host}: {doing}: nobody answers ({type(e).__name__}); is it the URL of Kubeflow Pipelines, and "
+                "reachable from here?"
             ) from None
         except ValueError as e:  # how kfp says that an experiment is there twice
             raise ClusterError(f"{self.host}: {doing}: {e}") from None
 
     def run(self, package: str, parameters: dict, name: str, account: str = "") -> str:
-        """Start a run of a compiled pipeline; its id. account: the service account of its pods, else the server's choice."""
+        """Start a run of a compiled pipeline; its id. account: the service account of its pods, else the server's
+        choice."""
         client, experiment = self.client, self.experiment_id
         with self.told(f"starting {name}"):
             made = client.run_pipeline(
@@ -173,7 +176,8 @@ def _client(server: Kubeflow, source: Callable[[], str] | None) -> "kfp.Client":
 
     class Client(kfp.Client):
         def get_kfp_healthz(self, sleep_duration: int = 0):
-            """At once, and as it is: kfp's own tries five times whatever is wrong, and makes a refused token a timeout."""
+            """At once, and as it is: kfp's own tries five times whatever is wrong, and makes a refused token a
+            timeout."""
             return self._healthz_api.healthz_service_get_healthz()
 
     with warnings.catch_warnings():

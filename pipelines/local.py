@@ -1,7 +1,7 @@
 """The same pipeline on this machine, by kfp's local runner: a process a step, no cluster.
 
-That runner takes a condition it cannot evaluate for one that does not hold, and has skipped both branches of a pipeline without a word.
-So what counts is what the cycle's records say afterwards.
+That runner takes a condition it cannot evaluate for one that does not hold, and has skipped both branches of a pipeline
+without a word. So what counts is what the cycle's records say afterwards.
 """
 
 import re
@@ -18,14 +18,14 @@ from unlearn.errors import CycleError
 
 
 def run(
-    cycle: Cycle, source: str, to: str = HERE, parameters: Mapping[str, str] = {}, image: str = IMAGE, audited: str | None = None,
-    outputs: str | None = None,
+    cycle: Cycle, source: str, to: str = HERE, parameters: Mapping[str, str] = {}, image: str = IMAGE,
+    audited: str | None = None, outputs: str | None = None,
 ) -> standing.Standing:  # fmt: skip
     """Run the pipeline to its end. Steps are not tried again.
 
-    source: a path or s3:// of the cycle's file; parameters: others of the pipeline; image: of a RayJob that trains; audited: a path or
-    s3:// of an AUDIT.yaml; outputs: a folder that keeps the artifacts. Raises MissingExtra, and CycleError where a step has failed or
-    the cycle has not come to its end."""
+    source: a path or s3:// of the cycle's file; parameters: others of the pipeline; image: of a RayJob that trains;
+    audited: a path or s3:// of an AUDIT.yaml; outputs: a folder that keeps the artifacts. Raises MissingExtra, and
+    CycleError where a step has failed or the cycle has not come to its end."""
     kubeflow.required()
     from kfp import local
 
@@ -33,9 +33,8 @@ def run(
 
     made = pipeline(cycle.rungs, Place(image, retries=0), audited=audited)
     with tempfile.TemporaryDirectory(prefix="unlearn-pipeline-") as scratch, quiet():
-        local.init(
-            local.SubprocessRunner(use_venv=False), pipeline_root=outputs or scratch, workspace_root=str(Path(scratch) / "workspace")
-        )  # fmt: skip
+        workspace = str(Path(scratch) / "workspace")
+        local.init(local.SubprocessRunner(use_venv=False), pipeline_root=outputs or scratch, workspace_root=workspace)
         try:
             made(cycle=source, to=to, **parameters)
         except RuntimeError as e:  # a step has failed, whose log was shown

@@ -10,9 +10,9 @@ RETRIES = 2
 
 @dataclass(frozen=True)
 class Place:
-    """What the pods of the steps get. image: theirs, and the RayJob's; gpus, cpus, memory: of the steps that compute; secrets: (variable,
-    Secret, key in it) for every step; key: (Secret, key in it) of the private key that signs releases, for those alone that need it;
-    retries: of a step."""
+    """What the pods of the steps get. image: theirs, and the RayJob's; gpus, cpus, memory: of the steps that compute;
+    secrets: (variable, Secret, key in it) for every step; key: (Secret, key in it) of the private key that signs
+    releases, for those alone that need it; retries: of a step."""
 
     image: str = IMAGE
     gpus: int = 0

@@ -1,8 +1,8 @@
 """The schedule of a pipeline in Kubeflow: a recurring run under a name, replaced as a whole.
 
-Kubeflow cannot change a recurring run, and takes a name any number of times. So the new one is made first, then all others of that
-name are deleted: a client that dies between leaves two, of which the next call leaves one, and never none. What fires twice
-meanwhile is harmless, since the ledger says what there is to do.
+Kubeflow cannot change a recurring run, and takes a name any number of times. So the new one is made first, then all
+others of that name are deleted: a client that dies between leaves two, of which the next call leaves one, and never
+none. What fires twice meanwhile is harmless, since the ledger says what there is to do.
 """
 
 import hashlib
@@ -34,7 +34,8 @@ def replace(
 ) -> tuple[str, bool]:
     """Let the compiled pipeline run at these times and no others: (id of the recurring run, whether it was made now).
 
-    No run is caught up on that was missed, none starts beside another, nothing is taken from a cache. Raises UnlearnError.
+    No run is caught up on that was missed, none starts beside another, nothing is taken from a cache. Raises
+    UnlearnError.
     """
     expression = cron.check(expression)
     if not name.strip():
@@ -47,8 +48,8 @@ def replace(
     client, experiment = server.client, server.experiment_id
     with server.told(f"scheduling {name}"):
         made = client.create_recurring_run(
-            experiment, name, described, cron_expression=expression, max_concurrency=1, no_catchup=True, params=parameters,
-            pipeline_package_path=package, enable_caching=False, service_account=account or None,
+            experiment, name, described, cron_expression=expression, max_concurrency=1, no_catchup=True,
+            params=parameters, pipeline_package_path=package, enable_caching=False, service_account=account or None,
         ).recurring_run_id  # fmt: skip
     now = [s for s in schedules(server) if s.name == name]
     newest = max(now, key=lambda s: (s.created, s.id), default=None)

@@ -1,4 +1,5 @@
-"""What a cycle needs that is served by a pipeline in a cluster: places that its pods can reach, and a file that they can read."""
+"""What a cycle needs that is served by a pipeline in a cluster: places that its pods can reach, and a file that they
+can read."""
 
 import hashlib
 
@@ -9,18 +10,20 @@ from unlearn.cycles.cycle import Cycle
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 
-PARAMETERS = ("to", "overlay", "namespace", "priority")  # of the pipeline, beside the cycle
+PARAMETERS = ("overlay", "namespace", "priority")  # of the pipeline, beside the cycle and where to train
 FILES = "files"  # the folder in cycle_dir
 
 
 def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
-    """mounted: paths are of a volume that every node has. Raises ConfigError where a step in a cluster would miss something."""
+    """mounted: paths are of a volume that every node has. Raises ConfigError where a step in a cluster would miss
+    something."""
     places = {"cycle_dir": cycle.cycle_dir, "releases": cycle.releases}
     places |= {f"run.{key}": uri for key, uri in cycle.settings(0).locations().items() if key != "run_dir"}
     for key, uri in places.items():
         if not mounted and not uri.startswith("embedded:") and Storage(uri).is_local():
             raise ConfigError(
-                f"{key} {uri} is a path of this machine, and the steps run on others: give s3://bucket/prefix, or --mounted"
+                f"{key} {uri} is a path of this machine, and the steps run on others: give s3://bucket/prefix, or "
+                "--mounted"
             )
     if place.image == IMAGE:
         raise ConfigError("give --image: what the steps run in, this software with the extras of infra/Dockerfile")
@@ -33,13 +36,14 @@ def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
         raise ConfigError("no ledger is named: give `ledger` in the cycle, or --secret UNLEARN_LEDGER=SECRET/KEY")
     if cycle.ledger and not cycle.ledger.startswith("postgresql") and not mounted:
         raise ConfigError(
-            f"ledger {cycle.ledger} is a file of this machine, and the steps run on others: give postgresql://HOST/DATABASE"
+            f"ledger {cycle.ledger} is a file of this machine, and the steps run on others: give "
+            "postgresql://HOST/DATABASE"
         )
 
 
 def source(cycle: Cycle, given: str) -> str:
-    """Where the steps read the cycle's file: a URI as it is given, which may be changed there later; a file of this machine as a copy in
-    cycle_dir that never changes. It names no request and no person. Raises StorageError."""
+    """Where the steps read the cycle's file: a URI as it is given, which may be changed there later; a file of this
+    machine as a copy in cycle_dir that never changes. It names no request and no person. Raises StorageError."""
     return given if _is_remote(given) else _copied(cycle, cycle_file.dump(cycle).encode())
 
 

@@ -1,4 +1,5 @@
-"""How things stand with the deletion requests: what the ledger and the cycle's records say, not what a scheduler believes."""
+"""How things stand with the deletion requests: what the ledger and the cycle's records say, not what a scheduler
+believes."""
 
 from dataclasses import dataclass
 
@@ -9,8 +10,8 @@ from unlearn.ledger.ledger import Ledger
 
 @dataclass(frozen=True)
 class Standing:
-    """figures: requests by state, open ones and overdue ones. last: the newest cycle, None before the first; outcome: how it ended, None
-    where it has not."""
+    """figures: requests by state, open ones and overdue ones. last: the newest cycle, None before the first; outcome:
+    how it ended, None where it has not."""
 
     figures: dict[str, int]
     last: Selection | None

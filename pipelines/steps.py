@@ -1,7 +1,7 @@
 """What the components do: one step of `jobs.cycle` each, and its figures as artifacts. No kfp is needed here.
 
-A mistake of the user ends a step with one line, not a traceback. Each step owns the cycle's folder while it is at work, and finds what
-another has done before, so that a step can be retried and a whole run repeated.
+A mistake of the user ends a step with one line, not a traceback. Each step owns the cycle's folder while it is at work,
+and finds what another has done before, so that a step can be retried and a whole run repeated.
 """
 
 import contextlib
@@ -67,12 +67,17 @@ def select(source: str, rungs: int, requests: Any) -> Selected:
     with _lease(cycle):
         selection = steps.select(cycle)
     counts = {
-        "status": selection.status, "new": len(selection.new), "old": len(selection.old), "unmatched": len(selection.unmatched),
-        "images": sum(asked.images for asked in (*selection.new, *selection.old)), "data": selection.data, "base": selection.base,
-    }  # fmt: skip
+        "status": selection.status,
+        "new": len(selection.new),
+        "old": len(selection.old),
+        "unmatched": len(selection.unmatched),
+        "images": sum(asked.images for asked in (*selection.new, *selection.old)),
+        "data": selection.data,
+        "base": selection.base,
+    }
     _write(requests, json.dumps(counts, indent=1), uri=f"{cycle.cycle_dir}/{selection.id}", **counts)
     say({
-        "selected": f"cycle {selection.id}: {counts['new']} new requests, {counts['old']} served before, {counts['images']} images",
+        "selected": "{new} new requests, {old} served before, {images} images".format(**counts),
         "nothing": "no open request meets an image: there is nothing to do",
         "due": f"cycle {selection.id} was given up under these settings: retraining is due",
     }[selection.status])  # fmt: skip
@@ -171,8 +176,8 @@ def release(source: str, id: str, rung: int, released: Any) -> str:
         outcome = steps.release(cycle, selection, rung, check)
     if outcome is None or outcome.release is None:
         raise CycleError(
-            f"cycle {id}: another release has become the parent since rung {rung} was judged, and beside it the gate refuses: run the pipeline "
-            "again, it goes on with the next rung"
+            f"cycle {id}: another release has become the parent since rung {rung} was judged, and beside it the gate "
+            "refuses: run the pipeline again, it goes on with the next rung"
         )
     about = {"version": outcome.release, "sha256": outcome.weights, "promoted": str(outcome.promoted)}
     _write(released, json.dumps(about, indent=1), uri=f"{cycle.releases}/{outcome.folder}", **about)
@@ -244,7 +249,8 @@ def say(text: str) -> None:
 
 
 def _progress(what: str, every: float = 30) -> Callable[..., None]:
-    """What a step of `jobs.cycle` is given, either (row of training) or (done, total): a line at most every `every` seconds."""
+    """What a step of `jobs.cycle` is given, either (row of training) or (done, total): a line at most every `every`
+    seconds."""
     last = time.monotonic()
 
     def told(*about: Any) -> None:

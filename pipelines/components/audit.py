@@ -1,7 +1,7 @@
 """Component `audit`: ask whether one rung has really forgotten. In the pipeline where an audit is configured.
 
-Reads the run folder, the shards and AUDIT.yaml; writes audit.json and audit.html in the run folder, which the gate may hold to its
-limits. The page holds no image.
+Reads the run folder, the shards and AUDIT.yaml; writes audit.json and audit.html in the run folder, which the gate may
+hold to its limits. The page holds no image.
 """
 
 from kfp import dsl

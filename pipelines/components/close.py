@@ -1,7 +1,8 @@
-"""Component `close`: the exit handler. Tells from the ledger and the cycle's records how things stand, whatever became of the run.
+"""Component `close`: the exit handler. Tells from the ledger and the cycle's records how things stand, whatever became
+of the run.
 
-kfp hands an exit handler the run's state, which its server says is "Running" whatever happened. It is taken only since kfp's local
-runner knows exit handlers by it; nobody looks at it.
+kfp hands an exit handler the run's state, which its server says is "Running" whatever happened. It is taken only since
+kfp's local runner knows exit handlers by it; nobody looks at it.
 """
 
 from kfp import dsl

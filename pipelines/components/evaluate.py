@@ -1,7 +1,7 @@
 """Component `evaluate`: measure one rung of the cycle, old requests apart from new ones.
 
-Reads the run folder and the shards; writes metrics.json and report.html there. The page is shown in Kubeflow's, without pictures of
-forgotten images.
+Reads the run folder and the shards; writes metrics.json and report.html there. The page is shown in Kubeflow's, without
+pictures of forgotten images.
 """
 
 from kfp import dsl

@@ -1,6 +1,7 @@
 """Component `judge`: hold the figures of one rung, and of its audit where there is one, against the cycle's gate.
 
-Reads metrics.json, audit.json and the current release; writes the verdict to the cycle's folder, and the ledger (verified).
+Reads metrics.json, audit.json and the current release; writes the verdict to the cycle's folder, and the ledger
+(verified).
 """
 
 from kfp import dsl

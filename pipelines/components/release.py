@@ -1,6 +1,7 @@
 """Component `release`: publish a rung that has passed the gate, certify it and make it current.
 
-Reads the run folder and the private key; writes the release, the pointer, the cycle's outcome.json, and the ledger (released).
+Reads the run folder and the private key; writes the release, the pointer, the cycle's outcome.json, and the ledger
+(released).
 """
 
 from kfp import dsl

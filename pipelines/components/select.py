@@ -1,7 +1,8 @@
 """Component `select`: take the open deletion requests into a cycle, or find the one that was begun and has not ended.
 
-Reads the ledger, the manifest of the shards and the base model's card; writes the cycle's selection.json, and the ledger (scheduled).
-The status is called Output, since kfp's local runner looks a condition's value up under that name alone.
+Reads the ledger, the manifest of the shards and the base model's card; writes the cycle's selection.json, and the
+ledger (scheduled). The status is called Output, since kfp's local runner looks a condition's value up under that name
+alone.
 """
 
 from typing import NamedTuple

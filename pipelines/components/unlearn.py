@@ -1,7 +1,8 @@
-"""Component `unlearn`: train one rung of the cycle from the base model, here or as a job elsewhere whose log is this step's.
+"""Component `unlearn`: train one rung of the cycle from the base model, here or as a job elsewhere whose log is this
+step's.
 
-Reads the base and the shards; writes the run folder in the cycle's, and the ledger (trained). What was trained is not trained again;
-a job that is still at work is found and followed.
+Reads the base and the shards; writes the run folder in the cycle's, and the ledger (trained). What was trained is not
+trained again; a job that is still at work is found and followed.
 """
 
 from kfp import dsl
@@ -10,7 +11,8 @@ from kfp.dsl import Model, Output
 
 @dsl.component(base_image="unlearn", install_kfp_package=False)
 def unlearn(
-    cycle: str, id: str, rung: int, to: str, overlay: str, image: str, namespace: str, priority: str, model: Output[Model]
+    cycle: str, id: str, rung: int, to: str, overlay: str, image: str, namespace: str, priority: str,
+    model: Output[Model],
 ):  # fmt: skip
     """Train one rung of the cycle.
 

@@ -1,4 +1,5 @@
-"""The cycle by a schedule where there is no Kubeflow: the CronJob of infra/kubernetes, and the timer of infra/systemd."""
+"""The cycle by a schedule where there is no Kubeflow: the CronJob of infra/kubernetes, and the timer of
+infra/systemd."""
 
 import re
 import shlex

@@ -32,8 +32,8 @@ def steps(spec: dict) -> dict[str, dict]:
 
 
 def test_what_kubeflow_gets_is_as_committed(tmp_path):
-    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1 --audit s3://bucket/audit.yaml
-    --secret UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key"""
+    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1 --audit
+    s3://bucket/audit.yaml --secret UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key"""
     from kfp import components
 
     assert compiled(tmp_path / "cycle.yaml", 1, FULL) == list(yaml.safe_load_all(GOLDEN.read_text()))
@@ -194,9 +194,10 @@ def test_the_local_runner_takes_the_right_branches(status, passes, taken, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_pipeline_serves_two_requests_then_a_third_that_the_gate_refuses(given, tmp_path, told):
     """The real thing: a process a step."""
-    one = given(ladder=[{"training.steps": 3}])
+    one = given()
     first = ask(one.cycle, {"classes": ["ant"]}, {"subjects": ["person-1"]})
     code, out, err = told("pipeline", "run", one.source, "--local", "--artifacts", tmp_path / "shown")
     assert code == 0 and "released v1" in out, out[-3000:] + err
@@ -204,12 +205,11 @@ def test_a_pipeline_serves_two_requests_then_a_third_that_the_gate_refuses(given
     [page] = tmp_path.glob("shown/*/evaluate/report")
     assert page.read_text().startswith("<!doctype html>")
     assert "person-1" not in out + err + "".join(p.read_text() for p in tmp_path.glob("shown/**/*") if p.is_file())
-    two = given(ladder=[{"training.steps": 3}], gate={"metrics.unlearned.retain.cosine": {"min": 2.0}})
+    two = given(gate={"metrics.unlearned.retain.cosine": {"min": 2.0}})
     [third] = ask(two.cycle, {"classes": ["bee"]})
     code, out, _ = told("pipeline", "run", two.source, "--local")
     assert code == 3 and "retraining is due" in out
     assert standing(two.cycle)[third] == "received"
-    assert told("pipeline", "run", given().source, "--local")[0] == 0 and standing(two.cycle)[third] == "released"
 
 
 def test_a_branch_that_was_left_out_is_told(given, monkeypatch):

@@ -148,7 +148,7 @@ def test_without_the_extra(told, source, monkeypatch):
 
 def test_a_run_is_started_and_watched(kubeflow, told, source):
     code, out, err = told(
-        "pipeline", "run", source, "--host", kubeflow.url, *PLACE, "-p", "to=http://ray-head:8265", "--account", "cycle"
+        "pipeline", "run", source, "--host", kubeflow.url, *PLACE, "--to", "http://ray-head:8265", "--account", "cycle"
     )
     assert code == 0, err
     id = out.strip()
@@ -171,7 +171,8 @@ def test_a_run_is_started_and_watched(kubeflow, told, source):
     lines = []
     assert Kubeflow(kubeflow.url).watch(id, lines.append, every=0.01) == "CANCELED"
     assert lines == [
-        f"run {id}: running", "select: running", "select: succeeded", "unlearn: running", f"run {id}: canceled", "unlearn: failed",
+        f"run {id}: running", "select: running", "select: succeeded", "unlearn: running", f"run {id}: canceled",
+        "unlearn: failed",
     ]  # fmt: skip
     assert told("pipeline", "watch", id, "--host", kubeflow.url)[0] == 1
     kubeflow.states[id] = [at("SUCCEEDED")]

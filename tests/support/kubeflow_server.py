@@ -1,7 +1,9 @@
-"""Kubeflow Pipelines' REST API (v2beta1) over HTTP on loopback, as far as our client needs it: it keeps what it is told.
+"""Kubeflow Pipelines' REST API (v2beta1) over HTTP on loopback, as far as our client needs it: it keeps what it is
+told.
 
-Every request is held against the released description, from the shared folder: its path, its query, its body down to the last field;
-and so is every answer of ours. A request that does not fit is refused and noted in `broken`. Skipped where the description is missing.
+Every request is held against the released description, from the shared folder: its path, its query, its body down to
+the last field; and so is every answer of ours. A request that does not fit is refused and noted in `broken`. Skipped
+where the description is missing.
 """
 
 import functools
@@ -28,7 +30,8 @@ def _api() -> dict:
 
 
 def _strict(node):
-    """The description as JSON Schema: no field beside those it names; int64 as text or number, which gRPC's gateway takes alike."""
+    """The description as JSON Schema: no field beside those it names; int64 as text or number, which gRPC's gateway
+    takes alike."""
     if isinstance(node, list):
         return [_strict(each) for each in node]
     if not isinstance(node, dict):
@@ -49,8 +52,9 @@ def _faults(schema: dict, value) -> list[str]:
 
 
 class Kubeflow:
-    """url; token: what is asked for, None for nothing. runs, recurring, experiments: by id. calls: (operation, body). broken: what did
-    not keep to the description. states: of runs, a list for each id whose head is told and then left."""
+    """url; token: what is asked for, None for nothing. runs, recurring, experiments: by id. calls: (operation, body).
+    broken: what did not keep to the description. states: of runs, a list for each id whose head is told and then
+    left."""
 
     def __init__(self, token: str | None = None):
         self.token, self.experiments, self.runs, self.recurring = token, {}, {}, {}
@@ -125,7 +129,8 @@ class Kubeflow:
 
     def CreateRecurringRun(self, body, query):
         made = body | {
-            "recurring_run_id": str(uuid.uuid4()), "status": "ENABLED" if body["mode"] == "ENABLE" else "DISABLED", "created_at": self._now(),
+            "recurring_run_id": str(uuid.uuid4()), "created_at": self._now(),
+            "status": "ENABLED" if body["mode"] == "ENABLE" else "DISABLED",
         }  # fmt: skip
         self.recurring[made["recurring_run_id"]] = made
         return 200, made

@@ -1,4 +1,4 @@
-"""The commands on the cycle as a Kubeflow pipeline: `unlearn pipeline compile`, `run`, `schedule`, `watch` and others."""
+"""The commands on the cycle as a Kubeflow pipeline: `unlearn pipeline compile`, `run`, `schedule`, `watch` ..."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +14,17 @@ if TYPE_CHECKING:
     from pipelines.place import Place
 
 app = typer.Typer(
-    no_args_is_help=True, help="Serve deletion requests by a Kubeflow pipeline, once or by a schedule, or by its local runner."
-)  # fmt: skip
+    no_args_is_help=True,
+    help="Serve deletion requests by a Kubeflow pipeline, once or by a schedule, or by its local runner.",
+)
 
 Source = Annotated[str, typer.Argument(metavar="CYCLE.yaml", help="a cycle's file (path or s3://)")]
+To = Annotated[
+    str | None,
+    typer.Option(
+        "--to", metavar="PLACE", help="where to train: k8s (a RayJob), http://HEAD:8265, or here, in the step"
+    ),
+]
 Image = Annotated[
     str | None, typer.Option("--image", help="of the steps and of the RayJob: this software, of this release")
 ]
@@ -34,7 +41,9 @@ Audit = Annotated[
 ]
 Parameter = Annotated[
     list[str],
-    typer.Option("--parameter", "-p", metavar="NAME=VALUE", help="of the pipeline: to, overlay, namespace, priority"),
+    typer.Option(
+        "--parameter", "-p", metavar="NAME=VALUE", help="of the pipeline: overlay, namespace, priority (of a RayJob)"
+    ),
 ]
 Mounted = Annotated[bool, typer.Option("--mounted", help="paths are of a volume that every pod has")]
 Host = Annotated[str, typer.Option("--host", envvar="UNLEARN_KFP_HOST", metavar="URL", help="of Kubeflow Pipelines")]
@@ -60,9 +69,9 @@ def compile(
     rungs: Annotated[int, typer.Option(min=1, help="without a cycle: 1, and one for each entry of its ladder")] = 1,
     objects: Annotated[bool, typer.Option("--objects", help="as Kubernetes objects, for kubectl apply")] = False,
     namespace: Annotated[str, typer.Option(help="with --objects: Kubeflow's")] = "kubeflow",
-    to: Annotated[str, typer.Option("--to", metavar="PLACE", help="where to train: k8s, http://HEAD:8265, or here, with what a step takes")] = "k8s",
-    image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [], key: Key = None,  # noqa: B006
-    audit: Audit = None,
+    to: To = None,
+    image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi",
+    secrets: Secrets = [], key: Key = None, audit: Audit = None,  # noqa: B006  read only
 ):  # fmt: skip
     """Write the pipeline as a file that Kubeflow takes.
 
@@ -72,13 +81,13 @@ def compile(
 
     place = _place(image, gpus, cpus, memory, secrets, key)
     from pipelines import compiling
-    from pipelines.cycle import pipeline
+    from pipelines.cycle import TO, pipeline
 
     if audit and "://" not in audit:
         raise ConfigError(f"--audit {audit}: give s3://...: a package says where the steps find it")
     # Where a file of this machine will lie for a cluster is known when it is sent.
     there = {"cycle": source} if source and "://" in source else {}
-    made = pipeline(_load(source).rungs if source else rungs, place, audited=audit, to=to, **there)
+    made = pipeline(_load(source).rungs if source else rungs, place, audited=audit, to=to or TO, **there)
     compiling.compile(made, output, objects, namespace)
     say(f"written: {output}")
 
@@ -87,11 +96,15 @@ def compile(
 def run(
     source: Source,
     local: Annotated[bool, typer.Option("--local", help="here, by kfp's local runner, a process a step")] = False,
-    to: Annotated[str, typer.Option("--to", metavar="PLACE", help="with --local: where to train; here, local, http://HEAD:8265, k8s")] = "here",
-    artifacts: Annotated[str | None, typer.Option(metavar="FOLDER", help="with --local: keep what the steps show")] = None,
-    host: Host = "", name: Annotated[str, typer.Option(help="of the run")] = "unlearn-cycle",
-    parameter: Parameter = [], image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [],  # noqa: B006
-    key: Key = None, audit: Audit = None, mounted: Mounted = False, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
+    artifacts: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="with --local: keep what the steps show")
+    ] = None,
+    to: To = None, parameter: Parameter = [],  # noqa: B006  read only
+    image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi",
+    secrets: Secrets = [], key: Key = None, audit: Audit = None,  # noqa: B006  read only
+    host: Host = "", profile: Profile = "", token_file: TokenFile = "", authority: Authority = "",
+    account: Account = "",
+    mounted: Mounted = False, name: Annotated[str, typer.Option(help="of the run")] = "unlearn-cycle",
     wait: Annotated[bool, typer.Option("--wait", help="watch it to its end")] = False,
 ):  # fmt: skip
     """Run the pipeline once: here, or in Kubeflow.
@@ -104,10 +117,8 @@ def run(
         raise ConfigError("say where: --local, or --host URL")
     if local:
         return _run_here(source, to, parameter, image, audit, artifacts)
-    with _sent(source, _place(image, gpus, cpus, memory, secrets, key), parameter, audit, mounted) as (
-        package,
-        parameters,
-    ):
+    place = _place(image, gpus, cpus, memory, secrets, key)
+    with _sent(source, place, to, parameter, audit, mounted) as (package, parameters):
         server = _server(host, profile, token_file, authority)
         id = server.run(package, parameters, name, account)
     out.print(id)
@@ -118,11 +129,19 @@ def run(
 @app.command()
 def schedule(
     source: Source,
-    expression: Annotated[str, typer.Option("--cron", metavar="EXPRESSION", help="six fields: second minute hour day-of-month month day-of-week")],
-    host: Host, name: Annotated[str, typer.Option(help="of the schedule; what has this name is replaced")] = "unlearn-cycle",
-    timezone: Annotated[str, typer.Option(help="of Kubeflow's controller (its CRON_SCHEDULE_TIMEZONE); a schedule has none of its own")] = "UTC",
-    parameter: Parameter = [], image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi", secrets: Secrets = [],  # noqa: B006
-    key: Key = None, audit: Audit = None, mounted: Mounted = False, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
+    expression: Annotated[
+        str,
+        typer.Option("--cron", metavar="FIELDS", help="six: second minute hour day-of-month month day-of-week"),
+    ],
+    host: Host, profile: Profile = "", token_file: TokenFile = "", authority: Authority = "", account: Account = "",
+    name: Annotated[str, typer.Option(help="of the schedule; what has this name is replaced")] = "unlearn-cycle",
+    timezone: Annotated[
+        str, typer.Option(help="of Kubeflow's controller (its CRON_SCHEDULE_TIMEZONE); a schedule has none of its own")
+    ] = "UTC",
+    to: To = None, parameter: Parameter = [],  # noqa: B006  read only
+    image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi",
+    secrets: Secrets = [], key: Key = None, audit: Audit = None,  # noqa: B006  read only
+    mounted: Mounted = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, show the next times, and send nothing")] = False,
 ):  # fmt: skip
     """Run the pipeline by a schedule: one run at a time, none caught up on. The same again changes nothing.
@@ -137,14 +156,15 @@ def schedule(
 
     times = cron.upcoming(expression, cron.zone(timezone))
     if not dry_run:
-        with _sent(source, place, parameter, audit, mounted) as (package, parameters):
+        with _sent(source, place, to, parameter, audit, mounted) as (package, parameters):
             server = _server(host, profile, token_file, authority)
             id, new = schedules.replace(server, name, expression, package, parameters, account)
         out.print(f"{name}: {'scheduled' if new else 'is scheduled already'}, {id}", soft_wrap=True)
     for time in times:
         out.print(f"next: {time:%Y-%m-%d %H:%M:%S} {timezone}", soft_wrap=True)
     say(
-        f"in {timezone}: that is what Kubeflow's controller counts in, unless its CRON_SCHEDULE_TIMEZONE says otherwise (then give --timezone)"
+        f"in {timezone}: Kubeflow's controller counts in UTC, unless its CRON_SCHEDULE_TIMEZONE says otherwise; "
+        "tell its time zone with --timezone"
     )
 
 
@@ -224,18 +244,21 @@ def _load(source: str):
 
 
 def _run_here(
-    source: str, to: str, given: list[str], image: str | None, audit: str | None, artifacts: str | None
+    source: str, to: str | None, given: list[str], image: str | None, audit: str | None, artifacts: str | None
 ) -> None:  # fmt: skip
     from pathlib import Path
 
     from pipelines import kubeflow, sending
     from pipelines import local as runner
     from pipelines.place import IMAGE
+    from pipelines.steps import HERE
     from unlearn.cli.console import out
 
     kubeflow.required()
     where, audited = (path if path is None or "://" in path else str(Path(path).absolute()) for path in (source, audit))
-    now = runner.run(_load(source), str(where), to, sending.parameters(given), image or IMAGE, audited, artifacts)
+    now = runner.run(
+        _load(source), str(where), to or HERE, sending.parameters(given), image or IMAGE, audited, artifacts
+    )
     for what, value in now.told().items():
         out.print(f"{what}: {value}", soft_wrap=True)
     if now.outcome is not None and now.outcome.due:
@@ -244,19 +267,17 @@ def _run_here(
 
 @contextmanager
 def _sent(
-    source: str, place: "Place", given: list[str], audit: str | None, mounted: bool
+    source: str, place: "Place", to: str | None, given: list[str], audit: str | None, mounted: bool
 ) -> Iterator[tuple[str, dict[str, str]]]:  # fmt: skip
     """(path of the compiled pipeline, its parameters), after a check that a cluster can serve this cycle."""
     from pipelines import compiling, sending
-    from pipelines.cycle import pipeline
+    from pipelines.cycle import TO, pipeline
 
     parameters, cycle = sending.parameters(given), _load(source)
     sending.check(cycle, place, mounted)
-    made = pipeline(
-        cycle.rungs, place, audited=sending.audit(cycle, audit), **{k: v for k, v in parameters.items() if k == "to"}
-    )
+    made = pipeline(cycle.rungs, place, to=to or TO, audited=sending.audit(cycle, audit))
     with compiling.package(made) as path:
-        yield path, parameters | {"cycle": sending.source(cycle, source)}
+        yield path, parameters | {"cycle": sending.source(cycle, source), "to": to or TO}
 
 
 def _watch(server: "Kubeflow", run_id: str) -> None:
