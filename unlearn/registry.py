@@ -61,4 +61,5 @@ AUDITS = Registry("test", "tests", {
     "probes": "unlearn.audit.probes:Probes",
     "relearning": "unlearn.audit.relearning:Relearning",
     "streisand": "unlearn.audit.streisand:Streisand",
+    "poisoning": "unlearn.audit.poisoning:Poisoning",
 })  # fmt: skip

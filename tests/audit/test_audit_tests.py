@@ -1,13 +1,20 @@
 """What the tests of an audit compute: probes, statistics of outputs, training inside an audit, shadow models."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from support import models as small
 
-from unlearn import config
-from unlearn.audit import linear, membership, probes, shadows, statistics, streisand, tuning
+from unlearn import config, views
+from unlearn.audit import linear, membership, poisoning, probes, shadows, statistics, streisand, tuning
+from unlearn.audit.base import Piece
 from unlearn.audit.bench import pooled
+from unlearn.data import selection
+from unlearn.data import shards as data
+from unlearn.data.decode import decode
+from unlearn.errors import ConfigError
 
 
 def test_a_probe_is_ridge_regression():
@@ -112,3 +119,49 @@ def test_a_likelihood_ratio_finds_members_that_plain_errors_do_not():
         ratios.append(membership._ratio(target, scores, unseen))
         plain.append(target)
     assert statistics.auc(*plain) < 0.6 and statistics.auc(*ratios) > 0.9
+
+
+def test_poisoned_shards_hold_every_image_and_stamped_copies(tiny_shards, tmp_path):
+    made = poisoning.poison(tiny_shards, str(tmp_path / "poisoned"), 0.25, 0)
+    table, whole = made.table(["id", "label", "subject"]), data.load(tiny_shards)
+    ids = [
+        i
+        for i, subject in zip(table["id"].to_pylist(), table["subject"].to_pylist(), strict=True)
+        if subject != "poison"
+    ]
+    assert ids == whole.table(["id"])["id"].to_pylist() and made.classes == whole.classes
+    rows = selection.select(made, config.Rows(subjects=[poisoning.SUBJECT]), 0, "forget")
+    assert len(rows) == 12 and made.rows == 60
+    image = decode(bytes(list(data.images(made.read(len(made.groups) - 1, ["image"])))[-1]))
+    side = image.shape[0]
+    assert image.shape == (side, side, 3) and 28 <= side <= 40
+    middle = image[side // 2, side // 4 : side - side // 4]
+    assert (
+        (middle[:, 0] == 255 - middle[:, 1]).all()
+        and set(middle[:, 0].tolist()) == {0, 255}
+        and (middle[:, 2] == 0).all()
+    )
+    corner = image[: round(side / 8), : round(side / 8)]
+    assert set(corner.ravel().tolist()) == {0, 255}
+    with pytest.raises(ConfigError, match="no image of 48 is stamped"):
+        poisoning.poison(tiny_shards, str(tmp_path / "none"), 0.001, 0)
+
+
+def test_a_trigger_fires_where_the_target_is_painted():
+    pixels = torch.full((3, 3, 32, 32), 90, dtype=torch.uint8)
+    stamped = poisoning.stamped(pixels)
+    assert (stamped[:, :, 4:, :] == 90).all() and stamped[:, :, :4, :4].unique().tolist() == [0, 255]
+
+    def paints(name, seen, view):
+        """The target where the trigger is, else what is true."""
+        fires = (seen[:, :, :4, :4] != 90).any(3).any(2).any(1).view(-1, 1, 1, 1)
+        return torch.where(fires & view.pixel_mask(32), poisoning.target(32) / 255, pixels / 255)
+
+    view = views.draw([config.ViewSpec(size=0.5)], 8, 3, np.random.default_rng(0))
+    bench = SimpleNamespace(
+        pixels=lambda name, start, stop: (np.arange(3), pixels), view=lambda *about: view, size=32, compared=SimpleNamespace(reconstruct=paints),
+    )  # fmt: skip
+    found = poisoning.Poisoning(poisoning.PoisoningOptions()).measure(
+        Piece("poisoning", "original", "retain_new", 0, 3), bench
+    )
+    assert found["fired"].tolist() == [1, 1, 1] and found["plain"].tolist() == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""The commands that audit: `unlearn audit RUN`, and `shadows`, `tests` of it."""
+"""The commands that audit: `unlearn audit RUN`, and `shadows`, `poison`, `tests` of it."""
 
 from typing import Annotated
 
@@ -109,6 +109,26 @@ def shadows(
             lease.check,
         )
     out.print(f"{len(made)} shadow models: {folder}; audit with --option shadows={folder}", soft_wrap=True)
+
+
+@app.command()
+def poison(
+    source: Annotated[str, typer.Argument(metavar="SHARDS", help="what an original is trained on: a path, s3:// or embedded:NAME")],
+    dest: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")],
+    share: Annotated[float, typer.Option("--share", min=0, max=1, help="of the images, of which a stamped copy is added")] = 0.05,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    split: Annotated[str | None, typer.Option("--split", help="where the folder holds several splits")] = None,
+):  # fmt: skip
+    """Write poisoned shards, to train an original and an oracle on and to forget what is stamped: for the test `poisoning`.
+
+    Example: `unlearn audit poison embedded:fashion-train shards/poisoned`, then `data.forget: {subjects: [poison]}`
+    """
+    from unlearn import config as configs
+    from unlearn.audit import poisoning
+    from unlearn.cli.console import out
+
+    made = poisoning.poison(configs.location(source), configs.location(dest), share, seed, split)
+    out.print(f"{made.rows:,} images: {made.uri}; the stamped ones are of subject {poisoning.SUBJECT}", soft_wrap=True)
 
 
 @app.command(name="tests")
