@@ -3,7 +3,8 @@
     selection = select(cycle)                    # which requests, as a cycle with an id
     for rung in range(cycle.rungs):
         train(cycle, selection, rung)
-        evaluate(cycle, selection, rung)         # an audit.json in the run folder is taken in by what follows
+        evaluate(cycle, selection, rung)
+        audit(cycle, selection, rung)            # where the cycle says how
         if judge(cycle, selection, rung).passed:
             return release(cycle, selection, rung)
     return give_up(cycle, selection)             # retraining is due
@@ -26,18 +27,17 @@ from securesystemslib.signer import CryptoSigner
 
 from unlearn import certificate, config, documents
 from unlearn.config import RunConfig
-from unlearn.cycles import lineage, selecting
+from unlearn.cycles import lineage, rows, selecting
 from unlearn.cycles.cycle import KEY, Cycle, digest
 from unlearn.cycles.records import (
+    AUDITED,
     MEASURED,
     OUTCOME,
-    ROWS,
     VERDICTS,
     Judgement,
     Measured,
     Outcome,
     Records,
-    Rows,
     Selection,
     now,
 )
@@ -118,9 +118,8 @@ def evaluate(
     run, records = settings(cycle, selection, rung), Records(cycle.cycle_dir)
     measured = run.evaluation.model_dump(mode="json", exclude={"workers", "batch_size"})
     name = f"{MEASURED}/{cycle.run_key(rung)}-{digest(measured)}.json"
-    done, there = records.read(selection.id, name, Measured), Storage(run.run_dir).read_version("metrics.json")
-    if done and there and hashlib.sha256(there[0]).hexdigest() == done.metrics:
-        return documents.from_json(there[0])
+    if done := _done(records, selection.id, name, Storage(run.run_dir), "metrics.json"):
+        return done
     from jobs import evaluate as evaluation
     from unlearn.cycles.measured import with_parts
     from unlearn.run import resolve
@@ -131,7 +130,28 @@ def evaluate(
         new, old = (selecting.named(ledger, part, manifest) for part in (selection.new, selection.old))
         requests = ledger.requests(ids=[each.number for each in asked])
     document = evaluation.evaluate(with_parts(resolved, new, old, requests), progress, check=check)
-    records.keep(selection.id, name, Measured(metrics=_sha256(Storage(run.run_dir), "metrics.json") or ""))
+    records.keep(selection.id, name, Measured(sha256=_sha256(Storage(run.run_dir), "metrics.json") or ""))
+    return document
+
+
+def audit(
+    cycle: Cycle, selection: Selection, rung: int, progress: Measuring = nothing, check: Check = nothing
+) -> dict[str, Any] | None:  # fmt: skip
+    """Audit a rung as cycle.audit says; what is in audit.json, which the gate can judge. None where it says nothing."""
+    if cycle.audit is None:
+        return None
+    run, records = settings(cycle, selection, rung), Records(cycle.cycle_dir)
+    name = f"{AUDITED}/{cycle.run_key(rung)}-{digest(cycle.audit)}.json"
+    if done := _done(records, selection.id, name, Storage(run.run_dir), "audit.json"):
+        return done
+    from jobs import audit as audits
+    from unlearn.audit.settings import parse
+    from unlearn.run import resolve
+
+    document = audits.audit(
+        resolve(run, measured=True), parse(cycle.audit, f"cycle {cycle.name}: audit"), progress, check
+    )
+    records.keep(selection.id, name, Measured(sha256=_sha256(Storage(run.run_dir), "audit.json") or ""))
     return document
 
 
@@ -171,10 +191,10 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
         if not judgement.passed:
             return None
         run, store = records.run_folder(selection.id, judgement.run), Store(cycle.releases)
-        rows = _rows(cycle, selection, rung, check)
+        rewritten = rows.write(cycle, records, selection.id, settings(cycle, selection, rung), check)
         published = releases.publish(
             run, store, _signer(cycle), judgement.requests, cycle.rules, judgement.parent, check=check,
-            rewritten=rows and (rows.before, rows.after),
+            rewritten=rewritten and (rewritten.before, rewritten.after),
         )  # fmt: skip
         if published.release is None:
             return None
@@ -182,7 +202,7 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
             pointer.promote(store, published.release.version, f"cycle {selection.id}", by=selecting.BY)
         ended = records.keep(selection.id, OUTCOME, Outcome(
             id=selection.id, at=now(), release=published.release.version, folder=published.folder, weights=published.release.weights,
-            rung=rung, run=judgement.run, promoted=cycle.promote, numbers=selection.numbers, rows=rows,
+            rung=rung, run=judgement.run, promoted=cycle.promote, numbers=selection.numbers, rows=rewritten,
         ))  # fmt: skip
     lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
@@ -248,6 +268,9 @@ def run(
             train(cycle, selection, rung, progress, check)
         with step("evaluate", rung) as progress:
             evaluate(cycle, selection, rung, progress, check)
+        if cycle.audit is not None:
+            with step("audit", rung) as progress:
+                audit(cycle, selection, rung, progress, check)
         with step("judge", rung):
             judgements.append(judge(cycle, selection, rung))
         if judgements[-1].passed:
@@ -269,32 +292,23 @@ def _signer(cycle: Cycle) -> CryptoSigner:
 
 
 def _check_methods(cycle: Cycle) -> None:
-    """Raises ConfigError where a method of the ladder cannot work with the model or the training."""
+    """Raises ConfigError where a method of the ladder cannot work with the model or the training, or the audit is none."""
     from jobs import train as training
+    from unlearn.audit.settings import parse
+
+    parse(cycle.audit or {}, f"cycle {cycle.name}: audit")
 
     for rung in range(cycle.rungs):
         training.check_method(cycle.settings(rung, config.Rows()))
 
 
+def _done(records: Records, id: str, name: str, folder: Storage, file: str) -> dict[str, Any] | None:
+    """What is in a file of figures, if it is the one that this cycle has measured."""
+    known, there = records.read(id, name, Measured), folder.read_version(file)
+    same = known and there and hashlib.sha256(there[0]).hexdigest() == known.sha256
+    return documents.from_json(there[0]) if there and same else None
+
+
 def _sha256(folder: Storage, name: str) -> str | None:
     found = folder.read_version(name)
     return hashlib.sha256(found[0]).hexdigest() if found else None
-
-
-def _rows(cycle: Cycle, selection: Selection, rung: int, check: Check) -> Rows | None:
-    """Shards without the rows that were forgotten, made once; None where they are not wanted."""
-    if cycle.delete_rows is None:
-        return None
-    from unlearn.data import removal
-    from unlearn.run import resolve
-
-    records = Records(cycle.cycle_dir)
-    if done := records.read(selection.id, ROWS, Rows):
-        return done
-    resolved = resolve(settings(cycle, selection, rung), measured=False)
-    forgotten, manifest = resolved.sets["forget"], resolved.sets["forget"].manifest
-    gone = removal.with_duplicates(forgotten)
-    made = removal.without(manifest, gone, Storage(cycle.delete_rows).where(selection.id), check)
-    delete = [f"{manifest.uri}/{path}" for path in removal.touched(manifest, gone)]
-    rows = Rows(uri=made.uri, before=manifest.hash, after=made.hash, removed=len(gone), delete=delete)
-    return records.keep(selection.id, ROWS, rows)

@@ -3,8 +3,9 @@
     python -m jobs.benchmarks.cycles [--cycles 10] [--steps 20] [--limit 50] [--seed 0] [--folder FOLDER]
 
 Clothes of five classes are asked to be forgotten, half a class a cycle. Both ways are measured alike after each cycle: on the images of
-the first request, and on held-out images of the classes that nobody asks for. At last one cycle serves ten requests at once, with its
-time by step. What has run is kept in --folder, so the same command goes on.
+the first request, and on held-out images of the classes that nobody asks for. Each way takes --steps a cycle. At last one cycle from the
+base serves all requests at once, in as many steps as the chain has taken in all, with its time by step. What has run is kept in
+--folder, so the same command goes on.
 """
 
 import argparse
@@ -48,7 +49,7 @@ def main() -> None:
         }  # fmt: skip
         asked = requests(options.cycles)
         compare(run, asked, folder)
-        time_one(run, asked, folder)
+        at_once(run, asked)
 
 
 def requests(count: int) -> list[list[str]]:
@@ -137,13 +138,18 @@ def told(rows: dict[str, dict], name: str) -> str:
     return f"{rows[name]['cosine']:.3f}, {rows[name]['psnr']:.1f} dB"
 
 
-def time_one(run: dict, asked: list[list[str]], folder: Path) -> None:
-    """The time of a cycle that serves all requests at once, by step."""
+def at_once(run: dict, asked: list[list[str]]) -> None:
+    """Figures of a cycle that serves all requests at once in the steps of the whole chain, and its time by step."""
+    run = run | {"training": run["training"] | {"steps": run["training"]["steps"] * len(asked)}}
     with tempfile.TemporaryDirectory() as scratch:
         cycle = opened(run, Path(scratch))
         with Ledger(cycle.ledger) as ledger:
             ledger.add([{"forget": {"ids": ids}} for ids in asked])
-        seconds = job.run(cycle).seconds
+        ended = job.run(cycle)
+        own = job.settings(cycle, ended.selection, 0)
+        after = figures(own, asked[0], f"{own.run_dir}/model")
+    print(f"| all at once, {own.training.steps} steps | {told(after, 'forget')} | | {told(after, 'retain')} | |")
+    seconds = ended.seconds
     whole, work = sum(seconds.values()), seconds["train"] + seconds["evaluate"]
     steps = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     print(

@@ -20,7 +20,7 @@ from unlearn.evaluation.comparison import Comparison
 from unlearn.ledger import letter, states
 from unlearn.ledger.ledger import Ledger
 from unlearn.models import weights
-from unlearn.releases import pointer, verification
+from unlearn.releases import figures, pointer, verification
 from unlearn.releases.store import Store
 from unlearn.run import resolve
 
@@ -105,6 +105,19 @@ def test_images_of_a_class_that_somebody_names_are_no_retain_images(made, tiny_s
         parts = with_parts(run, config.Rows(classes=["cat"]), config.Rows(subjects=["person-1"]), ledger.requests())
     assert settings.data.forget.ids and 2 in run.measured["retain"].labels and 2 not in parts.measured["retain"].labels
     assert set(parts.measured["forget_new"].labels) == {2} and len(parts.measured["forget_old"]) == 10
+
+
+def test_a_rung_is_audited_and_judged_by_it(made):
+    cycle = made(audit={"tests": ["transfer"], "limit": 2, "resamples": 100}, gate={"audit.nothing": {"max": 1.0}})
+    ask(cycle, {"subjects": ["person-1"]})
+    refused = job.run(cycle)
+    assert refused.outcome.due and "no such figure" in str(refused.judgements[0].verdict.reasons[0])
+    document = json.loads(files(cycle, refused.selection.id)[f"runs/{refused.judgements[0].run}/audit.json"])
+    name = next(name for name in figures.flat({}, document) if "transfer" in name)
+    ended = job.run(cycle.model_copy(update={"gate": {name: {"min": -1e9}}}))
+    assert ended.outcome.release == "v1" and "audit.json" in Store(cycle.releases).release("v1").files
+    again = json.loads(files(cycle, refused.selection.id)[f"runs/{refused.judgements[0].run}/audit.json"])
+    assert again == document, "it is not audited twice"
 
 
 def test_all_of_it_on_s3(cycle, s3):

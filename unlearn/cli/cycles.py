@@ -191,15 +191,15 @@ def _numbers(numbers: list[int]) -> str:
 
 @contextlib.contextmanager
 def shown(step: str, rung: int) -> Iterator[Callable[..., None]]:
-    """A bar while a rung is trained or measured."""
+    """A bar while a rung is trained, measured or audited."""
     from unlearn.cli.console import progress, training
 
     what = f", rung {rung}" if rung else ""
     if step == "train":
         with progress(f"training{what}") as advance:
             yield lambda row: advance(*training(row))
-    elif step == "evaluate":
-        with progress(f"evaluating{what}") as advance:
+    elif step in ("evaluate", "audit"):
+        with progress(f"{'evaluating' if step == 'evaluate' else 'auditing'}{what}") as advance:
             yield lambda done, total: advance(done, total, "")
     else:
         yield lambda *about: None

@@ -47,6 +47,9 @@ class Cycle(Part):
     gate: dict[str, Any] | None = Field(
         default=None, description="limits that a model must keep to be released, or the path of a file of them"
     )
+    audit: dict[str, Any] | None = Field(
+        default=None, description="how each rung is audited, as an AUDIT.yaml, or the path of one; none = not at all"
+    )
     ladder: list[dict[str, Any]] = Field(
         default_factory=list,
         description="keys of the run and their values, tried one after the other where the gate refuses",
@@ -90,7 +93,9 @@ class Cycle(Part):
         """12 hex digits of what decides how requests are served: the rungs, what is measured, the gate."""
         rungs = [self.settings(rung) for rung in range(self.rungs)]
         measured = [each.evaluation.model_dump(mode="json", exclude={"workers", "batch_size"}) for each in rungs]
-        return digest({"rungs": [each.hash() for each in rungs], "measured": measured, "gate": self.gate})
+        return digest(
+            {"rungs": [each.hash() for each in rungs], "measured": measured, "audit": self.audit, "gate": self.gate}
+        )
 
 
 def digest(tree: Any) -> str:

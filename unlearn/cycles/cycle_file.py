@@ -64,7 +64,11 @@ def parse(tree: dict[str, Any], source: str = "cycle") -> Cycle:
     run.pop("run_dir", None)
     if re.match(r"[^/]*//[^/@]*:[^/]*@", str(tree.get("ledger"))):  # checked here, where no message repeats it
         raise ConfigError(f"{source}: ledger: a password does not belong here: give it by PGPASSWORD or ~/.pgpass")
-    tree |= {"run": run, "gate": _file(tree.get("gate"), source, "gate")}
+    tree |= {
+        "run": run,
+        "gate": _file(tree.get("gate"), source, "gate"),
+        "audit": _file(tree.get("audit"), source, "audit"),
+    }
     try:
         cycle = Cycle.model_validate(tree)
     except ValidationError as e:

@@ -2,7 +2,7 @@
 
     selection.json        which requests it serves, from which base, on which data
     runs/KEY/             the run folder of a rung, as any run's
-    measured/KEY.json     which metrics.json of it is of this cycle
+    measured/KEY.json     which metrics.json of it is of this cycle; audited/KEY.json: which audit.json
     verdicts/KEY.json     what the gate said of which evidence, beside which parent
     outcome.json          the release that came of it
     given-up/KEY.json     no rung passed the gate: retraining is due
@@ -26,7 +26,7 @@ from unlearn.releases.gate import Verdict
 
 SELECTION, OUTCOME, ROWS = "selection.json", "outcome.json", "rows.json"
 NEW, OLD = "forget_new", "forget_old"  # what is measured of a forget set: requests of this cycle, and of those before
-RUNS, MEASURED, VERDICTS, GIVEN_UP = "runs", "measured", "verdicts", "given-up"
+RUNS, MEASURED, AUDITED, VERDICTS, GIVEN_UP = "runs", "measured", "audited", "verdicts", "given-up"
 
 
 class Record(BaseModel):
@@ -69,9 +69,9 @@ class Selection(Record):
 
 
 class Measured(Record):
-    """metrics: sha256 of the metrics.json that was measured for a cycle."""
+    """sha256 of the metrics.json, or the audit.json, that was measured for a cycle."""
 
-    metrics: str
+    sha256: str
 
 
 class Judgement(Record):
