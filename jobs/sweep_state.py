@@ -14,6 +14,7 @@ from jobs.desk import Event, Leg
 from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError, TrainingError, UnlearnError
+from unlearn.methods import base as methods
 from unlearn.planning import cost, memory
 from unlearn.planning import report as planning
 from unlearn.planning.search import Search
@@ -168,6 +169,7 @@ class SweepState:
         train.check_method(settings)
         known = next((one.run.sources for one in self.prepared.values()), None)
         run = resolve(settings, known=known)
+        methods.create(settings.method).restarts(run.steps)
         self.limits.check(settings)
         Storage(run.folder).write("config.yaml", config.dump(settings).encode(), private=settings.names_rows)
         work = cost.work(settings, {name: len(rows) for name, rows in run.sets.items()}, run.steps)
@@ -252,7 +254,7 @@ class SweepState:
         self.rows.pop(trial.id, None)
         log.warning("trial %s failed: %s", trial.id, message)
         self.causes.append(_cause(message))
-        if len(self.causes) >= SAME and len(set(self.causes[-SAME:])) == 1:
+        if self.sweep.gives_up and len(self.causes) >= SAME and len(set(self.causes[-SAME:])) == 1:
             raise TrainingError(
                 f"{SAME} trials in a row failed of the same cause: {message}. The sweep has stopped; mend it, and the same command "
                 "with --retry-failed goes on"

@@ -36,6 +36,7 @@ def check(settings: config.RunConfig) -> Run:
     """
     check_method(settings)
     run = resolve(settings)
+    methods.create(settings.method).restarts(run.steps)
     check_models(settings)
     return run
 
@@ -45,7 +46,7 @@ def check_method(settings: config.RunConfig) -> None:
     method = methods.create(settings.method)
     method.check(models.adapter(settings.model.family))
     engine.check(settings.training, method)
-    if settings.model.weights is None and method.needs_teacher:
+    if settings.model.weights is None and method.needs_forget:
         raise ConfigError(f"model.weights is missing: {settings.method.name} starts from a trained model")
     if method.needs_forget and settings.data.forget is None:
         raise ConfigError("data.forget is missing: say which images are to be forgotten")
@@ -66,7 +67,7 @@ def check_models(settings: config.RunConfig) -> None:
         log.warning(
             "these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, mean little"
         )
-    if methods.method_class(settings.method.name).needs_teacher:  # then there will be something to evaluate
+    if methods.method_class(settings.method.name).needs_forget:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
         for oracle in settings.evaluation.oracles:
             weights.build(settings.model.model_copy(update={"weights": oracle}))

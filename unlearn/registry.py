@@ -44,6 +44,13 @@ MODELS = Registry("model family", "model.family", {
 
 METHODS = Registry("method", "method.name", {
     "encoder_l2": "unlearn.methods.encoder_l2:EncoderL2",
+    "max_loss": "unlearn.methods.max_loss:MaxLoss",
+    "noisy_label": "unlearn.methods.noisy_label:NoisyLabel",
+    "retain_label": "unlearn.methods.retain_label:RetainLabel",
+    "random_encoder": "unlearn.methods.random_encoder:RandomEncoder",
+    "epsilon_constrained": "unlearn.methods.epsilon_constrained:EpsilonConstrained",
+    "gradient_projection": "unlearn.methods.gradient_projection:GradientProjection",
+    "decoupling": "unlearn.methods.decoupling:Decoupling",
     "pretrain": "unlearn.methods.pretrain:Pretrain",
     "pretrain_first_stage": "unlearn.methods.pretrain:PretrainFirstStage",
 }, aliases={"pretrain_front": "pretrain_first_stage"})  # fmt: skip

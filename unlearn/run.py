@@ -63,12 +63,12 @@ class Run:
 def resolve(settings: RunConfig, measured: bool | None = None, known: Sources | None = None) -> Run:
     """Look up everything that a run takes from its storage. Raises UnlearnError: no such data, class or weights; an overlap.
 
-    measured: whether the rows of an evaluation are looked up too; by default where the method has an original to compare with.
+    measured: whether the rows of an evaluation are looked up too; by default where the method forgets, so that there is an original to compare with.
     known: weights that have been looked up already.
     """
     method = methods.method_class(settings.method.name)
     chosen = selection.sets(settings.data, settings.seed)
-    wanted = method.needs_teacher if measured is None else measured
+    wanted = method.needs_forget if measured is None else measured
     rows = held_out.sets(settings, chosen) if wanted else {}
     if not method.needs_forget:
         chosen.pop("forget", None)

@@ -212,7 +212,8 @@ def test_a_method_trains_what_it_says_and_nothing_else(shape, name):
     trained = {id(p) for p in method.trainable(student)}
     parts = runs.losses(method, batch, student, teacher if method.needs_teacher else None)
     assert parts["loss"].shape == () and parts["loss"].requires_grad and len(parts) > 1
-    assert all(not p.requires_grad and p.isfinite() and p.shape == () for n, p in parts.items() if n != "loss")
+    terms = [p for n, p in parts.items() if n != "loss"]
+    assert all(p.requires_grad == method.gradients_apart and p.isfinite() and p.shape == () for p in terms)
     parts["loss"].backward()
     moved = {id(p) for p in student.parameters() if p.grad is not None and p.grad.any()}
     assert moved and moved <= trained and all(p.grad is None for p in teacher.parameters())
@@ -275,6 +276,8 @@ def test_a_new_family_is_one_file_and_one_line(tmp_path, monkeypatch):
     assert weights.build(config.Model(family="toy", variant="small")).options.image_size == 16
     for name in ("encoder_l2", "pretrain"):
         test_a_method_trains_what_it_says_and_nothing_else("toy", name)
+    with pytest.raises(ConfigError, match="family toy does not say what its decoder predicts"):
+        runs.method("max_loss").check(base.adapter("toy"))
     test_saved_and_loaded_it_is_the_same_model("toy", tmp_path / "saved")
     test_flops_are_those_that_torch_counts("toy", "centre", 0.5)
     with pytest.raises(ConfigError, match="toy is registered already, at toy_family:Toy"):

@@ -196,6 +196,23 @@ def test_flops_are_the_formulas_and_time_is_flops_over_rate(tmp_path):
     assert 1e8 < cost.cpu_peak(1, 1, 0.05) < 1e13
 
 
+def test_a_method_that_trains_the_decoder_counts_the_whole_model(tmp_path):
+    def step(*method: str) -> float:
+        return cost.work(run_for(tmp_path, *method)).step
+
+    once = step("method={name: pretrain}") / 3
+    units = {"max_loss": 3, "noisy_label": 3, "retain_label": 4, "decoupling": 4}
+    assert {name: step(f"method={{name: {name}}}") / once for name in units} == pytest.approx(units)
+    encoder = step() / 4
+    units = {"random_encoder": 4, "gradient_projection": 6, "epsilon_constrained": 6}
+    assert {name: step(f"method={{name: {name}}}") / encoder for name in units} == pytest.approx(units)
+    apart = search.Search(run_for(tmp_path, "method={name: gradient_projection}"), 1 << 40, cuda=True)
+    assert {row.strategy.stage for row in apart.table()} == {0, 1, 2} and apart.advice()
+    plain, masked = (needed(run_for(tmp_path, f"method.saliency={share}")) for share in ("null", "0.5"))
+    count = sum(p.numel() for p in base.adapter("mae")(model_options(run_for(tmp_path).model)[0]).encoder.parameters())
+    assert masked.total - plain.total == count
+
+
 def test_a_first_stage_counts_each_step_or_once(tmp_path):
     model = "model={family: mage, variant: mage_nano_32}"
     each = cost.work(run_for(tmp_path, model), {"retain": 3, "forget": 2}, 1)

@@ -4,12 +4,12 @@ import torch
 
 from unlearn.data.loader import Batch
 from unlearn.methods.base import Gradients, Terms
-from unlearn.methods.encoder_l2 import EncoderL2
+from unlearn.methods.encoder_l2 import EncoderL2, distance
 from unlearn.models.base import Adapter
 
 # name -> where it is, as METHODS has it
 TOYS = {name: f"support.methods:{cls}" for name, cls in (
-    ("toy_sum", "Sum"), ("toy_projected", "Projected"), ("toy_remembering", "Remembering"), ("toy_endless", "Endless"),
+    ("toy_sum", "Sum"), ("toy_projected", "Projected"), ("toy_remembering", "Remembering"), ("toy_twice", "Twice"), ("toy_endless", "Endless"),
 )}  # fmt: skip
 
 
@@ -33,6 +33,24 @@ class Projected(EncoderL2):
         retain, forget = gradients["retain"], gradients["forget"]
         share = dot(forget, retain) / dot(retain, retain).clamp_min(1e-12)  # at first the student is the teacher
         return [r + f - share * r for r, f in zip(retain, forget, strict=True)]
+
+
+class Twice(EncoderL2):
+    """The paper's method, the encoder called once for the retain rows and once for the forget rows: each of its modules is used
+    twice before the way back."""
+
+    name = "toy_twice"
+
+    def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
+        assert teacher is not None
+        with torch.no_grad():
+            routed = torch.cat([batch.images[: batch.retain], self.target(batch, student)])
+            wanted = teacher.encode(routed, batch.view, batch.seed)
+        made = {}
+        for name, start, stop in (("retain", 0, batch.retain), ("forget", batch.retain, len(routed))):
+            found = student.encode(batch.images[start:stop], batch.view.rows(start, stop), batch.seed)
+            made[name] = distance(found, wanted[start:stop])
+        return made
 
 
 class Remembering(EncoderL2):

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from unlearn import __version__
-from unlearn.cli import audits, catalogue, configs, jobs, plan, releases, requests, runs, shards, sweeps
+from unlearn.cli import audits, catalogue, comparisons, configs, jobs, plan, releases, requests, runs, shards, sweeps
 from unlearn.errors import UnlearnError
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     runs.run, runs.pretrain, runs.evaluate, runs.report, runs.demo, jobs.submit, plan.plan, catalogue.convert, catalogue.models,
-    catalogue.methods,
+    catalogue.methods, comparisons.oracle, comparisons.compare,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(shards.app, name="shards")

@@ -39,8 +39,9 @@ def folded(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
     for row in rows:
         if row["generator"] == ORACLE:
             alike = [r for r in single if (r["set"], r["view"]) == (row["set"], row["view"])]
-            values = {key: [r.get(key) for r in alike] for key, value in row.items() if isinstance(value, float)}
-            values = {key: each for key, each in values.items() if all(isinstance(v, float) for v in each)}
+            values: dict[str, list[float]] = {
+                key: [r[key] for r in alike] for key in row if all(isinstance(r.get(key), float) for r in alike)
+            }
             spread = {key: statistics.stdev(each) for key, each in values.items()}
             kept.append(row | {key: statistics.fmean(each) for key, each in values.items()} | {"spread": spread})
         elif row not in single:

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 
 from unlearn import config
+from unlearn.config_parts import Share
 from unlearn.data.loader import Batch
 from unlearn.models.base import Adapter
 from unlearn.registry import METHODS
@@ -13,6 +15,23 @@ from unlearn.registry import METHODS
 # Terms of a loss by name, scalars with gradient; gradients of each term by name, a tensor a parameter.
 Terms = dict[str, torch.Tensor]
 Gradients = dict[str, list[torch.Tensor]]
+
+
+class ForgetOptions(config.Method):
+    """Of every method that forgets."""
+
+    saliency: Share | None = Field(
+        default=None,
+        gt=0,
+        description="share of the trained weights that move at all, as 0.5: those with the largest gradient of the forget term "
+        "before the first step (SalUn); none = all",
+    )
+
+
+class AlphaOptions(ForgetOptions):
+    """Of a method whose loss is retain + alpha x forget."""
+
+    alpha: float = Field(default=0.25, ge=0, allow_inf_nan=False, description="weight of the forget term")
 
 
 class Method:
@@ -24,6 +43,7 @@ class Method:
     needs_decoder: whether the student's decoder is on the device.
     trains_first_stage: whether it is the first stage that is trained, on images; else the batch holds what it made of them.
     gradients_apart: whether the gradient of each term is wanted on its own, see `combine`.
+    observes: whether it wants to know the terms of every step, see `observe`.
     """
 
     name: ClassVar[str]
@@ -33,8 +53,10 @@ class Method:
     needs_decoder: ClassVar[bool] = False
     trains_first_stage: ClassVar[bool] = False
     gradients_apart: ClassVar[bool] = False
-    # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s
-    units: ClassVar[int] = 4
+    observes: ClassVar[bool] = False
+    # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s: of the encoder, or of the whole model
+    # where the decoder is needed
+    units: ClassVar[float] = 4
 
     def __init__(self, options: config.Method):
         self.options = options
@@ -48,6 +70,20 @@ class Method:
 
     def prepare(self, inputs: torch.Tensor) -> None:
         """See the inputs of about `sample_size` training images before the first step."""
+
+    def restarts(self, steps: int) -> tuple[int, ...]:
+        """The steps of a run of so many behind which weights and optimizer are put back to where the run began, and the learning
+        rate begins anew. What the method remembers stays. Raises ConfigError where the run is too short."""
+        return ()
+
+    def at(self, step: int, steps: int) -> None:
+        """Called before step `step` (from 1) of a run of `steps`."""
+
+    def observe(self, values: Terms) -> None:
+        """For `observes`: the means of the terms over the global batch of the step, on the device and the same on every rank.
+
+        Called when they are all computed: before `combine`, and without `gradients_apart` behind the update.
+        """
 
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         """The parameters that move."""

@@ -113,9 +113,25 @@ class Adapter(nn.Module):
         """Normalised images with the hidden patches filled in and the visible ones unchanged, (B, 3, S, S)."""
         raise NotImplementedError
 
-    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
-        """The loss the family is pretrained with, a scalar."""
+    def predict(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """What the decoder makes of the inputs in a pass of training, (B, ...)."""
         raise NotImplementedError
+
+    def targets(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """What `predict` should give, a row for each row."""
+        raise NotImplementedError
+
+    def loss(self, predictions: torch.Tensor, targets: torch.Tensor, view: View) -> torch.Tensor:
+        """The loss the family is pretrained with, a scalar: of rows of `predict` and `targets`, and of the view of these rows."""
+        raise NotImplementedError
+
+    def difference(self, one: torch.Tensor, other: torch.Tensor, view: View) -> torch.Tensor:
+        """Mean squared difference of two predictions, of what counts in the loss, a scalar in float32 or better."""
+        return (one.to(torch.promote_types(one.dtype, torch.float32)) - other).square().mean()
+
+    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """The same of a whole batch of inputs."""
+        return self.loss(self.predict(inputs, view, seed), self.targets(inputs, view, seed), view)
 
     def first_stage_loss(self, images: torch.Tensor) -> torch.Tensor:
         """The loss of the first stage, a scalar; only of families whose first stage can be trained here."""

@@ -173,14 +173,20 @@ class MaskedAutoencoder(base.Adapter):
         filled = unpatch(self.decoder(self.encode(images, view), view), self.options.patch_size)
         return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
 
-    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
-        """Mean squared error of the hidden patches, in normalised pixels."""
-        filled = self.decoder(self.encode(inputs, view), view)
+    def predict(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """Pixels of the hidden patches, (B, H, 3, P, P)."""
+        return take(self.decoder(self.encode(inputs, view), view), view.hidden)
+
+    def targets(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         target = take(patches(inputs, self.options.patch_size), view.hidden)
         if self.options.norm_pix_loss:
             variance, mean = torch.var_mean(target.float(), dim=(2, 3, 4), keepdim=True)
             target = (target - mean) / (variance + 1e-6).sqrt()
-        return (take(filled, view.hidden) - target).float().square().mean()
+        return target
+
+    def loss(self, predictions: torch.Tensor, targets: torch.Tensor, view: View) -> torch.Tensor:
+        """Mean squared error of the hidden patches, in normalised pixels."""
+        return (predictions - targets).float().square().mean()
 
     def flops(self, view: View) -> int:
         o, visible = self.options, view.visible.shape[1]

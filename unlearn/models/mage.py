@@ -219,11 +219,22 @@ class MaskedGenerativeEncoder(base.Adapter):
     def encode(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
         return self.encoder(inputs[:, 0], view.visible)
 
-    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
-        """Cross entropy of the hidden tokens of the whole image, given the visible ones of the image with its hole."""
-        logits = take(self.decoder(self.encode(inputs, view), view.visible), view.hidden)
-        target = take(inputs[:, 1], view.hidden)
-        return F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), label_smoothing=SMOOTHING)
+    def predict(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """Logits of the hidden tokens, (B, H, vocabulary), given the visible ones of the image with its hole."""
+        return take(self.decoder(self.encode(inputs, view), view.visible), view.hidden)
+
+    def targets(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """The hidden tokens of the whole image, (B, H)."""
+        return take(inputs[:, 1], view.hidden)
+
+    def loss(self, predictions: torch.Tensor, targets: torch.Tensor, view: View) -> torch.Tensor:
+        """Cross entropy of the hidden tokens."""
+        return F.cross_entropy(predictions.float().flatten(0, 1), targets.flatten(), label_smoothing=SMOOTHING)
+
+    def fill_hole(self, inputs: torch.Tensor, noise: torch.Tensor, view: View) -> torch.Tensor:
+        """The tokens, with those of `noise` at the hidden places."""
+        hidden = view.hidden[:, None].expand(-1, inputs.shape[1], -1)
+        return inputs.scatter(2, hidden, noise.gather(2, hidden))
 
     def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:
         tokens = self.complete(self.inputs(images, view)[:, 0], view)

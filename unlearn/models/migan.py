@@ -236,15 +236,26 @@ class MIGAN(base.Adapter):
         filled = self.decoder(self.encode(images, view))
         return torch.where(view.pixel_mask(images.shape[-1]), filled.to(images.dtype), images)
 
-    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+    def predict(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """Normalised images (B, 3, S, S), the visible pixels included."""
+        return self.decoder(self.encode(inputs, view))
+
+    def targets(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        return inputs
+
+    def loss(self, predictions: torch.Tensor, targets: torch.Tensor, view: View) -> torch.Tensor:
         """Mean absolute error in the hole, in normalised pixels.
 
         The public weights were trained against a discriminator as well; that is not repeated here, so a model trained
         from nothing fills holes with blur.
         """
-        error = (self.decoder(self.encode(inputs, view)) - inputs).float().abs()
-        hole = view.pixel_mask(inputs.shape[-1])
-        return torch.where(hole, error, 0).sum() / (3 * hole.sum())
+        hole = view.pixel_mask(targets.shape[-1])
+        return torch.where(hole, (predictions - targets).float().abs(), 0).sum() / (3 * hole.sum())
+
+    def difference(self, one: torch.Tensor, other: torch.Tensor, view: View) -> torch.Tensor:
+        hole = view.pixel_mask(one.shape[-1])
+        squared = (one.to(torch.promote_types(one.dtype, torch.float32)) - other).square()
+        return torch.where(hole, squared, 0).sum() / (3 * hole.sum())
 
     def flops(self, view: View) -> int:
         if self._flops is None:

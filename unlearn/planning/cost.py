@@ -89,11 +89,11 @@ def work(
             with torch.no_grad():
                 inputs = model.inputs(image, view)
             forward = base.count_flops(lambda: model.training_loss(inputs, view))
-            each = 3 * forward
+            each = method.units * forward
     if not method.needs_decoder:
         each = method.units * float(np.mean([_encoder_flops(model, spec) for spec in settings.train_views]))
     evaluation = None
-    if method.needs_teacher and measured:
+    if method.needs_forget and measured:
         evaluation = measured * _evaluation_flops(settings, options, to_inputs, forward)
     cached = settings.data.latent_cache is not None and first_stage is not None
     images = settings.training.batch_size

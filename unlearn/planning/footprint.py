@@ -46,7 +46,7 @@ class Footprint:
     """trained, frozen: the student's parameters that are trained, and its others. teacher: the teacher's parameters.
     buffers, first_stage: bytes. whole: bytes of the model as it is built, with decoder and first stage, in float32.
     apart: terms of the loss whose gradients the method wants apart, 0 for most methods.
-    averaged: whether a moving average of what is trained is kept.
+    averaged: whether a moving average of what is trained is kept. masked: whether a saliency mask is.
 
     curve: (n, 4), a row for each operation of forward and backward: bytes of activations and other temporary tensors;
     bytes of the gradients computed so far; elements of the teacher's and of the student's parameters used so far.
@@ -61,6 +61,7 @@ class Footprint:
     apart: int
     curve: np.ndarray
     averaged: bool = False
+    masked: bool = False
 
 
 def measure(
@@ -95,6 +96,7 @@ def measure(
         trained_ids = {id(p) for p in trained}
         return Footprint(
             averaged=settings.training.ema is not None,
+            masked=getattr(settings.method, "saliency", None) is not None,
             trained=_group(trained),
             frozen=_group([p for p in student.parameters() if id(p) not in trained_ids]),
             teacher=_group(teacher.parameters() if teacher is not None else []),

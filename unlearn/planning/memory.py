@@ -77,6 +77,8 @@ def estimate(
     parts["optimizer"] = 12 * share if strategy.stage else 8 * n
     if measured.apart:  # from the first micro-batch to the update
         parts["terms"] = 4 * n * measured.apart
+    if measured.masked:  # a byte for each weight, on every rank
+        parts["mask"] = n
     average = 4 * measured.averaged * (share if strategy.stage else n)
     parts["optimizer"] += average
     if strategy.stage == 3:

@@ -143,7 +143,7 @@ def _data(settings: config.RunConfig) -> tuple[dict[str, RowSet] | None, int | N
     except (DataError, StorageError):
         return None, settings.training.steps, None
     measured = None
-    if method.needs_teacher:
+    if method.needs_forget:
         with contextlib.suppress(DataError, StorageError):
             measured = sum(map(len, held_out.sets(settings, sets).values()))
     if not method.needs_forget:

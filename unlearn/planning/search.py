@@ -1,6 +1,7 @@
 """Which strategies to run fit into a device's memory, how large their micro-batches may be, and which one to take."""
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from unlearn import config
@@ -62,7 +63,14 @@ class Search:
         others += (
             [Strategy(stage, True, asked.checkpointing) for stage in (1, 2, 3)] if self.cuda or asked.offload else []
         )
-        return [self.row(strategy) for strategy in (asked, *(other for other in others if other != asked))]
+        return [
+            self.row(strategy) for strategy in (asked, *(other for other in self._possible(others) if other != asked))
+        ]
+
+    def _possible(self, strategies: Iterable[Strategy]) -> list[Strategy]:
+        """Those of the strategies that the method can be trained with: gradients apart need a stage below 3."""
+        apart = methods.method_class(self.run.method.name).gradients_apart
+        return [strategy for strategy in strategies if not (apart and strategy.stage == 3)]
 
     def estimate(self, strategy: Strategy, micro_batch: int) -> MemoryEstimate:
         """What a worker needs. Allocations grow linearly with the rows of a micro-batch, so two sizes determine all others."""
@@ -94,7 +102,7 @@ class Search:
         """(strategy, micro-batch) to take, or None where nothing fits. The settings of the config are kept where they fit."""
         asked = memory.strategy(self.run)
         plain = [Strategy(None), Strategy(None, checkpointing=True)] if asked.stage is None else []
-        strategies = [asked, *plain, *STRATEGIES]
+        strategies = self._possible([asked, *plain, *STRATEGIES])
         enough = min(self.run.micro_batch, ENOUGH)
         for least in (self.run.micro_batch, enough, 1):
             for strategy in strategies:

@@ -22,7 +22,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
@@ -79,6 +79,9 @@ def _unique(values: list) -> list:
 
 class Sweep(Part):
     """A search over the configurations of one run."""
+
+    # whether several failures of one cause in a row end it
+    gives_up: ClassVar[bool] = True
 
     name: str = Field(default="sweep", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     sweep_dir: Location = Field(description="everything the sweep writes: a path or s3://bucket/prefix")
@@ -208,6 +211,10 @@ class Sweep(Part):
         the same for every point of equal classes, however few of them it has seen. They are not taken out of the training: a trial
         is the very run that its configuration says.
         """
+        return config.parse(self.tree(parameters, seed, model, id), id)
+
+    def tree(self, parameters: Parameters, seed: int, model: str | None, id: str) -> dict[str, Any]:
+        """The same as plain values, not yet validated."""
         tree = config.override(copy.deepcopy(self.run), [])
         for key, value in parameters.items():
             put(tree, key, copy.deepcopy(value))
@@ -220,7 +227,7 @@ class Sweep(Part):
         put(tree, "evaluation.data", self.tune_on.data or data.get("train"))
         put(tree, "evaluation.split", self.tune_on.split or (None if self.tune_on.data else data.get("split")))
         put(tree, "evaluation.limit", self.tune_on.limit)
-        return config.parse(tree, id)
+        return tree
 
     @property
     def wanted(self) -> list[Objective]:

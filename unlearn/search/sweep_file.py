@@ -45,18 +45,35 @@ def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
 
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The same from the text of a file; `source` names it in messages."""
-    tree = config.yaml_tree(text, f"sweep {source}")
+    return parse(overridden(config.yaml_tree(text, f"sweep {source}"), overrides), source)
+
+
+def overridden(tree: dict, overrides: Sequence[str]) -> dict:
+    """A tree with "key=value" set, and with "run.key=value" among what it sets of its run."""
     of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
     tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
     tree["set"] = (tree.get("set") or {}) | {
         item.partition("=")[0]: config.override({}, [f"value={item.partition('=')[2]}"])["value"] for item in of_run
     }
-    return parse(tree, source)
+    return tree
 
 
 def parse(tree: dict, source: str = "sweep") -> Sweep:
     """Validate a tree of plain values, and every key and value that is searched. Raises ConfigError."""
-    tree = copy.deepcopy(tree)
+    tree = with_run(copy.deepcopy(tree), source)
+    try:
+        sweep = Sweep.model_validate(tree)
+    except ValidationError as e:
+        lines = [line for error in e.errors() for line in config.explain(error, Sweep)]
+        raise ConfigError(
+            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+        ) from None
+    _check(sweep, source)
+    return sweep
+
+
+def with_run(tree: dict, source: str) -> dict:
+    """`tree` with its run in it, changed as `set` says. Raises ConfigError."""
     changes = tree.pop("set", None) or {}
     run = tree.get("run")
     if isinstance(run, str):
@@ -67,16 +84,7 @@ def parse(tree: dict, source: str = "sweep") -> Sweep:
         raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
     for key, value in changes.items():
         put(run, key, value)
-    tree["run"] = run
-    try:
-        sweep = Sweep.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, Sweep)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
-    _check(sweep, source)
-    return sweep
+    return tree | {"run": run}
 
 
 def dump(sweep: Sweep) -> str:

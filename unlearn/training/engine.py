@@ -32,6 +32,10 @@ def check(settings: Training, method: Method) -> None:
             f"training.zero_stage 3: {method.name} needs the gradient of each term of its loss, and ZeRO-3 gives their sum alone; "
             "set zero_stage 2 or lower"
         )
+    if getattr(method.options, "saliency", None) and settings.weight_decay:
+        raise ConfigError(
+            f"method.saliency: training.weight_decay {settings.weight_decay:g} would move the weights that are to stay; set it to 0"
+        )
 
 
 class Objective(nn.Module):
@@ -75,13 +79,14 @@ class Objective(nn.Module):
 
 
 class Engine(Protocol):
-    """rank, workers: of the run. fragments: this rank's part of the state."""
+    """rank, workers: of the run. named: what is trained. fragments: this rank's part of the state."""
 
     rank: int
     workers: int
     device: torch.device
     objective: Objective
     finite: "FiniteCheck"
+    named: list[tuple[str, nn.Parameter]]
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         """One optimizer step over this rank's micro-batches. Sums of the loss parts over them, and `grad_norm`, all on
@@ -148,12 +153,12 @@ class TorchEngine:
         self.device, self.settings = device, settings
         self.objective = objective.to(device).train()
         self.optimizer = _optimizer(trained, settings, device)
-        self._named = _named(objective.student, trained)
+        self.named = _named(objective.student, trained)
         self.finite = FiniteCheck()
 
     def step(self, batches: Iterable[Batch], lr: float) -> Parts:
         sums: Parts = {}
-        batches, trained, method = list(batches), [p for _, p in self._named], self.objective.method
+        batches, trained, method = list(batches), [p for _, p in self.named], self.objective.method
         apart = TermGradients(trained, len(batches)) if method.gradients_apart else None
         for batch in batches:
             batch = self.objective.on(batch, self.device, torch.float32)
@@ -165,6 +170,8 @@ class TorchEngine:
             else:
                 (parts["loss"] / len(batches)).backward()
             _add(sums, parts)
+        if method.observes:
+            method.observe({name: value / len(batches) for name, value in terms(sums).items()})
         if apart:
             for p, gradient in zip(trained, apart.combined(method), strict=True):
                 p.grad = gradient
@@ -177,7 +184,7 @@ class TorchEngine:
         return sums | {"grad_norm": norm}
 
     def fragments(self) -> list[Fragment]:
-        return list(fragments.whole(self._named, self.optimizer))
+        return list(fragments.whole(self.named, self.optimizer))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -203,7 +210,7 @@ class DeepSpeedEngine:
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self._dist, self.objective = dist, objective
         self._apart = objective.method.gradients_apart  # then DeepSpeed sees one backward pass a step
-        self._named = _named(objective.student, trained)
+        self.named = _named(objective.student, trained)
         self.finite = FiniteCheck()
         self._engine, optimizer, _, _ = deepspeed.initialize(
             model=objective.to(device), optimizer=_optimizer(trained, settings, device),
@@ -225,9 +232,11 @@ class DeepSpeedEngine:
             self._engine.backward(loss)
             # Without ZeRO DeepSpeed keeps no norm, and updates whatever it is; the gradients are gone after its step.
             if self._plain and self._engine.is_gradient_accumulation_boundary():
-                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self._named if p.grad is not None])
+                norm = torch.nn.utils.get_total_norm([p.grad for _, p in self.named if p.grad is not None])
                 self.finite({"gradient norm": norm})
             self._engine.step()  # updates at the end of the accumulation only
+        if not self._apart:
+            self._observed(sums)
         norm = torch.as_tensor(self._engine.get_global_grad_norm() if norm is None else norm, device=self.device)
         self.finite({"gradient norm": norm})  # ZeRO has skipped the update then; no checkpoint may count it
         return sums | {"grad_norm": norm}
@@ -242,7 +251,7 @@ class DeepSpeedEngine:
 
     def _combined(self, batches: Iterable[Batch], sums: Parts) -> Iterator[torch.Tensor]:
         """One loss whose gradient is what the method makes of those of its terms."""
-        trained = [p for _, p in self._named]
+        trained = [p for _, p in self.named]
         apart = TermGradients(trained, self.accumulation)
         for batch in batches:
             batch = self.objective.on(batch, self.device, self._dtype)
@@ -254,15 +263,23 @@ class DeepSpeedEngine:
             self.finite(parts)
             apart.add(terms(parts))
             _add(sums, parts)
+        self._observed(sums)
         yield self._engine(Imposed(trained, apart.combined(self.objective.method)))["loss"]
+
+    def _observed(self, sums: Parts) -> None:
+        """Tell a method that observes its terms their means over all ranks."""
+        method, values = self.objective.method, terms(sums)
+        if method.observes:
+            means = self.mean(torch.stack([value.float() for value in values.values()]) / self.accumulation)
+            method.observe(dict(zip(values, means, strict=True)))
 
     def fragments(self) -> list[Fragment]:
         zero = self._optimizer
         if self.settings.zero_stage == 3:
-            return list(fragments.zero3(self._named, zero, self.rank))
+            return list(fragments.zero3(self.named, zero, self.rank))
         if self._plain:
-            return list(fragments.whole(self._named, zero))
-        return list(fragments.zero12(self._named, zero))
+            return list(fragments.whole(self.named, zero))
+        return list(fragments.zero12(self.named, zero))
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         total = values.clone()

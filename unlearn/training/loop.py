@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,13 +18,15 @@ from unlearn.methods import base as methods
 from unlearn.models import weights
 from unlearn.models.base import Adapter
 from unlearn.run import Run
-from unlearn.training import heartbeat, latents
+from unlearn.training import heartbeat, latents, saliency
 from unlearn.training.average import Average
 from unlearn.training.checkpoint import Checkpoints, TrainerState
 from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
 from unlearn.training.heartbeat import Heartbeat
 from unlearn.training.kept import Kept
-from unlearn.training.metrics import MetricsLog, mfu, peak_memory
+from unlearn.training.metrics import MetricsLog
+from unlearn.training.phases import Phases
+from unlearn.training.window import Window
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,8 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
     loader = Loader(settings, run.sets, student.grid, student.options.image_size, caches, kept.images(settings))
     if start:
         checkpoints.state(start).check(run, checkpoints.storage.where(f"checkpoints/step-{start:08d}"))
+    phases = Phases(method, run.steps, student)
+    method.at(start + 1, run.steps)
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
@@ -79,28 +82,31 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
         with _told(settings, engine):
             _dry_run_step(engine, loader, settings)
         method.load_state_dict(remembered)
+        masks = _masks(settings, engine, loader, remembered if saved else None)
         if saved:
-            saved.restore(engine.fragments(), start)
+            saved.restore(engine.fragments(), start - phases.span(start + 1)[0])
         decay = settings.training.ema
         average = None if decay is None else Average(engine.fragments(), decay)
         if saved and average:
             saved.restore_average(average.fragments)
     metrics = MetricsLog(run.folder, start) if engine.rank == 0 else contextlib.nullcontext()
     with _told(settings, engine), metrics as log:
-        train(run, engine, loader, checkpoints, start, until, student, method, report, log, heart, average)
+        train(
+            run, engine, loader, checkpoints, start, until, student, method, phases, report, log, heart, average, masks
+        )
 
 
 def train(
     run: Run, engine: Engine, loader: Loader, checkpoints: Checkpoints, start: int, until: int, student: Adapter,
-    method: methods.Method, report: Report, log: MetricsLog | None, heart: Heartbeat,
-    average: Average | None = None,
+    method: methods.Method, phases: Phases, report: Report, log: MetricsLog | None, heart: Heartbeat,
+    average: Average | None = None, masks: saliency.Masks | None = None,
 ) -> None:  # fmt: skip
     """Steps start .. until: fetch, compute, update, log, save. log: of rank 0."""
     settings, stop = run.settings, run.steps
     batches = _weighted(
         settings, engine, loader.batches(_numbers(settings, engine, start, until), pin=engine.device.type == "cuda")
     )
-    window = _Window(settings, engine, student, method)
+    window = Window(settings, engine, student, method)
     if log:
         logger.info(
             "%s at step %s of %s",
@@ -110,16 +116,24 @@ def train(
         )
     for step in range(start + 1, until + 1):
         heart.at(f"step {step}")
+        method.at(step, stop)
+        before, end = phases.span(step)
+        rate = learning_rate(settings.training, step - 1 - before, end - before)
         mine = window.watch(itertools.islice(batches, settings.accumulation))
-        window.add(engine.step(mine, learning_rate(settings.training, step - 1, stop)))
+        window.add(engine.step(mine, rate))
         if average:
             average.update()
         if step % settings.training.log_every == 0 or step == until:
-            row = {"step": step, "steps": stop, **window.row(), "lr": learning_rate(settings.training, step - 1, stop)}
+            row = {"step": step, "steps": stop, **window.row(), "lr": rate}
             row |= {"bad_images": _bad_images(engine, loader, log), "workers": engine.workers}
             if log:
                 log.add(row)
             report(row)
+        if step in phases.restarts:
+            with window.paused():
+                _restart(phases, engine, loader, settings, method)
+            if average and settings.training.ema is not None:
+                average = Average(engine.fragments(), settings.training.ema)
         if step % settings.training.checkpoint_every == 0 or step == until:
             state = TrainerState(step, step * settings.training.batch_size, settings.hash(), run.origin, engine.workers)
             heart.at(f"the checkpoint of step {step}")
@@ -127,9 +141,14 @@ def train(
                 if log:
                     log.flush()  # first, so that a committed checkpoint has all its rows
                 pieces = average.fragments if average else ()
-                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather, method.state_dict(), pieces)
+                checkpoints.save(engine.fragments(), state, engine.rank, engine.gather, state_of(method, masks), pieces)
             if log:
                 logger.info("checkpoint of step %s committed", step)
+
+
+def state_of(method: methods.Method, masks: saliency.Masks | None) -> dict[str, torch.Tensor]:
+    """What a checkpoint keeps beside weights and optimizer."""
+    return method.state_dict() | saliency.packed(masks or {})
 
 
 def learning_rate(settings: config.Training, step: int, stop: int) -> float:
@@ -189,6 +208,33 @@ def _sample(engine: Engine, loader: Loader, count: int) -> torch.Tensor:
     return torch.cat([engine.objective.on(loader.batch(n), engine.device, torch.float32).images for n in numbers])
 
 
+def _masks(
+    settings: config.RunConfig, engine: Engine, loader: Loader, saved: dict[str, torch.Tensor] | None
+) -> saliency.Masks | None:
+    """The saliency mask where one is wanted, in force: saved, or measured on the first global batches."""
+    share = getattr(settings.method, "saliency", None)
+    if share is None:
+        return None
+    if saved is not None:
+        masks = saliency.unpacked(engine, saved)
+    else:
+        batches = _weighted(settings, engine, loader.batches(_numbers(settings, engine, 0, saliency.BATCHES)))
+        with _told(settings, engine):
+            masks = saliency.measured(engine, saliency.steps(batches, settings.accumulation), share)
+    saliency.apply(engine, masks)
+    return masks
+
+
+def _restart(
+    phases: Phases, engine: Engine, loader: Loader, settings: config.RunConfig, method: methods.Method
+) -> None:
+    """Weights and optimizer as the run began; the method keeps what it remembers."""
+    remembered = {name: tensor.clone() for name, tensor in method.state_dict().items()}
+    phases.rewind(engine)
+    _dry_run_step(engine, loader, settings)
+    method.load_state_dict(remembered)
+
+
 def _bad_images(engine: Engine, loader: Loader, log: MetricsLog | None) -> int:
     """Damaged images that any worker has met; their ids go to bad_images.json in the run folder."""
     met: dict[str, set[str]] = {}
@@ -234,53 +280,3 @@ def _told(settings: config.RunConfig, engine: Engine):
             f"{what}; stopped before the update, and the checkpoints before it are kept. The same settings lead here again: start "
             "a new run_dir with a lower training.lr or method.alpha, or look at the data"
         ) from None
-
-
-class _Window:
-    """Sums between two log rows, on the device; reading them is the only wait."""
-
-    def __init__(self, settings: config.RunConfig, engine: Engine, student, method: methods.Method):
-        self.settings, self.engine, self.student, self.method = settings, engine, student, method
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-        self.count, self.flops, self.began = 0, 0, time.perf_counter()
-
-    @contextlib.contextmanager
-    def paused(self):
-        """Stop the clock: writing a checkpoint is not counted as training."""
-        stopped = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - stopped
-
-    def watch(self, batches):
-        """The batches, their FLOPs counted as they pass."""
-        for batch in batches:
-            self.flops += self.student.flops(batch.view) * len(batch.images) * self.method.units if batch.weight else 0
-            yield batch
-
-    def add(self, parts: dict[str, torch.Tensor]) -> None:
-        self.count += 1
-        for name, value in parts.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def row(self) -> dict:
-        """Means over the window and over all ranks; images/s and FLOP/s of the whole settings."""
-        micro = self.count * self.settings.accumulation
-        scale = {name: self.count if name == "grad_norm" else micro for name in self.sums}
-        means = self.engine.mean(torch.stack([self.sums[n].float() / scale[n] for n in self.sums])).tolist()
-        seconds = time.perf_counter() - self.began
-        row = dict(zip(self.sums, means, strict=True))
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise RuntimeError(f"{name} is not finite")
-        row["images_per_s"] = self.count * self.settings.training.batch_size / seconds
-        if not self.method.needs_decoder:  # whose FLOPs have not been counted
-            rate = self.flops / seconds
-            row["flop_per_s"] = rate * self.engine.workers
-            share = mfu(rate, self.engine.device) if self.settings.training.dtype == "bf16" else None
-            row |= {} if share is None else {"mfu": share}
-        row["peak_memory_gib"] = peak_memory(self.engine.device)
-        self.restart()
-        return row

@@ -142,15 +142,24 @@ class Diffusion(base.Adapter):
         texts = self._texts(len(inputs), seed, inputs.device)
         return self.encoder(sample, *self.shared(self.noising.told(t), inputs.dtype, texts))
 
-    def training_loss(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
-        """Mean squared error of the prediction (noise, velocity or image): in the hole, or over all latents."""
-        sample, t, target = self._noised(inputs, view, seed)
-        texts = self._texts(len(inputs), seed, inputs.device)
-        error = self._predict(sample, t, texts).to(target.dtype) - target
+    def predict(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        """Noise, velocity or image, (B, C, h, w)."""
+        sample, t, _ = self._noised(inputs, view, seed)
+        return self._predict(sample, t, self._texts(len(inputs), seed, inputs.device))
+
+    def targets(self, inputs: torch.Tensor, view: View, seed: int = 0) -> torch.Tensor:
+        return self._noised(inputs, view, seed)[2]
+
+    def loss(self, predictions: torch.Tensor, targets: torch.Tensor, view: View) -> torch.Tensor:
+        """Mean squared error of the prediction: in the hole, or over all latents."""
+        error = predictions.to(targets.dtype) - targets
         if self.latent:
             return error.square().mean()
         hole = view.pixel_mask(error.shape[-1]).expand_as(error)
         return torch.where(hole, error, 0).square().sum() / hole.sum()
+
+    def difference(self, one: torch.Tensor, other: torch.Tensor, view: View) -> torch.Tensor:
+        return self.loss(one, other.to(torch.promote_types(other.dtype, torch.float32)), view)
 
     @torch.no_grad()
     def reconstruct(self, images: torch.Tensor, view: View) -> torch.Tensor:

@@ -1,0 +1,178 @@
+"""Comparisons: fair and whole before anything starts, the settings that each method gets, the table and its page."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from support.browser import CHROMIUM, browser
+from support.sweeps import trial
+
+from jobs import compare as job
+from unlearn.data.storage import Storage
+from unlearn.errors import ConfigError, UnlearnError
+from unlearn.search import compare as comparisons
+from unlearn.search import leaderboard, leaderboard_page
+from unlearn.search.records import Trials
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "jobs/configs").glob("compare_*.yaml"))
+
+
+def tree(folder, **changes) -> dict:
+    return {
+        "name": "few", "compare_dir": str(folder), "run": str(ROOT / "jobs/configs/demo_fashion.yaml"),
+        "set": {"cluster.workers": 1, "evaluation.limit": 30},
+        "methods": {
+            "paper": {"method": {"name": "encoder_l2"}, "tune": {"method.alpha": [0.1, 1.0]}},
+            "decoupling": {"method": {"name": "decoupling"}, "set": {"training.clip": 1.0}, "tune": {"method.threshold": [0.1, 1.0]}},
+        },
+        "tune": {"common": {"training.lr": [1e-4, 1e-3]}, "limit": 7}, "seeds": [0, 5],
+        "originals": [{"weights": "/a", "oracles": ["/a1", "/a2"]}, {"weights": "/b", "oracles": ["/b1"]}],
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_ready_comparison_has_a_valid_run_for_every_setting(path):
+    found = comparisons.load(str(path))
+    assert len(found.methods) > 8 and len(found.seeds) == 3
+    chosen = {label: found.candidates(label)[-1] for label in found.methods}
+    for stage in (found.tuning(), found.final(chosen)):
+        runs = [stage.of(point, seed, model, "x") for point in stage.grid() for seed, model in stage.pairs()]
+        assert len({run.hash() for run in runs}) == len(runs)
+
+
+def test_tuning_and_the_runs_that_are_compared(tmp_path):
+    found = comparisons.parse(tree(tmp_path))
+    tuning = found.tuning()
+    assert tuning.size == 8 and tuning.pairs() == [(0, "/a")]
+    run = tuning.of(tuning.grid()[-1], 0, "/a", "x")
+    assert (run.method.name, run.method.threshold, run.training.lr, run.training.clip) == ("decoupling", 1.0, 1e-3, 1.0)
+    assert (run.evaluation.data, run.evaluation.limit) == ("embedded:fashion-train", 7), "chosen on training images"
+    final = found.final({label: found.candidates(label)[0] for label in found.methods})
+    assert final.size == 2 and final.pairs() == [(0, "/a"), (0, "/b"), (5, "/a"), (5, "/b")]
+    runs = {model: final.of(final.grid()[0], 5, model, "x") for model in ("/a", "/b")}
+    assert runs["/a"].evaluation.oracles == ["/a1", "/a2"] and runs["/b"].evaluation.oracles == ["/b1"]
+    assert (runs["/b"].evaluation.data, runs["/b"].evaluation.limit) == ("embedded:fashion-test", 30)
+    assert runs["/b"].model.weights == "/b" and runs["/b"].method.alpha == 0.1
+    again = comparisons.parse(comparisons.config.yaml_tree(comparisons.dump(found), "x"))
+    assert again.identity() == found.identity() != comparisons.parse(tree(tmp_path, seeds=[1])).identity()
+
+
+def test_what_is_not_fair_or_not_valid_is_refused(tmp_path):
+    methods = tree(tmp_path)["methods"]
+    for changes, message in (
+        (
+            {"methods": methods | {"more": {"method": {"name": "max_loss"}, "tune": {"method.alpha": [1, 2, 3]}}}},
+            "as many settings as the others.*more 6",
+        ),
+        (
+            {
+                "methods": methods
+                | {"bad": {"method": {"name": "max_loss", "beta": 1}, "tune": {"method.alpha": [1, 2]}}}
+            },
+            "methods.bad: .*beta: unknown key",
+        ),
+        ({"methods": {"plain": {"method": {"name": "pretrain"}}}}, "plain: pretrain forgets nothing"),
+        ({"tune": {"choose": ["forget.charm"]}}, "no figure 'forget.charm'"),
+        ({"speed": 1}, "speed: unknown key"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            comparisons.parse(tree(tmp_path, **changes))
+    found = comparisons.parse(
+        tree(tmp_path, methods={"far": {"method": {"name": "encoder_l2", "target": "background"}}})
+    )
+    with pytest.raises(ConfigError, match="methods.far: method.target background"):
+        job.prepare(found)
+    assert not list(tmp_path.iterdir())
+    job.prepare(comparisons.parse(tree(tmp_path)))
+    job.prepare(comparisons.parse(tree(tmp_path, concurrent=2)))
+    with pytest.raises(ConfigError, match="holds another comparison"):
+        job.prepare(comparisons.parse(tree(tmp_path, seeds=[1])))
+    with pytest.raises(UnlearnError, match="no run is done yet"):
+        job.report(comparisons.parse(tree(tmp_path)))
+
+
+@pytest.fixture
+def compared(tmp_path) -> comparisons.Compare:
+    """The folder of a comparison whose runs are over: the better setting of each method is its second; one run has failed."""
+    found = comparisons.parse(tree(tmp_path, tune={}))
+    tuning, known = found.tuning(), Trials(Storage(found.tuning().sweep_dir))
+    for number, point in enumerate(tuning.grid()):
+        good = number % 2 == 1
+        known.write(trial(f"p{number:03d}", 0, point, 0.6 if good else 0.5, 0.775))
+    final = found.final({label: found.candidates(label)[1] for label in found.methods})
+    known, folder = Trials(Storage(final.sweep_dir)), Storage(final.sweep_dir)
+    for number, point in enumerate(final.grid()):
+        for place, (seed, model) in enumerate(final.pairs()):
+            id = final.trial_id(f"p{number:03d}", seed, model)
+            failed = (
+                {"status": "failed", "message": "the loss is not finite", "figures": {}}
+                if (number, place) == (0, 3)
+                else {}
+            )
+            made = trial(
+                f"p{number:03d}", seed, point, 0.6, 0.77, **{"id": id, "model": model, "run": f"runs/{id}"} | failed
+            )
+            known.write(made)
+            whole = {"forget": {"whole": 3.0 + number + place}, "retain": {"whole": 4.0}}
+            distance = {"count": 2, "chance": 15.6, "generators": {"unlearned": whole}}
+            folder.write(f"runs/{id}/metrics.json", json.dumps({"oracle_distance": distance}).encode())
+            if number:
+                folder.write(f"runs/{id}/audit.json", json.dumps({"verdict": "PASS" if place else "FAIL"}).encode())
+    return found
+
+
+def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
+    document = job.report(compared)
+    first, second = document["rows"]
+    assert (first["method"], first["done"], first["of"], second["method"], second["done"]) == (
+        "paper",
+        3,
+        4,
+        "decoupling",
+        4,
+    )
+    assert first["options"]["method"]["alpha"] == 1.0 and second["options"]["method"]["threshold"] == 1.0
+    assert first["figures"]["forget.distance"] == {"mean": 4.0, "spread": 1.0}
+    whole = [math.sqrt((f * f + 16) / 2) for f in (3, 4, 5)]
+    assert first["figures"]["distance"]["mean"] == pytest.approx(sum(whole) / 3)
+    assert second["figures"]["audit.passed"]["mean"] == 0.75 and "audit.passed" not in first["figures"]
+    assert document["distance"] == "oracle spreads" and document["chance"] == 15.6 and document["tuned"] == 2
+    assert document["reference"]["oracle"]["forget.cosine"] == 0.6 and "paper" in document["notes"][-1]
+    page = Path(compared.compare_dir, leaderboard_page.NAME).read_text()
+    assert (
+        "the loss is not finite" in page
+        and "://" not in page
+        and json.loads(Path(compared.compare_dir, leaderboard.NAME).read_text()) == document
+    )
+    drawn = leaderboard_page.drawing(document)
+    assert [mark["label"] for mark in drawn["marks"]] == ["paper", "decoupling"]
+    assert 0 <= drawn["marks"][0]["x"] < drawn["marks"][1]["x"] <= 100 and all(
+        0 <= m["y"] <= 100 for m in drawn["marks"]
+    )
+
+
+def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):
+    final = compared.final({label: compared.candidates(label)[1] for label in compared.methods})
+    trials = [t for t in Trials(Storage(final.sweep_dir)).all()]
+    figures = {"forget.cosine": 0.6, "retain.cosine": 0.77, "cost.flops": 1e12}
+    plain = comparisons.parse(
+        tree(compared.compare_dir, originals=[{"weights": "/a"}], tune={"choose": ["forget.cosine"]})
+    )
+    bare = [t.__class__(**{**t.__dict__, "figures": figures, "oracle": {}}) for t in trials if t.status == "done"]
+    chosen = {label: plain.candidates(label)[1] for label in plain.methods}
+    document = leaderboard.document(plain, chosen, bare, Storage(f"{final.sweep_dir}/nowhere"))
+    assert document["distance"] is None and "There is no oracle" in document["notes"][0]
+    assert leaderboard_page.drawing(document) is None and "Kept against" not in leaderboard_page.html(document)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_browser_draws_the_page_on_a_desk_and_on_a_phone(compared, tmp_path):
+    job.report(compared)
+    page = Path(compared.compare_dir, leaderboard_page.NAME)
+    with browser(tmp_path / "profile") as tab:
+        for width in (1280, 390):
+            tab.open(page, width)
+            assert tab.run("document.documentElement.scrollWidth") <= width
+            assert tab.run("document.querySelectorAll('svg circle').length") == 2 and tab.complaints == []

@@ -1,0 +1,157 @@
+"""The leaderboard for people: a table for the terminal, and report.html, which loads nothing from anywhere."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+NAME = "report.html"
+# (figure, head, how it is written, what a reader should want)
+COLUMNS = (
+    ("distance", "distance to the oracle", "{:.1f}", "lower"),
+    ("forget.distance", "on forget", "{:.1f}", "lower"),
+    ("retain.distance", "on retain", "{:.1f}", "lower"),
+    ("forget.cosine", "forget cosine", "{:.3f}", "as the oracle's"),
+    ("retain.cosine", "retain cosine", "{:.3f}", "as the oracle's"),
+    ("forget.psnr", "forget PSNR, dB", "{:.1f}", "as the oracle's"),
+    ("retain.psnr", "retain PSNR, dB", "{:.1f}", "as the oracle's"),
+    ("audit.passed", "audits passed", "{:.0%}", "higher"),
+    ("cost.flops", "FLOPs", "{:.2g}", ""),
+    ("cost.seconds", "seconds", "{:.0f}", ""),
+)
+
+
+def columns(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The columns that a row has a figure for. Distances in cosine are written finely."""
+    known = {figure for row in document["rows"] for figure in row["figures"]}
+    fine = document["distance"] == "cosine"
+    return [
+        (figure, head, "{:.3f}" if fine and figure.endswith("distance") else form, wanted)
+        for figure, head, form, wanted in COLUMNS
+        if figure in known
+    ]
+
+
+def cell(row: dict[str, Any], figure: str, form: str) -> str:
+    """A figure with its spread."""
+    known = row["figures"].get(figure)
+    if known is None:
+        return "–"
+    spread = (
+        ""
+        if known["spread"] is None or figure in ("cost.flops", "audit.passed")
+        else f" ± {form.format(known['spread'])}"
+    )
+    return form.format(known["mean"]) + spread
+
+
+def table(document: dict[str, Any]):
+    """As a rich Table."""
+    from rich.table import Table
+
+    made = Table(title=title(document), title_justify="left", box=None)
+    made.add_column("method")
+    heads = columns(document)
+    for _, head, _, _ in heads:
+        made.add_column(head, justify="right")
+    for row in document["rows"]:
+        done = "" if row["done"] == row["of"] else f" ({row['done']} of {row['of']})"
+        made.add_row(row["method"] + done, *(cell(row, figure, form) for figure, _, form, _ in heads))
+    made.add_section()
+    for name, figures in document["reference"].items():
+        if figures:
+            made.add_row(f"({name})", *(form.format(figures[f]) if f in figures else "" for f, _, form, _ in heads))
+    made.caption, made.caption_justify = "\n".join(document["notes"]), "left"
+    return made
+
+
+def title(document: dict[str, Any]) -> str:
+    """What was compared, in a line."""
+    seeds, originals, oracles = len(document["seeds"]), document["originals"], max(document["oracles"])
+    counts = [(seeds, "seed"), (originals, "original"), (oracles, "oracle")]
+    told = ", ".join(f"{n or 'no'} {what}{'' if n == 1 else 's'}" for n, what in counts)
+    return f"{document['name']}: {told}; {document['view']} hidden; mean ± standard deviation"
+
+
+def html(document: dict[str, Any]) -> str:
+    """The page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    heads = columns(document)
+    rows = [
+        {
+            "method": row["method"], "options": _plain(row["options"]), "done": row["done"], "of": row["of"], "failed": row["failed"],
+            "cells": [cell(row, figure, form) for figure, _, form, _ in heads],
+        }
+        for row in document["rows"]
+    ]  # fmt: skip
+    reference = [
+        {"name": name, "cells": [form.format(figures[f]) if f in figures else "" for f, _, form, _ in heads]}
+        for name, figures in document["reference"].items()
+        if figures
+    ]
+    template = Path(__file__).with_name("leaderboard.html").read_text()
+    return environment.from_string(template).render(
+        document=document, title=title(document), heads=heads, rows=rows, reference=reference, drawing=drawing(document)
+    )
+
+
+def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
+    """Marks and ticks of a plane of 100 x 100: the distance on the forget set to the right, the cosine of the retain set upwards.
+
+    None where there is no oracle, or nothing has come to an end.
+    """
+    points = [
+        (row["method"], row["figures"]["forget.distance"], row["figures"]["retain.cosine"])
+        for row in document["rows"]
+        if "forget.distance" in row["figures"]
+    ]
+    if not points:
+        return None
+    right = _ticks(0.0, max(x["mean"] + (x["spread"] or 0) for _, x, _ in points))
+    known = [y["mean"] for _, _, y in points] + [
+        f["retain.cosine"] for f in document["reference"].values() if "retain.cosine" in f
+    ]
+    spreads = [y["spread"] or 0 for _, _, y in points]
+    up = _ticks(min(known) - max(spreads), max(known) + max(spreads))
+
+    def across(value: float) -> float:
+        return 100 * (value - right[0]) / (right[-1] - right[0])
+
+    def above(value: float) -> float:
+        return 100 - 100 * (value - up[0]) / (up[-1] - up[0])
+
+    marks = [
+        {
+            "label": label, "number": number, "x": across(x["mean"]), "y": above(y["mean"]),
+            "left": across(max(x["mean"] - (x["spread"] or 0), right[0])), "right": across(x["mean"] + (x["spread"] or 0)),
+            "low": above(y["mean"] - (y["spread"] or 0)), "high": above(y["mean"] + (y["spread"] or 0)),
+        }
+        for number, (label, x, y) in enumerate(points, 1)
+    ]  # fmt: skip
+    return {
+        "marks": marks,
+        "across": [{"at": across(t), "text": f"{t:g}"} for t in right],
+        "above": [{"at": above(t), "text": f"{t:.4g}"} for t in up],
+        "references": [
+            {"name": name, "y": above(figures["retain.cosine"])} for name, figures in document["reference"].items() if "retain.cosine" in figures
+        ],
+    }  # fmt: skip
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers in equal steps from at most `low` to at least `high`."""
+    span = max(high - low, 1e-9)
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(power * s for s in (0.1, 0.2, 0.5, 1, 2) if span / (power * s) <= 6)
+    first = math.floor(low / step + 1e-9)
+    return [round(step * i, 10) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def _plain(options: dict[str, Any]) -> str:
+    """The settings of a method in a line."""
+    method = {f"method.{key}": value for key, value in options["method"].items() if key != "name"}
+    rest = {key: value for key, value in options.items() if key != "method"}
+    return ", ".join([options["method"]["name"], *(f"{key} {value}" for key, value in (method | rest).items())])
