@@ -1,10 +1,18 @@
-"""The loader without a cache against the bare decoder with as many threads: images/s of the same images.
+"""The loader against the bare decoder with as many threads, and against the usual way, which scales by PIL: images of the same rows
+a second of processor time, which other work on the machine does not change much.
+
+first   an epoch that reads and decodes (data.cache none); cached   an epoch whose images are kept decoded and cut to size
+bare    decoding and scaling alone; pil   the same, scaled by PIL
 
 python -m jobs.benchmarks.loader [CONFIG] [--set a.b=c] [--rounds 3]
 """
 
 import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
 
 from jobs.benchmarks import command
 from unlearn import config
@@ -15,33 +23,56 @@ from unlearn.models import weights
 from unlearn.run import resolve
 
 
-def loader(settings: config.RunConfig, rounds: int, batches: int = 100) -> None:
-    """Images/s of the loader without a cache, and of decoding alone the same images with as many threads."""
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": "none"})})
-    found, model = resolve(settings).sets, weights.build(settings.model, settings.seed)
-    size = model.options.image_size
-    rates: dict[str, list[float]] = {"loader": [], "decoder": []}
+def loader(settings: config.RunConfig, rounds: int, images: int = 3000) -> None:
+    """Print the rates of each round, and their ratios."""
+    model = weights.build(settings.model, settings.seed)
+    size, batches = model.options.image_size, range(-(-images // settings.micro_batch))
+
+    def made(cache: str) -> Loader:
+        data = settings.data.model_copy(update={"cache": cache})
+        changed = settings.model_copy(update={"data": data})
+        return Loader(changed, resolve(changed).sets, model.grid, size)
+
+    kept, rates = made("decoded"), {"first": [], "cached": [], "bare": [], "pil": []}
+    _rate(lambda: kept.batches(batches))
     for round in range(rounds + 1):
-        source = Loader(settings, found, model.grid, size)
-        began = time.perf_counter()
-        count = sum(len(b.images) for b in source.batches(range(batches)))
-        rate = {"loader": count / (time.perf_counter() - began)}
-        encoded = []
-        for number in range(batches):
-            for name, stream in source.streams.items():
-                each = getattr(source, name)
-                encoded += [source.images[name].read(row) for row in stream.take(number * each, each).tolist()]
-        began = time.perf_counter()
-        with ThreadPoolExecutor(settings.data.decode_threads) as pool:
-            # In runs as long as a micro-batch, so that handing over work costs as little as in the loader.
-            parts = [encoded[i : i + settings.micro_batch] for i in range(0, count, settings.micro_batch)]
-            list(pool.map(lambda part: [fit(decode(data), size) for data in part], parts))
-        rate["decoder"] = count / (time.perf_counter() - began)
+        source = made("none")
+        encoded = [
+            [source.images[name].read(row) for name, row in source.rows(number)] for number in batches
+        ]  # as many at a time as the loader hands to a thread
+        rate = {
+            "first": _rate(lambda source=source: source.batches(batches)),
+            "cached": _rate(lambda: kept.batches(batches)),
+            "bare": _rate(lambda encoded=encoded: _decoded(settings, encoded, lambda image: fit(image, size))),
+            "pil": _rate(lambda encoded=encoded: _decoded(settings, encoded, lambda image: _by_pil(image, size))),
+        }
         if round:
             for name, value in rate.items():
                 rates[name].append(value)
-                print(f"round {round}  {name:8} {value:8.0f} images/s")
-    command.tell_ratio("loader / bare decoder", rates["loader"], rates["decoder"])
+            print(f"round {round}  " + "  ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
+    for one, other in (("first", "bare"), ("first", "pil"), ("cached", "pil")):
+        command.tell_ratio(f"{one} / {other}", rates[one], rates[other])
+
+
+def _rate(make: Callable[[], Iterable]) -> float:
+    """Images a second of processor time of all threads. make() -> batches of images."""
+    began = time.process_time()
+    count = sum(len(batch if isinstance(batch, list) else batch.images) for batch in make())
+    return count / (time.process_time() - began)
+
+
+def _decoded(settings: config.RunConfig, encoded: list[list], scale: Callable[[np.ndarray], np.ndarray]) -> list:
+    with ThreadPoolExecutor(settings.data.decode_threads) as pool:
+        return list(pool.map(lambda part: [scale(decode(data)) for data in part], encoded))
+
+
+def _by_pil(image: np.ndarray, size: int) -> np.ndarray:
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    wide, high = round(width * scale), round(height * scale)
+    scaled = Image.fromarray(image).resize((wide, high), Image.Resampling.BICUBIC)
+    left, top = (wide - size) // 2, (high - size) // 2
+    return np.asarray(scaled.crop((left, top, left + size, top + size)))
 
 
 if __name__ == "__main__":

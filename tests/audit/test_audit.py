@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -142,6 +143,13 @@ def test_the_original_and_a_blur_fail_and_the_oracle_passes(tmp_path):
     assert any("original decoder" in r and "beyond" in r for r in document["probes"]["reasons"])
 
 
+@pytest.mark.slow
+def test_two_ray_workers_give_the_figures_of_one_process(done):
+    """Its quick companion is test_figures_do_not_depend_on_who_measures_what."""
+    settings, document = done
+    assert audited(settings, "tests=[membership]", "workers=2", again=True)["membership"] == document["membership"]
+
+
 def test_without_held_out_images_nothing_is_shown(tmp_path):
     document = audited(make_run(tmp_path, data=None), "tests=[membership]")
     assert document["verdict"] == document["membership"]["verdict"] == "NOT SHOWN"
@@ -153,6 +161,13 @@ def test_a_run_without_a_model_is_told(tmp_path):
     Storage(settings.run_dir).delete("model")
     with pytest.raises(UnlearnError, match="nothing to audit"):
         audited(settings)
+
+
+def test_what_is_audited_travels_to_workers(done):
+    subject = job.prepared(resolve(done[0], measured=True), audits.load(None, QUICK))
+    there = pickle.loads(pickle.dumps(subject))
+    piece = subject.tests["membership"].pieces(subject)[0]
+    assert there.settings == subject.settings and there.key(piece) == subject.key(piece)
 
 
 def test_mistakes_in_an_audit_are_told():

@@ -23,7 +23,7 @@ AUDIT = [
 ]  # fmt: skip
 
 
-def trained(folder, seed: int, retain: dict | None, steps: int = 400) -> str:
+def trained(folder, seed: int, retain: dict | None, steps: int = 300) -> str:
     """A small autoencoder of clothes; its folder."""
     tree = {
         "run_dir": str(folder), "seed": seed, "model": {"options": SHAPE}, "method": {"name": "pretrain"},

@@ -37,6 +37,10 @@ class AuditConfig(Part):
         default=None, description="folder of the shadow models that `unlearn audit shadows` has trained"
     )
 
+    def __reduce__(self):
+        # Its class is made anew in every process, so it is found again where it is unpickled.
+        return _unpickled, (self.__getstate__(),)
+
     @field_validator("tests")
     @classmethod
     def _known(cls, tests: list[str]) -> list[str]:
@@ -45,6 +49,12 @@ class AuditConfig(Part):
         if len(set(tests)) < len(tests):
             raise ValueError("a test is named twice")
         return tests
+
+
+def _unpickled(state: dict[str, Any]) -> AuditConfig:
+    settings = kind().__new__(kind())
+    settings.__setstate__(state)
+    return settings
 
 
 @functools.cache

@@ -75,7 +75,7 @@ class Loader:
             return self._of_latents(number, rng)
         view = views.draw(self.settings.train_views, self.grid, self.retain + self.forget, rng)
         pixels = np.empty((self.retain + self.forget, self.size, self.size, 3), np.uint8)
-        for place, (name, row) in enumerate(self._rows(number)):
+        for place, (name, row) in enumerate(self.rows(number)):
             image = self.images[name].sound(row)
             pixels[place] = crop_flip(image, self.size, rng) if self.settings.data.augment == "crop_flip" else image
         # The channels stay last in memory, as decoders give them: no pixel is moved once more.
@@ -85,11 +85,11 @@ class Loader:
     def _of_latents(self, number: int, rng: np.random.Generator) -> Batch:
         assert self.latents, "called only where the batches hold latents"
         which = int(rng.integers(self.settings.data.latent_views))
-        latents = torch.stack([self.latents[name](row, which) for name, row in self._rows(number)])
+        latents = torch.stack([self.latents[name](row, which) for name, row in self.rows(number)])
         view = views.repeated(next(iter(self.latents.values())).views[which], len(latents))
         return Batch(latents, view, self.retain, int(rng.integers(1 << 62)))
 
-    def _rows(self, number: int) -> list[tuple[str, int]]:
+    def rows(self, number: int) -> list[tuple[str, int]]:
         """(set, row) of every image of micro-batch `number`."""
         return [(name, row) for name, count in (("retain", self.retain), ("forget", self.forget)) if count
                 for row in self.streams[name].take(number * count, count).tolist()]  # fmt: skip
