@@ -12,9 +12,9 @@ from jobs import evaluate
 from jobs.pool import pool
 from unlearn import __version__
 from unlearn.audit import base, page, shadows
-from unlearn.audit.base import Measured, Piece
+from unlearn.audit.base import Measured, Piece, test_class
 from unlearn.audit.bench import Bench
-from unlearn.audit.settings import AuditConfig
+from unlearn.audit.settings import USUAL, AuditConfig
 from unlearn.audit.subject import Subject, subject
 from unlearn.data import selection
 from unlearn.data.storage import Storage
@@ -122,6 +122,8 @@ def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
     found = set(verdicts.values())
     verdict = base.FAIL if base.FAIL in found else base.PASS if base.PASS in found and not undecided else base.NOT_SHOWN
     reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
+    if left_out := [test_class(name).title for name in USUAL if name not in names]:
+        reasons.append(f"Not made: {', '.join(left_out)}")
     counts = {
         key: sum(v == told for v in verdicts.values())
         for key, told in (("passed", base.PASS), ("failed", base.FAIL), ("not_shown", base.NOT_SHOWN))

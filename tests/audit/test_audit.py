@@ -54,6 +54,7 @@ def test_audit_json_says_what_was_audited(done):
     assert document["weights"]["unlearned"] == weights.card(Storage(folder.where("model")))["sha256"]
     assert list(document["weights"]) == ["original", "unlearned", "oracle"]
     assert document["config_hash"] == settings.hash() and document["verdict"] in ("PASS", "FAIL", "NOT SHOWN")
+    assert document["reasons"][-1] == "Not made: Transfer, Probes, Relearning, Streisand check"
     row = document["membership"]["unlearned"]
     assert row == document["membership"]["original"] and row["auc_low"] <= row["auc"] <= row["auc_high"]
     assert {name: s["images"] for name, s in document["sets"].items()} == dict.fromkeys(

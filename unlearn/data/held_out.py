@@ -48,7 +48,7 @@ def of_classes(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[s
             continue
         labels = [int(label) for label in np.unique(rows.labels) if label >= 0]
         named = _labels(manifest, rows.manifest, list(labels), f"data.{name}") or {}
-        chosen = [label for label in named.values() if label is not None]
+        chosen: list[int | str] = [label for label in named.values() if label is not None]
         if chosen or not labels:
             conditions = config.Rows(classes=[*chosen] or None)
             found[name] = selection.select(manifest, conditions, settings.seed, name)
