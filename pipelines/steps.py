@@ -108,13 +108,14 @@ def unlearn(
 
 @step
 def evaluate(source: str, id: str, rung: int, metrics: Any, report: Any) -> None:
-    """Measure a rung; see `jobs.cycle.evaluate`. metrics, report: artifacts."""
+    """Measure a rung, and audit it where the cycle itself says how; see `jobs.cycle`. metrics, report: artifacts."""
     from jobs import cycle as steps
     from unlearn.data.storage import Storage
     from unlearn.evaluation.report import NAME
 
     with _step(source, id) as (cycle, selection, check):
         document = steps.evaluate(cycle, selection, rung, _progress("measuring"), check)
+        steps.audit(cycle, selection, rung, _progress("auditing"), check)
         page = Storage(steps.settings(cycle, selection, rung).run_dir).read(NAME)
     for row in document["rows"]:
         if row["view"] == document["views"][0]:
