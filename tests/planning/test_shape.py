@@ -16,7 +16,9 @@ from unlearn.planning import cost, footprint, memory
 from unlearn.planning.shape import model_options
 
 CONFIGS = sorted(
-    p for p in Path(jobs.__file__).with_name("configs").glob("*.yaml") if not p.name.startswith(("sweep_", "cycle_", "compare_"))
+    p
+    for p in Path(jobs.__file__).with_name("configs").glob("*.yaml")
+    if not p.name.startswith(("sweep_", "cycle_", "compare_"))
 )
 
 
