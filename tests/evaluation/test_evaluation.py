@@ -141,6 +141,7 @@ def test_kid_is_that_of_other_implementations():
     ]
     assert abs(np.mean(few)) < 3 * np.std(few) / 60**0.5, "few images of one distribution: nothing, on average"
     assert intervals.kid(real[:1], made, 0) is None
+    assert all(map(np.isfinite, intervals.kid(real[:3], made[:3], 0) or [np.nan])), "also where a draw is of one image"
 
 
 def test_intervals_cover_the_truth_as_often_as_they_say():

@@ -81,7 +81,8 @@ def same(run: config.RunConfig, plain: config.RunConfig) -> None:
             assert row[name] == pytest.approx(other[name], **near), name
     if not half:
         mine, theirs = (load_file(f"{export(r)}/weights.safetensors") for r in (run, plain))
-        assert all(torch.allclose(mine[n], theirs[n], atol=2e-5) for n in theirs)
+        # The gradient of a key's bias is 0 but for rounding, and Adam makes a step of that.
+        assert all(torch.allclose(mine[n], theirs[n], atol=5e-5) for n in theirs)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -66,5 +66,6 @@ def _counts(rows: int, draws: int, seed: int) -> torch.Tensor:
 
 
 def _central(draws: torch.Tensor) -> tuple[float, float]:
-    low, high = np.quantile(draws.numpy(), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    """Of few images one alone may be drawn again and again, which has no pair of two."""
+    low, high = np.nanquantile(draws.numpy(), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
