@@ -4,6 +4,8 @@ import io
 import json
 import logging
 import time
+import zipfile
+import zlib
 from collections.abc import Callable
 
 import numpy as np
@@ -185,5 +187,5 @@ def _unpacked(data: bytes, where: str) -> dict[str, np.ndarray]:
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (ValueError, OSError, KeyError) as e:
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
         raise UnlearnError(f"{where} is damaged ({type(e).__name__}): delete it, and audit again") from None

@@ -176,3 +176,13 @@ def test_mistakes_in_an_audit_are_told():
         audits.parse({"membership": {"vews": 3}})
     with pytest.raises(ConfigError, match="no test 'membershop'; known: membership"):
         audits.parse({"tests": ["membershop"]})
+
+
+def test_what_is_damaged_of_an_audit_is_told():
+    whole = job._packed({"errors": np.arange(600.0)})
+    assert job._unpacked(whole, "there")["errors"].tolist() == list(range(600))
+    changed = bytearray(whole)
+    changed[60] ^= 255
+    for damaged in (b"", b"x" * 90, whole[:-30], whole[: len(whole) // 2], bytes(changed)):
+        with pytest.raises(UnlearnError, match=r"there is damaged \(\w+\): delete it, and audit again"):
+            job._unpacked(damaged, "there")

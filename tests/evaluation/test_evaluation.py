@@ -141,6 +141,10 @@ def test_kid_is_that_of_other_implementations():
     ]
     assert abs(np.mean(few)) < 3 * np.std(few) / 60**0.5, "few images of one distribution: nothing, on average"
     assert intervals.kid(real[:1], made, 0) is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(intervals, "KERNEL_ROWS", 7)
+        few = intervals.kid(real, real, 0)
+        assert few is not None and few[0] == pytest.approx(intervals.kid(real, real.clone(), 0)[0]) and few != found
     assert all(map(np.isfinite, intervals.kid(real[:3], made[:3], 0) or [np.nan])), "also where a draw is of one image"
 
 

@@ -37,7 +37,12 @@ Secrets = Annotated[
 ]
 Key = Annotated[str | None, typer.Option("--key", metavar="SECRET/KEY", help="the private key that signs releases")]
 Audit = Annotated[
-    str | None, typer.Option("--audit", metavar="AUDIT.yaml", help="audit each rung; without it there is no audit")
+    str | None,
+    typer.Option(
+        "--audit",
+        metavar="AUDIT.yaml",
+        help="audit each rung in a step of its own, beside what the cycle's `audit` says",
+    ),
 ]
 Parameter = Annotated[
     list[str],

@@ -140,11 +140,11 @@ class Manifest:
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
         """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
 
-        Read from the file of all values where there is one; else every shard is opened once, several at a time. Raises DataError
-        where a shard does not match the manifest.
+        Read from the file of all values where there is one, but for a single row group; else every shard is opened once, several
+        at a time. Raises DataError where a shard does not match the manifest.
         """
         groups = range(len(self.groups)) if groups is None else list(groups)
-        if self.values and columns and set(columns) <= set(self.columns) and groups:
+        if self.values and columns and set(columns) <= set(self.columns) and len(groups) > 1:
             return self._of_values(columns, groups)
         wanted: dict[int, list[int]] = {}  # shard -> its row groups
         for s, g in (self.groups[group] for group in groups):

@@ -12,6 +12,7 @@ from unlearn.data import order
 STREAM = 1 << 29  # of the random numbers of a run: those of intervals
 RESAMPLES = 1000
 KERNEL_RESAMPLES = 200  # each is a product of two matrices
+KERNEL_ROWS = 5000  # images of each set: three matrices of 200 MB
 CONFIDENCE = 0.95
 
 
@@ -32,17 +33,25 @@ def kid(real: torch.Tensor, made: torch.Tensor, seed: int) -> tuple[float, float
     """(kernel distance, low, high) of two sets of features (N, D) and (M, D): the unbiased squared MMD with the kernel
     (x·y / D + 1)³ over all pairs, in float64. None for fewer than two images.
 
-    Unlike FID it is not biased by few images. It may come out below 0 where the sets are alike.
+    Of more than KERNEL_ROWS images so many are drawn with the seed, since memory grows with the square of their number. Unlike FID
+    it is not biased by few images. It may come out below 0 where the sets are alike.
     """
     if min(len(real), len(made)) < 2:
         return None
-    x, y = real.double(), made.double()
+    x, y = (_some(rows, seed).double() for rows in (real, made))
     xx, yy, xy = _kernel(x, x), _kernel(y, y), _kernel(x, y)
     value = _distance(xx, yy, xy, torch.ones(1, len(x)).double(), torch.ones(1, len(y)).double())
     paired = len(x) == len(y)  # reconstructions and their originals are drawn together
     a = _counts(len(x), KERNEL_RESAMPLES, seed)
     b = a if paired else _counts(len(y), KERNEL_RESAMPLES, seed + 1)
     return (float(value), *_central(_distance(xx, yy, xy, a, b)))
+
+
+def _some(rows: torch.Tensor, seed: int) -> torch.Tensor:
+    """At most KERNEL_ROWS of them; of two sets of equal size the same."""
+    if len(rows) <= KERNEL_ROWS:
+        return rows
+    return rows[torch.from_numpy(order.generator(seed, STREAM, len(rows)).permutation(len(rows))[:KERNEL_ROWS])]
 
 
 def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
