@@ -229,7 +229,9 @@ def test_many_threads_read_uncached_row_groups_without_losing_one(tiny_run, tmp_
 
 
 def test_leaving_the_batches_early_ends_the_threads(tiny_run):
+    before = set(threading.enumerate())  # whatever other tests of this process have left
     batches = load(tiny_run()).batches(iter(range(10**9)))
     next(batches)
+    assert [t for t in threading.enumerate() if t not in before and t.name.startswith("decode")]
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("decode")]
+    assert not [t for t in threading.enumerate() if t not in before and t.name.startswith("decode")]
