@@ -261,7 +261,7 @@ def run(
         records = Records(cycle.cycle_dir)
         ended = records.read(selection.id, selecting.given_up(cycle, records, selection.id), Outcome)
         return Ended(selection, ended, [], seconds)
-    _check_methods(cycle)
+    check_rungs(cycle)
     judgements = []
     for rung in range(cycle.rungs):
         with step("train", rung) as progress:
@@ -291,7 +291,7 @@ def _signer(cycle: Cycle) -> CryptoSigner:
     return certificate.private_key(path)
 
 
-def _check_methods(cycle: Cycle) -> None:
+def check_rungs(cycle: Cycle) -> None:
     """Raises ConfigError where a method of the ladder cannot work with the model or the training, or the audit is none."""
     from jobs import train as training
     from unlearn.audit.settings import parse
