@@ -9,14 +9,13 @@ import functools
 import html
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from unlearn import certificate, log, signals
-from unlearn.cycles.cycle import KEY, Cycle
+from unlearn import log, signals
+from unlearn.cycles.cycle import Cycle
 from unlearn.cycles.records import Selection
 from unlearn.errors import ConfigError, CycleError, UnlearnError
 
@@ -58,6 +57,7 @@ def _listen() -> None:
 def select(source: str, rungs: int, audited: str, requests: Any) -> Selected:
     """Take the open requests into a cycle; see `jobs.cycle.select`. requests: an artifact."""
     from jobs import cycle as steps
+    from unlearn.cycles import keys
 
     cycle = _cycle(source)
     if cycle.rungs != rungs:
@@ -65,9 +65,7 @@ def select(source: str, rungs: int, audited: str, requests: Any) -> Selected:
     if audited != AUDITED[cycle.audit is not None]:
         asked, has = ("no audit", "a step for one") if cycle.audit is None else ("an audit", "no step for one")
         raise ConfigError(f"{source} asks for {asked}, and this pipeline has {has}: compile it again")
-    if not (key := cycle.key or os.environ.get(KEY)):  # told before days of training, not after
-        raise CycleError(f"no key signs the releases: compile the pipeline with --key SECRET/KEY, or set {KEY}")
-    certificate.private_key(key)
+    keys.signer(cycle)  # its lack is told before days of training, not after
     with _lease(cycle):
         selection = steps.select(cycle)
     if selection.status == "selected":

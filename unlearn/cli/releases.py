@@ -64,6 +64,12 @@ def publish(
     withdraws: Annotated[
         list[str], typer.Option(metavar="VERSION", help="withdrawn once this one is current; may be repeated")
     ] = [],  # noqa: B006  read only
+    model_signing: Annotated[
+        str | None,
+        typer.Option(
+            "--model-signing", metavar="FILE", help="a private elliptic-curve key: sign the model for other tools"
+        ),
+    ] = None,
     as_json: Json = False,
 ):
     """Make a run a release: judge it, copy it to a new folder, certify it. Exits with 2 where the gate refuses it.
@@ -76,11 +82,12 @@ def publish(
     from unlearn.errors import ReleaseError
     from unlearn.releases import gate as gates
     from unlearn.releases import publish as publisher
+    from unlearn.releases.release import SIGNATURE
     from unlearn.releases.store import Store
 
     signer, rules = certificate.private_key(key), gates.load(gate) if gate else None
     served = [*request, *(Storage(requests).read().decode(errors="replace").split() if requests else ())]
-    outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws)
+    outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws, model_key=model_signing)
     if as_json:
         typer.echo(
             json.dumps(
@@ -100,6 +107,8 @@ def publish(
         _show_verdict(outcome.verdict)
         what = f"{outcome.release.version}: " + ("published" if outcome.new else "this model was published before")
         out.print(f"{what}, in {outcome.folder}", soft_wrap=True)
+        if model_signing and SIGNATURE not in outcome.release.files:
+            out.print(f"it has no {SIGNATURE}, and a release is never changed", soft_wrap=True)
 
 
 @app.command()
