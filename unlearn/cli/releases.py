@@ -1,4 +1,5 @@
-"""The commands on releases: `unlearn release keygen`, `publish`, `verify`, `list`, `show`, `diff`, `promote`, `rollback`, `withdraw`."""
+"""The commands on releases: `unlearn release keygen`, `publish`, `verify`, `list`, `show`, `diff`, `promote`, `push`,
+`rollback`, `withdraw`."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from unlearn.releases.gate import Verdict
     from unlearn.releases.pointer import State
     from unlearn.releases.release import Release
+    from unlearn.releases.store import Store
 
 app = typer.Typer(no_args_is_help=True, help="Publish, certify, verify, promote and withdraw releases of a model.")
 
@@ -263,17 +265,51 @@ def promote(
 
     Example: `unlearn release promote v3 --store s3://bucket/releases --key releases.pub`
     """
-    from unlearn.releases import pointer, verification
+    from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
     opened = Store(store)
     if key:
-        from unlearn import certificate
-
-        release = opened.release(version)
-        opened.complete(release)
-        verification.verify(opened.folder(release).uri, certificate.public_key(key))
+        _verified(opened, version, key)
     _told(pointer.promote(opened, version, reason, force, by))
+
+
+@app.command()
+def push(
+    version: Version,
+    store: Where,
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="of Kubeflow's Model Registry")],
+    name: Annotated[str, typer.Option("--name", metavar="MODEL", help="of the registered model there")],
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="PUB", help="verify the release with this public key first")
+    ] = None,
+    token_file: Annotated[
+        str,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="default: UNLEARN_REGISTRY_TOKEN_FILE; or the token in UNLEARN_REGISTRY_TOKEN",
+        ),
+    ] = "",
+    authority: Annotated[
+        str, typer.Option("--ca", metavar="FILE", help="certificates to trust, PEM; default: those of the web")
+    ] = "",
+):
+    """Register a release in Kubeflow's Model Registry: where it is and how to check it. The same again changes nothing.
+
+    Example: `unlearn release push v3 --store s3://bucket/releases --to https://registry.example.com --name faces`
+    """
+    from unlearn import tokens
+    from unlearn.cli.console import out
+    from unlearn.releases import registry
+    from unlearn.releases.store import Store
+
+    opened = Store(store)
+    if key:
+        _verified(opened, version, key)
+    server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
+    id, new = server.push(opened, version, name)
+    out.print(f"{version}: {'registered' if new else 'is registered already'} as {name}, id {id}", soft_wrap=True)
 
 
 @app.command()
@@ -316,6 +352,15 @@ def withdraw(
         withdrawn = ", which is withdrawn too" if each.version in state.withdrawn else ""
         out.print(f"{each.version} came from it ({each.how} {each.of}){withdrawn}: look whether it must go too")
     _told(state)
+
+
+def _verified(store: "Store", version: str, key: str) -> None:
+    from unlearn import certificate
+    from unlearn.releases import verification
+
+    release = store.release(version)
+    store.complete(release)
+    verification.verify(store.folder(release).uri, certificate.public_key(key))
 
 
 def _told(state: "State") -> None:
