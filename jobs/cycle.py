@@ -16,19 +16,16 @@ hands `lease.check` to the steps.
 
 import contextlib
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from securesystemslib.signer import CryptoSigner
-
-from unlearn import certificate, config, documents
+from unlearn import config, documents
 from unlearn.config import RunConfig
-from unlearn.cycles import lineage, rows, selecting
-from unlearn.cycles.cycle import KEY, Cycle, digest
+from unlearn.cycles import keys, lineage, rows, selecting
+from unlearn.cycles.cycle import Cycle, digest
 from unlearn.cycles.records import (
     AUDITED,
     MEASURED,
@@ -193,8 +190,8 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
         run, store = records.run_folder(selection.id, judgement.run), Store(cycle.releases)
         rewritten = rows.write(cycle, records, selection.id, settings(cycle, selection, rung), check)
         published = releases.publish(
-            run, store, _signer(cycle), judgement.requests, cycle.rules, judgement.parent, check=check,
-            rewritten=rewritten and (rewritten.before, rewritten.after),
+            run, store, keys.signer(cycle), judgement.requests, cycle.rules, judgement.parent, check=check,
+            rewritten=rewritten and (rewritten.before, rewritten.after), model_key=cycle.model_key,
         )  # fmt: skip
         if published.release is None:
             return None
@@ -252,7 +249,7 @@ def run(
             yield progress
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
-    _signer(cycle)  # its lack is told before anything is trained
+    keys.signer(cycle)  # its lack is told before anything is trained
     with step("select"):
         selection = select(cycle)
     if selection.status == "nothing":
@@ -261,7 +258,7 @@ def run(
         records = Records(cycle.cycle_dir)
         ended = records.read(selection.id, selecting.given_up(cycle, records, selection.id), Outcome)
         return Ended(selection, ended, [], seconds)
-    _check_methods(cycle)
+    check_rungs(cycle)
     judgements = []
     for rung in range(cycle.rungs):
         with step("train", rung) as progress:
@@ -282,16 +279,7 @@ def run(
         return Ended(selection, give_up(cycle, selection), judgements, seconds)
 
 
-def _signer(cycle: Cycle) -> CryptoSigner:
-    path = cycle.key or os.environ.get(KEY)
-    if not path:
-        raise CycleError(
-            f"no key signs the releases: give its path as `key`, or in {KEY}; see `unlearn release keygen`"
-        )
-    return certificate.private_key(path)
-
-
-def _check_methods(cycle: Cycle) -> None:
+def check_rungs(cycle: Cycle) -> None:
     """Raises ConfigError where a method of the ladder cannot work with the model or the training, or the audit is none."""
     from jobs import train as training
     from unlearn.audit.settings import parse

@@ -1,8 +1,8 @@
 """The cycle as a Kubeflow pipeline: select -> unlearn -> evaluate -> audit -> judge -> release, or up the ladder, or
 give up; then close.
 
-Which rungs there are, what steps may take and which Secrets they see is fixed when it is compiled; where the cycle's
-file lies and where to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False
+Which rungs there are, whether they are audited, what steps may take and which Secrets they see is fixed when it is
+compiled; where the cycle's file lies and where to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False
 and "". Nothing is taken from a cache: a step finds by itself what is done, and the ledger changes between two runs that
 look the same.
 """
@@ -22,7 +22,7 @@ from pipelines.components.release import release
 from pipelines.components.select import select
 from pipelines.components.unlearn import unlearn
 from pipelines.place import Place
-from pipelines.steps import HERE
+from pipelines.steps import AUDITED, HERE
 from unlearn.cycles.cycle import KEY
 
 NAME = "unlearn-cycle"
@@ -33,10 +33,10 @@ DAY = 24 * 3600
 
 
 def pipeline(
-    rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = TO, audited: str | None = None
+    rungs: int = 1, place: Place = Place(), cycle: str = CYCLE, to: str = TO, audited: bool = False
 ) -> Callable:
     """The pipeline of a cycle with so many rungs. cycle, to: the defaults of its parameters, and a step that trains
-    `here` gets what it takes; audited: URI of an AUDIT.yaml, without one there is no such step."""
+    `here` gets what it takes; audited: whether the cycle asks for an audit, without which there is no such step."""
     default_cycle, default_to = cycle, to
 
     @dsl.pipeline(
@@ -80,9 +80,7 @@ def pipeline(
             measured = large(evaluate, seconds=DAY, **one, model=trained.outputs["model"])
             judged = small(judge, **one, metrics=measured.outputs["metrics"])
             if audited:
-                judged.after(
-                    large(audit, seconds=DAY, **one, settings=audited, model=trained.outputs["model"]).after(measured)
-                )
+                judged.after(large(audit, seconds=DAY, **one, model=trained.outputs["model"]).after(measured))
             with dsl.If(judged.outputs["Output"] == "passed", name=f"rung-{rung}-passed"):
                 small(release, signs=True, **one, model=trained.outputs["model"])
             with dsl.Else(name=f"rung-{rung}-refused"):
@@ -92,7 +90,7 @@ def pipeline(
                     small(give_up, cycle=cycle, id=id)
 
         with dsl.ExitHandler(small(close, cycle=cycle), name="cycle"):
-            selected = small(select, signs=True, cycle=cycle, rungs=rungs)
+            selected = small(select, signs=True, cycle=cycle, rungs=rungs, audited=AUDITED[audited])
             with dsl.If(selected.outputs["Output"] == "selected", name="requests-to-serve"):
                 attempt(selected.outputs["id"], 0)
 

@@ -9,15 +9,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from unlearn import tokens
 from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 if TYPE_CHECKING:
     import kfp
 
-TOKEN, TOKEN_FILE = "UNLEARN_KFP_TOKEN", "UNLEARN_KFP_TOKEN_FILE"
+TOKEN = "UNLEARN_KFP_TOKEN"
 EXPERIMENT = "unlearn"
 PATIENCE = 60  # seconds that a server may be silent while a run is watched
 # States of a run or a task that no other follows. kfp's own waiting knows no CANCELED, and would go on for ever.
@@ -50,7 +50,7 @@ class Kubeflow:
         required()
         if not self.host.startswith(("http://", "https://")):
             raise ConfigError(f"--host {self.host}: give a URL, as in https://kubeflow.example.com/pipeline")
-        source = _token(self.token_file)
+        source = tokens.source(TOKEN, self.token_file)
         with self.told("reaching it"):
             return _client(self, source)
 
@@ -133,7 +133,7 @@ def _tasks(run) -> list:
 def _why(e) -> str:
     """What a refusal says, in one line; a token is never part of it."""
     hints = {
-        401: f"the token is missing or has expired: set {TOKEN} or {TOKEN_FILE}",
+        401: f"the token is missing or has expired: set {TOKEN} or {TOKEN}_FILE",
         403: "this user may not do it there; is --namespace the right one?",
     }
     try:
@@ -144,25 +144,6 @@ def _why(e) -> str:
     return f"{' '.join(str(message).split())[:500]} ({e.status})" + (
         f"; {hints[e.status]}" if e.status in hints else ""
     )
-
-
-def _token(path: str) -> Callable[[], str] | None:
-    """What gives the token at each request: a file, else the variable. None where there is neither."""
-    if path := path or os.environ.get(TOKEN_FILE, ""):
-
-        def read() -> str:
-            try:
-                text = Path(path).read_text().strip()
-            except OSError as e:
-                raise ConfigError(f"token file {path}: {e.strerror}") from None
-            if not text:
-                raise ConfigError(f"token file {path}: is empty")
-            return text
-
-        read()
-        return read
-    value = os.environ.get(TOKEN, "").strip()
-    return (lambda: value) if value else None
 
 
 def _client(server: Kubeflow, source: Callable[[], str] | None) -> "kfp.Client":

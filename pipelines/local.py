@@ -19,19 +19,19 @@ from unlearn.errors import CycleError
 
 def run(
     cycle: Cycle, source: str, to: str = HERE, parameters: Mapping[str, str] = {}, image: str = IMAGE,
-    audited: str | None = None, outputs: str | None = None,
+    outputs: str | None = None,
 ) -> standing.Standing:  # fmt: skip
     """Run the pipeline to its end. Steps are not tried again.
 
     source: a path or s3:// of the cycle's file; parameters: others of the pipeline; image: of a RayJob that trains;
-    audited: a path or s3:// of an AUDIT.yaml; outputs: a folder that keeps the artifacts. Raises MissingExtra, and
-    CycleError where a step has failed or the cycle has not come to its end."""
+    outputs: a folder that keeps the artifacts. Raises MissingExtra, and CycleError where a step has failed or the cycle
+    has not come to its end."""
     kubeflow.required()
     from kfp import local
 
     from pipelines.cycle import pipeline
 
-    made = pipeline(cycle.rungs, Place(image, retries=0), audited=audited)
+    made = pipeline(cycle.rungs, Place(image, retries=0), audited=cycle.audit is not None)
     with tempfile.TemporaryDirectory(prefix="unlearn-pipeline-") as scratch, quiet():
         workspace = str(Path(scratch) / "workspace")
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root=outputs or scratch, workspace_root=workspace)

@@ -4,7 +4,7 @@ can read."""
 import hashlib
 
 from pipelines.place import IMAGE, Place
-from unlearn.audit.settings import load
+from unlearn.audit.settings import parse
 from unlearn.cycles import cycle_file
 from unlearn.cycles.cycle import Cycle
 from unlearn.data.storage import Storage
@@ -17,6 +17,7 @@ FILES = "files"  # the folder in cycle_dir
 def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
     """mounted: paths are of a volume that every node has. Raises ConfigError where a step in a cluster would miss
     something."""
+    parse(cycle.audit or {}, f"cycle {cycle.name}: audit")
     places = {"cycle_dir": cycle.cycle_dir, "releases": cycle.releases}
     places |= {f"run.{key}": uri for key, uri in cycle.settings(0).locations().items() if key != "run_dir"}
     for key, uri in places.items():
@@ -44,22 +45,9 @@ def check(cycle: Cycle, place: Place, mounted: bool = False) -> None:
 def source(cycle: Cycle, given: str) -> str:
     """Where the steps read the cycle's file: a URI as it is given, which may be changed there later; a file of this
     machine as a copy in cycle_dir that never changes. It names no request and no person. Raises StorageError."""
-    return given if _is_remote(given) else _copied(cycle, cycle_file.dump(cycle).encode())
-
-
-def audit(cycle: Cycle, given: str | None) -> str | None:
-    """The same of an AUDIT.yaml, which is checked. Raises ConfigError, StorageError."""
-    if given is None:
-        return None
-    load(given)
-    return given if _is_remote(given) else _copied(cycle, Storage(given).read())
-
-
-def _is_remote(given: str) -> bool:
-    return "://" in given and not given.startswith("file://")
-
-
-def _copied(cycle: Cycle, data: bytes) -> str:
+    if "://" in given and not given.startswith("file://"):
+        return given
+    data = cycle_file.dump(cycle).encode()
     folder, name = Storage(cycle.cycle_dir), f"{FILES}/{hashlib.sha256(data).hexdigest()[:16]}.yaml"
     folder.create(name, data)
     return folder.where(name)

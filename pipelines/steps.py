@@ -9,18 +9,18 @@ import functools
 import html
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from unlearn import certificate, log, signals
-from unlearn.cycles.cycle import KEY, Cycle
+from unlearn import log, signals
+from unlearn.cycles.cycle import Cycle
 from unlearn.cycles.records import Selection
 from unlearn.errors import ConfigError, CycleError, UnlearnError
 
 HERE = "here"  # train in the step itself
+AUDITED = ("no", "yes")  # whether there is an audit step, in words: Kubeflow's backend mishandles False
 P = ParamSpec("P")
 R = TypeVar("R")
 Owned = tuple[Cycle, Selection, Callable[[], None]]
@@ -54,18 +54,22 @@ def _listen() -> None:
 
 
 @step
-def select(source: str, rungs: int, requests: Any) -> Selected:
+def select(source: str, rungs: int, audited: str, requests: Any) -> Selected:
     """Take the open requests into a cycle; see `jobs.cycle.select`. requests: an artifact."""
     from jobs import cycle as steps
+    from unlearn.cycles import keys
 
     cycle = _cycle(source)
     if cycle.rungs != rungs:
         raise ConfigError(f"{source} has {cycle.rungs} rungs, and this pipeline was made for {rungs}: compile it again")
-    if not (key := cycle.key or os.environ.get(KEY)):  # told before days of training, not after
-        raise CycleError(f"no key signs the releases: compile the pipeline with --key SECRET/KEY, or set {KEY}")
-    certificate.private_key(key)
+    if audited != AUDITED[cycle.audit is not None]:
+        asked, has = ("no audit", "a step for one") if cycle.audit is None else ("an audit", "no step for one")
+        raise ConfigError(f"{source} asks for {asked}, and this pipeline has {has}: compile it again")
+    keys.signer(cycle)  # its lack is told before days of training, not after
     with _lease(cycle):
         selection = steps.select(cycle)
+    if selection.status == "selected":
+        steps.check_rungs(cycle)
     counts = {
         "status": selection.status,
         "new": len(selection.new),
@@ -108,14 +112,13 @@ def unlearn(
 
 @step
 def evaluate(source: str, id: str, rung: int, metrics: Any, report: Any) -> None:
-    """Measure a rung, and audit it where the cycle itself says how; see `jobs.cycle`. metrics, report: artifacts."""
+    """Measure a rung; see `jobs.cycle.evaluate`. metrics, report: artifacts."""
     from jobs import cycle as steps
     from unlearn.data.storage import Storage
     from unlearn.evaluation.report import NAME
 
     with _step(source, id) as (cycle, selection, check):
         document = steps.evaluate(cycle, selection, rung, _progress("measuring"), check)
-        steps.audit(cycle, selection, rung, _progress("auditing"), check)
         page = Storage(steps.settings(cycle, selection, rung).run_dir).read(NAME)
     for row in document["rows"]:
         if row["view"] == document["views"][0]:
@@ -126,24 +129,22 @@ def evaluate(source: str, id: str, rung: int, metrics: Any, report: Any) -> None
 
 
 @step
-def audit(source: str, id: str, rung: int, wanted: str, figures: Any, page: Any) -> None:
-    """Audit a rung; see `jobs.audit`. wanted: URI of the AUDIT.yaml; figures, page: artifacts."""
-    from jobs import audit as audits
+def audit(source: str, id: str, rung: int, figures: Any, page: Any) -> None:
+    """Audit a rung; see `jobs.cycle.audit`. figures, page: artifacts."""
     from jobs import cycle as steps
     from unlearn.audit.page import NAME
-    from unlearn.audit.settings import load
     from unlearn.data.storage import Storage
     from unlearn.releases.figures import flat
-    from unlearn.run import resolve
 
-    chosen = load(wanted)
     with _step(source, id) as (cycle, selection, check):
-        run = resolve(steps.settings(cycle, selection, rung), measured=True)
-        document = audits.audit(run, chosen, _progress("auditing"), check)
+        document = steps.audit(cycle, selection, rung, _progress("auditing"), check)
+        if document is None:
+            raise CycleError(f"{source} asks for no audit any more: compile the pipeline again")
+        made = Storage(steps.settings(cycle, selection, rung).run_dir).read(NAME)
     for name, value in flat({}, document).items():
-        if ".unlearned." in name:
+        if ".unlearned." in name or name.startswith("audit.counts."):
             figures.log_metric(name.removeprefix("audit."), value)
-    _write(page, Storage(run.folder).read(NAME).decode(), verdict=document["verdict"])
+    _write(page, made.decode(), verdict=document["verdict"])
     say(f"audit of rung {rung}: {document['verdict']}")
 
 

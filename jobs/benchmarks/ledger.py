@@ -1,4 +1,5 @@
-"""How fast the ledger of deletion requests is: many writers at once, an import, and the walk over all entries.
+"""How fast the ledger of deletion requests is, and how much memory it takes: many writers at once, an import, and the walk over all
+entries; the last two each in a process of its own.
 
     python -m jobs.benchmarks.ledger [--ledger URL] [--writers 16] [--requests 1000] [--import 100000] [--entries 1000000]
 
@@ -8,20 +9,22 @@ Without --ledger it is a new SQLite file in a temporary folder. The ledger is fi
 import argparse
 import csv
 import multiprocessing
+import resource
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from unlearn.errors import UnlearnError
 from unlearn.ledger import importing, verification
 from unlearn.ledger.ledger import Ledger
 
 BATCH = 50_000
-T = TypeVar("T")
+SPAWN = multiprocessing.get_context("spawn")
 
 
 def main() -> None:
@@ -36,17 +39,18 @@ def main() -> None:
         url = options.ledger or f"{folder}/ledger.sqlite"
         Ledger(url, create=True).database.close()
         write(url, options.writers, options.requests)
-        with Ledger(url) as ledger:
-            fill(ledger, Path(folder, "requests.csv"), options.imported)
-            walk(ledger, options.entries)
+        path = Path(folder, "requests.csv")
+        write_csv(path, options.imported)
+        timed(f"import of {options.imported} requests", load, url, str(path))
+        size = fill(url, options.entries)
+        print(f"{timed(f'verify of {size} entries', walk, url)} findings")
 
 
 def write(url: str, writers: int, requests: int) -> None:
     """Each request is a transaction of its own, in one of `writers` processes."""
-    context = multiprocessing.get_context("spawn")
-    start = context.Barrier(writers + 1)
+    start = SPAWN.Barrier(writers + 1)
     processes = [
-        context.Process(target=_add, args=(url, requests // writers + (i < requests % writers), start))
+        SPAWN.Process(target=_add, args=(url, requests // writers + (i < requests % writers), start))
         for i in range(writers)
     ]
     for process in processes:
@@ -73,32 +77,47 @@ def _add(url: str, requests: int, start: Barrier) -> None:
             ledger.add([{"forget": {"subjects": [f"subject-{number}"]}}])
 
 
-def fill(ledger: Ledger, path: Path, requests: int) -> None:
+def write_csv(path: Path, requests: int) -> None:
     with path.open("w", newline="") as f:
         rows = csv.writer(f)
         rows.writerow(["subject", "due", "reason"])
         rows.writerows((f"subject-{number}", "2030-01-01", "benchmark") for number in range(requests))
-    timed(f"import of {requests} requests", lambda: ledger.add(importing.read(str(path))))
 
 
-def walk(ledger: Ledger, entries: int) -> None:
-    size = verification.verify(ledger).walk.tree.size
-    while size < entries:
-        ledger.add([{"forget": {"subjects": ["subject"]}}] * min(BATCH, entries - size))
-        size += min(BATCH, entries - size)
-    report = timed(f"verify of {size} entries", lambda: verification.verify(ledger))
-    print(f"{len(report.wrong)} findings")
+def load(url: str, path: str) -> int:
+    with Ledger(url) as ledger:
+        return len(ledger.add(importing.read(path)))
 
 
-def timed(what: str, call: Callable[[], T]) -> T:
-    """Tell the seconds of the clock, and those of this process on a core, which a busy machine does not lengthen."""
-    began, busy = time.perf_counter(), time.process_time()
-    value = call()
-    print(
-        f"{what}: {time.perf_counter() - began:.1f} s, of which {time.process_time() - busy:.1f} s on a core",
-        flush=True,
-    )
+def fill(url: str, entries: int) -> int:
+    """Append entries until there are so many; how many there are."""
+    with Ledger(url) as ledger:
+        size = verification.verify(ledger).walk.tree.size
+        while size < entries:
+            ledger.add([{"forget": {"subjects": ["subject"]}}] * min(BATCH, entries - size))
+            size += min(BATCH, entries - size)
+    return size
+
+
+def walk(url: str) -> int:
+    with Ledger(url) as ledger:
+        return len(verification.verify(ledger).wrong)
+
+
+def timed(what: str, call: Callable[..., int], *arguments: Any) -> int:
+    """What a call in a new process gives. Tells the seconds of the clock, those of the process on a core, which a busy machine does not
+    lengthen, and the most memory it had, Python and its libraries counted."""
+    with ProcessPoolExecutor(1, SPAWN) as pool:
+        value, seconds, busy, peak = pool.submit(_measured, call, arguments).result()
+    print(f"{what}: {seconds:.1f} s, of which {busy:.1f} s on a core; {peak / 1024:.0f} MiB", flush=True)
     return value
+
+
+def _measured(call: Callable[..., int], arguments: tuple) -> tuple[int, float, float, int]:
+    began, busy = time.perf_counter(), time.process_time()
+    value = call(*arguments)
+    seconds, busy = time.perf_counter() - began, time.process_time() - busy
+    return value, seconds, busy, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ from kfp.dsl import Dataset, Output
 
 
 @dsl.component(base_image="unlearn", install_kfp_package=False)
-def select(cycle: str, rungs: int, requests: Output[Dataset]) -> NamedTuple("Selected", [("Output", str), ("id", str)]):  # pyright: ignore  kfp reads this form
+def select(
+    cycle: str, rungs: int, audited: str, requests: Output[Dataset]
+) -> NamedTuple("Selected", [("Output", str), ("id", str)]):  # pyright: ignore  kfp reads this form  # fmt: skip
     """Take the open deletion requests into a cycle.
 
     Args:
         cycle: URI of the CYCLE.yaml.
         rungs: How many rungs this pipeline has, which must be the cycle's.
+        audited: Whether this pipeline audits them, which must be as the cycle asks; yes or no.
         requests: How many requests and images there are, and the hash of the data.
 
     Returns:
@@ -26,4 +29,4 @@ def select(cycle: str, rungs: int, requests: Output[Dataset]) -> NamedTuple("Sel
     """
     from pipelines import steps
 
-    return steps.select(cycle, rungs, requests)
+    return steps.select(cycle, rungs, audited, requests)

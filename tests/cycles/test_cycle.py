@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.cycles import LIMIT, ask, standing
+from support.releases import elliptic_keys
 
 from jobs import cycle as job
 from unlearn import certificate, config
@@ -107,15 +108,22 @@ def test_images_of_a_class_that_somebody_names_are_no_retain_images(made, tiny_s
     assert set(parts.measured["forget_new"].labels) == {2} and len(parts.measured["forget_old"]) == 10
 
 
-def test_a_rung_is_audited_and_judged_by_it(made):
-    cycle = made(audit={"tests": ["transfer"], "limit": 2, "resamples": 100}, gate={"audit.nothing": {"max": 1.0}})
+def test_a_rung_is_audited_judged_by_it_and_its_model_signed_twice(made, tmp_path):
+    pytest.importorskip("model_signing", reason="pip install 'unlearn[signing]'")
+    cycle = made(
+        model_key=elliptic_keys(tmp_path)[0],
+        audit={"tests": ["transfer"], "limit": 2, "resamples": 100},
+        gate={"audit.nothing": {"max": 1.0}},
+    )
     ask(cycle, {"subjects": ["person-1"]})
     refused = job.run(cycle)
     assert refused.outcome.due and "no such figure" in str(refused.judgements[0].verdict.reasons[0])
     document = json.loads(files(cycle, refused.selection.id)[f"runs/{refused.judgements[0].run}/audit.json"])
     name = next(name for name in figures.flat({}, document) if "transfer" in name)
     ended = job.run(cycle.model_copy(update={"gate": {name: {"min": -1e9}}}))
-    assert ended.outcome.release == "v1" and "audit.json" in Store(cycle.releases).release("v1").files
+    assert ended.outcome.release == "v1" and {"audit.json", "model.sig"} <= set(
+        Store(cycle.releases).release("v1").files
+    )
     again = json.loads(files(cycle, refused.selection.id)[f"runs/{refused.judgements[0].run}/audit.json"])
     assert again == document, "it is not audited twice"
 

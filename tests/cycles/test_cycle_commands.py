@@ -73,6 +73,10 @@ def test_a_missing_key_is_told_before_anything_is_trained(cycle, told, monkeypat
     ask(cycle, {"subjects": ["person-1"]})
     code, _, err = told("cycle", written(cycle), "--set", "key=null")
     assert code == 2 and "no key signs the releases" in err
+    code, _, err = told(
+        "cycle", written(cycle), "--set", f"model_key={cycle.key}"
+    )  # of the kind that signs certificates
+    assert code == 2 and ("is no private elliptic-curve key" in err or "pip install 'unlearn[signing]'" in err)
     assert standing(cycle) == {1: "received"}
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from support.cycles import ask, standing, tiny_cycle
 
+from jobs import audit, evaluate, train
 from jobs import cycle as job
-from jobs import evaluate, train
 from unlearn import certificate
 from unlearn.cycles import selecting
 from unlearn.cycles.records import OUTCOME, Outcome, Records
@@ -26,15 +26,17 @@ from unlearn.releases.store import Store
 KILLS = int(os.environ.get("UNLEARN_KILLS", "20"))
 # What changes something that outlives the process, in the order of a cycle.
 EFFECTS = (
-    (Records, "keep"), (selecting, "advance"), (train, "train"), (evaluate, "evaluate"), (publish, "publish"), (pointer, "promote"),
+    (Records, "keep"), (selecting, "advance"), (train, "train"), (evaluate, "evaluate"), (audit, "audit"), (publish, "publish"),
+    (pointer, "promote"),
 )  # fmt: skip
+AUDIT = {"tests": ["transfer"], "limit": 2, "resamples": 100}
 
 
 def test_killed_at_every_boundary_it_ends_the_same_once(tmp_path, tiny_shards, tiny_model, monkeypatch):
     """All that there is on disk is kept aside at each boundary, as a process that was killed there would leave it."""
     folder, aside = tmp_path / "work", tmp_path / "aside"
     folder.mkdir()
-    cycle = tiny_cycle(folder, tiny_shards, tiny_model)
+    cycle = tiny_cycle(folder, tiny_shards, tiny_model, audit=AUDIT)
     ask(cycle, {"subjects": ["person-1"]})
     names: list[str] = []
 
@@ -48,9 +50,11 @@ def test_killed_at_every_boundary_it_ends_the_same_once(tmp_path, tiny_shards, t
         whole = job.run(cycle)
     steps = [name.split()[1] for name in names if name.startswith("before")]
     assert steps == [
-        "keep", "advance", "train", "advance", "evaluate", "keep", "keep", "advance", "advance", "publish", "promote", "keep", "advance",
+        "keep", "advance", "train", "advance", "evaluate", "keep", "audit", "keep", "keep", "advance", "advance", "publish", "promote",
+        "keep", "advance",
     ]  # fmt: skip
-    trained, measured = names.index("after train"), names.index("after evaluate") + 2
+    trained = names.index("after train")
+    measured, audited = (names.index(f"after {step}") + 2 for step in ("evaluate", "audit"))
     for number, name in enumerate(names):
         shutil.rmtree(folder)
         shutil.copytree(aside / str(number), folder)
@@ -59,6 +63,8 @@ def test_killed_at_every_boundary_it_ends_the_same_once(tmp_path, tiny_shards, t
                 patch.setattr(train, "train", None)
             if number >= measured:
                 patch.setattr(evaluate, "evaluate", None)
+            if number >= audited:
+                patch.setattr(audit, "audit", None)
             ended = job.run(cycle)
         where = f"killed {number}, {name}"
         if number == len(names) - 1:
@@ -90,7 +96,8 @@ def _watched(function, name: str, boundary):
 @pytest.mark.timeout(3600)
 def test_killed_at_random_again_and_again_all_is_consistent(tmp_path, tiny_shards, tiny_model):
     """Requests come in while cycles are killed; after each kill ledger, releases and pointer are held against each other."""
-    cycle, draw, kills, asked = tiny_cycle(tmp_path, tiny_shards, tiny_model), random.Random(0), 0, 0
+    cycle = tiny_cycle(tmp_path, tiny_shards, tiny_model, audit=AUDIT)
+    draw, kills, asked = random.Random(0), 0, 0
     public, seal = (
         certificate.public_key(str(tmp_path / "releases.pub")),
         certificate.private_key(str(tmp_path / "releases.key")),

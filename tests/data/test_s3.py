@@ -2,9 +2,7 @@
 
 import dataclasses
 import os
-import shutil
 import socket
-import subprocess
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from support.images import tiny_table
 from support.runs import tiny_config, worker
 from support.s3 import ADMIN, BUCKET
 from support.s3_proxy import Proxy
+from support.tls import self_signed
 
 from unlearn import config, patience
 from unlearn import lease as leases
@@ -226,16 +225,7 @@ def test_every_way_to_name_an_endpoint_is_heard(s3, s3_server, lost_user, way):
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory) -> tuple[str, str]:
     """(certificate, key) of 127.0.0.1, known to no one."""
-    if not shutil.which("openssl"):
-        pytest.skip("openssl is not installed")
-    folder = tmp_path_factory.mktemp("tls")
-    paths = str(folder / "cert.pem"), str(folder / "key.pem")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=s3",
-         "-addext", "subjectAltName=IP:127.0.0.1", "-out", paths[0], "-keyout", paths[1]],
-        check=True, capture_output=True,
-    )  # fmt: skip
-    return paths
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 def test_certificates_are_those_of_the_variable_or_the_profile(s3, s3_server, lost_user, certificate):

@@ -347,6 +347,8 @@ def test_components_that_no_overlay_has(component, tmp_path, request):
     mine.mkdir()
     tree = {"resources": ["../gpu"], "components": [f"../../components/{component}"],
             "images": [{"name": "ghcr.io/example/unlearn", "newName": "registry.example.com/unlearn", "newTag": "0.1.0"}]}  # fmt: skip
+    if component == "cycle":
+        tree["transformers"] = ["../../components/cycle/image"]
     (mine / "kustomization.yaml").write_text(yaml.safe_dump(tree))
     made = tmp_path / "mine.yaml"
     made.write_text(
@@ -356,6 +358,11 @@ def test_components_that_no_overlay_has(component, tmp_path, request):
         rayjob.template(str(made)), name="run-7", entrypoint=["python", "-m", "unlearn", "run", "s3://bucket/run.yaml"]
     )
     rayjob.check(filled)  # no placeholder is left
+    if component == "cycle":
+        job = next(d for d in yaml.safe_load_all(made.read_text()) if d["kind"] == "CronJob")
+        [container] = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        told = next(variable["value"] for variable in container["env"] if variable["name"] == "IMAGE")
+        assert told == container["image"] == "registry.example.com/unlearn:0.1.0", "named once, in `images`"
     if component == "efa":
         asked = set(
             filled["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["resources"][

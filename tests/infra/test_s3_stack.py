@@ -18,6 +18,7 @@ from unlearn.errors import StorageError
 INFRA = Path(__file__).parents[2] / "infra"
 BUCKETS = ("Data", "Runs", "Releases", "Logs")
 RUNS, RELEASE = ("runs-role", "runs-secret"), ("release-role", "release-secret")
+CYCLE = ("cycle-role", "cycle-secret")
 
 
 def stack(irsa: bool = False) -> dict[str, dict]:
@@ -27,7 +28,8 @@ def stack(irsa: bool = False) -> dict[str, dict]:
     names |= {bucket: f"unlearn-{bucket.lower()}-1" for bucket in BUCKETS}
 
     def value(name: str) -> str:
-        return f"arn:aws:s3:::{names[name[:-4]]}" if name[:-4] in names else names.get(name, name)
+        bucket = name.removesuffix(".Arn")
+        return f"arn:aws:s3:::{names[bucket]}" if bucket != name and bucket in names else names.get(name, name)
 
     class Loader(yaml.SafeLoader):
         pass
@@ -61,17 +63,29 @@ def test_only_the_pods_that_train_take_the_role_of_runs():
     assert {subject.split(":")[-1] for subject in irsa["OidcIssuer:sub"]} == wanted
     associated = [r for r in stack().values() if r.get("RoleArn") == "RunsRole.Arn"]
     assert {r["ServiceAccount"] for r in associated} == wanted
+    [cycle] = [r for r in stack().values() if r.get("RoleArn") == "CycleRole.Arn"]
+    accounts = yaml.safe_load_all((INFRA / "kubernetes/components/cycle/accounts.yaml").read_text())
+    assert cycle["ServiceAccount"] == next(a for a in accounts if a["kind"] == "ServiceAccount")["metadata"]["name"]
+    pods = stack()["CycleRole"]["AssumeRolePolicyDocument"]["Statement"][0]["Condition"]["StringEquals"]
+    assert pods["aws:RequestTag/kubernetes-service-account"] == cycle["ServiceAccount"]
 
 
 @pytest.fixture(scope="module")
 def s3_stack():
-    """The URL of an S3 server that holds the stack's buckets, and users RUNS and RELEASE with the policies of its roles."""
+    """The URL of an S3 server that holds the stack's buckets, and users RUNS, RELEASE and CYCLE with the policies of its roles."""
     resources = stack()
     policies = [
-        {"name": r, "content": json.dumps(resources[r]["Policies"][0]["PolicyDocument"])}
-        for r in ("RunsRole", "ReleaseRole")
+        {"name": name, "content": json.dumps(resources[name]["PolicyDocument"])}
+        for name in ("RunsAccess", "ReleaseAccess")
     ]
-    users = [s3_identity(RUNS, policyNames=["RunsRole"]), s3_identity(RELEASE, policyNames=["ReleaseRole"])]
+    granted = {
+        role: [name for name in ("RunsAccess", "ReleaseAccess") if role in resources[name]["Roles"]]
+        for role in ("RunsRole", "ReleaseRole", "CycleRole")
+    }
+    users = [
+        s3_identity(user, policyNames=granted[role])
+        for user, role in ((RUNS, "RunsRole"), (RELEASE, "ReleaseRole"), (CYCLE, "CycleRole"))
+    ]
     with s3_serving(users, policies) as url:
         keys = {"aws_access_key_id": ADMIN[0], "aws_secret_access_key": ADMIN[1], "region_name": "us-east-1"}
         admin = boto3.client("s3", endpoint_url=url, **keys)
@@ -116,6 +130,15 @@ def test_a_run_needs_what_its_role_grants_and_has_no_more(s3_stack, s3_user, tin
     refused(runs.write, "config.yaml", b"1")
     refused(runs.delete, "config.yaml")
     refused(data.read, "manifest.json")
+
+    s3_user(CYCLE, s3_stack)  # which trains and releases
+    releases = Storage("s3://unlearn-releases-1")
+    releases.write("certificates/v1.json", b"1")
+    assert data.read("manifest.json") and releases.read("certificates/v1.json")
+    runs.write("of-the-cycle", b"1")
+    runs.delete("of-the-cycle")
+    refused(releases.delete, "certificates/v1.json")
+    refused(data.write, "new", b"1")
 
 
 def client(user: tuple[str, str], url: str):

@@ -16,7 +16,7 @@ FULL = Place(gpus=1, secrets=(("UNLEARN_LEDGER", "unlearn-cycle", "ledger"),), k
 STEPS = {"select", "unlearn", "evaluate", "audit", "judge", "release", "give-up", "close"}
 
 
-def compiled(path, *arguments, audited: str | None = "s3://bucket/audit.yaml", **named) -> list[dict]:
+def compiled(path, *arguments, audited: bool = True, **named) -> list[dict]:
     from pipelines import compiling
     from pipelines.cycle import pipeline
 
@@ -32,8 +32,8 @@ def steps(spec: dict) -> dict[str, dict]:
 
 
 def test_what_kubeflow_gets_is_as_committed(tmp_path):
-    """After a change that is meant: unlearn pipeline compile --output tests/pipelines/golden.yaml --gpus 1 --audit
-    s3://bucket/audit.yaml --secret UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key"""
+    """After a change that is meant: unlearn pipeline compile tests/pipelines/audited.yaml --gpus 1 --secret
+    UNLEARN_LEDGER=unlearn-cycle/ledger --key unlearn-cycle/releases.key --output tests/pipelines/golden.yaml"""
     from kfp import components
 
     assert compiled(tmp_path / "cycle.yaml", 1, FULL) == list(yaml.safe_load_all(GOLDEN.read_text()))
@@ -120,8 +120,8 @@ def artifact(made):
         f.write("made")
     made.metadata["uri"] = "s3://bucket/made"
 
-def select(source, rungs, requests):
-    note(f"select {rungs}"); artifact(requests)
+def select(source, rungs, audited, requests):
+    note(f"select {rungs} {audited}"); artifact(requests)
     return namedtuple("Selected", "Output id")(os.environ["STATUS"], "c1")
 
 def unlearn(source, id, rung, to, overlay, image, namespace, priority, model):
@@ -130,8 +130,8 @@ def unlearn(source, id, rung, to, overlay, image, namespace, priority, model):
 def evaluate(source, id, rung, metrics, report):
     note(f"evaluate {rung}"); metrics.log_metric("unlearned.forget.cosine", 0.5); artifact(report)
 
-def audit(source, id, rung, settings, figures, page):
-    note(f"audit {rung} {settings}"); artifact(page)
+def audit(source, id, rung, figures, page):
+    note(f"audit {rung}"); artifact(page)
 
 def judge(source, id, rung, reasons):
     note(f"judge {rung}"); artifact(reasons)
@@ -159,11 +159,11 @@ def close(source, figures, page):
             [
                 "unlearn 0",
                 "evaluate 0",
-                "audit 0 audit.yaml",
+                "audit 0",
                 "judge 0",
                 "unlearn 1",
                 "evaluate 1",
-                "audit 1 audit.yaml",
+                "audit 1",
                 "judge 1",
                 "release 1 c1",
             ],
@@ -187,9 +187,9 @@ def test_the_local_runner_takes_the_right_branches(status, passes, taken, tmp_pa
         monkeypatch.setenv(name, value)
     with quiet():
         local.init(local.SubprocessRunner(use_venv=False), pipeline_root="out", workspace_root="workspace")
-        pipeline(2, Place(retries=0), audited="audit.yaml" if passes == 1 else None)(cycle="cycle.yaml", to="here")
+        pipeline(2, Place(retries=0), audited=passes == 1)(cycle="cycle.yaml", to="here")
     calls = Path("calls").read_text().splitlines()
-    assert calls[0] == "select 2" and calls[-1] == "close"
+    assert calls[0] == f"select 2 {'yes' if passes == 1 else 'no'}" and calls[-1] == "close"
     assert [call.removesuffix(" here unlearn-request") for call in calls[1:-1]] == taken
 
 
@@ -197,13 +197,14 @@ def test_the_local_runner_takes_the_right_branches(status, passes, taken, tmp_pa
 @pytest.mark.timeout(1800)
 def test_a_pipeline_serves_two_requests_then_a_third_that_the_gate_refuses(given, tmp_path, told):
     """The real thing: a process a step."""
-    one = given()
+    one = given(audit={"tests": ["transfer"], "limit": 2, "resamples": 100})
     first = ask(one.cycle, {"classes": ["ant"]}, {"subjects": ["person-1"]})
     code, out, err = told("pipeline", "run", one.source, "--local", "--artifacts", tmp_path / "shown")
     assert code == 0 and "released v1" in out, out[-3000:] + err
     assert {standing(one.cycle)[number] for number in first} == {"released"}
-    [page] = tmp_path.glob("shown/*/evaluate/report")
-    assert page.read_text().startswith("<!doctype html>")
+    for shown in ("evaluate/report", "audit/page"):
+        [page] = tmp_path.glob(f"shown/*/{shown}")
+        assert page.read_text().startswith("<!doctype html>")
     assert "person-1" not in out + err + "".join(p.read_text() for p in tmp_path.glob("shown/**/*") if p.is_file())
     two = given(gate={"metrics.unlearned.retain.cosine": {"min": 2.0}})
     [third] = ask(two.cycle, {"classes": ["bee"]})

@@ -40,16 +40,14 @@ def made(tmp_path):
 
 
 def test_the_steps_serve_a_request_and_can_be_repeated(given, made, capsys, tmp_path):
-    one = given()
+    one = given(audit={"tests": ["transfer"], "limit": 8, "resamples": 100, "workers": 1})
     source = one.source
     [asked, nobody] = ask(one.cycle, {"subjects": ["person-1"]}, {"subjects": ["nobody-here"]})
-    requests, model, metrics, report, reasons, released = map(
-        made, ("requests", "model", "metrics", "report", "reasons", "released")
+    requests, model, metrics, report, audited, audit_page, reasons, released = map(
+        made, ("requests", "model", "metrics", "report", "audited", "audit-page", "reasons", "released")
     )
-    (tmp_path / "audit.yaml").write_text("{tests: [membership], limit: 8, resamples: 100, workers: 1}")
-    audited = None
-    for _ in range(2):
-        status, id = steps.select(source, 1, requests)
+    for again in (False, True):
+        status, id = steps.select(source, 1, "yes", requests)
         assert status == "selected" and json.loads(requests.text)["new"] == 1 and requests.metadata["unmatched"] == 1
         steps.unlearn(source, id, 0, steps.HERE, "gpu", IMAGE, "unlearn", "unlearn-request", model)
         assert model.metadata["uri"].endswith("/model") and len(model.metadata["sha256"]) == 64
@@ -58,11 +56,12 @@ def test_the_steps_serve_a_request_and_can_be_repeated(given, made, capsys, tmp_
             metrics.metadata
         )
         assert report.text.lower().startswith("<!doctype html>")
-        if audited is None:  # once: it is made anew each time
-            audited, page = made("audited"), made("audit-page")
-            steps.audit(source, id, 0, str(tmp_path / "audit.yaml"), audited, page)
-            assert page.metadata["verdict"] == "NOT SHOWN" and page.text.lower().startswith("<!doctype html>")
-            assert list(tmp_path.glob("cycles/*/runs/*/audit.json"))
+        assert bool(list(tmp_path.glob("cycles/*/audited/*"))) is again, "the audit is a step of its own"
+        steps.audit(source, id, 0, audited, audit_page)
+        [document] = map(json.loads, (p.read_text() for p in tmp_path.glob("cycles/*/runs/*/audit.json")))
+        assert audit_page.metadata["verdict"] == document["verdict"]
+        assert audit_page.text.lower().startswith("<!doctype html>")
+        assert audited.metadata["counts.not_shown"] == 1.0, "of so few images nothing can be said"
         assert (
             steps.judge(source, id, 0, reasons) == "passed"
             and "- kept: metrics.unlearned.retain.cosine" in reasons.text
@@ -70,7 +69,7 @@ def test_the_steps_serve_a_request_and_can_be_repeated(given, made, capsys, tmp_
     for _ in range(2):
         assert steps.release(source, id, 0, released) == "v1" and released.metadata["version"] == "v1"
     assert standing(one.cycle) == {asked: "released", nobody: "received"}
-    assert steps.select(source, 1, made("more")) == ("nothing", "none")
+    assert steps.select(source, 1, "yes", made("more")) == ("nothing", "none")
     figures, page = made("figures"), made("page")
     steps.close(source, figures, page)
     assert figures.metadata["pending"] == 1.0 and f"{id} released v1" in page.text
@@ -81,7 +80,7 @@ def test_the_steps_serve_a_request_and_can_be_repeated(given, made, capsys, tmp_
 def test_a_rung_that_the_gate_refuses(given, made, capsys):
     one = given(gate={"metrics.unlearned.retain.cosine": {"min": 2.0}})
     [asked] = ask(one.cycle, {"classes": ["ant"]})
-    _, id = steps.select(one.source, 1, made("requests"))
+    _, id = steps.select(one.source, 1, "no", made("requests"))
     steps.unlearn(one.source, id, 0, steps.HERE, "gpu", IMAGE, "unlearn", "unlearn-request", made("model"))
     steps.evaluate(one.source, id, 0, made("metrics"), made("report"))
     reasons = made("reasons")
@@ -98,24 +97,27 @@ def test_a_rung_that_the_gate_refuses(given, made, capsys):
     steps.give_up(one.source, id)
     steps.close(one.source, made("figures"), page)
     assert "retraining is due" in page.text and standing(one.cycle)[asked] == "received"
-    assert steps.select(one.source, 1, made("requests")).Output == "due"
+    assert steps.select(one.source, 1, "no", made("requests")).Output == "due"
 
 
 def test_a_mistake_ends_a_step_with_one_line(given, made, capsys):
     with pytest.raises(SystemExit, match="2"):
-        steps.select("nowhere.yaml", 1, made("requests"))
+        steps.select("nowhere.yaml", 1, "no", made("requests"))
     with pytest.raises(SystemExit, match="2"):
-        steps.select(given().source, 3, made("requests"))
-    first, second = capsys.readouterr().out.splitlines()
+        steps.select(given().source, 3, "no", made("requests"))
+    with pytest.raises(SystemExit, match="2"):
+        steps.select(given(audit={}).source, 1, "no", made("requests"))
+    first, second, third = capsys.readouterr().out.splitlines()
     assert first.startswith("error: ") and "nowhere.yaml" in first
     assert second.startswith("error: ") and "has 1 rungs, and this pipeline was made for 3: compile it again" in second
+    assert "asks for an audit, and this pipeline has no step for one: compile it again" in third
 
 
 def test_training_elsewhere_is_found_again_and_its_log_is_the_steps(given, made, capfd, monkeypatch, tmp_path):
     monkeypatch.setenv("UNLEARN_JOBS", str(tmp_path / "jobs"))
     one = given()
     ask(one.cycle, {"classes": ["ant"]})
-    _, id = steps.select(one.source, 1, made("requests"))
+    _, id = steps.select(one.source, 1, "no", made("requests"))
     # Sent by a step that was lost: the next one follows the same job.
     settings = job.settings(one.cycle, job.opened(one.cycle, id), 0)
     place = elsewhere.place("local", "gpu", IMAGE, "unlearn", "unlearn-request")
@@ -132,7 +134,7 @@ def test_a_job_that_fails_fails_its_step(given, made, capfd, monkeypatch, tmp_pa
     monkeypatch.setenv("UNLEARN_JOBS", str(tmp_path / "jobs"))
     one = given()
     ask(one.cycle, {"classes": ["ant"]})
-    _, id = steps.select(one.source, 1, made("requests"))
+    _, id = steps.select(one.source, 1, "no", made("requests"))
     monkeypatch.setenv("UNLEARN_LOG", "loud")  # which the job takes for a mistake
     settings = job.settings(one.cycle, job.opened(one.cycle, id), 0)
     with pytest.raises(ClusterError, match="exit code 2"):

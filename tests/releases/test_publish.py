@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from support.releases import finished, weights_of
+from support.releases import elliptic_keys, finished, weights_of
 
+from unlearn import certificate
 from unlearn.data import s3_client
 from unlearn.data.storage import Storage
-from unlearn.errors import ReleaseError
+from unlearn.errors import CertificateError, ReleaseError
 from unlearn.models import tensor_files
 from unlearn.releases import files, gate, pointer, publish, rejection, verification
 from unlearn.releases.store import Store
@@ -236,3 +237,28 @@ def test_a_parent_that_was_changed_judges_nothing(store, tmp_path, signer):
     rules = gate.parse({"metrics.unlearned.forget.cosine": {"parent": {"max": 0.1}}})
     with pytest.raises(ReleaseError, match="was changed after v1 was published"):
         publish.publish(finished(str(tmp_path / "2"), 2), store, signer, rules=rules)
+
+
+def test_a_second_signature_of_the_model_is_checked_by_its_own_tool(place, tmp_path, signer, public):
+    cli = pytest.importorskip("model_signing._cli", reason="pip install 'unlearn[signing]'")
+    from click.testing import CliRunner
+
+    own, handed_out = elliptic_keys(tmp_path)
+    outcome = publish.publish(finished(f"{place}/run"), Store(f"{place}/store"), signer, model_key=own)
+    assert verification.verify(outcome.folder, public).files["model.sig"].bytes > 0, "the certificate covers it"
+    copied = Storage(str(tmp_path / "copied"))
+    for name, folder in ((name, Storage(outcome.folder)) for name in outcome.release.files):
+        copied.write(name, folder.read(name))
+
+    def checked():
+        arguments = ["verify", "key", f"{copied.uri}/model", "--signature", f"{copied.uri}/model.sig"]
+        return CliRunner().invoke(cli.main, [*arguments, "--public_key", handed_out])
+
+    assert checked().exit_code == 0, checked().output
+    copied.write("model/model.json", b"{}")
+    assert checked().exit_code != 0 and "model.json" in checked().output
+    certificate.generate(str(tmp_path / "ed25519"))  # which its format does not know
+    for path, why in ((tmp_path / "ed25519.key", "elliptic-curve"), (tmp_path / "none.key", "No such file")):
+        with pytest.raises(CertificateError, match=why):
+            publish.publish(finished(f"{place}/other", 2), Store(f"{place}/store"), signer, model_key=str(path))
+    assert len(Store(f"{place}/store").releases()) == 1

@@ -2,10 +2,13 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from unlearn import config
 from unlearn.data.storage import Storage
@@ -57,6 +60,15 @@ def finished(uri: str, number: int = 0, base: str = "0" * 64, audit: dict | None
     for name, text in files.items():
         folder.write(name, text.encode())
     return uri
+
+
+def elliptic_keys(folder: Path) -> tuple[str, str]:
+    """The paths of a new pair of keys for a second signature, private and public."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    own, handed_out = folder / "model.key", folder / "model.pub"
+    own.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    handed_out.write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    return str(own), str(handed_out)
 
 
 def weights_of(run: str) -> str:

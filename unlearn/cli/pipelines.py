@@ -36,14 +36,6 @@ Secrets = Annotated[
     typer.Option("--secret", metavar="NAME=SECRET/KEY", help="a variable of the steps from a key of a Secret there"),
 ]
 Key = Annotated[str | None, typer.Option("--key", metavar="SECRET/KEY", help="the private key that signs releases")]
-Audit = Annotated[
-    str | None,
-    typer.Option(
-        "--audit",
-        metavar="AUDIT.yaml",
-        help="audit each rung in a step of its own, beside what the cycle's `audit` says",
-    ),
-]
 Parameter = Annotated[
     list[str],
     typer.Option(
@@ -76,7 +68,7 @@ def compile(
     namespace: Annotated[str, typer.Option(help="with --objects: Kubeflow's")] = "kubeflow",
     to: To = None,
     image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi",
-    secrets: Secrets = [], key: Key = None, audit: Audit = None,  # noqa: B006  read only
+    secrets: Secrets = [], key: Key = None,  # noqa: B006  read only
 ):  # fmt: skip
     """Write the pipeline as a file that Kubeflow takes.
 
@@ -88,11 +80,11 @@ def compile(
     from pipelines import compiling
     from pipelines.cycle import TO, pipeline
 
-    if audit and "://" not in audit:
-        raise ConfigError(f"--audit {audit}: give s3://...: a package says where the steps find it")
     # Where a file of this machine will lie for a cluster is known when it is sent.
     there = {"cycle": source} if source and "://" in source else {}
-    made = pipeline(_load(source).rungs if source else rungs, place, audited=audit, to=to or TO, **there)
+    cycle = _load(source) if source else None
+    audited = cycle is not None and cycle.audit is not None
+    made = pipeline(cycle.rungs if cycle else rungs, place, audited=audited, to=to or TO, **there)
     compiling.compile(made, output, objects, namespace)
     say(f"written: {output}")
 
@@ -106,7 +98,7 @@ def run(
     ] = None,
     to: To = None, parameter: Parameter = [],  # noqa: B006  read only
     image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi",
-    secrets: Secrets = [], key: Key = None, audit: Audit = None,  # noqa: B006  read only
+    secrets: Secrets = [], key: Key = None,  # noqa: B006  read only
     host: Host = "", profile: Profile = "", token_file: TokenFile = "", authority: Authority = "",
     account: Account = "",
     mounted: Mounted = False, name: Annotated[str, typer.Option(help="of the run")] = "unlearn-cycle",
@@ -121,9 +113,9 @@ def run(
     if not local and not host:
         raise ConfigError("say where: --local, or --host URL")
     if local:
-        return _run_here(source, to, parameter, image, audit, artifacts)
+        return _run_here(source, to, parameter, image, artifacts)
     place = _place(image, gpus, cpus, memory, secrets, key)
-    with _sent(source, place, to, parameter, audit, mounted) as (package, parameters):
+    with _sent(source, place, to, parameter, mounted) as (package, parameters):
         server = _server(host, profile, token_file, authority)
         id = server.run(package, parameters, name, account)
     out.print(id)
@@ -145,7 +137,7 @@ def schedule(
     ] = "UTC",
     to: To = None, parameter: Parameter = [],  # noqa: B006  read only
     image: Image = None, gpus: Gpus = 0, cpus: Cpus = 4, memory: Memory = "16Gi",
-    secrets: Secrets = [], key: Key = None, audit: Audit = None,  # noqa: B006  read only
+    secrets: Secrets = [], key: Key = None,  # noqa: B006  read only
     mounted: Mounted = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check, show the next times, and send nothing")] = False,
 ):  # fmt: skip
@@ -161,7 +153,7 @@ def schedule(
 
     times = cron.upcoming(expression, cron.zone(timezone))
     if not dry_run:
-        with _sent(source, place, to, parameter, audit, mounted) as (package, parameters):
+        with _sent(source, place, to, parameter, mounted) as (package, parameters):
             server = _server(host, profile, token_file, authority)
             id, new = schedules.replace(server, name, expression, package, parameters, account)
         out.print(f"{name}: {'scheduled' if new else 'is scheduled already'}, {id}", soft_wrap=True)
@@ -249,7 +241,7 @@ def _load(source: str):
 
 
 def _run_here(
-    source: str, to: str | None, given: list[str], image: str | None, audit: str | None, artifacts: str | None
+    source: str, to: str | None, given: list[str], image: str | None, artifacts: str | None
 ) -> None:  # fmt: skip
     from pathlib import Path
 
@@ -260,10 +252,8 @@ def _run_here(
     from unlearn.cli.console import out
 
     kubeflow.required()
-    where, audited = (path if path is None or "://" in path else str(Path(path).absolute()) for path in (source, audit))
-    now = runner.run(
-        _load(source), str(where), to or HERE, sending.parameters(given), image or IMAGE, audited, artifacts
-    )
+    where = source if "://" in source else str(Path(source).absolute())
+    now = runner.run(_load(source), where, to or HERE, sending.parameters(given), image or IMAGE, artifacts)
     for what, value in now.told().items():
         out.print(f"{what}: {value}", soft_wrap=True)
     if now.outcome is not None and now.outcome.due:
@@ -272,15 +262,15 @@ def _run_here(
 
 @contextmanager
 def _sent(
-    source: str, place: "Place", to: str | None, given: list[str], audit: str | None, mounted: bool
-) -> Iterator[tuple[str, dict[str, str]]]:  # fmt: skip
+    source: str, place: "Place", to: str | None, given: list[str], mounted: bool
+) -> Iterator[tuple[str, dict[str, str]]]:
     """(path of the compiled pipeline, its parameters), after a check that a cluster can serve this cycle."""
     from pipelines import compiling, sending
     from pipelines.cycle import TO, pipeline
 
     parameters, cycle = sending.parameters(given), _load(source)
     sending.check(cycle, place, mounted)
-    made = pipeline(cycle.rungs, place, to=to or TO, audited=sending.audit(cycle, audit))
+    made = pipeline(cycle.rungs, place, to=to or TO, audited=cycle.audit is not None)
     with compiling.package(made) as path:
         yield path, parameters | {"cycle": sending.source(cycle, source), "to": to or TO}
 

@@ -1,4 +1,5 @@
-"""The commands on releases: `unlearn release keygen`, `publish`, `verify`, `list`, `show`, `diff`, `promote`, `rollback`, `withdraw`."""
+"""The commands on releases: `unlearn release keygen`, `publish`, `verify`, `list`, `show`, `diff`, `promote`, `push`,
+`rollback`, `withdraw`."""
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
     from unlearn.releases.gate import Verdict
     from unlearn.releases.pointer import State
     from unlearn.releases.release import Release
+    from unlearn.releases.store import Store
 
 app = typer.Typer(no_args_is_help=True, help="Publish, certify, verify, promote and withdraw releases of a model.")
 
@@ -64,6 +66,12 @@ def publish(
     withdraws: Annotated[
         list[str], typer.Option(metavar="VERSION", help="withdrawn once this one is current; may be repeated")
     ] = [],  # noqa: B006  read only
+    model_signing: Annotated[
+        str | None,
+        typer.Option(
+            "--model-signing", metavar="FILE", help="a private elliptic-curve key: sign the model for other tools"
+        ),
+    ] = None,
     as_json: Json = False,
 ):
     """Make a run a release: judge it, copy it to a new folder, certify it. Exits with 2 where the gate refuses it.
@@ -76,11 +84,12 @@ def publish(
     from unlearn.errors import ReleaseError
     from unlearn.releases import gate as gates
     from unlearn.releases import publish as publisher
+    from unlearn.releases.release import SIGNATURE
     from unlearn.releases.store import Store
 
     signer, rules = certificate.private_key(key), gates.load(gate) if gate else None
     served = [*request, *(Storage(requests).read().decode(errors="replace").split() if requests else ())]
-    outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws)
+    outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws, model_key=model_signing)
     if as_json:
         typer.echo(
             json.dumps(
@@ -100,6 +109,8 @@ def publish(
         _show_verdict(outcome.verdict)
         what = f"{outcome.release.version}: " + ("published" if outcome.new else "this model was published before")
         out.print(f"{what}, in {outcome.folder}", soft_wrap=True)
+        if model_signing and SIGNATURE not in outcome.release.files:
+            out.print(f"it has no {SIGNATURE}, and a release is never changed", soft_wrap=True)
 
 
 @app.command()
@@ -254,17 +265,51 @@ def promote(
 
     Example: `unlearn release promote v3 --store s3://bucket/releases --key releases.pub`
     """
-    from unlearn.releases import pointer, verification
+    from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
     opened = Store(store)
     if key:
-        from unlearn import certificate
-
-        release = opened.release(version)
-        opened.complete(release)
-        verification.verify(opened.folder(release).uri, certificate.public_key(key))
+        _verified(opened, version, key)
     _told(pointer.promote(opened, version, reason, force, by))
+
+
+@app.command()
+def push(
+    version: Version,
+    store: Where,
+    to: Annotated[str, typer.Option("--to", metavar="URL", help="of Kubeflow's Model Registry")],
+    name: Annotated[str, typer.Option("--name", metavar="MODEL", help="of the registered model there")],
+    key: Annotated[
+        str | None, typer.Option("--key", metavar="PUB", help="verify the release with this public key first")
+    ] = None,
+    token_file: Annotated[
+        str,
+        typer.Option(
+            "--token-file",
+            metavar="FILE",
+            help="default: UNLEARN_REGISTRY_TOKEN_FILE; or the token in UNLEARN_REGISTRY_TOKEN",
+        ),
+    ] = "",
+    authority: Annotated[
+        str, typer.Option("--ca", metavar="FILE", help="certificates to trust, PEM; default: those of the web")
+    ] = "",
+):
+    """Register a release in Kubeflow's Model Registry: where it is and how to check it. The same again changes nothing.
+
+    Example: `unlearn release push v3 --store s3://bucket/releases --to https://registry.example.com --name faces`
+    """
+    from unlearn import tokens
+    from unlearn.cli.console import out
+    from unlearn.releases import registry
+    from unlearn.releases.store import Store
+
+    opened = Store(store)
+    if key:
+        _verified(opened, version, key)
+    server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
+    id, new = server.push(opened, version, name)
+    out.print(f"{version}: {'registered' if new else 'is registered already'} as {name}, id {id}", soft_wrap=True)
 
 
 @app.command()
@@ -307,6 +352,15 @@ def withdraw(
         withdrawn = ", which is withdrawn too" if each.version in state.withdrawn else ""
         out.print(f"{each.version} came from it ({each.how} {each.of}){withdrawn}: look whether it must go too")
     _told(state)
+
+
+def _verified(store: "Store", version: str, key: str) -> None:
+    from unlearn import certificate
+    from unlearn.releases import verification
+
+    release = store.release(version)
+    store.complete(release)
+    verification.verify(store.folder(release).uri, certificate.public_key(key))
 
 
 def _told(state: "State") -> None:

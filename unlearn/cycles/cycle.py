@@ -41,6 +41,10 @@ class Cycle(Part):
     )
     releases: Location = Field(description="where the releases of this model lie: a path or s3://bucket/prefix")
     key: Location | None = Field(default=None, description=f"path of the private key that signs releases; none = {KEY}")
+    model_key: Location | None = Field(
+        default=None,
+        description="path of a private elliptic-curve key that signs the model a second time (OpenSSF model-signing); none = not made",
+    )
     run: dict[str, Any] = Field(
         description="a run's configuration, or the path of one: its model.weights is the base, its data.forget is replaced"
     )

@@ -13,10 +13,10 @@ from unlearn import certificate, documents
 from unlearn.data.storage import Storage
 from unlearn.errors import ReleaseError, StorageError
 from unlearn.releases import candidate as candidates
-from unlearn.releases import claims, gate, pointer, rejection
+from unlearn.releases import claims, gate, model_signature, pointer, rejection
 from unlearn.releases.candidate import Candidate
 from unlearn.releases.gate import Gate, Verdict
-from unlearn.releases.release import AUDIT, CONFIG, METRICS, RECORD, Content, Model, Release, Rewritten
+from unlearn.releases.release import AUDIT, CONFIG, METRICS, RECORD, SIGNATURE, Content, File, Model, Release, Rewritten
 from unlearn.releases.store import Store
 
 log = logging.getLogger(__name__)
@@ -36,17 +36,20 @@ class Outcome:
 def publish(
     run: str, store: Store, signer: CryptoSigner, requests: Sequence[str] = (), rules: Gate | None = None,
     parent: str | None = None, withdraws: Sequence[str] = (), check: Callable[[], None] = lambda: None,
-    rewritten: tuple[str, str] | None = None,
+    rewritten: tuple[str, str] | None = None, model_key: str | None = None,
 ) -> Outcome:  # fmt: skip
     """Make a run folder a release, the next version of a store; the pointer is not moved.
 
     requests: commitments to the deletion requests that it serves, as the caller's ledger makes them. parent: the version that it
     follows, by default the current one. withdraws: versions that may not be current any more once this one is. check: asked before
-    anything is made final; what it raises ends the publishing.
+    anything is made final; what it raises ends the publishing. model_key: path of the key of a second signature, see
+    model_signature.py.
     A candidate that fails the gate is kept under rejected/ and not released. What was published before, the same model with the
     same evidence for the same requests, is not published again. Raises ReleaseError: evidence of another model, a withdrawn
     release, another publisher that was faster; StorageError.
     """
+    if model_key:
+        model_signature.check(model_key)
     candidate, requests = candidates.read(run), _commitments(requests)
     known, state = store.releases(), pointer.read(store)
     withdraws = sorted({store.release(version).version for version in withdraws})
@@ -69,6 +72,10 @@ def publish(
     folder = Storage(store.storage.where(name))
     try:
         listed = candidate.copy_to(folder)
+        if model_key:
+            data = model_signature.sign(listed, model_key)
+            folder.write(SIGNATURE, data)
+            listed[SIGNATURE] = File(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
         audited, base = candidate.audit is not None, candidate.base
         made_from = next((r.version for r in known if base and r.weights == base.weights), None)
         release = Release(

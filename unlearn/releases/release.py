@@ -6,6 +6,7 @@ config.yaml         of the run; ids and subjects of its sets are withheld
 metrics.json        measured on these weights
 audit.json          where there is one
 model/              weights.safetensors and model.json
+model.sig           a second signature of model/ alone, where there is one; see model_signature.py
 """
 
 import hashlib
@@ -23,6 +24,7 @@ PREDICATE = "urn:unlearn:release:v1"
 RECORD, CERTIFICATE = "release.json", "certificate.json"
 CONFIG, METRICS, AUDIT = "config.yaml", "metrics.json", "audit.json"
 WEIGHTS, CARD = "model/weights.safetensors", "model/model.json"
+SIGNATURE = "model.sig"
 
 
 class _Part(BaseModel):

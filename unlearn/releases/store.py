@@ -68,7 +68,7 @@ class Store:
         folder = self.folder(release)
         if not folder.is_file(CERTIFICATE):
             try:
-                folder.write(CERTIFICATE, self.storage.read(_certificate(release.version)))
+                folder.write(CERTIFICATE, self.certificate(release))
             except StorageError:
                 # Somebody else completes it too, and has deleted the half of a copy.
                 if not folder.is_file(CERTIFICATE):
@@ -78,6 +78,10 @@ class Store:
                 if name.startswith(f".{CERTIFICATE}.") and name.endswith(".part"):
                     folder.delete(name)
             self._sweep()
+
+    def certificate(self, release: Release) -> bytes:
+        """The envelope as it was committed."""
+        return self.storage.read(_certificate(release.version))
 
     def discard(self, folder: str) -> None:
         """Delete the folder of an attempt, as far as it can be: others may be at it, and the next publisher deletes the rest."""
