@@ -13,7 +13,8 @@ import pytest
 import ray
 import yaml
 from safetensors.torch import load
-from support.runs import evaluate, export, tiny_config
+from support.runs import evaluate, export
+from support.sweeps import tiny_tree as tree
 from support.workers import together
 
 from jobs import submit
@@ -30,18 +31,6 @@ from unlearn.search import space, sweep_file
 from unlearn.search.records import Trials, points
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
-
-STEPS = ["training.engine=deepspeed", "training.micro_batch_size=8", "evaluation.limit=null"]
-
-
-def tree(folder, tiny_shards, tiny_model, *overrides: str, **keys) -> dict:
-    """A sweep of the tiny run; overrides: of the run."""
-    run = tiny_config("unused", tiny_shards, tiny_model, *STEPS, *overrides)
-    return {
-        "sweep_dir": str(folder), "run": run.model_dump(mode="json", exclude_defaults=True), "tune_on": {"limit": 8},
-        "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"},
-        "search": {"method.alpha": {"grid": [0.25, 1.0]}}, "search_by": "grid", **keys,
-    }  # fmt: skip
 
 
 def alone(sweep: space.Sweep, trial, folder) -> config.RunConfig:
