@@ -238,9 +238,11 @@ class SweepState:
             figures = [trial.stages[stage]["figures"] for trial in trials]
             names = set.intersection(*(set(each) for each in figures))
             means = {name: math.fsum(each[name] for each in figures) / len(figures) for name in names}
+            step = trials[0].stages[stage]["step"]
             last = all(trial.over and len(trial.stages) == stage + 1 for trial in trials)
-            last = last or self.sweep.search_by == "pbt"  # where each stage is a trial of Ray Tune
-            return {"done": last, "step": trials[0].stages[stage]["step"], **means}
+            if self.sweep.search_by == "pbt":  # each stage is a trial of Ray Tune, with a learning rate of its own
+                last, means["training.lr"] = True, self.prepared[trials[0].id].run.settings.training.at(step).lr
+            return {"done": last, "step": step, **means}
 
     def taken(self, event: Event, starting: float) -> None:
         """A slot has begun with a trial. starting: seconds that it took to start before its first one."""

@@ -16,8 +16,10 @@ from unlearn.search.space import Sweep
 HEAD = "node:__internal_head__"  # every cluster has one of it; what only waits takes no CPU
 
 
-def tune(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> None:
-    """Run points until the sweep ends. scratch: a folder for Ray Tune's own files."""
+def tune(
+    sweep: Sweep, state: SweepState, desk: Any, scratch: Path, callbacks: list[ray_tune.Callback] | None = None
+) -> None:
+    """Run points until the sweep ends. scratch: a folder for Ray Tune's own files; callbacks: see jobs/callbacks.py."""
     # Where nothing is learned from a point, the next one is made ready while all slots are at work.
     ahead = 1 if sweep.search_by in ("grid", "random", "pbt") and sweep.stop_early == "none" else 0
     ray_tune.Tuner(
@@ -29,7 +31,7 @@ def tune(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> None:
             max_concurrent_trials=sweep.concurrent + ahead,
         ),
         run_config=ray_tune.RunConfig(
-            name=sweep.name, storage_path=str(scratch / "tune"), verbose=0,
+            name=sweep.name, storage_path=str(scratch / "tune"), verbose=0, callbacks=callbacks or [],
             checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=ray_tune.FailureConfig(max_failures=3),  # of the process that waits, not of a trial
         ),

@@ -1,6 +1,7 @@
 """Sweeps on a real Ray cluster of this machine: what their trials are, what fails in them, and how they go on."""
 
 import contextlib
+import importlib.util
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from safetensors.torch import load
 from support.runs import evaluate, export
 from support.sweeps import tiny_tree as tree
 from support.workers import together
+from tensorboardX.proto.event_pb2 import Event
 
-from jobs import submit
+from jobs import callbacks, submit
 from jobs import sweep as job
 from jobs.backends import base
 from jobs.cluster import connected
@@ -26,7 +28,7 @@ from jobs.suggestions import Suggestions
 from jobs.sweep_state import Progress, SweepState
 from unlearn import config
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError
+from unlearn.errors import ConfigError, UnlearnError
 from unlearn.search import space, sweep_file
 from unlearn.search.records import Trials, points
 from unlearn.training import metrics
@@ -90,7 +92,7 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
         f"{warm.run}/model/weights.safetensors"
     )
 
-    with pytest.raises(ConfigError, match="holds another sweep: only budget and concurrent may change"):
+    with pytest.raises(ConfigError, match="holds another sweep: only budget, concurrent, log_to, tracking_uri may"):
         job.prepare(sweep_file.parse(sweep_file.parse(tree(s3, tiny_shards, tiny_model)).model_dump(mode="json")))
 
 
@@ -152,6 +154,23 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         ) == 6
 
 
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    """step -> value of what TensorBoard would draw."""
+
+    def told(event: Event):
+        return ((event.step, each) for each in event.summary.value)
+
+    found = {}
+    for path in folder.glob("events.*"):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # length, its checksum, an event, its checksum
+            length = int.from_bytes(content[at : at + 8], "little")
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            found |= {step: each.simple_value for step, each in told(event) if each.tag == tag}
+            at += length + 16
+    return found
+
+
 @pytest.fixture
 def cluster():
     """A Ray cluster of this machine for several sweeps."""
@@ -160,10 +179,12 @@ def cluster():
 
 
 def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots."""
+    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots.
+    TensorBoard and, where its client is installed, MLflow are told of them."""
+    tracked = importlib.util.find_spec("mlflow") is not None
     sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
-        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
+        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
     ))  # fmt: skip
     job.prepare(sweep)
     legs = []
@@ -211,6 +232,44 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
         "it goes on behind its last stage, and the others are over"
     )
     assert {t.id: t.status for t in again} == {t.id: t.status for t in trials}
+
+    figures = {}
+    for name in sorted({trial.point for trial in trials}):
+        figures[name] = scalars(Path(sweep.sweep_dir, "tensorboard", name), "ray/tune/retain.cosine.drop")
+    [point] = points(best)
+    assert figures[point.id] == {step: pytest.approx(1.05) for step in (2, 4, 6, 8)} and len(figures) == 8
+    if tracked:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{sweep.sweep_dir}/mlflow.db")
+        runs = {
+            run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+        }
+        assert runs.keys() == figures.keys(), "the points that were shown again are the same runs"
+        assert runs[point.id].data.params == {"method.alpha": "1"} and runs[point.id].info.status == "FINISHED"
+        history = client.get_metric_history(runs[point.id].info.run_id, "retain.cosine.drop")
+        assert {metric.step: metric.value for metric in history} == pytest.approx(figures[point.id])
+
+
+def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch):
+    def refused(folder=tmp_path, **keys) -> str:
+        with pytest.raises(UnlearnError) as e:
+            callbacks.wanted(
+                sweep_file.parse(tree(folder, tiny_shards, tiny_model, log_to=["mlflow"], **keys)), tmp_path
+            )
+        return str(e.value)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "mlflow", None)
+        assert "log_to: mlflow needs mlflow-skinny, which is not installed: pip install 'unlearn[mlflow]'" in refused()
+    with pytest.raises(ConfigError, match=r"tracking_uri is for log_to: \[mlflow\]"):
+        sweep_file.parse(tree(tmp_path, tiny_shards, tiny_model, tracking_uri="http://here"))
+    if importlib.util.find_spec("mlflow"):
+        assert "SQLite cannot lie in s3://b/c: name an MLflow server in tracking_uri" in refused("s3://b/c")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        told = refused(tracking_uri="http://me:secret@127.0.0.1:9")
+        assert "log_to mlflow: http://...: " in told and "NewConnectionError" in told and "secret" not in told
 
 
 def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):

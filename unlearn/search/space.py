@@ -34,6 +34,9 @@ from unlearn.search.objectives import Constraint, Direction, Objective
 
 Parameters = dict[str, Any]
 
+# Keys that may change while a sweep goes on: they decide no point and no figure.
+FREE = ("budget", "concurrent", "log_to", "tracking_uri")
+
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -110,6 +113,12 @@ class Sweep(Part):
     budget: Budget = Field(default_factory=Budget)
     concurrent: Positive = Field(default=1, description="trials at one time; each takes what the run's `cluster` says")
     tune_on: TuneOn = Field(default_factory=TuneOn)
+    log_to: Annotated[list[Literal["tensorboard", "mlflow"]], AfterValidator(_unique)] = Field(
+        default_factory=list, description="where parameters and figures of points are written too"
+    )
+    tracking_uri: str | None = Field(
+        default=None, description="of MLflow; none = MLFLOW_TRACKING_URI, or SQLite in sweep_dir"
+    )
 
     @model_validator(mode="after")
     def _whole(self):
@@ -127,6 +136,8 @@ class Sweep(Part):
             yield f"storage is for tpe and nsga2; search_by {self.search_by} needs none"
         if self.measure_every and not self._in_stages:
             yield "measure_every is for stop_early asha or median, and for search_by pbt"
+        if self.tracking_uri and "mlflow" not in self.log_to:
+            yield "tracking_uri is for log_to: [mlflow]"
         if self.search_by == "pbt":
             yield from self._of_a_population()
         for key, domain in self.search.items():
@@ -300,8 +311,8 @@ class Sweep(Part):
             yield self.assembled(lambda key, domain: domain.draw(rng))
 
     def identity(self) -> str:
-        """sha256 of all that makes it this sweep: it may go on with another budget, or more trials at one time."""
-        tree = self.model_dump(mode="json", exclude={"budget", "concurrent"}, exclude_defaults=True)
+        """sha256 of all that makes it this sweep: it may go on with what FREE names changed."""
+        tree = self.model_dump(mode="json", exclude=set(FREE), exclude_defaults=True)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
