@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +16,7 @@ import pytest
 import ray
 import yaml
 from safetensors.torch import load
+from support.driver import Driver
 from support.runs import evaluate, export
 from support.sweeps import tiny_tree as tree
 from support.workers import together
@@ -26,7 +29,7 @@ from jobs.cluster import connected
 from jobs.study import Study
 from jobs.suggestions import Suggestions
 from jobs.sweep_state import Progress, SweepState
-from unlearn import config
+from unlearn import config, signals
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
 from unlearn.search import space, sweep_file
@@ -178,16 +181,10 @@ def cluster():
         yield
 
 
-def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots.
-    TensorBoard and, where its client is installed, MLflow are told of them."""
-    tracked = importlib.util.find_spec("mlflow") is not None
-    sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
-        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
-    ))  # fmt: skip
-    job.prepare(sweep)
-    legs = []
+@pytest.fixture
+def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
+    """(trial, until) of every leg that two slots were given, which train nothing: its alpha and seed say what it comes to."""
+    given = []
 
     @contextlib.contextmanager
     def slots(sweep, desk, scratch):
@@ -196,26 +193,33 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
                 if leg is None:
                     continue
                 run = ray.get(leg.run[0])
-                legs.append((leg.trial, leg.until))
-                figures = {
-                    "retain.cosine.drop": run.settings.method.alpha + run.settings.seed / 10,
-                    "forget.cosine.drop": 0.5,
-                }
+                given.append((leg.trial, leg.until))
+                drop = run.settings.method.alpha + run.settings.seed / 10
                 outcome = {
-                    "step": leg.until,
-                    "figures": figures,
-                    "original": {},
-                    "oracle": {},
-                    "seconds": {"train": 1.0},
-                }
-                ray.get(desk.measured.remote(number, leg.trial, outcome | {"training_seconds": 1.0}))
+                    "step": leg.until, "figures": {"retain.cosine.drop": drop, "forget.cosine.drop": 0.5},
+                    "original": {}, "oracle": {}, "seconds": {"train": 1.0}, "training_seconds": 1.0,
+                }  # fmt: skip
+                ray.get(desk.measured.remote(number, leg.trial, outcome))
 
         with ThreadPoolExecutor() as pool:
-            work = [pool.submit(slot, number) for number in range(2)]
-            yield work
-            ray.get(desk.close.remote())
+            try:
+                yield [pool.submit(slot, number) for number in range(2)]
+            finally:
+                ray.get(desk.close.remote())
 
     monkeypatch.setattr(job, "_slots", slots)
+    return given
+
+
+def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path):
+    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots.
+    TensorBoard and, where its client is installed, MLflow are told of them."""
+    tracked = importlib.util.find_spec("mlflow") is not None
+    sweep = sweep_file.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
+        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
+    ))  # fmt: skip
+    job.prepare(sweep)
     trials = job.sweep(sweep)
     assert len(legs) == len(set(legs)) and len(trials) == 16
     best = [t for t in trials if t.parameters["method.alpha"] == 1]
@@ -249,6 +253,67 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
         assert runs[point.id].data.params == {"method.alpha": "1"} and runs[point.id].info.status == "FINISHED"
         history = client.get_metric_history(runs[point.id].info.run_id, "retain.cosine.drop")
         assert {metric.step: metric.value for metric in history} == pytest.approx(figures[point.id])
+
+
+def test_asked_to_stop_it_goes_on(legs, tiny_shards, tiny_model, tmp_path):
+    """Both signals, in the midst of the same sweep: `Stopped`, and the next start runs what was not over, and nothing twice."""
+    sweep = sweep_file.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, search={"method.alpha": {"grid": [*range(1, 13)]}}, concurrent=2
+    ))  # fmt: skip
+    job.prepare(sweep)
+    known = Trials(Storage(sweep.sweep_dir))
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    signals.listen()
+    try:
+        for sign, count in ((signal.SIGINT, 3), (signal.SIGTERM, 6)):
+
+            def ask(now: Progress, sign: int = sign, count: int = count) -> None:
+                if sum(trial.over for trial in now.trials) >= count:
+                    os.kill(os.getpid(), sign)
+
+            with pytest.raises(signals.Stopped) as stopped:
+                job.sweep(sweep, ask)
+            assert stopped.value.code == 128 + sign
+            assert count <= sum(trial.status == "done" for trial in known.all()) < 12
+            assert not any(trial.status in ("stopped", "failed") for trial in known.all())
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    trials = job.sweep(sweep)
+    assert [trial.status for trial in trials] == ["done"] * 12 and trials == known.all()
+    assert len(set(legs)) == 12 and len(legs) <= 12 + 2 * 2, "at most what two slots had in hand is run again"
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_of_the_command(tiny_shards, tiny_model, tmp_path):
+    """Of `unlearn sweep` while a trial trains: one line that says how to go on, no process left, and the checkpoints are used."""
+    sweep = sweep_file.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=400", "training.checkpoint_every=10",
+        "evaluation.views=[{size: 0.5}]",
+    ))  # fmt: skip
+    path = tmp_path / "sweep.yaml"
+    path.write_text(sweep_file.dump(sweep))
+    records, begun = Trials(Storage(sweep.sweep_dir)), 0
+
+    def step() -> int:
+        """Steps that are in checkpoints, of all trials."""
+        folders = (f"{sweep.sweep_dir}/{trial.run}" for trial in records.all())
+        return sum((Checkpoints(folder, 2).steps() or [0])[-1] for folder in folders)
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        driver = Driver(tmp_path, "sweep", path, RAY_ADDRESS="")
+        driver.until(lambda begun=begun: step() > begun)
+        left = psutil.Process(driver.process.pid).children(recursive=True)
+        line = driver.stopped(sign)
+        assert f"what runs goes on from its checkpoints: unlearn sweep {sweep.sweep_dir}" in line
+        assert not psutil.wait_procs(left, timeout=60)[1], "processes outlive the driver"
+        begun = step()
+        assert all(trial.status in ("running", "done") for trial in records.all())
+    trials = job.sweep(sweep)
+    assert [trial.status for trial in trials] == ["done", "done"]
+    for trial in trials:
+        rows = [row["step"] for row in metrics.read(f"{sweep.sweep_dir}/{trial.run}")]
+        assert rows == [*range(1, 401)], "no step is missing, and none is there twice"
 
 
 def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch):
