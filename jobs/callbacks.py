@@ -32,7 +32,7 @@ def wanted(sweep: Sweep, scratch: Path) -> list[Callback]:
         made.append(Board(sweep, scratch))
     if "mlflow" in sweep.log_to:
         try:
-            import mlflow  # noqa: F401  pyright: ignore[reportMissingImports]  an extra
+            import mlflow  # pyright: ignore[reportMissingImports]  # noqa: F401
         except ImportError:
             raise MissingExtra("mlflow-skinny", "mlflow", "log_to: mlflow") from None
         from jobs.mlflow_runs import Runs
@@ -56,7 +56,7 @@ def tracking_uri(sweep: Sweep) -> str:
 
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
-    """Of what Ray Tune knows of a stage the figures, which have a dot in their name, and the step; none where it failed."""
+    """Of what Ray Tune knows of a stage the figures, whose names have a dot, and the step; nothing where it failed."""
     if "step" not in result:
         return {}
     return {name: value for name, value in result.items() if "." in name} | {TIMESTEPS_TOTAL: result["step"]}

@@ -1,8 +1,8 @@
 """Population based training of the learning rate, as a search algorithm of Ray Tune.
 
 All points train at one time, stage by stage. Behind each stage the worst quarter, by the first objective, goes on from
-the checkpoints of the best quarter, with a learning rate near theirs (Jaderberg et al., 2017). What a point then says of
-itself is where its weights come from: the rates that they were trained with, as training.lr and training.lr_changes.
+the checkpoints of the best quarter, with a learning rate near theirs (Jaderberg et al., 2017). What a point then says
+of itself is where its weights come from: the rates they were trained with, as training.lr and training.lr_changes.
 
 Ray's own PopulationBasedTraining is not used. It draws from Python's global generator and keeps what it has decided in
 Ray Tune's snapshots, so a sweep that is killed would go on with other points; here each decision is a function of the

@@ -42,8 +42,8 @@ def prepare(sweep: Sweep) -> None:
         former = sweep_file.load(storage.where(records.SWEEP))
         if former.identity() != sweep.identity():
             raise ConfigError(
-                f"{sweep.sweep_dir} holds another sweep: only {', '.join(FREE)} may change; put the others back, or give "
-                "another sweep_dir"
+                f"{sweep.sweep_dir} holds another sweep: only {', '.join(FREE)} may change; put the others back, or "
+                "give another sweep_dir"
             )
     storage.write(records.SWEEP, sweep_file.dump(sweep).encode(), private=sweep.settings.names_rows)
 

@@ -143,7 +143,7 @@ class SweepState:
         return self.ids[key]
 
     def prepare(self, point: str, parameters: Parameters) -> bool:
-        """Prepare the trials of a point as far as they are not over; whether there is one to run. As `begin` otherwise."""
+        """Prepare the trials of a point as far as they are not over, as `begin` does; whether there is one to run."""
         missing = {
             id: (seed, model)
             for seed, model in self.sweep.pairs()

@@ -27,7 +27,7 @@ def tune(
             ray_tune.with_parameters(PointTrainable, desk=desk), ray_tune.PlacementGroupFactory([{HEAD: 0.001}])
         ),
         tune_config=ray_tune.TuneConfig(
-            num_samples=-1, search_alg=_search(sweep, state, scratch), scheduler=_scheduler(sweep), reuse_actors=True,
+            num_samples=-1, search_alg=search(sweep, state, scratch), scheduler=_scheduler(sweep), reuse_actors=True,
             max_concurrent_trials=sweep.concurrent + ahead,
         ),
         run_config=ray_tune.RunConfig(
@@ -38,7 +38,8 @@ def tune(
     ).fit()  # fmt: skip
 
 
-def _search(sweep: Sweep, state: SweepState, scratch: Path) -> Searcher:
+def search(sweep: Sweep, state: SweepState, scratch: Path) -> Searcher:
+    """What proposes the points of a sweep."""
     if sweep.search_by == "pbt":
         return Population(sweep, state)
     if sweep.search_by in ("grid", "random"):

@@ -25,8 +25,8 @@ NOT_HASHED: dict[str | None, tuple[str, ...]] = {
 
 
 def of(settings: RunConfig, step: int | None = None) -> str:
-    """sha256, as text; a new key with a default changes no hash. step: changes of the learning rate from there on are left
-    out, since they decide nothing of a checkpoint of that step.
+    """sha256, as text; a new key with a default changes no hash. step: changes of the learning rate from there on are
+    left out, since they decide nothing of a checkpoint of that step.
 
     Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
     workers; data and first weights are told by hashes of their own instead.

@@ -5,7 +5,7 @@
 Sixteen trials: four alphas by four sizes of the forget set, `--slots` at one time with one worker each. The baseline is
 `unlearn run` of `--alone` of the same runs, each with as many workers as there are slots, so that both have the same
 cores; its total is theirs times 16 / alone. The two run one after the other on the same machine: trust the ratios, not
-the seconds. Processor time is that of all processes of either, Ray's own among them; it says the same on a busy machine.
+the seconds. Processor time is that of all processes of either, Ray's own among them: a busy machine changes it little.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Population based training: who goes on from whom, after a kill too, and that the best of it is a run like any other."""
+"""Population based training: who goes on from whom, after a kill too, and that what comes of it is a run like any."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ def pbt(folder, tiny_shards, tiny_model, **keys) -> Sweep:
 
 
 def play(sweep: Sweep, kills: tuple[int, ...] = ()) -> dict[str, Trial]:
-    """The trials of a sweep whose process is killed at the end of the legs of these numbers, before it has told of them.
+    """The trials of a sweep whose process is killed at the end of the legs of these numbers, before it tells of them.
 
     Points are judged by their loss, which costs nothing to measure."""
     turn = 0

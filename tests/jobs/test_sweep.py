@@ -183,7 +183,7 @@ def cluster():
 
 @pytest.fixture
 def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
-    """(trial, until) of every leg that two slots were given, which train nothing: its alpha and seed say what it comes to."""
+    """(trial, until) of every leg that two slots were given. They train nothing: alpha and seed say what it comes to."""
     given = []
 
     @contextlib.contextmanager
@@ -212,12 +212,12 @@ def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
 
 
 def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path):
-    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots.
-    TensorBoard and, where its client is installed, MLflow are told of them."""
+    """Ray Tune's ASHA over eight points with two seeds, by slots that train nothing; TensorBoard and, where its client is
+    installed, MLflow are told of them."""
     tracked = importlib.util.find_spec("mlflow") is not None
     sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
-        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8",
+        search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}}, seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
     ))  # fmt: skip
     job.prepare(sweep)
     trials = job.sweep(sweep)
@@ -256,7 +256,7 @@ def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path
 
 
 def test_asked_to_stop_it_goes_on(legs, tiny_shards, tiny_model, tmp_path):
-    """Both signals, in the midst of the same sweep: `Stopped`, and the next start runs what was not over, and nothing twice."""
+    """Both signals, in the midst of one sweep: `Stopped`, and the next start runs what was not over, and nothing twice."""
     sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, search={"method.alpha": {"grid": [*range(1, 13)]}}, concurrent=2
     ))  # fmt: skip
@@ -286,7 +286,7 @@ def test_asked_to_stop_it_goes_on(legs, tiny_shards, tiny_model, tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_and_sigterm_of_the_command(tiny_shards, tiny_model, tmp_path):
-    """Of `unlearn sweep` while a trial trains: one line that says how to go on, no process left, and the checkpoints are used."""
+    """Of `unlearn sweep` while a trial trains: one line says how to go on, no process is left, checkpoints are used."""
     sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=400", "training.checkpoint_every=10",
         "evaluation.views=[{size: 0.5}]",

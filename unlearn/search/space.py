@@ -157,8 +157,8 @@ class Sweep(Part):
         for key in self.search:
             if key != "training.lr":
                 yield (
-                    f"search.{key}: search_by pbt changes values in mid-run, which only training.lr allows: with another "
-                    f"{key} it would be another training; set one value, or search it by random, tpe or nsga2"
+                    f"search.{key}: search_by pbt changes values in mid-run, which only training.lr allows: with "
+                    f"another {key} it would be another training; set one value, or search by random, tpe or nsga2"
                 )
         if "training.lr" in self.search and not self.search["training.lr"].ends:
             yield "search.training.lr: search_by pbt needs a range: loguniform or uniform"
