@@ -15,7 +15,7 @@ from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import CheckpointError, ConfigError
 from unlearn.run import resolve
-from unlearn.search import alone, sweep_file
+from unlearn.search import alone, page, sweep_file
 from unlearn.search.records import Trial, Trials
 from unlearn.search.space import Sweep
 from unlearn.training import metrics
@@ -54,7 +54,8 @@ def play(sweep: Sweep, kills: tuple[int, ...] = ()) -> dict[str, Trial]:
             if turn in kills:
                 state, population = started()
                 break
-            figures = {"retain.cosine.drop": metrics.read(run.folder)[-1]["loss"]}
+            row = metrics.read(run.folder)[-1]
+            figures = {"retain.cosine.drop": row["loss"], "forget.cosine.drop": row["forget"]}
             outcome = {"step": until, "figures": figures, "original": {}, "oracle": {}, "seconds": {}}
             state.measured(Event("measured", leg.trial, leg.point, 0, outcome | {"training_seconds": 0.0}))
         else:
@@ -84,6 +85,8 @@ def test_the_worst_goes_on_from_the_best_and_a_kill_changes_nothing(populations)
         assert heirs == {max(figures, key=figures.__getitem__): min(figures, key=figures.__getitem__)}
     assert all("from" not in trial.stages[2] for trial in trials.values())
     assert {t.id: t for t in Trials(Storage(sweep.sweep_dir)).all()} == trials
+    page.write(sweep, list(trials.values()), {})
+    assert "lr_changes" in Storage(sweep.sweep_dir).read("report.html").decode()
 
 
 def test_an_heir_is_the_run_that_its_rates_make(populations, tmp_path):

@@ -217,7 +217,8 @@ def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path
     tracked = importlib.util.find_spec("mlflow") is not None
     sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8",
-        search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}}, seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
+        search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}}, seeds=[0, 1],
+        stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
     ))  # fmt: skip
     job.prepare(sweep)
     trials = job.sweep(sweep)
@@ -255,33 +256,35 @@ def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path
         assert {metric.step: metric.value for metric in history} == pytest.approx(figures[point.id])
 
 
-def test_asked_to_stop_it_goes_on(legs, tiny_shards, tiny_model, tmp_path):
-    """Both signals, in the midst of one sweep: `Stopped`, and the next start runs what was not over, and nothing twice."""
+def test_a_population_that_is_asked_to_stop_goes_on(legs, tiny_shards, tiny_model, tmp_path):
+    """In the midst of a stage: `Stopped`, and the next start runs what was not over, and nothing twice."""
     sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, search={"method.alpha": {"grid": [*range(1, 13)]}}, concurrent=2
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=6", search={"training.lr": {"uniform": [0.1, 0.2]}},
+        search_by="pbt", budget={"points": 4}, measure_every=2, concurrent=2,
     ))  # fmt: skip
     job.prepare(sweep)
     known = Trials(Storage(sweep.sweep_dir))
+
+    def ask(now: Progress) -> None:
+        if sum(len(trial.stages) for trial in now.trials) >= 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
     signals.listen()
     try:
-        for sign, count in ((signal.SIGINT, 3), (signal.SIGTERM, 6)):
-
-            def ask(now: Progress, sign: int = sign, count: int = count) -> None:
-                if sum(trial.over for trial in now.trials) >= count:
-                    os.kill(os.getpid(), sign)
-
-            with pytest.raises(signals.Stopped) as stopped:
-                job.sweep(sweep, ask)
-            assert stopped.value.code == 128 + sign
-            assert count <= sum(trial.status == "done" for trial in known.all()) < 12
-            assert not any(trial.status in ("stopped", "failed") for trial in known.all())
+        with pytest.raises(signals.Stopped):
+            job.sweep(sweep, ask)
     finally:
         for sign, handler in before.items():
             signal.signal(sign, handler)
+    assert 6 <= sum(len(trial.stages) for trial in known.all()) < 12
+    assert all(trial.status in ("running", "done") for trial in known.all())
     trials = job.sweep(sweep)
-    assert [trial.status for trial in trials] == ["done"] * 12 and trials == known.all()
-    assert len(set(legs)) == 12 and len(legs) <= 12 + 2 * 2, "at most what two slots had in hand is run again"
+    assert [trial.status for trial in trials] == ["done"] * 4 and trials == known.all()
+    assert len(set(legs)) == 12 and len(legs) <= 12 + 2, "at most what two slots had in hand is run again"
+    assert [until for _, until in dict.fromkeys(legs)] == [2] * 4 + [4] * 4 + [6] * 4, "all of a stage, then the next"
+    origins = [[stage.get("from") for stage in trial.stages] for trial in trials]
+    assert origins == [[None] * 3] * 3 + [["p000", "p000", None]]
 
 
 @pytest.mark.slow
