@@ -111,9 +111,10 @@ class RunConfig(Part):
         }
         return {key: uri for key, uri in places.items() if uri}
 
-    def hash(self) -> str:
-        """sha256 of what decides the weights, as far as it differs from the defaults: see unlearn/config_hash.py."""
-        return config_hash.of(self)
+    def hash(self, step: int | None = None) -> str:
+        """sha256 of what decides the weights, or those behind a step, as far as it differs from the defaults: see
+        unlearn/config_hash.py."""
+        return config_hash.of(self, step)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
