@@ -308,7 +308,7 @@ def test_the_limit_of_the_caches_is_planned_as_it_will_be(tmp_path, monkeypatch)
     assert planned(size="1GiB") == 256 << 20
     assert planned("cluster.gpus_per_worker=1", gpu="H100") == cache.DEFAULT  # whose host is not here
     assert planned("data.cache=encoded", "data.cache_bytes=3MiB", size="1GiB") == 3 << 20
-    assert planned("cluster.workers=3", "data.cache_bytes=3MiB") == 1 << 20  # decoded: of all workers together
+    assert planned("cluster.workers=4", "data.cache_bytes=4MiB") == 1 << 20  # decoded: of all workers together
     # Data that is not here takes the limit.
     assert report.report(run_for(tmp_path, "data.train=/nowhere", "data.cache_bytes=6MiB")).caches == 3 << 20
 
