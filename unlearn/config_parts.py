@@ -96,12 +96,14 @@ class Data(Part):
     proxy_split: str | None = Field(default=None, description="as `split`, of the proxy set")
     cache: Literal["none", "encoded", "decoded"] = Field(
         default="encoded",
-        description="images that a worker keeps in memory: as they are stored (encoded), or cut to size (decoded)",
+        description="images that are kept in memory: as they are stored, in each worker (encoded), or cut to size, "
+        "once a machine for all its workers (decoded)",
     )
     cache_bytes: Size | None = Field(
         default=None,
-        description="bytes, or text like 512MiB, that the caches of one worker may take, row groups and latents included; "
-        "none = 2GiB, or a quarter of its part of the machine's memory where that is less",
+        description="bytes, or text like 512MiB, that the caches of one worker (with `cache: decoded`: of all workers of a "
+        "machine together) may take, row groups and latents included; none = 2GiB a worker, or a quarter of its part of the "
+        "machine's memory where that is less",
     )
     latent_cache: Location | None = Field(
         default=None,
