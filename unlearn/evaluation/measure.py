@@ -8,16 +8,18 @@ metrics.json holds
     guidance_scale                   of sampling; null without guidance
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
-    networks                         {"features", and "lpips" where it was measured: sha256 of the weights of what looked at the images}
+    networks                         {"features", and "lpips" where it was measured: sha256 of the weights of what
+                                     looked at the images}
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
     oracles                          where there are several: the rows of each; in `rows` the oracle is their mean, `spread` theirs
     oracle_distance                  where there are several: see unlearn/evaluation/oracles.py
-    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr, ssim, lpips}]: fid and
-                                     kid against the set's own originals; is and is_std over ten splits; cosine of each
-                                     reconstruction's features to its original's, mean and standard deviation; psnr in dB and ssim,
-                                     inside the hole alone; lpips of the whole image, what is known of it pasted back, where
-                                     evaluation.lpips_weights are given; null where a figure cannot be given. Of kid, cosine, psnr,
-                                     ssim and lpips also FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
+    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr,
+                                     ssim}]: fid and kid against the set's own originals; is and is_std over ten splits;
+                                     cosine of each reconstruction's features to its original's, mean and standard
+                                     deviation; psnr in dB and ssim, inside the hole alone; with
+                                     evaluation.lpips_weights also lpips, of the whole image, what is known of it pasted
+                                     back; null where a figure cannot be given. Of kid, cosine, psnr, ssim and lpips also
+                                     FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
     notes                            sentences a reader of the figures must know
     seconds                          worker time by stage, and the whole by the clock
     training_seconds                 time in training steps, from metrics.jsonl; null without it
@@ -251,8 +253,8 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
 
 
 def _joined(parts: list[dict]) -> tuple:
-    """Features and class scores of all batches, in order, or None, and the figures of their holes; a batch of damaged images alone
-    adds nothing."""
+    """Features and class scores of all batches, in order, or None, and the figures of their holes; a batch of damaged
+    images alone adds nothing."""
     parts = [part for part in parts if len(part["features"])]
     columns = ([part[key] for part in parts] for key in ("features", "classes"))
     vectors, classes = (torch.cat(column) if column and column[0] is not None else None for column in columns)

