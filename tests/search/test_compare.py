@@ -86,7 +86,9 @@ def test_what_is_not_fair_or_not_valid_is_refused(tmp_path):
         job.prepare(found)
     assert not list(tmp_path.iterdir())
     job.prepare(comparisons.parse(tree(tmp_path)))
-    job.prepare(comparisons.parse(tree(tmp_path, concurrent=2)))
+    job.prepare(comparisons.parse(tree(tmp_path, concurrent=2, audit={"tests": ["transfer"]})))
+    with pytest.raises(ConfigError, match="no test 'charm'"):
+        job.prepare(comparisons.parse(tree(tmp_path, audit={"tests": ["charm"]})))
     with pytest.raises(ConfigError, match="holds another comparison"):
         job.prepare(comparisons.parse(tree(tmp_path, seeds=[1])))
     with pytest.raises(UnlearnError, match="no run is done yet"):
@@ -119,7 +121,9 @@ def compared(tmp_path) -> comparisons.Compare:
             distance = {"count": 2, "chance": 15.6, "generators": {"unlearned": whole}}
             folder.write(f"runs/{id}/metrics.json", json.dumps({"oracle_distance": distance}).encode())
             if number:
-                folder.write(f"runs/{id}/audit.json", json.dumps({"verdict": "PASS" if place else "FAIL"}).encode())
+                verdict = "PASS" if place else "FAIL"
+                audit = {"verdict": verdict, "tests": ["probes"], "probes": {"verdict": verdict}}
+                folder.write(f"runs/{id}/audit.json", json.dumps(audit).encode())
     return found
 
 
@@ -138,6 +142,8 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     whole = [math.sqrt((f * f + 16) / 2) for f in (3, 4, 5)]
     assert first["figures"]["distance"]["mean"] == pytest.approx(sum(whole) / 3)
     assert second["figures"]["audit.passed"]["mean"] == 0.75 and "audit.passed" not in first["figures"]
+    cells = [leaderboard_page.cell(row, "audit.passed", "") for row in (first, second)]
+    assert cells == ["–", "FAIL 1 (probes), PASS 3"] and "with these tests: probes" in " ".join(document["notes"])
     assert document["distance"] == "oracle spreads" and document["chance"] == 15.6 and document["tuned"] == 2
     assert document["reference"]["oracle"]["forget.cosine"] == 0.6 and "paper" in document["notes"][-1]
     page = Path(compared.compare_dir, leaderboard_page.NAME).read_text()
