@@ -9,8 +9,10 @@ from support.browser import CHROMIUM, browser
 from support.sweeps import trial
 
 from jobs import compare as job
+from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
+from unlearn.models import weights
 from unlearn.search import compare as comparisons
 from unlearn.search import leaderboard, leaderboard_page
 from unlearn.search.records import Trials
@@ -157,6 +159,28 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     assert 0 <= drawn["marks"][0]["x"] < drawn["marks"][1]["x"] <= 100 and all(
         0 <= m["y"] <= 100 for m in drawn["marks"]
     )
+
+
+def test_every_run_is_audited_and_what_they_share_is_measured_once(tmp_path):
+    """tests/jobs/test_compare_on_ray.py audits runs that were trained."""
+    audit = {"tests": ["membership"], "limit": 10, "resamples": 100, "membership": {"views": 1}}
+    found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit))
+    final = found.final({label: found.candidates(label)[0] for label in found.methods})
+    point, trials = final.grid()[0], []
+    for seed, name in ((0, "embedded:mae-fashion"), (5, "embedded:mae-fashion-oracle")):
+        id = final.trial_id("p000", seed, None)
+        run = final.of(point, seed, None, id)
+        Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
+        weights.write(weights.build(config.Model(weights=name)), Storage(run.run_dir).where("model"), {})
+        trials.append(trial("p000", seed, point, 0.6, 0.77, id=id, run=f"runs/{id}"))
+    told = []
+    job._audit(found, final, trials, lambda *now: told.append(now), lambda: None)
+    assert told[0] == ("auditing", 0, 2) and told[-1] == ("auditing", 2, 2)
+    made = [json.loads(Storage(final.sweep_dir).read(f"{t.run}/audit.json")) for t in trials]
+    assert made[0]["membership"]["original"] == made[1]["membership"]["original"]
+    assert made[0]["weights"]["unlearned"] != made[1]["weights"]["unlearned"]
+    # two sets of the original, of the oracle, and of each unlearned model
+    assert len(Storage(tmp_path).files("audit")) == 8
 
 
 def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):
