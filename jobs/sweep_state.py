@@ -49,9 +49,8 @@ class Limits:
     def check(self, settings: config.RunConfig) -> None:
         """Raises UnlearnError where the models cannot be had, and ConfigError where the run does not fit a worker's memory."""
         training, evaluation = settings.training, settings.evaluation
-        key = repr(
-            (settings.model, evaluation.oracle, evaluation.features, evaluation.features_weights, settings.data.augment)
-        )
+        looking = evaluation.features, evaluation.features_weights, evaluation.lpips_weights
+        key = repr((settings.model, evaluation.oracle, looking, settings.data.augment))
         if key not in self.models:
             train.check_models(settings)
             self.models.add(key)

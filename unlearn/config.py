@@ -104,6 +104,7 @@ class RunConfig(Part):
         places: dict[str, str | None] = {
             "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage, "data.train": d.train, "data.proxy_data": d.proxy_data,
             "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights,
+            "evaluation.lpips_weights": e.lpips_weights,
         }  # fmt: skip
         numbered = enumerate(e.oracles) if isinstance(e.oracle, list) else ()
         places |= {f"evaluation.oracle.{number}": uri for number, uri in numbered} or {

