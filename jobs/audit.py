@@ -33,12 +33,13 @@ Progress = Callable[[int, int], None]
 
 def audit(
     run: Run, settings: AuditConfig, progress: Progress = lambda done, total: None, check: Callable[[], None] = lambda: None,
-    again: bool = False,
+    again: bool = False, kept: str | None = None,
 ) -> dict:  # fmt: skip
     """Make every test of `settings` on a trained run; write audit.json and the page. Returns what is in audit.json.
 
     What an audit of the same weights, images and options has measured before is not measured again, unless `again`. The figures do
-    not depend on the number of workers. check: asked with every progress and before anything is written. Raises UnlearnError.
+    not depend on the number of workers. check: asked with every progress and before anything is written. kept: folder
+    of what was measured, by default the run's `audit`; runs of one original may share it. Raises UnlearnError.
     """
     began = time.perf_counter()
     trained = provenance.check(run)
@@ -49,9 +50,9 @@ def audit(
     for test in audited.tests.values():
         if reason := test.missing(audited):
             judged[test.name] = base.document(test, [], [base.Judgement(base.NOT_SHOWN, reason)], settings.confidence)
-    measured = _measured(
-        audited, [name for name in audited.tests if name not in judged], progress, check, again, seconds
-    )
+    folder = Storage(kept or Storage(run.folder).where(DONE))
+    left = [name for name in audited.tests if name not in judged]
+    measured = _measured(audited, left, folder, progress, check, again, seconds)
     computing = time.perf_counter()
     for name, found in measured.items():
         figures = audited.tests[name].figures(found, audited)
@@ -134,16 +135,19 @@ def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
 
 
 def _measured(
-    audited: Subject, names: list[str], progress: Progress, check: Callable[[], None], again: bool, seconds: dict[str, float]
+    audited: Subject, names: list[str], storage: Storage, progress: Progress, check: Callable[[], None], again: bool,
+    seconds: dict[str, float],
 ) -> dict[str, Measured]:  # fmt: skip
-    """What all pieces of these tests have found, by test; seconds of workers are added up by test."""
-    settings, storage = audited.run.settings, Storage(audited.run.folder)
+    """What all pieces of these tests have found, by test; seconds of workers are added up by test.
+
+    storage: of what was measured."""
+    settings = audited.run.settings
     pieces = [piece for name in names for piece in audited.tests[name].pieces(audited)]
     # Generator by generator over all tests, so that a worker loads each few times.
     order = {name: i for i, name in enumerate(audited.every)}
     pieces.sort(key=lambda piece: order[piece.generator])
     keys = {piece: audited.key(piece) for piece in pieces}
-    there = set() if again else set(storage.files(DONE))
+    there = set() if again else set(storage.files())
     left = [piece for piece in pieces if _file(keys[piece]) not in there]
     found: dict[Piece, dict[str, np.ndarray]] = {}
     if left:
@@ -174,7 +178,7 @@ def _joined(found: dict[Piece, dict[str, np.ndarray]], name: str) -> Measured:
 
 
 def _file(key: str) -> str:
-    return f"{DONE}/{key[:32]}.npz"
+    return f"{key[:32]}.npz"
 
 
 def _packed(arrays: dict[str, np.ndarray]) -> bytes:

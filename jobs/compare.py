@@ -4,9 +4,12 @@ import json
 import logging
 from collections.abc import Callable
 
+from jobs import audit as audits
 from jobs import sweep as sweeps
 from jobs import train
 from jobs.sweep_state import Progress
+from unlearn import run as runs
+from unlearn.audit import settings as audit_settings
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
 from unlearn.search import compare as comparisons
@@ -26,10 +29,13 @@ def prepare(compare: Compare) -> None:
                 train.check_method(compare.final({label: parameters}).settings)
             except ConfigError as e:
                 raise ConfigError(f"methods.{label}: {e}") from None
+    if compare.audit is not None:
+        audit_settings.parse(compare.audit, "audit")
     storage = Storage(compare.compare_dir)
     if storage.is_file(comparisons.FILE) and comparisons.load(compare.compare_dir).identity() != compare.identity():
         raise ConfigError(
-            f"{compare.compare_dir} holds another comparison: only concurrent may change; put the others back, or give another compare_dir"
+            f"{compare.compare_dir} holds another comparison: only concurrent and audit may change; put the others "
+            "back, or give another compare_dir"
         )
     storage.write(comparisons.FILE, comparisons.dump(compare).encode(), private=compare.settings.names_rows)
 
@@ -41,7 +47,8 @@ def compare(
     """Run a prepared comparison to its end, or on from where it has stopped; write leaderboard.json and report.html. Returns
     what is in leaderboard.json.
 
-    progress: called every second or so with "tuning" or "comparing", and how many of its runs are over; check: as for a sweep. Raises UnlearnError.
+    progress: called every second or so with "tuning", "comparing" or "auditing", and how many of its runs are over;
+    check: as for a sweep. Raises UnlearnError.
     """
     chosen = {label: compare.candidates(label)[0] for label in compare.methods}
     if compare.tunes:
@@ -50,7 +57,26 @@ def compare(
         chosen = {label: _best(compare, label, trials) for label in compare.methods}
     final = compare.final(chosen)
     trials = sweeps.sweep(final, _telling("comparing", final, progress), check, retry_failed)
+    if compare.audit is not None:
+        _audit(compare, final, [trial for trial in trials if trial.status == "done"], progress, check)
     return _write(compare, chosen, trials, final)
+
+
+def _audit(
+    compare: Compare,
+    final: Stage,
+    trials: list[Trial],
+    progress: Callable[[str, int, int], None],
+    check: Callable[[], None],
+) -> None:
+    """Audit these runs. What is measured is kept for all of them together, since they share originals and oracles."""
+    settings = audit_settings.parse(compare.audit or {}, "audit")
+    kept = Storage(compare.compare_dir).where("audit")
+    for number, trial in enumerate(trials):
+        progress("auditing", number, len(trials))
+        run = runs.load(Storage(final.sweep_dir).where(trial.run))
+        audits.audit(runs.resolve(run, measured=True), settings, check=check, kept=kept)
+    progress("auditing", len(trials), len(trials))
 
 
 def _telling(part: str, stage: Stage, progress: Callable[[str, int, int], None]) -> Callable[[Progress], None]:

@@ -46,6 +46,9 @@ def started(runtime_env: dict) -> Iterator[None]:
         finally:
             with _no_process_left():
                 ray.shutdown(wait_for_processes=True)
+            from unlearn.data import pixels
+
+            pixels.sweep()  # what workers that had to be killed have left
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from ray import tune
 
 
 class PointTrainable(tune.Trainable):
-    """One stage of the point a step; it is used for one point after another."""
+    """One stage of the point a step, from "stage" on; it is used for one point after another."""
 
     # Ray Tune's interface declares `setup(config)`; with_parameters adds the rest.
     def setup(self, config: dict[str, Any], desk: Any = None) -> None:
@@ -18,7 +18,7 @@ class PointTrainable(tune.Trainable):
         self.reset_config(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.point, self.stage = new_config["point"], 0
+        self.point, self.stage = new_config["point"], new_config.get("stage", 0)
         return True
 
     def step(self) -> dict[str, Any]:

@@ -2,22 +2,18 @@
 promote`.
 """
 
-import shutil
 from collections.abc import Callable
 
-from jobs.evaluate import RESULTS, evaluate
+from jobs import run_folder
+from jobs.evaluate import evaluate
 from unlearn import config
-from unlearn.data.storage import Storage, local_copy
+from unlearn.data.storage import Storage
 from unlearn.errors import UnlearnError
-from unlearn.evaluation import report
 from unlearn.run import Run, resolve
 from unlearn.search import alone
 from unlearn.search.records import Trial
 from unlearn.search.space import Sweep
 from unlearn.training.export import export
-
-# Of the trial alone: where it ran, and what it came to on the images that were tuned on.
-LEFT = ("config.yaml", "lease.json", RESULTS, report.NAME)
 
 
 def promote(
@@ -35,15 +31,11 @@ def promote(
     source, dest = Storage(Storage(sweep.sweep_dir).where(trial.run)), Storage(settings.run_dir)
     if dest.is_file("config.yaml"):
         raise UnlearnError(f"{run_dir} holds a run: give a new folder")
-    names = [name for name in source.files() if name not in LEFT]
-    if not any(name.startswith("checkpoints/") for name in names):
+    if not any(name.startswith("checkpoints/") for name in run_folder.files(source)):
         raise UnlearnError(
             f"{source.uri} holds no checkpoint: its files are gone; `unlearn run` makes the same run anew"
         )
-    for name in names:
-        check()
-        with local_copy(source.where(name)) as file, dest.writing(name) as path:
-            shutil.copyfile(file, path)
+    run_folder.copy(source, dest, check)
     dest.write("config.yaml", config.dump(settings).encode(), private=settings.names_rows)
     run = resolve(settings, measured=True)
     export(run)  # the model's card tells of this run

@@ -39,8 +39,12 @@ class Study(OptunaSearch):
     def _sampler_of(self, number: int):
         import optuna
 
-        kind = optuna.samplers.TPESampler if self.sweep.search_by == "tpe" else optuna.samplers.NSGAIISampler
-        return kind(seed=(self.sweep.search_seed * 1_000_003 + number) % (1 << 32))
+        seed = (self.sweep.search_seed * 1_000_003 + number) % (1 << 32)
+        if self.sweep.search_by == "tpe":
+            return optuna.samplers.TPESampler(seed=seed)
+        # Optuna's own 50 would leave a small budget with its first generation, which is drawn at random.
+        size = min(50, max(4, (self.sweep.budget.points or 200) // 4))
+        return optuna.samplers.NSGAIISampler(population_size=size, seed=seed)
 
     def _define(self, trial: Any) -> Parameters:
         return self.sweep.assembled(lambda key, domain: domain.suggest(key, trial))

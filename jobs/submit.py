@@ -23,13 +23,14 @@ from pathlib import Path
 from jobs.backends import base
 from jobs.backends.base import CONFIG, GOES_ON, Backend, Job, NoSuchJob, Request, State, warning_line
 from unlearn import config, lease, patience
+from unlearn.data.pack_file import Packing
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, StorageError
-from unlearn.search import space, sweep_file
+from unlearn.search import space
 
 # driver, a command of `unlearn` -> what it is given beside its configuration
-DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": (), "sweep": ()}
-Settings = config.RunConfig | space.Sweep  # the latter of the driver `sweep`
+DRIVERS = {"run": ("--resume",), "pretrain": ("--resume",), "evaluate": (), "sweep": (), "pack": ()}
+Settings = config.RunConfig | space.Sweep | Packing  # of a run, of the driver `sweep`, of `pack`
 CONFIGS = "configs"  # the folder in a run folder
 # An environment variable holds 128 KiB, and on its way through a command line it is quoted.
 LARGEST = 64 << 10
@@ -52,10 +53,7 @@ def request(
             raise ConfigError(
                 f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable where the job runs"
             )
-    text, given = (
-        sweep_file.dump(run) if isinstance(run, space.Sweep) else config.dump(run),
-        (*DRIVERS[driver], *arguments),
-    )
+    text, given = base.dump(run), (*DRIVERS[driver], *arguments)
     told = json.dumps([run.model_dump(mode="json"), driver, given], sort_keys=True)
     id = f"{_label(name or run.name)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
     source = f"{run.run_dir}/{CONFIGS}/{hashlib.sha256(text.encode()).hexdigest()[:16]}.yaml"

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from ray.tune.search import Searcher
 
 from jobs.sweep_state import SweepState
+from unlearn.search.alone import mask
 from unlearn.search.records import Point
 from unlearn.search.space import Parameters
 
@@ -78,7 +79,7 @@ class Suggestions(Searcher):
     def _given(self, trial_id: str, point: str, names: list[str]) -> dict:
         self.running[trial_id], self.names[point] = point, names
         parameters = self.state.point(point).parameters
-        return {"point": point, "parameters": {key: _plain(value) for key, value in parameters.items()}}
+        return {"point": point, "parameters": {key: _plain(mask(value, key)) for key, value in parameters.items()}}
 
     def on_trial_result(self, trial_id: str, result: dict) -> None:
         pass

@@ -20,7 +20,7 @@ from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError
 from unlearn.search import records, sweep_file
 from unlearn.search.records import Trial
-from unlearn.search.space import Sweep
+from unlearn.search.space import FREE, Sweep
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,8 @@ TUNE = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    # MLflow: nothing is told to its makers, and a server that is gone does not hold up the sweep for minutes.
+    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }  # fmt: skip
 PATIENCE = 60  # seconds without a slot that has started, after which it is told what is missing
 
@@ -40,7 +42,8 @@ def prepare(sweep: Sweep) -> None:
         former = sweep_file.load(storage.where(records.SWEEP))
         if former.identity() != sweep.identity():
             raise ConfigError(
-                f"{sweep.sweep_dir} holds another sweep: only budget and concurrent may change; put the others back, or give another sweep_dir"
+                f"{sweep.sweep_dir} holds another sweep: only {', '.join(FREE)} may change; put the others back, or "
+                "give another sweep_dir"
             )
     storage.write(records.SWEEP, sweep_file.dump(sweep).encode(), private=sweep.settings.names_rows)
 
@@ -57,19 +60,30 @@ def sweep(
     cluster = sweep.settings.cluster
     least = cluster.min_workers or cluster.workers
     with (
+        contextlib.ExitStack() as stack,
         variables({name: os.environ.get(name, value) for name, value in TUNE.items()}),
-        connected(cluster, least * sweep.concurrent),
         tempfile.TemporaryDirectory(prefix="unlearn-sweep-") as scratch,
     ):
+        callbacks = _callbacks(sweep, Path(scratch))
+        stack.enter_context(connected(cluster, least * sweep.concurrent))
         import ray
 
         from jobs.desk import Desk
 
         state = SweepState(sweep, lambda run: ray.put(run), retry_failed)
         desk = cast(Any, ray.remote(Desk)).options(num_cpus=0, max_concurrency=1000).remote(cluster.max_failures)
-        with _slots(sweep, desk, scratch) as slots, _tuned(sweep, state, desk, Path(scratch)) as tuned:
+        with _slots(sweep, desk, scratch) as slots, _tuned(sweep, state, desk, Path(scratch), callbacks) as tuned:
             _follow(sweep, state, desk, slots, tuned, progress, check)
     return list(state.trials.values())
+
+
+def _callbacks(sweep: Sweep, scratch: Path) -> list:
+    """Ray Tune's, where the sweep wants some; before anything is started, since they may not be had."""
+    if not sweep.log_to:
+        return []
+    from jobs.callbacks import wanted
+
+    return wanted(sweep, scratch)
 
 
 def _follow(
@@ -158,7 +172,7 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
 
 
 @contextlib.contextmanager
-def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterator[Future]:
+def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path, callbacks: list) -> Iterator[Future]:
     """Ray Tune in a thread of its own, over when its future is; after the block it is."""
     import ray
     from ray.exceptions import RayError
@@ -169,7 +183,7 @@ def _tuned(sweep: Sweep, state: SweepState, desk: Any, scratch: Path) -> Iterato
 
     def run() -> None:
         try:
-            outcome.set_result(tune(sweep, state, desk, scratch))
+            outcome.set_result(tune(sweep, state, desk, scratch, callbacks))
         except BaseException as e:
             outcome.set_exception(e)
 

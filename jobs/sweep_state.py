@@ -49,9 +49,8 @@ class Limits:
     def check(self, settings: config.RunConfig) -> None:
         """Raises UnlearnError where the models cannot be had, and ConfigError where the run does not fit a worker's memory."""
         training, evaluation = settings.training, settings.evaluation
-        key = repr(
-            (settings.model, evaluation.oracle, evaluation.features, evaluation.features_weights, settings.data.augment)
-        )
+        looking = evaluation.features, evaluation.features_weights, evaluation.lpips_weights
+        key = repr((settings.model, evaluation.oracle, looking, settings.data.augment))
         if key not in self.models:
             train.check_models(settings)
             self.models.add(key)
@@ -139,7 +138,11 @@ class SweepState:
             if self.sweep.budget.points is not None and len(self.ids) >= self.sweep.budget.points:
                 return None
             self.ids[key] = f"p{len(self.ids):03d}"
-        point = self.ids[key]
+        self.prepare(self.ids[key], parameters)
+        return self.ids[key]
+
+    def prepare(self, point: str, parameters: Parameters) -> bool:
+        """Prepare the trials of a point as far as they are not over, as `begin` does; whether there is one to run."""
         missing = {
             id: (seed, model)
             for seed, model in self.sweep.pairs()
@@ -157,12 +160,12 @@ class SweepState:
         except UnlearnError as e:
             for trial in trials.values():
                 self._write(replace(trial, status="infeasible", message=str(e), ended=records.now()))
-            return point
+            return False
         with self.lock:
             self.prepared |= prepared
             for id, trial in trials.items():
                 self._write(replace(trial, config_hash=prepared[id].run.settings.hash()))
-        return point
+        return self.to_run(point)
 
     def _prepare(self, trial: Trial, parameters: Parameters) -> Prepared:
         settings = self.sweep.of(parameters, trial.seed, trial.model, trial.id)
@@ -179,6 +182,22 @@ class SweepState:
         """Whether a trial of the point is not over."""
         with self.lock:
             return any(not trial.over for trial in self._of(point))
+
+    def known(self, point: str) -> bool:
+        with self.lock:
+            return bool(self._of(point))
+
+    def behind(self, point: str, stage: int) -> bool:
+        """Whether a trial of the point is still to come to the end of a stage, or the point is not known yet."""
+        with self.lock:
+            trials = self._of(point)
+            return not trials or any(not trial.over and len(trial.stages) <= stage for trial in trials)
+
+    def renewed(self, trial: Trial) -> None:
+        """A trial goes on as another run, which is prepared with its next stage."""
+        with self.lock:
+            self.prepared.pop(trial.id, None)
+            self._write(trial)
 
     def replays(self) -> list[str]:
         """Points that were measured by another process, to be shown once more to what stops trials early."""
@@ -218,8 +237,11 @@ class SweepState:
             figures = [trial.stages[stage]["figures"] for trial in trials]
             names = set.intersection(*(set(each) for each in figures))
             means = {name: math.fsum(each[name] for each in figures) / len(figures) for name in names}
+            step = trials[0].stages[stage]["step"]
             last = all(trial.over and len(trial.stages) == stage + 1 for trial in trials)
-            return {"done": last, "step": trials[0].stages[stage]["step"], **means}
+            if self.sweep.search_by == "pbt":  # each stage is a trial of Ray Tune, with a learning rate of its own
+                last, means["training.lr"] = True, self.prepared[trials[0].id].run.settings.training.at(step).lr
+            return {"done": last, "step": step, **means}
 
     def taken(self, event: Event, starting: float) -> None:
         """A slot has begun with a trial. starting: seconds that it took to start before its first one."""

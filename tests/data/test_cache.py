@@ -30,7 +30,8 @@ from unlearn.data import selection
 from unlearn.data.loader import Loader
 
 def held():
-    return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1]) << 10
+    lines = [line.split() for line in open("/proc/self/status")]
+    return sum(int(line[1]) for line in lines if line[0] in ("RssAnon:", "RssShmem:")) << 10
 
 def read(settings, epochs):
     loader = Loader(settings, selection.sets(settings.data, 0), grid=4, size=160)
@@ -84,18 +85,19 @@ def images(tiny_run, limit: int, *overrides: str, size: int | None = 32) -> Imag
 def test_a_decoded_image_takes_what_it_has_after_it_was_cut_to_size(tiny_run):
     found = images(tiny_run, 1 << 30, "data.cache=decoded")
     for row in found.set.rows.tolist():
-        assert found[row] is found[row]
-    assert found.cache.bytes == len(found.set) * (3 * 32 * 32 + ENTRY)
-    assert all(image.base is None or memoryview(image.base).nbytes == image.nbytes for image in found._kept.values())
+        image = found[row].copy()
+        assert found[row].base is not None and np.array_equal(found[row], image)
+    assert found.cache.bytes == len(found.set) * 3 * 32 * 32 and not found._shelf.images
     whole = images(tiny_run, 1 << 30, "data.cache=decoded", size=None)  # for crops
-    assert sum(whole[row].nbytes + ENTRY for row in whole.set.rows.tolist()) == whole.cache.bytes
+    assert sum(whole[row].nbytes for row in whole.set.rows.tolist()) == whole.cache.bytes
 
 
 def test_an_encoded_image_takes_its_own_bytes_and_no_row_group_stays(tiny_run):
     found = images(tiny_run, 1 << 30, "data.cache=encoded")
     found[0]
-    assert sorted(found._kept) == list(range(8)) and all(type(entry) is bytes for entry in found._kept.values())
-    assert found.cache.bytes == sum(len(entry) + ENTRY for entry in found._kept.values())
+    kept = found._shelf.images
+    assert sorted(kept) == list(range(8)) and all(type(entry) is bytes for entry in kept.values())
+    assert found.cache.bytes == sum(len(entry) + ENTRY for entry in kept.values())
 
 
 @pytest.mark.parametrize("kept", ["none", "encoded", "decoded"])
@@ -121,10 +123,10 @@ def test_what_is_kept_is_counted_and_within_the_limit_under_many_threads(tiny_ru
     finally:
         sys.setswitchinterval(interval)
     assert not wrong and not found.bad
-    single = sum(ENTRY + memoryview(entry).nbytes for entry in found._kept.values())
+    single = sum(ENTRY + len(entry) for entry in found._shelf.images.values()) + found.cache.decoded
     assert single + found.cache.row_groups.bytes == found.cache.bytes and single <= found.cache.room
     assert found.cache.row_groups.bytes == sum(size for _, size in found.cache.row_groups._held.values())
-    assert bool(found._kept) == (kept != "none" and limit > 0)
+    assert bool(single) == (kept != "none" and limit > 0)
 
 
 def test_the_sets_of_a_worker_share_one_limit(tiny_run):
@@ -133,8 +135,9 @@ def test_the_sets_of_a_worker_share_one_limit(tiny_run):
     for _ in loader.batches(range(20)):
         pass
     assert loader.images["retain"].cache is loader.images["forget"].cache
-    entries = {id(entry): entry for each in loader.images.values() for entry in each._kept.values()}.values()
-    assert 20_000 < sum(memoryview(entry).nbytes + ENTRY for entry in entries) <= 30 << 10
+    shelf, decoded = loader.images["retain"]._shelf, loader.images["retain"].cache.decoded
+    assert shelf is loader.images["forget"]._shelf
+    assert 20_000 < decoded + sum(len(entry) + ENTRY for entry in shelf.images.values()) <= 30 << 10
 
 
 def test_the_values_used_last_stay_and_the_newest_always():

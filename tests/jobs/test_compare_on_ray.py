@@ -24,13 +24,14 @@ def test_methods_are_tuned_and_compared_and_it_goes_on(tiny_shards, tiny_model, 
             "saliency": {"method": {"name": "encoder_l2", "saliency": 0.5}, "tune": {"method.alpha": [0.25, 1.0]}},
             "too fast": {"method": {"name": "max_loss"}, "set": {"training.lr": 1e30}, "tune": {"method.alpha": [0.25, 1.0]}},
         },
-        "tune": {"limit": 8, "choose": ["retain.cosine.drop"]}, "seeds": [0, 1],
+        "tune": {"limit": 8, "choose": ["retain.cosine.drop"]}, "seeds": [0, 1], "audit": {"tests": ["membership"]},
     })  # fmt: skip
     job.prepare(found)
     told = []
     document = job.compare(found, lambda *now: told.append(now))
     rows = {row["method"]: row for row in document["rows"]}
     assert [rows[name]["done"] for name in ("paper", "saliency", "too fast")] == [2, 2, 0]
+    assert rows["paper"]["audits"] == {"verdicts": {"NOT SHOWN": 2}, "failed": {}}, "there are no held-out images"
     assert "not finite" in rows["too fast"]["failed"] and ("comparing", 6, 6) in told and ("tuning", 6, 6) in told
 
     final = Storage(found.final({label: rows[label]["options"] for label in found.methods}).sweep_dir)

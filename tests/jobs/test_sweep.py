@@ -1,6 +1,9 @@
 """Sweeps on a real Ray cluster of this machine: what their trials are, what fails in them, and how they go on."""
 
 import contextlib
+import importlib.util
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,35 +16,26 @@ import pytest
 import ray
 import yaml
 from safetensors.torch import load
-from support.runs import evaluate, export, tiny_config
+from support.driver import Driver
+from support.runs import evaluate, export
+from support.sweeps import tiny_tree as tree
 from support.workers import together
+from tensorboardX.proto.event_pb2 import Event
 
-from jobs import submit
+from jobs import callbacks, submit
 from jobs import sweep as job
 from jobs.backends import base
 from jobs.cluster import connected
 from jobs.study import Study
 from jobs.suggestions import Suggestions
 from jobs.sweep_state import Progress, SweepState
-from unlearn import config
+from unlearn import config, signals
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError
+from unlearn.errors import ConfigError, UnlearnError
 from unlearn.search import space, sweep_file
 from unlearn.search.records import Trials, points
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
-
-STEPS = ["training.engine=deepspeed", "training.micro_batch_size=8", "evaluation.limit=null"]
-
-
-def tree(folder, tiny_shards, tiny_model, *overrides: str, **keys) -> dict:
-    """A sweep of the tiny run; overrides: of the run."""
-    run = tiny_config("unused", tiny_shards, tiny_model, *STEPS, *overrides)
-    return {
-        "sweep_dir": str(folder), "run": run.model_dump(mode="json", exclude_defaults=True), "tune_on": {"limit": 8},
-        "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"},
-        "search": {"method.alpha": {"grid": [0.25, 1.0]}}, "search_by": "grid", **keys,
-    }  # fmt: skip
 
 
 def alone(sweep: space.Sweep, trial, folder) -> config.RunConfig:
@@ -101,7 +95,7 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
         f"{warm.run}/model/weights.safetensors"
     )
 
-    with pytest.raises(ConfigError, match="holds another sweep: only budget and concurrent may change"):
+    with pytest.raises(ConfigError, match="holds another sweep: only budget, concurrent, log_to, tracking_uri may"):
         job.prepare(sweep_file.parse(sweep_file.parse(tree(s3, tiny_shards, tiny_model)).model_dump(mode="json")))
 
 
@@ -163,6 +157,23 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         ) == 6
 
 
+def scalars(folder: Path, tag: str) -> dict[int, float]:
+    """step -> value of what TensorBoard would draw."""
+
+    def told(event: Event):
+        return ((event.step, each) for each in event.summary.value)
+
+    found = {}
+    for path in folder.glob("events.*"):
+        content, at = path.read_bytes(), 0
+        while at < len(content):  # length, its checksum, an event, its checksum
+            length = int.from_bytes(content[at : at + 8], "little")
+            event = Event.FromString(content[at + 12 : at + 12 + length])
+            found |= {step: each.simple_value for step, each in told(event) if each.tag == tag}
+            at += length + 16
+    return found
+
+
 @pytest.fixture
 def cluster():
     """A Ray cluster of this machine for several sweeps."""
@@ -170,14 +181,10 @@ def cluster():
         yield
 
 
-def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots."""
-    sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
-        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
-    ))  # fmt: skip
-    job.prepare(sweep)
-    legs = []
+@pytest.fixture
+def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
+    """(trial, until) of every leg that two slots were given. They train nothing: alpha and seed say what it comes to."""
+    given = []
 
     @contextlib.contextmanager
     def slots(sweep, desk, scratch):
@@ -186,26 +193,34 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
                 if leg is None:
                     continue
                 run = ray.get(leg.run[0])
-                legs.append((leg.trial, leg.until))
-                figures = {
-                    "retain.cosine.drop": run.settings.method.alpha + run.settings.seed / 10,
-                    "forget.cosine.drop": 0.5,
-                }
+                given.append((leg.trial, leg.until))
+                drop = run.settings.method.alpha + run.settings.seed / 10
                 outcome = {
-                    "step": leg.until,
-                    "figures": figures,
-                    "original": {},
-                    "oracle": {},
-                    "seconds": {"train": 1.0},
-                }
-                ray.get(desk.measured.remote(number, leg.trial, outcome | {"training_seconds": 1.0}))
+                    "step": leg.until, "figures": {"retain.cosine.drop": drop, "forget.cosine.drop": 0.5},
+                    "original": {}, "oracle": {}, "seconds": {"train": 1.0}, "training_seconds": 1.0,
+                }  # fmt: skip
+                ray.get(desk.measured.remote(number, leg.trial, outcome))
 
         with ThreadPoolExecutor() as pool:
-            work = [pool.submit(slot, number) for number in range(2)]
-            yield work
-            ray.get(desk.close.remote())
+            try:
+                yield [pool.submit(slot, number) for number in range(2)]
+            finally:
+                ray.get(desk.close.remote())
 
     monkeypatch.setattr(job, "_slots", slots)
+    return given
+
+
+def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path):
+    """Ray Tune's ASHA over eight points with two seeds, by slots that train nothing; TensorBoard and, where its client is
+    installed, MLflow are told of them."""
+    tracked = importlib.util.find_spec("mlflow") is not None
+    sweep = sweep_file.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8",
+        search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}}, seeds=[0, 1],
+        stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
+    ))  # fmt: skip
+    job.prepare(sweep)
     trials = job.sweep(sweep)
     assert len(legs) == len(set(legs)) and len(trials) == 16
     best = [t for t in trials if t.parameters["method.alpha"] == 1]
@@ -222,6 +237,107 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
         "it goes on behind its last stage, and the others are over"
     )
     assert {t.id: t.status for t in again} == {t.id: t.status for t in trials}
+
+    figures = {}
+    for name in sorted({trial.point for trial in trials}):
+        figures[name] = scalars(Path(sweep.sweep_dir, "tensorboard", name), "ray/tune/retain.cosine.drop")
+    [point] = points(best)
+    assert figures[point.id] == {step: pytest.approx(1.05) for step in (2, 4, 6, 8)} and len(figures) == 8
+    if tracked:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"sqlite:///{sweep.sweep_dir}/mlflow.db")
+        runs = {
+            run.info.run_name: run for run in client.search_runs([client.get_experiment_by_name("sweep").experiment_id])
+        }
+        assert runs.keys() == figures.keys(), "the points that were shown again are the same runs"
+        assert runs[point.id].data.params == {"method.alpha": "1"} and runs[point.id].info.status == "FINISHED"
+        history = client.get_metric_history(runs[point.id].info.run_id, "retain.cosine.drop")
+        assert {metric.step: metric.value for metric in history} == pytest.approx(figures[point.id])
+
+
+def test_a_population_that_is_asked_to_stop_goes_on(legs, tiny_shards, tiny_model, tmp_path):
+    """In the midst of a stage: `Stopped`, and the next start runs what was not over, and nothing twice."""
+    sweep = sweep_file.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=6", search={"training.lr": {"uniform": [0.1, 0.2]}},
+        search_by="pbt", budget={"points": 4}, measure_every=2, concurrent=2,
+    ))  # fmt: skip
+    job.prepare(sweep)
+    known = Trials(Storage(sweep.sweep_dir))
+
+    def ask(now: Progress) -> None:
+        if sum(len(trial.stages) for trial in now.trials) >= 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {sign: signal.getsignal(sign) for sign in (signal.SIGINT, signal.SIGTERM)}
+    signals.listen()
+    try:
+        with pytest.raises(signals.Stopped):
+            job.sweep(sweep, ask)
+    finally:
+        for sign, handler in before.items():
+            signal.signal(sign, handler)
+    assert 6 <= sum(len(trial.stages) for trial in known.all()) < 12
+    assert all(trial.status in ("running", "done") for trial in known.all())
+    trials = job.sweep(sweep)
+    assert [trial.status for trial in trials] == ["done"] * 4 and trials == known.all()
+    assert len(set(legs)) == 12 and len(legs) <= 12 + 2, "at most what two slots had in hand is run again"
+    assert [until for _, until in dict.fromkeys(legs)] == [2] * 4 + [4] * 4 + [6] * 4, "all of a stage, then the next"
+    origins = [[stage.get("from") for stage in trial.stages] for trial in trials]
+    assert origins == [[None] * 3] * 3 + [["p000", "p000", None]]
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_sigterm_of_the_command(tiny_shards, tiny_model, tmp_path):
+    """Of `unlearn sweep` while a trial trains: one line says how to go on, no process is left, checkpoints are used."""
+    sweep = sweep_file.parse(tree(
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=400", "training.checkpoint_every=10",
+        "evaluation.views=[{size: 0.5}]",
+    ))  # fmt: skip
+    path = tmp_path / "sweep.yaml"
+    path.write_text(sweep_file.dump(sweep))
+    records, begun = Trials(Storage(sweep.sweep_dir)), 0
+
+    def step() -> int:
+        """Steps that are in checkpoints, of all trials."""
+        folders = (f"{sweep.sweep_dir}/{trial.run}" for trial in records.all())
+        return sum((Checkpoints(folder, 2).steps() or [0])[-1] for folder in folders)
+
+    for sign in (signal.SIGINT, signal.SIGTERM):
+        driver = Driver(tmp_path, "sweep", path, RAY_ADDRESS="")
+        driver.until(lambda begun=begun: step() > begun)
+        left = psutil.Process(driver.process.pid).children(recursive=True)
+        line = driver.stopped(sign)
+        assert f"what runs goes on from its checkpoints: unlearn sweep {sweep.sweep_dir}" in line
+        assert not psutil.wait_procs(left, timeout=60)[1], "processes outlive the driver"
+        begun = step()
+        assert all(trial.status in ("running", "done") for trial in records.all())
+    trials = job.sweep(sweep)
+    assert [trial.status for trial in trials] == ["done", "done"]
+    for trial in trials:
+        rows = [row["step"] for row in metrics.read(f"{sweep.sweep_dir}/{trial.run}")]
+        assert rows == [*range(1, 401)], "no step is missing, and none is there twice"
+
+
+def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch):
+    def refused(folder=tmp_path, **keys) -> str:
+        with pytest.raises(UnlearnError) as e:
+            callbacks.wanted(
+                sweep_file.parse(tree(folder, tiny_shards, tiny_model, log_to=["mlflow"], **keys)), tmp_path
+            )
+        return str(e.value)
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "mlflow", None)
+        assert "log_to: mlflow needs mlflow-skinny, which is not installed: pip install 'unlearn[mlflow]'" in refused()
+    with pytest.raises(ConfigError, match=r"tracking_uri is for log_to: \[mlflow\]"):
+        sweep_file.parse(tree(tmp_path, tiny_shards, tiny_model, tracking_uri="http://here"))
+    if importlib.util.find_spec("mlflow"):
+        assert "SQLite cannot lie in s3://b/c: name an MLflow server in tracking_uri" in refused("s3://b/c")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        told = refused(tracking_uri="http://me:secret@127.0.0.1:9")
+        assert "log_to mlflow: http://...: " in told and "NewConnectionError" in told and "secret" not in told
 
 
 def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):

@@ -265,6 +265,7 @@ def test_the_image_cache_is_what_a_worker_then_holds(tmp_path, kept):
         for row in images.set.rows.tolist():
             images.sound(row)
     real, need = loader.images["retain"].cache.bytes, memory.caches(run, sets, free)
+    real //= run.cluster.workers if kept == "decoded" else 1  # which are there once a machine
     assert need == pytest.approx(real, rel=0.1), (need, real)
     assert memory.caches(run, sets, need // 2) == need // 2 and memory.caches(run, None, free) == free
 
@@ -306,9 +307,10 @@ def test_the_limit_of_the_caches_is_planned_as_it_will_be(tmp_path, monkeypatch)
     assert planned("cluster.workers=4") == cache.limit(run_for(tmp_path).data, 4) == 1 << 30
     assert planned(size="1GiB") == 256 << 20
     assert planned("cluster.gpus_per_worker=1", gpu="H100") == cache.DEFAULT  # whose host is not here
-    assert planned("data.cache_bytes=3MiB", size="1GiB") == 3 << 20
+    assert planned("data.cache=encoded", "data.cache_bytes=3MiB", size="1GiB") == 3 << 20
+    assert planned("cluster.workers=4", "data.cache_bytes=4MiB") == 1 << 20  # decoded: of all workers together
     # Data that is not here takes the limit.
-    assert report.report(run_for(tmp_path, "data.train=/nowhere", "data.cache_bytes=3MiB")).caches == 3 << 20
+    assert report.report(run_for(tmp_path, "data.train=/nowhere", "data.cache_bytes=6MiB")).caches == 3 << 20
 
 
 def test_a_method_that_makes_no_sense_is_not_planned(told, written):  # noqa: F811

@@ -9,8 +9,10 @@ from support.browser import CHROMIUM, browser
 from support.sweeps import trial
 
 from jobs import compare as job
+from unlearn import config
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
+from unlearn.models import weights
 from unlearn.search import compare as comparisons
 from unlearn.search import leaderboard, leaderboard_page
 from unlearn.search.records import Trials
@@ -86,7 +88,9 @@ def test_what_is_not_fair_or_not_valid_is_refused(tmp_path):
         job.prepare(found)
     assert not list(tmp_path.iterdir())
     job.prepare(comparisons.parse(tree(tmp_path)))
-    job.prepare(comparisons.parse(tree(tmp_path, concurrent=2)))
+    job.prepare(comparisons.parse(tree(tmp_path, concurrent=2, audit={"tests": ["transfer"]})))
+    with pytest.raises(ConfigError, match="no test 'charm'"):
+        job.prepare(comparisons.parse(tree(tmp_path, audit={"tests": ["charm"]})))
     with pytest.raises(ConfigError, match="holds another comparison"):
         job.prepare(comparisons.parse(tree(tmp_path, seeds=[1])))
     with pytest.raises(UnlearnError, match="no run is done yet"):
@@ -119,7 +123,9 @@ def compared(tmp_path) -> comparisons.Compare:
             distance = {"count": 2, "chance": 15.6, "generators": {"unlearned": whole}}
             folder.write(f"runs/{id}/metrics.json", json.dumps({"oracle_distance": distance}).encode())
             if number:
-                folder.write(f"runs/{id}/audit.json", json.dumps({"verdict": "PASS" if place else "FAIL"}).encode())
+                verdict = "PASS" if place else "FAIL"
+                audit = {"verdict": verdict, "tests": ["probes"], "probes": {"verdict": verdict}}
+                folder.write(f"runs/{id}/audit.json", json.dumps(audit).encode())
     return found
 
 
@@ -138,6 +144,8 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     whole = [math.sqrt((f * f + 16) / 2) for f in (3, 4, 5)]
     assert first["figures"]["distance"]["mean"] == pytest.approx(sum(whole) / 3)
     assert second["figures"]["audit.passed"]["mean"] == 0.75 and "audit.passed" not in first["figures"]
+    cells = [leaderboard_page.cell(row, "audit.passed", "") for row in (first, second)]
+    assert cells == ["–", "FAIL 1 (probes), PASS 3"] and "with these tests: probes" in " ".join(document["notes"])
     assert document["distance"] == "oracle spreads" and document["chance"] == 15.6 and document["tuned"] == 2
     assert document["reference"]["oracle"]["forget.cosine"] == 0.6 and "paper" in document["notes"][-1]
     page = Path(compared.compare_dir, leaderboard_page.NAME).read_text()
@@ -151,6 +159,28 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     assert 0 <= drawn["marks"][0]["x"] < drawn["marks"][1]["x"] <= 100 and all(
         0 <= m["y"] <= 100 for m in drawn["marks"]
     )
+
+
+def test_every_run_is_audited_and_what_they_share_is_measured_once(tmp_path):
+    """tests/jobs/test_compare_on_ray.py audits runs that were trained."""
+    audit = {"tests": ["membership"], "limit": 10, "resamples": 100, "membership": {"views": 1}}
+    found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit))
+    final = found.final({label: found.candidates(label)[0] for label in found.methods})
+    point, trials = final.grid()[0], []
+    for seed, name in ((0, "embedded:mae-fashion"), (5, "embedded:mae-fashion-oracle")):
+        id = final.trial_id("p000", seed, None)
+        run = final.of(point, seed, None, id)
+        Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
+        weights.write(weights.build(config.Model(weights=name)), Storage(run.run_dir).where("model"), {})
+        trials.append(trial("p000", seed, point, 0.6, 0.77, id=id, run=f"runs/{id}"))
+    told = []
+    job._audit(found, final, trials, lambda *now: told.append(now), lambda: None)
+    assert told[0] == ("auditing", 0, 2) and told[-1] == ("auditing", 2, 2)
+    made = [json.loads(Storage(final.sweep_dir).read(f"{t.run}/audit.json")) for t in trials]
+    assert made[0]["membership"]["original"] == made[1]["membership"]["original"]
+    assert made[0]["weights"]["unlearned"] != made[1]["weights"]["unlearned"]
+    # two sets of the original, of the oracle, and of each unlearned model
+    assert len(Storage(tmp_path).files("audit")) == 8
 
 
 def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):

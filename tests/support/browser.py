@@ -25,7 +25,7 @@ class Tab:
     """One page. complaints: what the page's console, its policy and its scripts have said."""
 
     def __init__(self, url: str):
-        self.socket, self.sent, self.complaints = websocket.create_connection(url, timeout=60), 0, []
+        self.socket, self.sent, self.complaints = websocket.create_connection(url, timeout=600), 0, []
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
@@ -63,7 +63,7 @@ class Tab:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 60, again: Callable[[], None] = lambda: None) -> None:
+    def wait(self, condition: str, seconds: float = 600, again: Callable[[], None] = lambda: None) -> None:
         """Until an expression is true; `again` is done before each look, for what a page that is busy may miss."""
         end = time.monotonic() + seconds
         while again() or not self.run(condition):
@@ -100,7 +100,7 @@ def browser(profile: Path) -> Iterator[Tab]:
         assert process.stderr
         line = next(line for line in process.stderr if "DevTools listening on" in line)
         port = line.rpartition("ws://")[2].split("/")[0].rpartition(":")[2]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=600) as answer:
             page = next(one for one in json.load(answer) if one["type"] == "page")
         tab = Tab(page["webSocketDebuggerUrl"])
         try:

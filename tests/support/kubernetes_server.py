@@ -10,7 +10,6 @@ import lzma
 import os
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+
+from support.programs import free_ports
 
 SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[2] / "../shared/data")).resolve().parent
 BINARY = SHARED / "tools/crdserver/crdserver.xz"
@@ -110,7 +111,7 @@ def _started(folder: Path, stack: contextlib.ExitStack) -> Server:
     with lzma.open(BINARY) as packed, open(binary, "wb") as unpacked:
         shutil.copyfileobj(packed, unpacked, 2**20)
     binary.chmod(0o755)
-    client, peer, port, token = _free_port(), _free_port(), _free_port(), secrets.token_hex(16)
+    (client, peer, port), token = free_ports(3), secrets.token_hex(16)
     etcd, url, peers = f"http://127.0.0.1:{client}", f"https://127.0.0.1:{port}", f"http://127.0.0.1:{peer}"
     stack.enter_context(
         _process(
@@ -142,12 +143,6 @@ def _started(folder: Path, stack: contextlib.ExitStack) -> Server:
     return found
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 @contextlib.contextmanager
 def _process(command: list, folder: Path) -> Iterator[subprocess.Popen]:
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "GOMEMLIMIT": "500MiB"}
@@ -167,7 +162,7 @@ def _until(answers, server: subprocess.Popen, folder: Path) -> None:
     from kubernetes.config import ConfigException
     from urllib3.exceptions import HTTPError
 
-    deadline, error = time.monotonic() + 60, None
+    deadline, error = time.monotonic() + 600, None
     while time.monotonic() < deadline and server.poll() is None:
         try:
             answers()

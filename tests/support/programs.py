@@ -1,6 +1,7 @@
 """Programs that a test starts, and ports for them."""
 
 import contextlib
+import random
 import shutil
 import socket
 import sysconfig
@@ -17,8 +18,13 @@ def program(name: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on. They lie below those that the kernel hands out, so that no connection of another test takes
+    one before the program listens there, and above those of Ray's workers."""
+    draw, found = random.SystemRandom(), []
     with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
+        while len(found) < count:
+            port, tried = draw.randint(20000, 32000), stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                tried.bind(("127.0.0.1", port))
+                found.append(port)
+    return found

@@ -68,7 +68,7 @@ def _until_ready(url: str, server: subprocess.Popen, log: Path) -> None:
         retries={"total_max_attempts": 1}, connect_timeout=2, read_timeout=5, s3={"addressing_style": "path"}
     )
     keys = {"aws_access_key_id": ADMIN[0], "aws_secret_access_key": ADMIN[1], "region_name": "us-east-1"}
-    client, deadline, error = boto3.client("s3", endpoint_url=url, config=quick, **keys), time.monotonic() + 60, None
+    client, deadline, error = boto3.client("s3", endpoint_url=url, config=quick, **keys), time.monotonic() + 600, None
     while time.monotonic() < deadline and server.poll() is None:
         try:
             for bucket in (BUCKET, "public"):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from support.runs import tiny_config
 from unlearn.data.storage import Storage
 from unlearn.search import sweep_file
 from unlearn.search.objectives import derived
@@ -22,6 +23,17 @@ def grid_sweep(folder, **changes: Any) -> Sweep:
         "objectives": {"retain.cosine": "maximise", "forget.cosine.to_oracle": "minimise"},
         "constraints": ["retain.cosine.drop <= 0.06"], "search_by": "grid",
     } | changes)  # fmt: skip
+
+
+def tiny_tree(folder, tiny_shards, tiny_model, *overrides: str, **keys) -> dict[str, Any]:
+    """A sweep of the tiny run; overrides: of the run."""
+    steps = ("training.engine=deepspeed", "training.micro_batch_size=8", "evaluation.limit=null")
+    run = tiny_config("unused", tiny_shards, tiny_model, *steps, *overrides)
+    return {
+        "sweep_dir": str(folder), "run": run.model_dump(mode="json", exclude_defaults=True), "tune_on": {"limit": 8},
+        "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"},
+        "search": {"method.alpha": {"grid": [0.25, 1.0]}}, "search_by": "grid", **keys,
+    }  # fmt: skip
 
 
 def trial(point: str, seed: int, parameters: dict[str, Any], forget: float, retain: float, **changes: Any) -> Trial:

@@ -29,7 +29,7 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     runs.run, runs.pretrain, runs.evaluate, runs.report, runs.demo, jobs.submit, plan.plan, catalogue.convert, catalogue.models,
-    catalogue.methods, comparisons.oracle, comparisons.compare,
+    catalogue.methods, comparisons.oracle, comparisons.compare, shards.pack,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(shards.app, name="shards")

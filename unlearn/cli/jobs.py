@@ -29,7 +29,7 @@ def submit(
     to: To = "local",
     overrides: Set = [],  # noqa: B006  read only
     driver: Annotated[
-        str, typer.Option(help="the command that the job runs: run, pretrain, evaluate or sweep")
+        str, typer.Option(help="the command that the job runs: run, pretrain, evaluate, sweep or pack")
     ] = "run",
     arguments: Annotated[
         list[str], typer.Option("--arg", help="given to the driver behind its configuration; may be repeated")
@@ -74,6 +74,10 @@ def submit(
         from unlearn.search.sweep_file import load as load_sweep
 
         settings = load_sweep(config, overrides)
+    elif driver == "pack":
+        from unlearn.data.pack_file import load as load_packing
+
+        settings = load_packing(config, overrides)
     else:
         settings = load(config, overrides)
     place = job.backend(

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from unlearn.cli.options import Set, required
+
 app = typer.Typer(no_args_is_help=True, help="Pack, index, check and describe Parquet shards of images.")
 
 
@@ -49,6 +51,26 @@ def build(
             names,
         )
     inspect(dest)
+
+
+def pack(
+    source: Annotated[str, typer.Argument(metavar="PACK.yaml", help="a YAML file (path or s3://)")],
+    overrides: Set = [],  # noqa: B006  read only
+):
+    """Pack images into shards by many workers, scaled where it is wanted; goes on where it was stopped.
+
+    Example: `unlearn pack pack.yaml --set size=256 --set cluster.workers=8`
+    """
+    from jobs import pack as job
+    from jobs.owner import owned
+    from unlearn.cli.console import progress
+    from unlearn.data import pack_file
+
+    required()
+    found = pack_file.load(source, overrides)
+    with owned(found.dest, "pack"), progress("packing") as advance:
+        job.pack(found, lambda done, total: advance(done, total, "shards"))
+    inspect(found.dest)
 
 
 Split = Annotated[str | None, typer.Option(help="the split that is meant, where the folder holds files of several")]

@@ -7,7 +7,7 @@ import numpy as np
 
 from unlearn import config
 from unlearn.data import selection, shards
-from unlearn.data.cache import ENTRY, ImageCache, entry_bytes
+from unlearn.data.cache import ENTRY, ImageCache
 from unlearn.data.decode import decode
 from unlearn.data.scaling import fit
 from unlearn.data.selection import RowSet
@@ -18,16 +18,17 @@ class Images:
     """Random access to the images of one RowSet. Safe from many threads.
 
     size: every image is cut to (size, size, 3); None: images keep the size in which they are stored.
-    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps the returned arrays, so an image cut to
-    size takes 3 * size**2 bytes whatever its original size; where every epoch draws a new crop, images must be
-    cached whole (size=None), since a crop of a scaled image has other pixels.
+    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps the returned arrays, once for all processes of
+    the machine: an image cut to size takes 3 * size**2 bytes whatever its original size. Where every epoch draws a new crop,
+    images must be cached whole (size=None), since a crop of a scaled image has other pixels.
     """
 
     def __init__(self, rows: RowSet, data: config.Data, cache: ImageCache, size: int | None = None):
         self.set, self.data, self.cache, self.size = rows, data, cache, size
         self.bad: dict[int, str] = {}
-        shelf = cache.shelf(self.shelf(rows, data, size))
-        self._kept, self._shelf_lock = shelf.images, shelf.lock
+        self._shelf = cache.shelf(self.shelf(rows, data, size))
+        if data.cache == "decoded":
+            cache.open_pixels(self._shelf, rows.manifest, data.orientation, size)
         self._offered: set[int] = set()  # row groups whose images were offered to the cache
         self._locks = [threading.Lock() for _ in rows.manifest.groups]
         self._lock = threading.Lock()
@@ -38,16 +39,21 @@ class Images:
         return rows.manifest.uri, rows.manifest.hash, data.cache, data.orientation, size
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8. Raises ImageError if it is damaged."""
+        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8, read-only where it is cached. Raises ImageError if it
+        is damaged."""
         entry = self.read(row)
         if isinstance(entry, np.ndarray):
             return entry
-        image = decode(entry, self.data.orientation)
-        if self.size is not None:
-            image = fit(image, self.size)
+        image = self._fit(self._decode(entry))
         if self.data.cache == "decoded":
-            self._keep(row, image)
+            self.cache.keep_decoded(self._shelf, row, image)
         return image
+
+    def _decode(self, stored: bytes | memoryview) -> np.ndarray:
+        return decode(stored, self.data.orientation)
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        return image if self.size is None else fit(image, self.size)
 
     def sound(self, row: int) -> np.ndarray:
         """The decoded image of a row, or of its replacement row where it is damaged."""
@@ -57,16 +63,24 @@ class Images:
             except ImageError as e:
                 row = self.skip(row, e)
 
+    def gather(self, rows: np.ndarray, made: np.ndarray) -> None:
+        """Put the images of `rows`, or their replacements, into `made`, (rows, size, size, 3) uint8."""
+        shared = self._shelf.pixels
+        if shared is None or not shared.gather(rows, made):
+            for place, row in enumerate(rows.tolist()):
+                made[place] = self.sound(row)
+
     def read(self, row: int) -> bytes | memoryview | np.ndarray:
         """The decoded image of a row where the cache has it, else its bytes as they are stored."""
-        entry = self._kept.get(row)
+        entry = self._shelf.get(row)
         if entry is not None:
             return entry
         manifest = self.set.manifest
         group = int(np.searchsorted(manifest.starts, row, side="right") - 1)
         with self._locks[group]:
-            if row in self._kept:  # stored by another thread while this one waited for the lock
-                return self._kept[row]
+            entry = self._shelf.get(row)
+            if entry is not None:  # kept by another thread while this one waited for the lock
+                return entry
             stored = self.cache.row_groups.get((manifest.uri, group), lambda: self._row_group(group))
             if self.data.cache != "none" and group not in self._offered:
                 self._offer(group, stored)
@@ -85,20 +99,12 @@ class Images:
         """
         first = int(self.set.manifest.starts[group])
         low, high = np.searchsorted(self.set.rows, (first, first + len(stored)))
-        if all(self._keep(other, bytes(stored[other - first])) for other in self.set.rows[low:high].tolist()):
+        with self._shelf.lock:
+            rows = self.set.rows[low:high].tolist()
+            kept = all(self.cache.keep(self._shelf, row, stored[row - first]) for row in rows)
+        if kept:
             self.cache.row_groups.drop((self.set.manifest.uri, group))
         self._offered.add(group)
-
-    def _keep(self, row: int, entry: bytes | np.ndarray) -> bool:
-        """Put an image into the cache, a decoded one in place of the stored one; returns whether the row is cached
-        now."""
-        with self._shelf_lock:
-            former = self._kept.get(row)
-            if isinstance(former, np.ndarray):  # another set of the same shards has decoded it
-                return True
-            if self.cache.admit(entry_bytes(entry) - entry_bytes(former)):
-                self._kept[row] = entry
-            return row in self._kept
 
     def skip(self, row: int, error: Exception) -> int:
         """Count a damaged image; returns its replacement row. Raises DataError past the limit."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from unlearn import config, views
-from unlearn.data import cache, order
+from unlearn.data import cache, order, pixels
 from unlearn.data.images import Images
 from unlearn.data.scaling import crop_flip
 from unlearn.data.selection import RowSet
@@ -35,6 +35,7 @@ class Batch:
     weight: float = 1.0
 
     def pin(self) -> "Batch":
+        """In page-locked memory; the images are not copied where they are already."""
         return replace(self, images=self.images.pin_memory(), view=self.view.pin())
 
 
@@ -53,7 +54,8 @@ class Loader:
         if latents:
             self.images = {name: latents[name].images for name in sets}
         else:
-            kept = kept or cache.ImageCache(cache.limit(settings.data, settings.cluster.workers))
+            pixels.sweep()
+            kept = kept or cache.image_cache(settings.data, settings.cluster.workers)
             _warn_of_rereads(sets, settings.data, kept)
             self.images = {
                 name: Images(rows, settings.data, kept, cut(settings.data, size)) for name, rows in sets.items()
@@ -68,19 +70,31 @@ class Loader:
         """Ids of the damaged images of each set that this worker has met so far."""
         return {name: sorted(images.bad.values()) for name, images in self.images.items() if images.bad}
 
-    def batch(self, number: int) -> Batch:
-        """Micro-batch `number`, computed in the calling thread."""
+    def batch(self, number: int, pin: bool = False) -> Batch:
+        """Micro-batch `number`, computed in the calling thread; pin: in page-locked memory from the start."""
         rng = order.generator(self.settings.seed, 1 << 20, number)
         if self.latents:
-            return self._of_latents(number, rng)
+            made = self._of_latents(number, rng)
+            return made.pin() if pin else made
         view = views.draw(self.settings.train_views, self.grid, self.retain + self.forget, rng)
-        pixels = np.empty((self.retain + self.forget, self.size, self.size, 3), np.uint8)
-        for place, (name, row) in enumerate(self.rows(number)):
-            image = self.images[name].sound(row)
-            pixels[place] = crop_flip(image, self.size, rng) if self.settings.data.augment == "crop_flip" else image
+        shape = self.retain + self.forget, self.size, self.size, 3
+        # numpy's own memory is of large pages, which torch's is not.
+        whole = (
+            torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            if pin
+            else torch.from_numpy(np.empty(shape, np.uint8))
+        )
+        made, place = whole.numpy(), 0
+        for name, rows in self._rows(number):
+            part, place = made[place : place + len(rows)], place + len(rows)
+            if self.settings.data.augment == "none":
+                self.images[name].gather(rows, part)
+                continue
+            for to, row in zip(part, rows.tolist(), strict=True):
+                to[:] = crop_flip(self.images[name].sound(row), self.size, rng)
         # The channels stay last in memory, as decoders give them: no pixel is moved once more.
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return Batch(images, view, self.retain, int(rng.integers(1 << 62)))
+        images = whole.permute(0, 3, 1, 2)
+        return Batch(images, view.pin() if pin else view, self.retain, int(rng.integers(1 << 62)))
 
     def _of_latents(self, number: int, rng: np.random.Generator) -> Batch:
         assert self.latents, "called only where the batches hold latents"
@@ -91,21 +105,19 @@ class Loader:
 
     def rows(self, number: int) -> list[tuple[str, int]]:
         """(set, row) of every image of micro-batch `number`."""
-        return [(name, row) for name, count in (("retain", self.retain), ("forget", self.forget)) if count
-                for row in self.streams[name].take(number * count, count).tolist()]  # fmt: skip
+        return [(name, row) for name, rows in self._rows(number) for row in rows.tolist()]
+
+    def _rows(self, number: int) -> list[tuple[str, np.ndarray]]:
+        counts = (("retain", self.retain), ("forget", self.forget))
+        return [(name, self.streams[name].take(number * count, count)) for name, count in counts if count]
 
     def batches(self, numbers: Iterable[int], pin: bool = False) -> Iterator[Batch]:
         """The micro-batches of these numbers in turn, the next ones made in threads meanwhile."""
-
-        def pinned(number: int) -> Batch:
-            return self.batch(number).pin()
-
-        make = pinned if pin else self.batch
         with ThreadPoolExecutor(self.settings.data.decode_threads, thread_name_prefix="decode") as pool:
             ahead: deque = deque()
             try:
                 for number in numbers:
-                    ahead.append(pool.submit(make, number))
+                    ahead.append(pool.submit(self.batch, number, pin))
                     if len(ahead) > self.settings.data.read_ahead:
                         yield ahead.popleft().result()
                 while ahead:
@@ -123,8 +135,8 @@ def cut(data: config.Data, size: int) -> int | None:
 def _warn_of_rereads(sets: dict[str, RowSet], data: config.Data, kept: cache.ImageCache) -> None:
     """Warn where row groups will be evicted while a shuffle window still needs them: that is right, but slow."""
     stored, used = sum(map(cache.stored_bytes, sets.values())), cache.in_use(sets, data)
-    room = kept.limit if data.cache == "none" else kept.limit - kept.room
-    if used > room and (data.cache == "none" or stored > kept.room):
+    room = kept.limit if data.cache == "none" else (kept.limit - kept.room) // kept.workers
+    if used > room and (data.cache == "none" or kept.workers * stored > kept.room):
         log.warning(
             "data.cache_bytes %.3g GiB is little for images of %.3g GiB that are shuffled together: row groups are read "
             "many times in an epoch. Raise it, or lower data.shuffle_rows (now %d), which changes the order of the images",

@@ -1,5 +1,5 @@
-"""Copies of remote files on this machine's disk, shared by all its processes, so that the ranks of a machine fetch
-weights once.
+"""Folders that all processes of a machine share, and above all copies of remote files, so that the ranks of a machine
+fetch weights once.
 
     $TMPDIR/unlearn-UID/copies/KEY/NAME    the copy; KEY: hash of URI, sizes and ETags (a changed object gets a new copy)
                                KEY.lock    a file lock: shared by every process that uses the copy, exclusive to fetch or delete
@@ -29,7 +29,7 @@ from unlearn.data.storage import Storage, download, told
 from unlearn.errors import StorageError
 
 _lock_files: dict[Path, int] = {}  # folder of a copy -> descriptor of its lock file, locked by this process
-_mutex = threading.Lock()
+_mutex = threading.RLock()  # a finalizer that releases a folder may run in the middle of anything
 
 
 def node_copy(uri: str, objects: dict[str, Facts] | None = None) -> Path:
@@ -47,22 +47,31 @@ def node_copy(uri: str, objects: dict[str, Facts] | None = None) -> Path:
         return Path(storage.uri)
     objects = storage.objects() if objects is None else objects
     content = [storage.uri, *sorted((name, facts.size, facts.etag) for name, facts in objects.items())]
-    root = _root()
-    copy = root / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
-    with _mutex, told(str(root)):
-        if copy not in _lock_files:
+    copy = private("copies") / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    return next(shared(copy, lambda folder: _fetch(storage, objects, folder)).iterdir())
+
+
+def shared(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """The folder, which fill(an empty folder) has made in one of this machine's processes. Its parent is from `private`.
+
+    It stays until this process ends or calls `release`, and as long as another process uses it. Others in its parent, which no
+    process uses, are deleted. Raises StorageError.
+    """
+    with _mutex, told(str(folder.parent)):
+        if folder not in _lock_files:
             _at_exit()
-            _sweep(root, copy)
-            _lock_files[copy] = _hold(copy, lambda folder: _fetch(storage, objects, folder))
-    return next(copy.iterdir())
+            sweep(folder.parent, folder)
+            _lock_files[folder] = _hold(folder, fill)
+    return folder
 
 
 def release(path: Path) -> None:
-    """Release a copy from `node_copy` for this whole process; the last process deletes it. Its memory maps stay
-    valid."""
+    """Release a copy from `node_copy`, or a folder from `shared`, for this whole process; the last process deletes it. Its
+    memory maps stay valid."""
     with _mutex:
-        if (copy := path.parent) in _lock_files:
-            _release(copy)
+        for folder in (path, path.parent):
+            if folder in _lock_files:
+                _release(folder)
 
 
 def _fetch(storage: Storage, objects: dict[str, Facts], folder: Path) -> None:
@@ -131,20 +140,24 @@ def _delete(copy: Path) -> None:
     copy.with_suffix(".lock").unlink()
 
 
-def _sweep(root: Path, wanted: Path) -> None:
-    """Delete the copies that no process uses, except the wanted one."""
+def sweep(root: Path, wanted: Path | None = None) -> None:
+    """Delete the folders in `root` that no process uses, except the wanted one."""
     for lock in root.glob("*.lock"):
-        if (copy := lock.with_suffix("")) == wanted or copy in _lock_files:
-            continue
-        try:
-            file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            if _exclusive(file) and _is(file, lock):
-                _delete(copy)
-        finally:
-            os.close(file)
+        with _mutex:
+            if (copy := lock.with_suffix("")) != wanted and copy not in _lock_files:
+                _delete_unused(copy, lock)
+
+
+def _delete_unused(copy: Path, lock: Path) -> None:
+    try:
+        file = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return
+    try:
+        if _exclusive(file) and _is(file, lock):
+            _delete(copy)
+    finally:
+        os.close(file)
 
 
 def _release(copy: Path) -> None:
@@ -170,7 +183,7 @@ def _release_all() -> None:
 def _forget() -> None:
     """A forked child shares its parent's locks: it closes its descriptors and deletes nothing."""
     global _mutex
-    _mutex = threading.Lock()
+    _mutex = threading.RLock()
     for file in _lock_files.values():
         os.close(file)
     _lock_files.clear()
@@ -180,15 +193,15 @@ def _forget() -> None:
 os.register_at_fork(after_in_child=_forget)
 
 
-def _root() -> Path:
-    """The folder of all copies of this user; no other user can enter its parent."""
-    private = Path(tempfile.gettempdir(), f"unlearn-{os.getuid()}")
-    private.mkdir(mode=0o700, parents=True, exist_ok=True)
-    about = private.lstat()
+def private(name: str, parent: str | None = None) -> Path:
+    """The folder of that name of this user, in `parent` (by default TMPDIR); no other user can enter. Raises StorageError."""
+    own = Path(parent or tempfile.gettempdir(), f"unlearn-{os.getuid()}")
+    own.mkdir(mode=0o700, parents=True, exist_ok=True)
+    about = own.lstat()
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.getuid() or about.st_mode & 0o077:
         raise StorageError(
-            f"{private}: not a folder that this user alone may enter: remove it, or set TMPDIR to another place"
+            f"{own}: not a folder that this user alone may enter: remove it, or set TMPDIR to another place"
         )
-    root = private / "copies"
+    root = own / name
     root.mkdir(mode=0o700, exist_ok=True)
     return root

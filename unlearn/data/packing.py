@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from unlearn.data import archives, layouts, shards
 from unlearn.data.columns import with_class_names
+from unlearn.data.sources import Source
 from unlearn.data.storage import Storage, told
 from unlearn.errors import DataError
 
@@ -59,25 +60,36 @@ def build(
     layout: guessed where it is None; labels, classes: see `layouts.arrange`.
     Raises DataError where there is nothing to pack, an image has no class, or `dest` holds shards already.
     """
+    with opened(src, split, layout) as source:
+        arranged = arrange(source, src, split, layout, labels, classes)
+        total = len(arranged.labels)
+        records = ({"image": source.read(n), "label": label, "id": n} for n, label in arranged.labels)
+        return write(records, dest, arranged.classes, rows_per_group, shard_bytes, lambda rows: progress(rows, total))
+
+
+def opened(src: str, split: str | None, layout: layouts.Layout | None) -> contextlib.AbstractContextManager[Source]:
+    """The files of `src` that are images, or tell their classes."""
 
     def wanted(name: str) -> bool:
         suffix = PurePosixPath(name).suffix.lower()
         kind = suffix in suffixes() or (suffix in layouts.ABOUT and layout in (None, "webdataset"))
         return kind and (split is None or split in name.split("/")[:-1])
 
-    with archives.source(src, wanted, True if layout in ("imagenet", "webdataset") else None) as source:
-        images = [n for n in source.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
-        about = [n for n in source.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
-        if not images:
-            raise DataError(
-                f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else "")
-            )
-        _readable(images, src)
-        arranged = layouts.arrange(images, about, source.read, src, layout, split, labels, classes)
-        _tell(src, source.left_out, arranged.loose)
-        total = len(arranged.labels)
-        records = ({"image": source.read(n), "label": label, "id": n} for n, label in arranged.labels)
-        return write(records, dest, arranged.classes, rows_per_group, shard_bytes, lambda rows: progress(rows, total))
+    return archives.source(src, wanted, True if layout in ("imagenet", "webdataset") else None)
+
+
+def arrange(
+    source: Source, src: str, split: str | None, layout: layouts.Layout | None, labels: str | None, classes: list[str] | None
+) -> layouts.Arranged:  # fmt: skip
+    """The images of an opened source and their labels, after a warning for what is left out. Raises DataError."""
+    images = [n for n in source.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
+    about = [n for n in source.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
+    if not images:
+        raise DataError(f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else ""))
+    _readable(images, src)
+    arranged = layouts.arrange(images, about, source.read, src, layout, split, labels, classes)
+    _tell(src, source.left_out, arranged.loose)
+    return arranged
 
 
 def _readable(names: list[str], src: str) -> None:
@@ -117,6 +129,17 @@ def write(
                         break
             described.append(shards.describe(path, name, storage.where(name)))
     return shards.save(*shards.collect(storage.uri, described, classes))
+
+
+def write_shard(records: Iterable[Record], storage: Storage, name: str, classes: list[str], rows_per_group: int) -> int:
+    """Write all records as one shard, published whole; the rows in it. Where there is none, there is no shard."""
+    groups, written = _groups(records, rows_per_group, classes), 0
+    if (first := next(groups, None)) is not None:
+        with storage.writing(name) as path, _writer(path, first.schema, storage.where(name)) as write_group:
+            for group in itertools.chain([first], groups):
+                write_group(group)
+                written += group.num_rows
+    return written
 
 
 def _groups(records: Iterable[Record], rows: int, classes: list[str]) -> Iterator[pa.Table]:

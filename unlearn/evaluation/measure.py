@@ -8,13 +8,17 @@ metrics.json holds
     guidance_scale                   of sampling; null without guidance
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
+    networks                         {"features", and "lpips" where it was measured: sha256 of the weights of what
+                                     looked at the images}
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
     oracles                          where there are several: the rows of each; in `rows` the oracle is their mean, `spread` theirs
     oracle_distance                  where there are several: see unlearn/evaluation/oracles.py
-    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr, ssim}]: fid and
-                                     kid against the set's own originals; is and is_std over ten splits; cosine of each
-                                     reconstruction's features to its original's, mean and standard deviation; psnr in dB and ssim,
-                                     inside the hole alone; null where a figure cannot be given. Of kid, cosine, psnr and ssim also
+    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr,
+                                     ssim}]: fid and kid against the set's own originals; is and is_std over ten splits;
+                                     cosine of each reconstruction's features to its original's, mean and standard
+                                     deviation; psnr in dB and ssim, inside the hole alone; with
+                                     evaluation.lpips_weights also lpips, of the whole image, what is known of it pasted
+                                     back; null where a figure cannot be given. Of kid, cosine, psnr, ssim and lpips also
                                      FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
     notes                            sentences a reader of the figures must know
     seconds                          worker time by stage, and the whole by the clock
@@ -34,7 +38,7 @@ import torch
 from unlearn import __version__, config, patience
 from unlearn.data import cache, selection
 from unlearn.errors import UnlearnError
-from unlearn.evaluation import features, oracles
+from unlearn.evaluation import features, oracles, perceptual
 from unlearn.evaluation.comparison import Comparison
 from unlearn.evaluation.metrics import STABLE, hole_errors, hole_ssim, scores
 from unlearn.models import weights
@@ -88,28 +92,32 @@ class Measurer:
         torch.set_num_threads(settings.training.threads)
         self.compared = Comparison(run, models, device(settings), kept)
         self.network = network or (feature_network(settings) if looks else None)
+        trunk = settings.evaluation.lpips_weights if looks else None
+        self.perceptual = perceptual.build(trunk).to(device(settings)) if trunk else None
 
     def __call__(self, piece: Piece | Column) -> dict:
         return self.picture(piece) if isinstance(piece, Column) else self.measure(piece)
 
     def measure(self, piece: Piece) -> dict:
-        """{"features": (B, D), "classes": (B, C) or None, "errors", "ssim": (B,) of the hole, or None, "seconds"}."""
+        """{"features": (B, D), "classes": (B, C) or None, "holes": {figure: (B,)} of generators, "seconds"}."""
         assert self.network is not None, "made for pictures alone"
-        began, errors, ssim = time.perf_counter(), None, None
+        began, holes = time.perf_counter(), {}
         kept, pixels = self.compared.pixels(piece.set, np.arange(piece.start, piece.stop))
         images = pixels.float() / 255
         if not len(images):
-            return {"features": images.new_empty(0, 0), "classes": None, "errors": None, "ssim": None, "seconds": 0.0}
+            return {"features": images.new_empty(0, 0), "classes": None, "holes": {}, "seconds": 0.0}
         if piece.generator:
             view = self.compared.view(piece.set, piece.view, kept)
             made = self.compared.reconstruct(piece.generator, pixels, view)
             hidden = view.pixel_mask(self.compared.size)
-            errors, ssim = (figure(made, images, hidden).cpu() for figure in (hole_errors, hole_ssim))
+            holes = {"errors": hole_errors(made, images, hidden).cpu(), "ssim": hole_ssim(made, images, hidden).cpu()}
+            if self.perceptual is not None:
+                holes["lpips"] = self.perceptual(made, images).cpu()
             images = made
         vectors, classes = self.network(images)
         classes = classes if classes is None else classes.cpu()
         seconds = time.perf_counter() - began
-        return {"features": vectors.cpu(), "classes": classes, "errors": errors, "ssim": ssim, "seconds": seconds}
+        return {"features": vectors.cpu(), "classes": classes, "holes": holes, "seconds": seconds}
 
     def picture(self, column: Column) -> dict:
         """{"labels": the class of each row, "images": uint8 (rows, 3, S, S); for the images themselves "seen" besides}."""
@@ -132,6 +140,16 @@ def feature_network(settings: config.RunConfig) -> torch.nn.Module:
     return network.to(device(settings))
 
 
+def networks(settings: config.RunConfig) -> dict[str, str]:
+    """sha256 of the weights of what looks at the images."""
+    evaluation = settings.evaluation
+    files = {
+        "features": features.file(evaluation.features, evaluation.features_weights),
+        "lpips": evaluation.lpips_weights,
+    }
+    return {name: weights.locate(uri).fingerprint for name, uri in files.items() if uri}
+
+
 def evaluate(
     run: Run, models: dict[str, config.Model], mapped: Map, pictured: list[str], progress: Progress = lambda done, total: None,
     known: Known | None = None,
@@ -150,6 +168,7 @@ def evaluate(
         "features": settings.evaluation.features, "resize": features.resizing(settings.evaluation.features, settings.evaluation.resize),
         "guidance_scale": settings.evaluation.guidance_scale, "views": [view.name for view in settings.evaluation.views], "generators": oracles.shown(models),
         "weights": {name: sources[model.weights].fingerprint for name, model in models.items() if model.weights},
+        "networks": networks(settings),
         "sets": {
             name: described | {
                 "split": "held-out" if (settings.evaluation.data or settings.evaluation.split) and described["manifest"] != run.trained_on else "training",
@@ -217,16 +236,14 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
             continue
         seconds[piece.generator or "originals"] += sum(part["seconds"] for part in parts)
         began, name = time.perf_counter(), piece.set
-        made, classes, errors, ssim = _joined(parts)
+        made, classes, holes = _joined(parts)
         if piece.generator is None:
             if made is None:
                 raise UnlearnError(f"no image of the {name} set decodes: nothing to measure")
             real[name] = made
         else:
             row = {"generator": piece.generator, "set": name, "view": settings.evaluation.views[piece.view].name}
-            figures[name, piece.view, piece.generator] = row | scores(
-                real[name], made, classes, {"errors": errors, "ssim": ssim}, settings.seed
-            )
+            figures[name, piece.view, piece.generator] = row | scores(real[name], made, classes, holes, settings.seed)
             if piece.generator != "unlearned":
                 known.rows[name, piece.view, piece.generator] = figures[name, piece.view, piece.generator]
         parts = []
@@ -236,9 +253,13 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
 
 
 def _joined(parts: list[dict]) -> tuple:
-    """Features, class scores, errors and similarities of all batches, in order, or None; a batch of damaged images alone adds nothing."""
-    columns = ([p[key] for p in parts if len(p["features"])] for key in ("features", "classes", "errors", "ssim"))
-    return tuple(torch.cat(column) if column and column[0] is not None else None for column in columns)
+    """Features and class scores of all batches, in order, or None, and the figures of their holes; a batch of damaged
+    images alone adds nothing."""
+    parts = [part for part in parts if len(part["features"])]
+    columns = ([part[key] for part in parts] for key in ("features", "classes"))
+    vectors, classes = (torch.cat(column) if column and column[0] is not None else None for column in columns)
+    names = parts[0]["holes"] if parts else ()
+    return vectors, classes, {name: torch.cat([part["holes"][name] for part in parts]) for name in names}
 
 
 def _notes(settings: config.RunConfig, document: dict) -> list[str]:

@@ -1,4 +1,4 @@
-"""FID, KID, Inception Score, cosine, PSNR and SSIM of one set under one view, from what the workers have computed."""
+"""The figures of one set under one view, FID, KID, IS, cosine, PSNR, SSIM and LPIPS, from what the workers computed."""
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ def scores(
 
     real, made: (N, D) features of the originals and of the reconstructions, row for row; classes: (N, C) class scores of
     the reconstructions; holes: of each reconstruction "errors", the (N,) mean squared error in the hole, pixels in [0, 1], and
-    "ssim", likewise.
+    "ssim", likewise; where it was measured also "lpips", of the whole image.
     """
     score, score_std = inception_score(classes, seed) if classes is not None else (None, None)
     similar = cosine(made, real)
@@ -49,6 +49,9 @@ def scores(
         "kid": None if distance is None else distance[1:],
     }
     row["kid"] = None if distance is None else distance[0]
+    if "lpips" in holes:
+        row["lpips"] = float(holes["lpips"].double().mean())
+        found["lpips"] = intervals.of_mean(holes["lpips"], seed, lambda means: means)
     for name, interval in found.items():
         row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
     return row

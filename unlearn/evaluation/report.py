@@ -23,13 +23,14 @@ CURVES = (
     ("grad_norm", "Gradient norm", ""), ("images_per_s", "Throughput", "images/s"),
 )  # fmt: skip
 FIGURES = (
-    ("cosine", "Cosine", 3), ("psnr", "PSNR in the hole, dB", 1), ("ssim", "SSIM in the hole", 3), ("fid", "FID", 1), ("kid", "KID", 3),
-    ("is", "IS", 2),
+    ("cosine", "Cosine", 3), ("psnr", "PSNR in the hole, dB", 1), ("ssim", "SSIM in the hole", 3),
+    ("lpips", "LPIPS", 3), ("fid", "FID", 1), ("kid", "KID", 3), ("is", "IS", 2),
 )  # fmt: skip
 # Where a figure should go from the original to the unlearned model. The oracle's value is the aim, not the extreme.
 WANTED = {
-    "forget": {"cosine": "lower", "psnr": "lower", "ssim": "lower", "fid": "higher", "kid": "higher", "is": "lower"},
-    "retain": dict.fromkeys(("cosine", "psnr", "ssim", "fid", "kid", "is"), "unchanged"),
+    "forget": dict.fromkeys(("cosine", "psnr", "ssim", "is"), "lower")
+    | dict.fromkeys(("lpips", "fid", "kid"), "higher"),
+    "retain": dict.fromkeys((figure for figure, _, _ in FIGURES), "unchanged"),
 }
 
 
@@ -172,6 +173,7 @@ def _facts(run: Run, document: dict) -> list[tuple[str, str]]:
         ("Configuration", f"sha256 {document['config_hash']}"),
     ]
     facts += [(f"Weights: {name}", f"sha256 {digest}") for name, digest in document["weights"].items()]
+    facts += [(f"Network: {name}", f"sha256 {digest}") for name, digest in document.get("networks", {}).items()]
     for name, described in selection.describe(run.sets).items():
         facts.append((f"Trained on: {name}", f"{_count(described)}; data sha256 {described['manifest']}"))
     for name, described in document["sets"].items():

@@ -114,7 +114,7 @@ def caches(run: config.RunConfig, sets: dict[str, RowSet] | None, limit: int) ->
                 latent = footprint.first_batch(run, method, student, first_stage, 1).images.nbytes
     if latent:
         return min(limit, latent * run.data.latent_views * sum(map(len, sets.values())))
-    needed = cache.needed_bytes(sets, run.data, options.image_size)
+    needed = cache.needed_bytes(sets, run.data, options.image_size, run.cluster.workers)
     # Where not all single images fit, row groups fill the rest.
     room = limit if run.data.cache == "none" else cache.ImageCache(limit).room
     return limit if needed is None or needed > room else needed

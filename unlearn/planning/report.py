@@ -129,7 +129,7 @@ def _cache_limit(settings: config.RunConfig, worker: Device) -> int:
     import torch
 
     if settings.data.cache_bytes is not None:
-        return settings.data.cache_bytes
+        return cache.limit(settings.data, settings.cluster.workers)
     if worker.cuda and not torch.cuda.is_available():
         return cache.DEFAULT
     return cache.default_limit(sizes.host_memory() // settings.cluster.workers if worker.cuda else worker.memory)

@@ -8,6 +8,7 @@ methods:
   retain label: {method: {name: retain_label}, tune: {method.alpha: [0.25, 1.0]}}
 tune: {common: {training.lr: [1.0e-4, 1.0e-3]}}
 seeds: [0, 1, 2]
+audit: {tests: [transfer, relearning], limit: 200}   # of every run, as an AUDIT.yaml; none = not at all
 originals:
 - {weights: runs/base/model, oracles: [runs/base-oracle/seed-0/model, runs/base-oracle/seed-1/model]}
 """
@@ -80,6 +81,10 @@ class Compare(Part):
         default=None, min_length=1, description="none = the run's own weights and oracles"
     )
     concurrent: Positive = Field(default=1, description="trials at one time; each takes what the run's `cluster` says")
+    audit: dict[str, Any] | None = Field(
+        default=None,
+        description="what every run that is compared is audited with, as in an AUDIT.yaml; none = not at all",
+    )
 
     @model_validator(mode="after")
     def _fair(self):
@@ -137,7 +142,7 @@ class Compare(Part):
 
     def identity(self) -> str:
         """sha256 of all that makes it this comparison."""
-        tree = self.model_dump(mode="json", exclude={"concurrent"}, exclude_defaults=True)
+        tree = self.model_dump(mode="json", exclude={"concurrent", "audit"}, exclude_defaults=True)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

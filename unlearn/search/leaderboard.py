@@ -9,9 +9,12 @@ leaderboard.json holds
                                                  oracle; null without one
     chance                                       within which 19 of 20 further oracles are; null without a spread
     reference                                    {"original" | "oracle": {figure: mean}}
-    rows                                         [{method, options, done, of, failed, figures: {figure: {mean, spread}}}], the nearest to
-                                                 the oracles first; spread: standard deviation over seeds and originals, null for one;
-                                                 failed: what a run said that did not end well
+    rows                                         [{method, options, done, of, failed, audits, figures: {figure: {mean,
+                                                 spread}}}], the nearest to the oracles first; spread: standard
+                                                 deviation over seeds and originals, null for one; failed: what a run
+                                                 said that did not end well; audits: {"verdicts": {verdict: runs},
+                                                 "failed": {test: runs}}
+    audited                                      the tests that any run was audited with
     notes                                        sentences that a reader of the table must know
 
 Figures: those of a trial (forget.cosine, retain.psnr, cost.flops, cost.seconds ...), and forget.distance, retain.distance and distance
@@ -21,6 +24,7 @@ Figures: those of a trial (forget.cosine, retain.psnr, cost.flops, cost.seconds 
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,11 +46,8 @@ def document(
     """The whole of it. chosen: the settings of each method; folder: where the trials' run folders are."""
     measured = {trial.id: _read(folder, trial, METRICS) for trial in trials if trial.status == "done"}
     chances = [m["oracle_distance"]["chance"] for m in measured.values() if "oracle_distance" in m]
-    figures = {
-        id: _figures(trial, measured[id], _read(folder, trial, AUDIT))
-        for trial in trials
-        if (id := trial.id) in measured
-    }
+    audits = {trial.id: _read(folder, trial, AUDIT) for trial in trials if trial.id in measured}
+    figures = {id: _figures(trial, measured[id], audits[id]) for trial in trials if (id := trial.id) in measured}
     settings = compare.settings
     oracles = [len(o.oracles) for o in compare.originals] if compare.originals else [len(settings.evaluation.oracles)]
     rows = []
@@ -56,6 +57,7 @@ def document(
             "method": label, "options": parameters, "of": len(compare.seeds) * len(compare.originals or [None]),
             "done": sum(trial.id in figures for trial in mine),
             "failed": next((trial.message for trial in mine if trial.message), None),
+            "audits": _verdicts([audits[trial.id] for trial in mine if audits.get(trial.id)]),
             "figures": _means([figures[trial.id] for trial in mine if trial.id in figures]),
         })  # fmt: skip
     rows.sort(key=lambda row: row["figures"].get("distance", {"mean": math.inf})["mean"])
@@ -68,7 +70,7 @@ def document(
             "original": {name: each["mean"] for name, each in _means([trial.original for trial in done]).items()},
             "oracle": {name: each["mean"] for name, each in _means([trial.oracle for trial in done if trial.oracle]).items()},
         },
-        "rows": rows,
+        "rows": rows, "audited": list(dict.fromkeys(test for a in audits.values() for test in a.get("tests", []))),
     }  # fmt: skip
     return made | {"notes": _notes(made)}
 
@@ -90,10 +92,15 @@ def _figures(trial: Trial, metrics: dict[str, Any], audit: dict[str, Any]) -> Fi
             figures[f"{name}.distance"] = figures[f"{name}.cosine.to_oracle"]
     if "forget.distance" in figures and "retain.distance" in figures:
         figures["distance"] = math.hypot(figures["forget.distance"], figures["retain.distance"]) / math.sqrt(2)
-    verdict = audit.get("verdict")
-    if verdict is not None:
-        figures["audit.passed"] = float((verdict.get("verdict") if isinstance(verdict, dict) else verdict) == "PASS")
+    if "verdict" in audit:
+        figures["audit.passed"] = float(audit["verdict"] == "PASS")
     return figures
+
+
+def _verdicts(audits: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """How many audits came to each verdict, and how many failed in each test."""
+    failed = [test for a in audits for test in a.get("tests", []) if a.get(test, {}).get("verdict") == "FAIL"]
+    return {"verdicts": dict(Counter(a["verdict"] for a in audits if "verdict" in a)), "failed": dict(Counter(failed))}
 
 
 def _means(each: Iterable[Figures]) -> dict[str, dict[str, float | None]]:
@@ -126,6 +133,10 @@ def _notes(made: dict[str, Any]) -> list[str]:
         notes.append(
             f"Each method was tuned alike: {made['tuned']} settings on training images, with the first seed and original; the figures "
             "are of other runs, on the images of the run's evaluation."
+        )
+    if made["audited"]:
+        notes.append(
+            f"Audits were made with these tests: {', '.join(made['audited'])}; in brackets those in which runs failed."
         )
     missing = [row["method"] for row in made["rows"] if row["done"] < row["of"]]
     if missing:

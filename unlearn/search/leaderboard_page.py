@@ -16,7 +16,7 @@ COLUMNS = (
     ("retain.cosine", "retain cosine", "{:.3f}", "as the oracle's"),
     ("forget.psnr", "forget PSNR, dB", "{:.1f}", "as the oracle's"),
     ("retain.psnr", "retain PSNR, dB", "{:.1f}", "as the oracle's"),
-    ("audit.passed", "audits passed", "{:.0%}", "higher"),
+    ("audit.passed", "audit", "{:.0%}", "PASS"),
     ("cost.flops", "FLOPs", "{:.2g}", ""),
     ("cost.seconds", "seconds", "{:.0f}", ""),
 )
@@ -35,15 +35,22 @@ def columns(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
 
 def cell(row: dict[str, Any], figure: str, form: str) -> str:
     """A figure with its spread."""
+    if figure == "audit.passed":
+        return _audits(row["audits"]) or "–"
     known = row["figures"].get(figure)
     if known is None:
         return "–"
-    spread = (
-        ""
-        if known["spread"] is None or figure in ("cost.flops", "audit.passed")
-        else f" ± {form.format(known['spread'])}"
-    )
+    spread = "" if known["spread"] is None or figure == "cost.flops" else f" ± {form.format(known['spread'])}"
     return form.format(known["mean"]) + spread
+
+
+def _audits(audits: dict[str, dict[str, int]]) -> str:
+    """Verdicts with the number of runs that have them, as in FAIL 2 (relearning), PASS 1."""
+    failed = ", ".join(audits["failed"])
+    told = {verdict: f"{verdict} {count}" for verdict, count in sorted(audits["verdicts"].items())}
+    if failed and "FAIL" in told:
+        told["FAIL"] += f" ({failed})"
+    return ", ".join(told.values())
 
 
 def table(document: dict[str, Any]):

@@ -34,6 +34,9 @@ from unlearn.search.objectives import Constraint, Direction, Objective
 
 Parameters = dict[str, Any]
 
+# Keys that may change while a sweep goes on: they decide no point and no figure.
+FREE = ("budget", "concurrent", "log_to", "tracking_uri")
+
 _UNITS = {"s": 1, "min": 60, "h": 3600, "d": 86400}
 
 
@@ -97,18 +100,25 @@ class Sweep(Part):
     )
     objectives: dict[str, Direction] = Field(min_length=1, description="figure -> minimise or maximise")
     constraints: list[str] = Field(default_factory=list, description="FIGURE <= NUMBER or FIGURE >= NUMBER")
-    search_by: Literal["grid", "random", "tpe", "nsga2"] = "random"
+    search_by: Literal["grid", "random", "tpe", "nsga2", "pbt"] = "random"
     search_seed: int = Field(default=0, ge=0, description="of the points that are drawn")
     storage: str | None = Field(default=None, description="URL of Optuna's storage; none = SQLite in sweep_dir")
     stop_early: Literal["none", "asha", "median"] = Field(
         default="none", description="give up what the first objective says is worse than the others so far"
     )
     measure_every: Positive | None = Field(
-        default=None, description="with stop_early: steps between two measurements; none = a quarter of the run's steps"
+        default=None,
+        description="with stop_early or pbt: steps between two measurements; none = a quarter of the run's steps",
     )
     budget: Budget = Field(default_factory=Budget)
     concurrent: Positive = Field(default=1, description="trials at one time; each takes what the run's `cluster` says")
     tune_on: TuneOn = Field(default_factory=TuneOn)
+    log_to: Annotated[list[Literal["tensorboard", "mlflow"]], AfterValidator(_unique)] = Field(
+        default_factory=list, description="where parameters and figures of points are written too"
+    )
+    tracking_uri: str | None = Field(
+        default=None, description="of MLflow; none = MLFLOW_TRACKING_URI, or SQLite in sweep_dir"
+    )
 
     @model_validator(mode="after")
     def _whole(self):
@@ -122,10 +132,14 @@ class Sweep(Part):
             yield f"search_by grid: {', '.join(ranges)} is a range; give grid or choice, or search by random, tpe or nsga2"
         if self.search_by != "grid" and self.budget == Budget():
             yield f"budget: search_by {self.search_by} has no end of its own; give points, seconds or flops"
-        if self.storage and self.search_by in ("grid", "random"):
+        if self.storage and self.search_by not in ("tpe", "nsga2"):
             yield f"storage is for tpe and nsga2; search_by {self.search_by} needs none"
-        if self.measure_every and self.stop_early == "none":
-            yield "measure_every is for stop_early asha or median"
+        if self.measure_every and not self._in_stages:
+            yield "measure_every is for stop_early asha or median, and for search_by pbt"
+        if self.tracking_uri and "mlflow" not in self.log_to:
+            yield "tracking_uri is for log_to: [mlflow]"
+        if self.search_by == "pbt":
+            yield from self._of_a_population()
         for key, domain in self.search.items():
             if domain.same_as is not None:
                 if domain.same_as not in self.search:
@@ -138,6 +152,24 @@ class Sweep(Part):
             ordered(self.search)
         except ValueError as e:
             yield str(e)
+
+    def _of_a_population(self) -> Iterator[str]:
+        for key in self.search:
+            if key != "training.lr":
+                yield (
+                    f"search.{key}: search_by pbt changes values in mid-run, which only training.lr allows: with "
+                    f"another {key} it would be another training; set one value, or search by random, tpe or nsga2"
+                )
+        if "training.lr" in self.search and not self.search["training.lr"].ends:
+            yield "search.training.lr: search_by pbt needs a range: loguniform or uniform"
+        if self.stop_early != "none":
+            yield "stop_early: search_by pbt has the worst go on from the best; leave it out"
+        if self.budget.seconds or self.budget.flops or (self.budget.points or 2) < 2:
+            yield "budget: search_by pbt trains all its points at one time, to their end: give points alone, 2 or more"
+
+    @property
+    def _in_stages(self) -> bool:
+        return self.stop_early != "none" or self.search_by == "pbt"
 
     @cached_property
     def settings(self) -> RunConfig:
@@ -192,7 +224,7 @@ class Sweep(Part):
 
     def stages(self, steps: int) -> list[int]:
         """The steps behind which a trial of so many is measured, its last one among them."""
-        if self.stop_early == "none":
+        if not self._in_stages:
             return [steps]
         every = self.measure_every or -(-steps // 4)
         return [*range(every, steps, every), steps]
@@ -279,8 +311,8 @@ class Sweep(Part):
             yield self.assembled(lambda key, domain: domain.draw(rng))
 
     def identity(self) -> str:
-        """sha256 of all that makes it this sweep: it may go on with another budget, or more trials at one time."""
-        tree = self.model_dump(mode="json", exclude={"budget", "concurrent"}, exclude_defaults=True)
+        """sha256 of all that makes it this sweep: it may go on with what FREE names changed."""
+        tree = self.model_dump(mode="json", exclude=set(FREE), exclude_defaults=True)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ SET_APART = {
     "cluster": "every trial takes what the run's `cluster` says",
     "evaluation": "every trial is measured as the run's `evaluation` and `tune_on` say",
     "training.engine": "every trial runs on the engine that the run names",
+    "training.lr_changes": "search_by: pbt finds them",
 }
 
 
@@ -114,6 +115,8 @@ def _check(sweep: Sweep, source: str) -> None:
         raise ConfigError(
             f"{source}: run.method {settings.method.name} forgets nothing: there is no trade-off to search"
         )
+    if sweep.search_by == "pbt" and settings.training.lr_changes:
+        raise ConfigError(f"{source}: run.training.lr_changes: search_by pbt finds them; leave them out")
     for key, domain in sweep.search.items():
         where = f"{source}: search.{key}"
         for apart, why in SET_APART.items():

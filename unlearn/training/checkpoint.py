@@ -44,13 +44,13 @@ class TrainerState:
 
     step: int
     samples: int
-    config: str  # RunConfig.hash()
+    config: str  # RunConfig.hash(step)
     data: dict[str, str]  # set -> manifest hash, and "weights" -> sha256 of what training started from
     workers: int
 
     def check(self, run: Run, where: str) -> None:
         """Raise CheckpointError where the run to be continued is another one."""
-        now = run.settings.hash()
+        now = run.settings.hash(self.step)
         if self.config not in (now, first_hash(run.settings)):
             raise CheckpointError(
                 f"{where} was written with another config (hash {self.config[:12]}, now {now[:12]}): "

@@ -25,10 +25,10 @@ class Kept:
 
     def images(self, settings: config.RunConfig) -> cache.ImageCache:
         """The cache for the images of a run; another one where its limit is another."""
-        limit = cache.limit(settings.data, settings.cluster.workers)
-        limit -= limit // 4 if self._targets else 0
-        if self._images is None or self._images.limit != limit:
-            self._images = cache.ImageCache(limit)
+        share = 0.75 if self._targets else 1
+        made = cache.image_cache(settings.data, settings.cluster.workers, share)
+        if self._images is None or (self._images.limit, self._images.workers) != (made.limit, made.workers):
+            self._images = made
         return self._images
 
     def teacher(

@@ -118,7 +118,7 @@ def train(
         heart.at(f"step {step}")
         method.at(step, stop)
         before, end = phases.span(step)
-        rate = learning_rate(settings.training, step - 1 - before, end - before)
+        rate = learning_rate(settings.training.at(step), step - 1 - before, end - before)
         mine = window.watch(itertools.islice(batches, settings.accumulation))
         window.add(engine.step(mine, rate))
         if average:
@@ -135,7 +135,8 @@ def train(
             if average and settings.training.ema is not None:
                 average = Average(engine.fragments(), settings.training.ema)
         if step % settings.training.checkpoint_every == 0 or step == until:
-            state = TrainerState(step, step * settings.training.batch_size, settings.hash(), run.origin, engine.workers)
+            samples = step * settings.training.batch_size
+            state = TrainerState(step, samples, settings.hash(step), run.origin, engine.workers)
             heart.at(f"the checkpoint of step {step}")
             with window.paused():
                 if log:
