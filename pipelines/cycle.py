@@ -2,9 +2,9 @@
 give up; then close.
 
 Which rungs there are, whether they are audited, what steps may take and which Secrets they see is fixed when it is
-compiled; where the cycle's file lies and where to train are parameters. Every one has a value of its own: Kubeflow's backend mishandles None, False
-and "". Nothing is taken from a cache: a step finds by itself what is done, and the ledger changes between two runs that
-look the same.
+compiled; where the cycle's file lies and where to train are parameters. Every one has a value of its own: Kubeflow's
+backend mishandles None, False and "". Nothing is taken from a cache: a step finds by itself what is done, and the
+ledger changes between two runs that look the same.
 """
 
 from collections.abc import Callable

@@ -191,7 +191,7 @@ def _kind(method: str) -> type[RunConfig]:
 
 
 def validated(kind: type[P], tree: dict[str, Any], source: str) -> P:
-    """A value of this kind from a tree of plain values. Raises ConfigError, with a line for each mistake after `source`."""
+    """A value of this kind from plain values. Raises ConfigError, with a line for each mistake after `source`."""
     try:
         return kind.model_validate(tree)
     except ValidationError as e:

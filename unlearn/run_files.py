@@ -1,4 +1,5 @@
-"""YAML files that say what is to be done with a run (sweeps, comparisons, cycles): read, changed, and the run put into them."""
+"""YAML files that say what is to be done with a run (sweeps, comparisons, cycles): read, changed, and the run put into
+them."""
 
 import copy
 import os
@@ -12,7 +13,8 @@ from unlearn.errors import ConfigError
 
 
 def text(source: str, what: str) -> str:
-    """What `source` holds: a file (path or s3://), or env:VARIABLE; `what` is expected there. Raises ConfigError, StorageError."""
+    """What `source` holds: a file (path or s3://), or env:VARIABLE; `what` is expected there. Raises ConfigError,
+    StorageError."""
     if source.startswith("env:"):
         variable = source.removeprefix("env:")
         if variable not in os.environ:
@@ -45,7 +47,8 @@ def with_run(tree: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def inline(given: Any, source: str, key: str) -> Any:
-    """The tree of a file that is given by its path, found from here or from beside the file `source`; other values as they are."""
+    """The tree of a file that is given by its path, found from here or from beside the file `source`; other values as
+    they are."""
     if not isinstance(given, str):
         return copy.deepcopy(given)
     beside = Path(source).parent / given if "://" not in source and not source.startswith("env:") else Path(given)

@@ -1,5 +1,5 @@
-"""A bearer token: from a variable, or from a file that is read anew at every use, since tokens of pods are replaced each hour. No
-message holds it."""
+"""A bearer token: from a variable, or from a file that is read anew at every use, since tokens of pods are replaced
+each hour. No message holds it."""
 
 import os
 import re
@@ -10,8 +10,8 @@ from unlearn.errors import ConfigError
 
 
 def source(variable: str, path: str = "") -> Callable[[], str] | None:
-    """What gives the token at each use: the file at `path`, else the one that VARIABLE_FILE names, else the variable. None where there
-    is none of them. Raises ConfigError, and so does what is returned."""
+    """What gives the token at each use: the file at `path`, else the one that VARIABLE_FILE names, else the variable.
+    None where there is none of them. Raises ConfigError, and so does what is returned."""
     if path := path or os.environ.get(f"{variable}_FILE", ""):
 
         def read() -> str:

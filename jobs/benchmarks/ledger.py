@@ -1,9 +1,11 @@
-"""How fast the ledger of deletion requests is, and how much memory it takes: many writers at once, an import, and the walk over all
-entries; the last two each in a process of its own.
+"""How fast the ledger of deletion requests is, and how much memory it takes: many writers at once, an import, and the
+walk over all entries; the last two each in a process of its own.
 
-    python -m jobs.benchmarks.ledger [--ledger URL] [--writers 16] [--requests 1000] [--import 100000] [--entries 1000000]
+    python -m jobs.benchmarks.ledger [--ledger URL] [--writers 16] [--requests 1000] [--import 100000]
+        [--entries 1000000]
 
-Without --ledger it is a new SQLite file in a temporary folder. The ledger is filled up to --entries, so name one that may be.
+Without --ledger it is a new SQLite file in a temporary folder. The ledger is filled up to --entries, so name one that
+may be.
 """
 
 import argparse
@@ -64,8 +66,8 @@ def write(url: str, writers: int, requests: int) -> None:
         report = verification.verify(ledger)
     lost = requests - report.walk.last
     print(
-        f"{requests} requests from {writers} writers: {seconds:.1f} s, {requests / seconds:.0f} requests/s, {lost} lost, "
-        f"{len(report.wrong)} findings",
+        f"{requests} requests from {writers} writers: {seconds:.1f} s, {requests / seconds:.0f} requests/s, "
+        f"{lost} lost, {len(report.wrong)} findings",
         flush=True,
     )
 
@@ -105,8 +107,8 @@ def walk(url: str) -> int:
 
 
 def timed(what: str, call: Callable[..., int], *arguments: Any) -> int:
-    """What a call in a new process gives. Tells the seconds of the clock, those of the process on a core, which a busy machine does not
-    lengthen, and the most memory it had, Python and its libraries counted."""
+    """What a call in a new process gives. Tells the seconds of the clock, those of the process on a core, which a busy
+    machine does not lengthen, and the most memory it had, Python and its libraries counted."""
     with ProcessPoolExecutor(1, SPAWN) as pool:
         value, seconds, busy, peak = pool.submit(_measured, call, arguments).result()
     print(f"{what}: {seconds:.1f} s, of which {busy:.1f} s on a core; {peak / 1024:.0f} MiB", flush=True)

@@ -26,8 +26,8 @@ from unlearn.releases.store import Store
 KILLS = int(os.environ.get("UNLEARN_KILLS", "20"))
 # What changes something that outlives the process, in the order of a cycle.
 EFFECTS = (
-    (Records, "keep"), (selecting, "advance"), (train, "train"), (evaluate, "evaluate"), (audit, "audit"), (publish, "publish"),
-    (pointer, "promote"),
+    (Records, "keep"), (selecting, "advance"), (train, "train"), (evaluate, "evaluate"), (audit, "audit"),
+    (publish, "publish"), (pointer, "promote"),
 )  # fmt: skip
 AUDIT = {"tests": ["transfer"], "limit": 2, "resamples": 100}
 
@@ -50,8 +50,8 @@ def test_killed_at_every_boundary_it_ends_the_same_once(tmp_path, tiny_shards, t
         whole = job.run(cycle)
     steps = [name.split()[1] for name in names if name.startswith("before")]
     assert steps == [
-        "keep", "advance", "train", "advance", "evaluate", "keep", "audit", "keep", "keep", "advance", "advance", "publish", "promote",
-        "keep", "advance",
+        "keep", "advance", "train", "advance", "evaluate", "keep", "audit", "keep", "keep", "advance", "advance",
+        "publish", "promote", "keep", "advance",
     ]  # fmt: skip
     trained = names.index("after train")
     measured, audited = (names.index(f"after {step}") + 2 for step in ("evaluate", "audit"))

@@ -72,7 +72,7 @@ def test_only_the_pods_that_train_take_the_role_of_runs():
 
 @pytest.fixture(scope="module")
 def s3_stack():
-    """The URL of an S3 server that holds the stack's buckets, and users RUNS, RELEASE and CYCLE with the policies of its roles."""
+    """The URL of an S3 server with the stack's buckets, and users RUNS, RELEASE and CYCLE with its roles' policies."""
     resources = stack()
     policies = [
         {"name": name, "content": json.dumps(resources[name]["PolicyDocument"])}

@@ -1,6 +1,7 @@
 """Kubeflow's Model Registry over HTTP on loopback, as far as our push needs it: it keeps what it is told.
 
-Every body is held against the models of the released client, down to the last field; what does not fit is refused and noted.
+Every body is held against the models of the released client, down to the last field; what does not fit is refused and
+noted.
 """
 
 import json
@@ -19,8 +20,8 @@ KINDS = {"registered_models": models.RegisteredModelCreate, "model_versions": mo
 
 
 class Registry:
-    """url; api: the version of its API; token: what is asked for. made: {kind: items}; calls: (method, path); broken: what did not keep
-    to the description; lost: paths whose next answer to POST does not arrive."""
+    """url; api: the version of its API; token: what is asked for. made: {kind: items}; calls: (method, path); broken:
+    what did not keep to the description; lost: paths whose next answer to POST does not arrive."""
 
     def __init__(self, token: str | None = None, api: str = "v1"):
         self.token, self.api, self.url = token, api, ""

@@ -11,8 +11,8 @@ from unlearn.releases import model_signature
 
 
 def signer(cycle: Cycle) -> CryptoSigner:
-    """The key of the certificates, after a look at that of the second signature, if there is to be one. Raises CycleError,
-    CertificateError, MissingExtra."""
+    """The key of the certificates, after a look at that of the second signature, if there is to be one. Raises
+    CycleError, CertificateError, MissingExtra."""
     path = cycle.key or os.environ.get(KEY)
     if not path:
         raise CycleError(

@@ -1,5 +1,6 @@
-"""A second signature of a release's model, in the form of OpenSSF model-signing: whoever serves models checks it with tools that know
-nothing of our certificate. Made offline by an elliptic-curve key; no transparency log is asked. Needs the extra `signing`.
+"""A second signature of a release's model, in the form of OpenSSF model-signing: whoever serves models checks it with
+tools that know nothing of our certificate. Made offline by an elliptic-curve key; no transparency log is asked. Needs
+the extra `signing`.
 
     model_signing verify key RELEASE/model --signature RELEASE/model.sig --public_key model.pub
 """
@@ -37,7 +38,8 @@ def check(path: str) -> None:
 
 
 def sign(files: Mapping[str, File], path: str) -> bytes:
-    """The signature of the files below model/ of a release, from their digests, by the key at `path`. Raises as `check`."""
+    """The signature of the files below model/ of a release, from their digests, by the key at `path`. Raises as
+    `check`."""
     check(path)
     from model_signing import hashing, manifest, signing
     from model_signing._hashing.hashing import Digest  # no public name leads to it

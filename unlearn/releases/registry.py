@@ -1,7 +1,8 @@
-"""Kubeflow's Model Registry: a release as a version of a registered model there, by its REST API (v1, and v1alpha3 of older servers).
+"""Kubeflow's Model Registry: a release as a version of a registered model there, by its REST API (v1, and v1alpha3 of
+older servers).
 
-What is registered says where the model is and how to check it; the model itself is not copied, and no request or person is named.
-Each part is looked for before it is made, so that a push can be repeated, and killed anywhere.
+What is registered says where the model is and how to check it; the model itself is not copied, and no request or person
+is named. Each part is looked for before it is made, so that a push can be repeated, and killed anywhere.
 """
 
 import functools
@@ -29,8 +30,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Registry:
-    """url: of the server. token: what gives the token, None where there is none. authority: a file with the certificates that are
-    trusted, else ""."""
+    """url: of the server. token: what gives the token, None where there is none. authority: a file with the
+    certificates that are trusted, else ""."""
 
     url: str
     token: Callable[[], str] | None = None
@@ -39,7 +40,8 @@ class Registry:
     def push(self, store: Store, version: str, name: str) -> tuple[str, bool]:
         """Register a release under a model's name; (its id there, whether anything was made now).
 
-        Raises ReleaseError: it was withdrawn, the registry holds another model by this name and version, or it refuses; ConfigError.
+        Raises ReleaseError: it was withdrawn, the registry holds another model by this name and version, or it refuses;
+        ConfigError.
         """
         release = store.release(version)
         if withdrawn := pointer.read(store).withdrawn.get(version):
@@ -88,7 +90,8 @@ class Registry:
         )
 
     def _ask(self, method: str, path: str, **named: Any) -> dict[str, Any] | None:
-        """The answer; None where what is looked for is not there, or what is to be made is there already. Raises ReleaseError."""
+        """The answer; None where what is looked for is not there, or what is to be made is there already. Raises
+        ReleaseError."""
         code, answer = self._sent(method, f"{self._root}/{path}", **named)
         if code == {"GET": 404, "POST": 409}[method]:
             return None
@@ -154,8 +157,8 @@ def _properties(store: Store, release: Release) -> dict[str, dict[str, str]]:
     about = {
         "weights_sha256": release.weights, "certificate_sha256": hashlib.sha256(store.certificate(release)).hexdigest(),
         "family": release.family, "config_hash": release.config_hash, "published": release.published,
-        "software": release.software, "gate": "passed" if release.gate else "none", "requests_served": str(len(release.requests)),
-        "release": store.folder(release).uri,
+        "software": release.software, "gate": "passed" if release.gate else "none",
+        "requests_served": str(len(release.requests)), "release": store.folder(release).uri,
     }  # fmt: skip
     return {name: {"metadataType": "MetadataStringValue", "string_value": value} for name, value in about.items()}
 
