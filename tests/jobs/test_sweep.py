@@ -121,7 +121,7 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(sweep_file.dump(sweep))
     driver = subprocess.Popen([sys.executable, "-m", "unlearn", "sweep", str(path)], stderr=subprocess.PIPE, text=True)
-    records, deadline = Trials(Storage(sweep.sweep_dir)), time.monotonic() + 300
+    records, deadline = Trials(Storage(sweep.sweep_dir)), time.monotonic() + 600
 
     def steps(trial) -> int:
         return (Checkpoints(f"{sweep.sweep_dir}/{trial.run}", 2).steps() or [0])[-1]
@@ -132,7 +132,7 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
     started = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
     driver.kill()
     driver.wait()
-    psutil.wait_procs(started, timeout=60)
+    psutil.wait_procs(started, timeout=600)
     first, second = sorted(records.all(), key=lambda trial: trial.status)
     assert (first.status, second.status) == ("done", "running")
     saved, killed = steps(second), []
@@ -171,9 +171,9 @@ def cluster():
 
 
 def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """Ray Tune's ASHA over eight points with two seeds; what their figures come to is said by the test in the place of slots."""
+    """Ray Tune's ASHA over four points with two seeds; what their figures come to is said by the test in the place of slots."""
     sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}},
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4]}},
         seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
     ))  # fmt: skip
     job.prepare(sweep)
@@ -207,7 +207,7 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
 
     monkeypatch.setattr(job, "_slots", slots)
     trials = job.sweep(sweep)
-    assert len(legs) == len(set(legs)) and len(trials) == 16
+    assert len(legs) == len(set(legs)) and len(trials) == 8
     best = [t for t in trials if t.parameters["method.alpha"] == 1]
     assert [(t.status, t.steps, len(t.stages)) for t in best] == [("done", 8, 4)] * 2
     given_up = [t for t in trials if t.status == "stopped"]
@@ -218,7 +218,7 @@ def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_p
     victim = replace(best[0], status="running", stages=best[0].stages[:2], ended="")
     Trials(Storage(sweep.sweep_dir)).write(victim)
     again = job.sweep(sweep)
-    assert before > 16 and legs == [(victim.id, 6), (victim.id, 8)], (
+    assert before > len(trials) and legs == [(victim.id, 6), (victim.id, 8)], (
         "it goes on behind its last stage, and the others are over"
     )
     assert {t.id: t.status for t in again} == {t.id: t.status for t in trials}
