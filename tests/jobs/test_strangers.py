@@ -217,7 +217,7 @@ from jobs.own_cluster import _folder
 with _folder() as folder:
     (folder / "ray").mkdir()
     print(folder, flush=True)
-    time.sleep(600)
+    time.sleep(7200)
 """
 
 
