@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -93,12 +92,10 @@ def test_a_longer_one_is_told_as_the_servers_fault(s3, proxied, tiny_shards, pat
     patient(0.3)
     for fault, told in ((503, r"fails \(503 SlowDown\)"), ("cut", "breaks"), ("lost", "breaks")):
         proxied.faults["GET"] = [fault] * 1000
-        began = time.monotonic()
         for call in (lambda: manifest.read(0, ["image"]), lambda: shards.load(s3), lambda: Storage(s3).read("x")):
             with pytest.raises(StorageError, match=told) as e:
                 call()
             assert "it was waited for, 0 s (storage.patience)" in str(e.value) and "restore" not in str(e.value)
-        assert time.monotonic() - began < 60
     proxied.faults.clear()
     with proxied.outage(600), patience.at_most(0), pytest.raises(StorageError, match="breaks"):
         manifest.read(0, ["image"])

@@ -115,7 +115,7 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
     path = tmp_path / "sweep.yaml"
     path.write_text(sweep_file.dump(sweep))
     driver = subprocess.Popen([sys.executable, "-m", "unlearn", "sweep", str(path)], stderr=subprocess.PIPE, text=True)
-    records, deadline = Trials(Storage(sweep.sweep_dir)), time.monotonic() + 300
+    records, deadline = Trials(Storage(sweep.sweep_dir)), time.monotonic() + 600
 
     def steps(trial) -> int:
         return (Checkpoints(f"{sweep.sweep_dir}/{trial.run}", 2).steps() or [0])[-1]
@@ -126,7 +126,7 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
     started = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
     driver.kill()
     driver.wait()
-    psutil.wait_procs(started, timeout=60)
+    psutil.wait_procs(started, timeout=600)
     first, second = sorted(records.all(), key=lambda trial: trial.status)
     assert (first.status, second.status) == ("done", "running")
     saved, killed = steps(second), []
@@ -212,17 +212,17 @@ def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
 
 
 def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path):
-    """Ray Tune's ASHA over eight points with two seeds, by slots that train nothing; TensorBoard and, where its client is
+    """Ray Tune's ASHA over four points with two seeds, by slots that train nothing; TensorBoard and, where its client is
     installed, MLflow are told of them."""
     tracked = importlib.util.find_spec("mlflow") is not None
     sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8",
-        search={"method.alpha": {"grid": [1, 2, 3, 4, 5, 6, 7, 8]}}, seeds=[0, 1],
+        search={"method.alpha": {"grid": [1, 2, 3, 4]}}, seeds=[0, 1],
         stop_early="asha", measure_every=2, concurrent=2, log_to=["tensorboard", *["mlflow"] * tracked],
     ))  # fmt: skip
     job.prepare(sweep)
     trials = job.sweep(sweep)
-    assert len(legs) == len(set(legs)) and len(trials) == 16
+    assert len(legs) == len(set(legs)) and len(trials) == 8
     best = [t for t in trials if t.parameters["method.alpha"] == 1]
     assert [(t.status, t.steps, len(t.stages)) for t in best] == [("done", 8, 4)] * 2
     given_up = [t for t in trials if t.status == "stopped"]
@@ -233,7 +233,7 @@ def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path
     victim = replace(best[0], status="running", stages=best[0].stages[:2], ended="")
     Trials(Storage(sweep.sweep_dir)).write(victim)
     again = job.sweep(sweep)
-    assert before > 16 and legs == [(victim.id, 6), (victim.id, 8)], (
+    assert before > len(trials) and legs == [(victim.id, 6), (victim.id, 8)], (
         "it goes on behind its last stage, and the others are over"
     )
     assert {t.id: t.status for t in again} == {t.id: t.status for t in trials}
@@ -242,7 +242,7 @@ def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path
     for name in sorted({trial.point for trial in trials}):
         figures[name] = scalars(Path(sweep.sweep_dir, "tensorboard", name), "ray/tune/retain.cosine.drop")
     [point] = points(best)
-    assert figures[point.id] == {step: pytest.approx(1.05) for step in (2, 4, 6, 8)} and len(figures) == 8
+    assert figures[point.id] == {step: pytest.approx(1.05) for step in (2, 4, 6, 8)} and len(figures) == 4
     if tracked:
         from mlflow import MlflowClient
 

@@ -2,15 +2,11 @@
 `rollback`, `withdraw`."""
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from unlearn.releases.gate import Verdict
-    from unlearn.releases.pointer import State
-    from unlearn.releases.release import Release
-    from unlearn.releases.store import Store
+from unlearn.cli import release_shown as shown
 
 app = typer.Typer(no_args_is_help=True, help="Publish, certify, verify, promote and withdraw releases of a model.")
 
@@ -106,7 +102,7 @@ def publish(
         reasons = "\n  ".join(map(str, outcome.verdict.reasons))
         raise ReleaseError(f"not released; the candidate is kept in {outcome.folder}. The gate says:\n  {reasons}")
     if not as_json:
-        _show_verdict(outcome.verdict)
+        shown.show_verdict(outcome.verdict)
         what = f"{outcome.release.version}: " + ("published" if outcome.new else "this model was published before")
         out.print(f"{what}, in {outcome.folder}", soft_wrap=True)
         if model_signing and SIGNATURE not in outcome.release.files:
@@ -148,7 +144,7 @@ def verify(
         out.print(
             f"{folder}: good; {len(release.files) + 1} files as {public.keyid[:16]} has signed them", soft_wrap=True
         )
-        _show_claims(release)
+        shown.show_claims(release)
 
 
 @app.command("list")
@@ -163,10 +159,10 @@ def list_releases(
 
     opened = Store(store)
     if rejected:
-        return _list_rejected(rejection.kept(opened), as_json)
+        return shown.list_rejected(rejection.kept(opened), as_json)
     state, releases = pointer.read(opened), opened.releases()
     if as_json:
-        typer.echo(json.dumps([r.model_dump(mode="json") | {"state": _state(r, state)} for r in releases]))
+        typer.echo(json.dumps([r.model_dump(mode="json") | {"state": shown.state_of(r, state)} for r in releases]))
         return
     from rich.table import Table
 
@@ -176,7 +172,9 @@ def list_releases(
     for r in releases:
         gate = "none" if r.gate is None else "passed"
         parent = (r.parent and r.parent.version) or "-"
-        table.add_row(r.version, r.published[:16], _state(r, state), str(len(r.requests)), parent, gate, r.folder)
+        table.add_row(
+            r.version, r.published[:16], shown.state_of(r, state), str(len(r.requests)), parent, gate, r.folder
+        )
     out.print(table if releases else f"{opened.storage.uri}: no release yet")
 
 
@@ -200,7 +198,12 @@ def show(version: Version, store: Where, as_json: Json = False):
         descendants = [vars(each) for each in line]
         moves = [move.model_dump() for move in state.history if version in (move.before, move.after)]
         withdrawn = state.withdrawn[version].model_dump() if version in state.withdrawn else None
-        about = {"state": _state(release, state), "withdrawn": withdrawn, "descendants": descendants, "history": moves}
+        about = {
+            "state": shown.state_of(release, state),
+            "withdrawn": withdrawn,
+            "descendants": descendants,
+            "history": moves,
+        }
         typer.echo(json.dumps(release.model_dump(mode="json") | about))
         return
     table = Table(box=None, show_header=False)
@@ -208,14 +211,14 @@ def show(version: Version, store: Where, as_json: Json = False):
     table.add_column(overflow="fold")
     for name, value in described(release).items():
         table.add_row(name, str(value if value not in (None, "") else "-"))
-    table.add_row("state", _state(release, state))
+    table.add_row("state", shown.state_of(release, state))
     if withdrawal := state.withdrawn.get(version):
         table.add_row("withdrawn", f"{withdrawal.at} by {withdrawal.by}: {withdrawal.reason}")
     table.add_row("came from it", ", ".join(f"{each.version} ({each.how} {each.of})" for each in line) or "-")
     table.add_row("folder", opened.folder(release).uri)
     out.print(table)
-    _show_verdict(release.gate)
-    _show_claims(release)
+    shown.show_verdict(release.gate)
+    shown.show_claims(release)
 
 
 @app.command()
@@ -242,7 +245,7 @@ def diff(
         for name, (before, after) in found[part].items():
             numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in (before, after))
             change = f"  ({after - before:+.4g})" if numbers else ""
-            out.print(f"{name}: {_short(before)} -> {_short(after)}{change}", soft_wrap=True)
+            out.print(f"{name}: {shown.short(before)} -> {shown.short(after)}{change}", soft_wrap=True)
     for name, requests in found["requests"].items():
         if requests:
             out.print(f"requests {name}: {len(requests)}")
@@ -270,8 +273,8 @@ def promote(
 
     opened = Store(store)
     if key:
-        _verified(opened, version, key)
-    _told(pointer.promote(opened, version, reason, force, by))
+        shown.verified(opened, version, key)
+    shown.told(pointer.promote(opened, version, reason, force, by))
 
 
 @app.command()
@@ -306,7 +309,7 @@ def push(
 
     opened = Store(store)
     if key:
-        _verified(opened, version, key)
+        shown.verified(opened, version, key)
     server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
     id, new = server.push(opened, version, name)
     out.print(f"{version}: {'registered' if new else 'is registered already'} as {name}, id {id}", soft_wrap=True)
@@ -327,7 +330,7 @@ def rollback(
     from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
-    _told(pointer.rollback(Store(store), version, reason, force, by))
+    shown.told(pointer.rollback(Store(store), version, reason, force, by))
 
 
 @app.command()
@@ -351,69 +354,4 @@ def withdraw(
     for each in line:
         withdrawn = ", which is withdrawn too" if each.version in state.withdrawn else ""
         out.print(f"{each.version} came from it ({each.how} {each.of}){withdrawn}: look whether it must go too")
-    _told(state)
-
-
-def _verified(store: "Store", version: str, key: str) -> None:
-    from unlearn import certificate
-    from unlearn.releases import verification
-
-    release = store.release(version)
-    store.complete(release)
-    verification.verify(store.folder(release).uri, certificate.public_key(key))
-
-
-def _told(state: "State") -> None:
-    from unlearn.cli.console import out
-
-    last = state.history[-1] if state.history else None
-    if last and last.remembered:
-        out.print(f"forced and recorded: it remembers {last.remembered} request(s) that others have served")
-    out.print(f"current: {state.version or 'none'}")
-
-
-def _state(release: "Release", state: "State") -> str:
-    if release.version == state.version:
-        return "current"
-    if release.version in state.withdrawn:
-        return "withdrawn"
-    return "was current" if release.version in state.served else "published"
-
-
-def _show_verdict(verdict: "Verdict | None") -> None:
-    from unlearn.cli.console import out
-
-    for check in verdict.checks if verdict else ():
-        mark = {True: "passed", False: "FAILED", None: "not judged"}[check.passed]
-        out.print(f"  {mark}: {check}", soft_wrap=True)
-
-
-def _show_claims(release: "Release") -> None:
-    from unlearn.cli.console import out
-
-    for title, sentences in (("Claimed:", release.claimed), ("Not claimed:", release.not_claimed)):
-        out.print(title)
-        for sentence in sentences:
-            out.print(f"  - {sentence}", soft_wrap=True)
-
-
-def _list_rejected(found: list[dict[str, Any]], as_json: bool) -> None:
-    from unlearn.cli.console import out
-    from unlearn.releases.gate import Verdict
-
-    if as_json:
-        typer.echo(json.dumps(found))
-        return
-    for about in found:
-        out.print(f"{about['rejected'][:16]}  {about['name']}  {about['folder']}", soft_wrap=True)
-        for check in Verdict.model_validate(about["gate"]).reasons:
-            out.print(f"  {check}", soft_wrap=True)
-    if not found:
-        out.print("no candidate was rejected")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 48 else f"{text[:45]}..."
+    shown.told(state)
