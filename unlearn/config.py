@@ -7,7 +7,7 @@ import difflib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import (
@@ -39,6 +39,7 @@ from unlearn.config_parts import (
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
 
+P = TypeVar("P", bound=Part)
 # The parts are known by this name too: a user of a configuration needs one import.
 __all__ = ["Cluster", "Data", "Evaluation", "Location", "Method", "Model", "Part", "Positive", "Rows", "RunConfig", "Storage", "Training",
            "ViewSpec", "dump", "explain", "json_schema", "load", "location", "override", "parse", "read", "unknown_key", "yaml_tree"]  # fmt: skip
@@ -170,13 +171,7 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
     method = tree.get("method")
     name = method.get("name", "encoder_l2") if isinstance(method, dict) else "encoder_l2"
     kind = _kind(str(name))
-    try:
-        return kind.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in explain(error, kind)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
+    return validated(kind, tree, source)
 
 
 def _unpickled(method: str, state: dict[str, Any]) -> RunConfig:
@@ -193,6 +188,17 @@ def _kind(method: str) -> type[RunConfig]:
     return create_model(
         "RunConfig", __base__=RunConfig, __module__=__name__, method=(options, Field(default_factory=options))
     )
+
+
+def validated(kind: type[P], tree: dict[str, Any], source: str) -> P:
+    """A value of this kind from a tree of plain values. Raises ConfigError, with a line for each mistake after `source`."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as e:
+        lines = [line for error in e.errors() for line in explain(error, kind)]
+        raise ConfigError(
+            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
+        ) from None
 
 
 def explain(error: Any, kind: type[Part]) -> list[str]:

@@ -2,12 +2,16 @@
 
 import json
 import re
+import signal
 
 import pytest
 import yaml
 from support.cycles import LIMIT, ask, standing, written
 
+from jobs import cycle as job
 from jobs.owner import owned
+from unlearn import signals
+from unlearn.cli import cycles
 from unlearn.cycles import cycle_file
 from unlearn.errors import ConfigError
 
@@ -66,6 +70,20 @@ def test_of_two_at_once_the_second_yields(cycle, told):
     with owned(cycle.cycle_dir, "cycle"):
         code, _, err = told("cycle", written(cycle))
     assert code == 2 and "is in use by `unlearn cycle`" in err
+
+
+def test_how_to_go_on_is_told_with_all_that_was_given(cycle, monkeypatch):
+    monkeypatch.setattr(job, "select", lambda cycle: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(signals, "listen", lambda: None)
+    before = signal.signal(signal.SIGTERM, signals._raise)
+    try:
+        with pytest.raises(signals.Stopped) as stopped:
+            cycles.start(written(cycle), ["promote=false", "releases=a b"], "kept")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.hint.endswith(
+        f"unlearn cycle {written(cycle)} --set promote=false --set 'releases=a b' --delete-rows kept"
+    )
 
 
 def test_a_missing_key_is_told_before_anything_is_trained(cycle, told, monkeypatch):

@@ -230,6 +230,11 @@ def test_a_browser_draws_it_on_a_desktop_and_a_phone_without_a_complaint(html, t
             tab.open(path, width)
             assert tab.complaints == [] and tab.run("document.documentElement.scrollWidth <= innerWidth")
             assert tab.run("[...document.querySelectorAll('img')].every(i => i.complete && i.naturalWidth === 32)")
+            assert tab.run("""[...document.querySelectorAll('caption')].every(told => {
+                const text = document.createRange();
+                text.selectNodeContents(told);
+                return text.getBoundingClientRect().right <= told.closest('.scroll').getBoundingClientRect().right;
+            })"""), "no caption is cut off"
         # The control: the page's policy stops what is fetched from elsewhere, and the browser says so.
         path.write_text(html.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>'))
         tab.open(path, 1280)

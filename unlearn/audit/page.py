@@ -6,6 +6,7 @@ from typing import Any
 
 from unlearn.data.storage import Storage
 from unlearn.evaluation.oracles import shown
+from unlearn.page import filled
 from unlearn.run import Run
 
 NAME = "audit.html"
@@ -13,12 +14,8 @@ NAME = "audit.html"
 
 def write(run: Run, document: dict[str, Any]) -> str:
     """Write the page of an audit.json into the run folder; its URI."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
+    html = filled(
+        Path(__file__).with_name("page.html"),
         document=document, tests=[_test(document, name) for name in document["tests"]], generators=_columns(document),
         run=run.folder,
     )  # fmt: skip

@@ -6,11 +6,10 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field, ValidationError, create_model, field_validator
+from pydantic import Field, create_model, field_validator
 
 from unlearn import config
 from unlearn.config import Location, Part, Positive
-from unlearn.errors import ConfigError
 from unlearn.registry import AUDITS
 
 # Made unless AUDIT.yaml says otherwise; the others need what not every run has.
@@ -79,10 +78,4 @@ def load(source: str | None = None, overrides: Sequence[str] = ()) -> AuditConfi
 
 def parse(tree: dict[str, Any], source: str = "audit") -> AuditConfig:
     """The same from plain values. Raises ConfigError with every mistake."""
-    try:
-        return kind().model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, kind())]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
+    return config.validated(kind(), tree, source)

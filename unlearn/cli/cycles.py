@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,7 +60,9 @@ def start(
         try:
             ended = job.run(cycle, shown, lease.check)
         except signals.Stopped as e:
-            e.hint = f"nothing that was done is done again: unlearn cycle {source}"
+            given = [word for item in overrides for word in ("--set", item)]
+            given += ["--delete-rows", delete_rows] if delete_rows else []
+            e.hint = f"nothing that was done is done again: {shlex.join(['unlearn', 'cycle', source, *given])}"
             raise
     for line in told(ended.selection, ended.outcome):
         out.print(line, soft_wrap=True)

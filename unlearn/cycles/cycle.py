@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field
 from unlearn import config
 from unlearn.config import Location, Part, Rows, RunConfig, location
 from unlearn.releases import gate as gates
+from unlearn.run_files import put
 
 KEY = "UNLEARN_RELEASE_KEY"  # the variable that names the private key
 
@@ -105,13 +106,3 @@ class Cycle(Part):
 def digest(tree: Any) -> str:
     """12 hex digits of the sha256 of a value in canonical JSON (RFC 8785)."""
     return hashlib.sha256(rfc8785.dumps(tree)).hexdigest()[:12]
-
-
-def put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b` of a tree, parts made where they are missing."""
-    *path, last = key.split(".")
-    for name in path:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[last] = value

@@ -1,18 +1,13 @@
 """CYCLE.yaml: read, and checked whole, every rung of its ladder too, before anything starts."""
 
-import copy
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from unlearn import config
-from unlearn.cycles.cycle import Cycle, put
-from unlearn.data.storage import Storage
+from unlearn import config, run_files
+from unlearn.cycles.cycle import Cycle
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
 
@@ -30,52 +25,25 @@ SET_APART = {
 def load(source: str, overrides: Sequence[str] = ()) -> Cycle:
     """The cycle that `source` names: a YAML file (path or s3://), or env:VARIABLE. overrides: "key=value" of the cycle, and
     "run.key=value" of its run. Raises ConfigError, StorageError."""
-    if source.startswith("env:"):
-        variable = source.removeprefix("env:")
-        if variable not in os.environ:
-            raise ConfigError(f"{source}: this variable is not set; a cycle is expected in it")
-        return read(os.environ[variable], source, overrides)
-    return read(Storage(source).read().decode(errors="replace"), source, overrides)
+    return read(run_files.text(source, "cycle"), source, overrides)
 
 
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Cycle:
     """The same from the text of a file; `source` names it in messages."""
-    tree = config.yaml_tree(text, f"cycle {source}")
-    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
-    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
-    changes = {item.partition("=")[0]: _value(item.partition("=")[2]) for item in of_run}
-    tree["set"] = (tree.get("set") or {}) | changes
-    return parse(tree, source)
+    return parse(run_files.overridden(config.yaml_tree(text, f"cycle {source}"), overrides), source)
 
 
 def parse(tree: dict[str, Any], source: str = "cycle") -> Cycle:
     """Validate a tree of plain values, the run with every rung, and the gate. Raises ConfigError."""
-    tree = copy.deepcopy(tree)
-    changes = tree.pop("set", None) or {}
-    run = _file(tree.get("run"), source, "run") or {}
-    if not isinstance(run, dict) or not run:
-        raise ConfigError(f"{source}: run: give a run's configuration, or the path of one")
-    if not isinstance(changes, dict):
-        raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
-    for key, value in changes.items():
-        put(run, key, value)
+    tree = run_files.with_run(tree, source)
+    run = tree["run"]
     if isinstance(run.get("data"), dict):
         run["data"].pop("forget", None)
     run.pop("run_dir", None)
     if re.match(r"[^/]*//[^/@]*:[^/]*@", str(tree.get("ledger"))):  # checked here, where no message repeats it
         raise ConfigError(f"{source}: ledger: a password does not belong here: give it by PGPASSWORD or ~/.pgpass")
-    tree |= {
-        "run": run,
-        "gate": _file(tree.get("gate"), source, "gate"),
-        "audit": _file(tree.get("audit"), source, "audit"),
-    }
-    try:
-        cycle = Cycle.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, Cycle)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
+    tree |= {key: run_files.inline(tree.get(key), source, key) for key in ("gate", "audit")}
+    cycle = config.validated(Cycle, tree, source)
     _check(cycle, source)
     return cycle
 
@@ -116,18 +84,3 @@ def _check(cycle: Cycle, source: str) -> None:
             same = f"rung {before}" if before else "the run as it stands"
             raise ConfigError(f"{source}: ladder, rung {number}: it would make the same model as {same}")
     cycle.rules  # noqa: B018  raises where it is no gate
-
-
-def _file(given: Any, source: str, key: str) -> Any:
-    """The tree of a file that is given by its path, found from here or from beside the cycle's file; other values as they are."""
-    if not isinstance(given, str):
-        return copy.deepcopy(given)
-    beside = Path(source).parent / given if "://" not in source and not source.startswith("env:") else Path(given)
-    path = given if "://" in given or Path(given).exists() or not beside.exists() else str(beside)
-    if not Storage(path).is_file():
-        raise ConfigError(f"{source}: {key}: there is no file {given}")
-    return config.yaml_tree(Storage(path).read().decode(errors="replace"), f"{source}: {key}: {given}")
-
-
-def _value(text: str) -> Any:
-    return config.override({}, [f"value={text}"])["value"]

@@ -17,6 +17,7 @@ from unlearn.errors import UnlearnError
 from unlearn.ledger import states
 from unlearn.ledger.ledger import Ledger
 from unlearn.ledger.request import Request
+from unlearn.page import filled
 from unlearn.releases import pointer, verification
 from unlearn.releases.claims import NOT_CLAIMED
 from unlearn.releases.store import Store
@@ -33,16 +34,12 @@ def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) 
 
     Raises UnlearnError where the records, the ledger or the releases cannot be read.
     """
-    import jinja2
-
     records, store = Records(cycle.cycle_dir), Store(cycle.releases)
     every, state = history.of(records), pointer.read(store)
     with Ledger(cycle.ledger) as ledger:
         requests = ledger.requests()
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    html = environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
+    html = filled(
+        Path(__file__).with_name("page.html"),
         name=cycle.name, headline=_headline(requests, state.version), sentences=_sentences(requests, every), drawing=_drawing(every),
         cycles=[_cycle(number, told, store, key) for number, told in enumerate(every, 1)], requests=_requests(requests, every),
         moves=state.history, not_claimed=NOT_CLAIMED, written=now()[:16].replace("T", " "), software=f"unlearn {__version__}",

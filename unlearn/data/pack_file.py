@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from unlearn import config
 from unlearn.config import Cluster, Location, Part, Positive
@@ -108,13 +108,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Packing:
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Packing:
     """The same from the text of a file; `source` names it in messages. overrides: "key=value"."""
     tree = config.override(config.yaml_tree(text, f"packing {source}"), overrides)
-    try:
-        return Packing.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, Packing)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
+    return config.validated(Packing, tree, source)
 
 
 def dump(packing: Packing) -> str:

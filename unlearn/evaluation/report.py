@@ -12,6 +12,7 @@ from unlearn.data import selection
 from unlearn.data.storage import Storage
 from unlearn.evaluation import story
 from unlearn.evaluation.verdict import verdict
+from unlearn.page import filled
 from unlearn.run import Run
 from unlearn.training import metrics
 
@@ -38,14 +39,10 @@ def write(run: Run, document: dict, grids: list[dict]) -> str:
 
     grids: the picture grids to show, as unlearn.evaluation.measure makes them. Ids are never shown.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     headline, sentences = verdict(document)
     shown = [grid["set"] for grid in grids]
-    html = environment.from_string(Path(__file__).with_name(NAME).read_text()).render(
+    html = filled(
+        Path(__file__).with_name(NAME),
         document=document,
         asked=story.asked(run),
         done=story.done(run, document),

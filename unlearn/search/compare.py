@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from unlearn import config
+from unlearn import config, run_files
 from unlearn.config import Location, Part, Positive, RunConfig
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
-from unlearn.search import sweep_file
+from unlearn.run_files import put
 from unlearn.search.domain import Domain
 from unlearn.search.objectives import Direction, check_name
-from unlearn.search.space import Parameters, Sweep, canonical, put
+from unlearn.search.space import Parameters, Sweep, canonical
 
 FILE = "compare.yaml"  # in the comparison's folder
 Values = Annotated[list[Any], Field(min_length=1)]
@@ -186,20 +186,13 @@ def load(source: str, overrides: list[str] | tuple[str, ...] = ()) -> Compare:
         if not Storage(source).is_file(FILE):
             raise ConfigError(f"{source}: neither a YAML file nor the folder of a comparison (no {FILE} in it)")
         source = Storage(source).where(FILE)
-    text = Storage(source).read().decode(errors="replace")
-    return parse(sweep_file.overridden(config.yaml_tree(text, f"comparison {source}"), overrides), source)
+    tree = config.yaml_tree(run_files.text(source, "comparison"), f"comparison {source}")
+    return parse(run_files.overridden(tree, overrides), source)
 
 
 def parse(tree: dict, source: str = "comparison") -> Compare:
     """Validate a tree of plain values, and the run of every method with every setting. Raises ConfigError."""
-    tree = sweep_file.with_run(copy.deepcopy(tree), source)
-    try:
-        compare = Compare.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, Compare)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
+    compare = config.validated(Compare, run_files.with_run(tree, source), source)
     for label in compare.methods:
         for parameters in compare.candidates(label):
             try:

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from unlearn.page import filled
+
 NAME = "report.html"
 # (figure, head, how it is written, what a reader should want)
 COLUMNS = (
@@ -81,11 +83,6 @@ def title(document: dict[str, Any]) -> str:
 
 def html(document: dict[str, Any]) -> str:
     """The page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     heads = columns(document)
     rows = [
         {
@@ -99,9 +96,14 @@ def html(document: dict[str, Any]) -> str:
         for name, figures in document["reference"].items()
         if figures
     ]
-    template = Path(__file__).with_name("leaderboard.html").read_text()
-    return environment.from_string(template).render(
-        document=document, title=title(document), heads=heads, rows=rows, reference=reference, drawing=drawing(document)
+    return filled(
+        Path(__file__).with_name("leaderboard.html"),
+        document=document,
+        title=title(document),
+        heads=heads,
+        rows=rows,
+        reference=reference,
+        drawing=drawing(document),
     )
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from unlearn import __version__
 from unlearn.data.storage import Storage
 from unlearn.evaluation.report import data_uri
+from unlearn.page import filled
 from unlearn.search import alone, charts, front, means, study
 from unlearn.search.records import Point, Trial, points
 from unlearn.search.space import Sweep, canonical
@@ -40,11 +41,6 @@ def write(sweep: Sweep, trials: Sequence[Trial], grids: Grids | None = None) -> 
 
     Raises MissingExtra.
     """
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     every = in_order(points(trials, sweep.bounds))
     varied = _varied(sweep, every)
     shown = [
@@ -53,7 +49,8 @@ def write(sweep: Sweep, trials: Sequence[Trial], grids: Grids | None = None) -> 
     ]
     best = [point.id for point in front.of_points(every, sweep.wanted)]
     pictures: dict[str, str] = {}
-    html = environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
+    html = filled(
+        Path(__file__).with_name("page.html"),
         name=sweep.name,
         headline=_headline(sweep, every, best),
         sentences=list(_sentences(sweep, trials)),

@@ -29,6 +29,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from unlearn import config
 from unlearn.config import Location, Part, Positive, RunConfig
 from unlearn.data.storage import Storage
+from unlearn.run_files import put
 from unlearn.search.domain import Domain, ordered, times
 from unlearn.search.objectives import Constraint, Direction, Objective
 
@@ -319,16 +320,6 @@ class Sweep(Part):
 def canonical(parameters: Parameters) -> str:
     """Text that is equal for equal points."""
     return json.dumps(parameters, sort_keys=True)
-
-
-def put(tree: dict, key: str, value: Any) -> None:
-    """Set `a.b` of a tree, parts made where they are missing."""
-    *path, last = key.split(".")
-    for name in path:
-        if not isinstance(tree.get(name), dict):
-            tree[name] = {}
-        tree = tree[name]
-    tree[last] = value
 
 
 def get(settings: RunConfig, key: str) -> Any:

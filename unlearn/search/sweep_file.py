@@ -1,20 +1,17 @@
 """SWEEP.yaml: read, and checked whole, with every key and value that is searched, before anything starts."""
 
-import copy
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from pydantic import ValidationError
 
-from unlearn import config
+from unlearn import config, run_files
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
 from unlearn.search.domain import Domain
 from unlearn.search.objectives import check_name
-from unlearn.search.space import Sweep, put
+from unlearn.search.space import Sweep
 
 # Keys of a run that a sweep sets itself, and how.
 SET_APART = {
@@ -33,73 +30,29 @@ def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The sweep that `source` names: a YAML file (path or s3://), the folder of a sweep, or env:VARIABLE. overrides: "key=value" of
     the sweep, and "run.key=value" of its run. Raises ConfigError, StorageError."""
     if source.startswith("env:"):
-        variable = source.removeprefix("env:")
-        if variable not in os.environ:
-            raise ConfigError(f"{source}: this variable is not set; a sweep is expected in it")
-        return read(os.environ[variable], source, overrides)
+        return read(run_files.text(source, "sweep"), source, overrides)
     if Path(source).suffix not in (".yaml", ".yml"):
         if not Storage(source).is_file("sweep.yaml"):
             raise ConfigError(f"{source}: neither a YAML file nor the folder of a sweep (no sweep.yaml in it)")
         source = Storage(source).where("sweep.yaml")
-    return read(Storage(source).read().decode(errors="replace"), source, overrides)
+    return read(run_files.text(source, "sweep"), source, overrides)
 
 
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The same from the text of a file; `source` names it in messages."""
-    return parse(overridden(config.yaml_tree(text, f"sweep {source}"), overrides), source)
-
-
-def overridden(tree: dict, overrides: Sequence[str]) -> dict:
-    """A tree with "key=value" set, and with "run.key=value" among what it sets of its run."""
-    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
-    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
-    tree["set"] = (tree.get("set") or {}) | {
-        item.partition("=")[0]: config.override({}, [f"value={item.partition('=')[2]}"])["value"] for item in of_run
-    }
-    return tree
+    return parse(run_files.overridden(config.yaml_tree(text, f"sweep {source}"), overrides), source)
 
 
 def parse(tree: dict, source: str = "sweep") -> Sweep:
     """Validate a tree of plain values, and every key and value that is searched. Raises ConfigError."""
-    tree = with_run(copy.deepcopy(tree), source)
-    try:
-        sweep = Sweep.model_validate(tree)
-    except ValidationError as e:
-        lines = [line for error in e.errors() for line in config.explain(error, Sweep)]
-        raise ConfigError(
-            f"{source}: " + ("; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines))
-        ) from None
+    sweep = config.validated(Sweep, run_files.with_run(tree, source), source)
     _check(sweep, source)
     return sweep
-
-
-def with_run(tree: dict, source: str) -> dict:
-    """`tree` with its run in it, changed as `set` says. Raises ConfigError."""
-    changes = tree.pop("set", None) or {}
-    run = tree.get("run")
-    if isinstance(run, str):
-        run = _run_file(run, source)
-    if not isinstance(run, dict):
-        raise ConfigError(f"{source}: run: give a run's configuration, or the path of one")
-    if not isinstance(changes, dict):
-        raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
-    for key, value in changes.items():
-        put(run, key, value)
-    return tree | {"run": run}
 
 
 def dump(sweep: Sweep) -> str:
     """The sweep as YAML, its run inline."""
     return yaml.safe_dump(sweep.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
-
-
-def _run_file(given: str, source: str) -> dict:
-    """The tree of a run's file, which is found from here or from beside the sweep's file."""
-    beside = Path(source).parent / given if "://" not in source and not source.startswith("env:") else Path(given)
-    path = given if "://" in given or Path(given).exists() or not beside.exists() else str(beside)
-    if not Storage(path).is_file():
-        raise ConfigError(f"{source}: run: there is no file {given}")
-    return config.yaml_tree(Storage(path).read().decode(errors="replace"), f"{source}: run: {given}")
 
 
 def _check(sweep: Sweep, source: str) -> None:

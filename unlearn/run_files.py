@@ -1,0 +1,65 @@
+"""YAML files that say what is to be done with a run (sweeps, comparisons, cycles): read, changed, and the run put into them."""
+
+import copy
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unlearn import config
+from unlearn.data.storage import Storage
+from unlearn.errors import ConfigError
+
+
+def text(source: str, what: str) -> str:
+    """What `source` holds: a file (path or s3://), or env:VARIABLE; `what` is expected there. Raises ConfigError, StorageError."""
+    if source.startswith("env:"):
+        variable = source.removeprefix("env:")
+        if variable not in os.environ:
+            raise ConfigError(f"{source}: this variable is not set; a {what} is expected in it")
+        return os.environ[variable]
+    return Storage(source).read().decode(errors="replace")
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree with "key=value" set, and with "run.key=value" among what it sets of its run."""
+    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
+    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
+    tree["set"] = (tree.get("set") or {}) | {
+        item.partition("=")[0]: config.override({}, [f"value={item.partition('=')[2]}"])["value"] for item in of_run
+    }
+    return tree
+
+
+def with_run(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    """A copy of `tree` with its run in it, changed as `set` says. Raises ConfigError."""
+    tree = copy.deepcopy(tree)
+    changes, run = tree.pop("set", None) or {}, inline(tree.get("run"), source, "run")
+    if not isinstance(run, dict) or not run:
+        raise ConfigError(f"{source}: run: give a run's configuration, or the path of one")
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
+    for key, value in changes.items():
+        put(run, key, value)
+    return tree | {"run": run}
+
+
+def inline(given: Any, source: str, key: str) -> Any:
+    """The tree of a file that is given by its path, found from here or from beside the file `source`; other values as they are."""
+    if not isinstance(given, str):
+        return copy.deepcopy(given)
+    beside = Path(source).parent / given if "://" not in source and not source.startswith("env:") else Path(given)
+    path = given if "://" in given or Path(given).exists() or not beside.exists() else str(beside)
+    if not Storage(path).is_file():
+        raise ConfigError(f"{source}: {key}: there is no file {given}")
+    return config.yaml_tree(Storage(path).read().decode(errors="replace"), f"{source}: {key}: {given}")
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b` of a tree, parts made where they are missing."""
+    *path, last = key.split(".")
+    for name in path:
+        if not isinstance(tree.get(name), dict):
+            tree[name] = {}
+        tree = tree[name]
+    tree[last] = value
