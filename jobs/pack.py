@@ -122,8 +122,9 @@ def _mapped(found: Packing, classes: list[str]) -> Iterator[Callable[[list[Piece
             if not pieces:
                 return
             least = cluster.min_workers or cluster.workers
+            packer: Any = ShardPacker  # a class; Ray declares functions alone
             data = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map(
-                ShardPacker, fn_constructor_args=(found, classes, logs.level()), num_cpus=cluster.cpus_per_worker,
+                packer, fn_constructor_args=(found, classes, logs.level()), num_cpus=cluster.cpus_per_worker,
                 compute=ray.data.ActorPoolStrategy(min_size=least, max_size=cluster.workers),
             )  # fmt: skip
             yield from data.iter_rows()

@@ -4,7 +4,12 @@ A function each: (folder of the images, what turns an encoded image into pixels)
 of an epoch.
 """
 
+# The peers are no dependencies.
+# pyright: reportMissingImports=false
+
+import functools
 import io
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,7 +22,6 @@ from unlearn.data.decode import decode
 from unlearn.data.scaling import fit
 
 WORKERS, BATCH = 2, 64
-To = Callable[[bytes], torch.Tensor]  # encoded image -> (3, S, S) uint8
 Epochs = Callable[[], Iterable[Any]]  # batches of one epoch, whose length is the number of images
 
 
@@ -35,18 +39,26 @@ class Usual:
     """What the examples of most loaders do: PIL, and torchvision's transforms."""
 
     def __init__(self, size: int):
-        from unlearn import torchvision_cpu  # noqa: F401  before torchvision
-
-        from torchvision import transforms  # isort: skip
-
-        steps = [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
-        self.transform = transforms.Compose([*steps, transforms.PILToTensor()])
+        self.size = size
 
     def __call__(self, data: bytes) -> torch.Tensor:
         return self.of_image(_pil(data))
 
     def of_image(self, image: Any) -> torch.Tensor:
-        return self.transform(image.convert("RGB"))
+        return _transform(self.size)(image.convert("RGB"))
+
+
+@functools.cache
+def _transform(size: int) -> Callable[[Any], torch.Tensor]:
+    from unlearn import torchvision_cpu  # noqa: F401  before torchvision, in each process
+
+    from torchvision import transforms  # isort: skip
+
+    steps = [transforms.Resize(size, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(size)]
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+To = Ours | Usual
 
 
 def _pil(data: bytes):
@@ -99,15 +111,18 @@ def ray(folder: Path, to: To) -> Epochs:
 
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_operator_progress_bars = False
 
-    def decoded(batch: dict) -> dict:
+    def decoded(batch: Any) -> dict:
         one_thread()
         return {"image": np.stack([to(data).numpy() for data in batch["image"]])}
 
-    def epoch() -> Iterator[np.ndarray]:
+    def epoch() -> Iterator[Any]:
         data = ray.data.read_parquet(str(folder / "parquet")).map_batches(decoded, batch_size=BATCH)
         yield from (batch["image"] for batch in data.iter_batches(batch_size=BATCH))
 
@@ -135,21 +150,17 @@ def spdl(folder: Path, to: To) -> Epochs:
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
-    size = to.size if isinstance(to, Ours) else to.transform.transforms[0].size
-
     def by_ffmpeg(data: bytes) -> torch.Tensor:
-        scale = f"scale=w={size}:h={size}:flags=bicubic:force_original_aspect_ratio=increase"
-        wanted = f"{scale},crop={size}:{size},format=pix_fmts=rgb24"
+        scale = f"scale=w={to.size}:h={to.size}:flags=bicubic:force_original_aspect_ratio=increase"
+        wanted = f"{scale},crop={to.size}:{to.size},format=pix_fmts=rgb24"
         buffer = spdl.io.load_image(data, filter_desc=wanted)
         return spdl.io.to_torch(buffer).permute(2, 0, 1)
 
     def epoch() -> Iterator[torch.Tensor]:
-        builder = (
-            PipelineBuilder()
-            .add_source(encoded(folder))
-            .pipe(to if isinstance(to, Ours) else by_ffmpeg, concurrency=WORKERS)
-        )
-        with builder.aggregate(BATCH).pipe(torch.stack).add_sink(3).build(num_threads=WORKERS).auto_stop() as pipeline:
+        pipe = to if isinstance(to, Ours) else by_ffmpeg
+        builder = PipelineBuilder().add_source(encoded(folder)).pipe(pipe, concurrency=WORKERS).aggregate(BATCH)
+        pipeline = builder.pipe(torch.stack).add_sink(3).build(num_threads=WORKERS)
+        with pipeline.auto_stop():
             yield from pipeline
 
     return epoch

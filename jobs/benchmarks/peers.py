@@ -22,6 +22,9 @@ PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 
 webdataset,ours,bare]
 """
 
+# The peers are no dependencies.
+# pyright: reportMissingImports=false
+
 import argparse
 import gc
 import itertools
@@ -138,7 +141,7 @@ def compare(settings: config.RunConfig, options: argparse.Namespace) -> None:
             if case in left_out:
                 continue
             try:
-                rates.setdefault(case, []).append(measure(here, *case, Path(folder)))
+                rates.setdefault(case, []).append(measure(here, case[0], case[1], Path(folder)))
                 print(*case, *(f"{rate:,.0f}" for epoch in rates[case][-1] for rate in epoch), flush=True)
             except Exception as e:  # a peer that is not there, or lacks a library of its own: whatever it raises
                 left_out.add(case)

@@ -30,6 +30,7 @@ import numpy as np
 
 from unlearn.data import node_cache
 from unlearn.data.storage import told
+from unlearn.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class Pixels:
     def write(self, row: int, image: np.ndarray, place: int) -> bool:
         """Keep (H, W, 3) uint8 of a row at its claimed place; whether it is there now."""
         try:
-            view, done = memoryview(np.ascontiguousarray(image)).cast("B"), 0
+            view, done = np.ascontiguousarray(image).data.cast("B"), 0
             while done < len(view):
                 done += os.pwrite(self._file, view[done:], place + done)
         except OSError as e:
@@ -166,10 +167,11 @@ def _root(room: int) -> Path:
     alike."""
     try:
         memory = os.statvfs(MEMORY)
-        large = memory.f_blocks * memory.f_frsize >= 2 * room and os.access(MEMORY, os.W_OK)
-    except OSError:
-        large = False
-    return node_cache.private("pixels", MEMORY if large else None)
+        if memory.f_blocks * memory.f_frsize >= 2 * room and os.access(MEMORY, os.W_OK):
+            return node_cache.private("pixels", MEMORY)
+    except (OSError, StorageError):  # it is not there, or another user has taken the name
+        pass
+    return node_cache.private("pixels")
 
 
 def _close(file: int, index: int, folder: Path) -> None:
