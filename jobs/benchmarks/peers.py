@@ -1,25 +1,22 @@
 """The loader against those that people use: images a second of processor time (of the process and all its children),
 and by the clock.
 
-The same JPEGs, to uint8 batches of the model's size; each peer with its usual decode and resize, and with ours in its
-place:
+The same JPEGs, to uint8 batches of the model's size; each peer with its usual decode and resize, and with ours:
 
 webdataset   tars, WebDataset behind torch's DataLoader    streaming   MDS, MosaicML's StreamingDataset behind the same
 ray          Parquet, ray.data's map_batches               datasets    Parquet, Hugging Face's, behind the same
 spdl         Parquet, a pipeline of threads; its own decode and resize is FFmpeg's
 pyarrow      Parquet, row groups read by pyarrow in a DataLoader
 
-Usual is PIL's decode and bicubic resize by torchvision's transforms, where nothing else is said. ours: `cache:
-decoded`, which the second epoch reads; bare: our decode and resize alone, on bytes in memory. Every measurement is a
-process of its own; starting it is not counted.
+Usual is PIL's decode and bicubic resize by torchvision's transforms, where nothing else is said. ours: `cache: none`,
+and `decoded`, which the second epoch reads; bare: decode and resize alone, on bytes in memory, in one thread. Making
+a loader is not counted, starting its processes is.
 
 The peers are no dependencies. Those that are not there are left out:
-pip install --target peers --no-deps webdataset mosaicml-streaming datasets spdl spdl-core spdl-io braceexpand xxhash
-dill multiprocess \\
-    catalogue brotli python-snappy cramjam zstd
 
-PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 3] [--images 1500] [--only
-webdataset,ours,bare]
+pip install --target peers --no-deps webdataset mosaicml-streaming datasets spdl spdl-core spdl-io braceexpand \\
+    xxhash dill multiprocess catalogue brotli python-snappy cramjam zstd
+PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 3] [--images 1536] [--only ours,bare]
 """
 
 # The peers are no dependencies.
@@ -45,10 +42,10 @@ from unlearn.models import weights
 from unlearn.run import resolve
 
 
-def ours(settings: config.RunConfig) -> Epochs:
+def ours(settings: config.RunConfig, kept: str) -> Epochs:
     """Every image once an epoch: the set is as large as what is measured."""
     model = weights.build(settings.model, settings.seed)
-    data = settings.data.model_copy(update={"cache": "decoded", "decode_threads": WORKERS})
+    data = settings.data.model_copy(update={"cache": kept, "decode_threads": WORKERS})
     changed = settings.model_copy(update={"data": data})
     sets = resolve(changed).sets
     loader = Loader(changed, sets, model.grid, model.options.image_size)
@@ -102,7 +99,7 @@ def measure(settings: config.RunConfig, name: str, way: str, folder: Path) -> li
     """(images a second of processor time, by the clock) of the first two epochs."""
     size = weights.build(settings.model, settings.seed).options.image_size
     to = Usual(size) if way == "usual" else Ours(size)
-    epochs = ours(settings) if name == "ours" else {**PEERS, "bare": bare}[name](folder, to)
+    epochs = ours(settings, way) if name == "ours" else {**PEERS, "bare": bare}[name](folder, to)
     rates = []
     for _ in range(2):
         began, used = time.perf_counter(), _processor_time()
@@ -113,7 +110,7 @@ def measure(settings: config.RunConfig, name: str, way: str, folder: Path) -> li
 
 def _processor_time() -> float:
     """Seconds of this process and of all its children, those that have ended too."""
-    used, me = sum(os.times()[:4]), psutil.Process()
+    used, me = time.process_time() + sum(os.times()[2:4]), psutil.Process()
     for child in me.children(recursive=True):
         try:
             times = child.cpu_times()
@@ -126,7 +123,13 @@ def _processor_time() -> float:
 def compare(settings: config.RunConfig, options: argparse.Namespace) -> None:
     """Print a line for each loader, and how ours stands to the best."""
     one_thread()
-    cases = [("bare", "ours"), ("bare", "usual"), ("ours", "ours"), *((p, w) for p in PEERS for w in ("usual", "ours"))]
+    cases = [
+        ("bare", "ours"),
+        ("bare", "usual"),
+        ("ours", "none"),
+        ("ours", "decoded"),
+        *((p, w) for p in PEERS for w in ("usual", "ours")),
+    ]
     cases = [case for case in cases if options.only is None or case[0] in options.only.split(",")]
     # Ray comes last: processes are forked for the others, and it leaves threads behind.
     turns = [
@@ -157,15 +160,17 @@ def tell(rates: dict[tuple[str, str], list]) -> None:
     middle = {case: np.median(np.array(found), axis=0) for case, found in rates.items()}
     for (name, way), ((one, clock_one), (two, clock_two)) in middle.items():
         print(f"{name:10} {way:6} {one:9,.0f} {two:9,.0f} {clock_one:9,.0f} {clock_two:9,.0f}")
-    mine, bare_rate = middle.get(("ours", "ours")), middle.get(("bare", "ours"))
+    mine, plain, bare_rate = middle.get(("ours", "decoded")), middle.get(("ours", "none")), middle.get(("bare", "ours"))
     usual = {case: found for case, found in middle.items() if case[1] == "usual" and case[0] != "bare"}
     if mine is not None and usual:
         for epoch in (0, 1):
             best = max(usual, key=lambda case: usual[case][epoch][0])
             ratio = mine[epoch][0] / usual[best][epoch][0]
             print(f"epoch {epoch + 1}: ours / the best in its usual way ({best[0]}), processor time: {ratio:.2f}")
-    if mine is not None and bare_rate is not None:
-        print(f"epoch 1: ours / bare decode and resize, processor time: {mine[0][0] / bare_rate[0][0]:.2f}")
+    for name, found in (("decoded", mine), ("none", plain)):
+        if found is not None and bare_rate is not None:
+            ratio = found[0][0] / bare_rate[0][0]
+            print(f"epoch 1, cache {name}: ours / bare decode and resize, processor time: {ratio:.2f}")
 
 
 if __name__ == "__main__":
