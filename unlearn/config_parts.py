@@ -101,9 +101,9 @@ class Data(Part):
     )
     cache_bytes: Size | None = Field(
         default=None,
-        description="bytes, or text like 512MiB, that the caches of one worker (with `cache: decoded`: of all workers of a "
-        "machine together) may take, row groups and latents included; none = 2GiB a worker, or a quarter of its part of the "
-        "machine's memory where that is less",
+        description="bytes, or text like 512MiB, that the caches of one worker (with `cache: decoded`: of all workers "
+        "of a machine together) may take, row groups and latents included; none = 2GiB a worker, or a quarter of its "
+        "part of the machine's memory where that is less",
     )
     latent_cache: Location | None = Field(
         default=None,
