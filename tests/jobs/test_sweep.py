@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -319,7 +320,7 @@ def test_ctrl_c_and_sigterm_of_the_command(tiny_shards, tiny_model, tmp_path):
         assert rows == [*range(1, 401)], "no step is missing, and none is there twice"
 
 
-def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch):
+def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch, logged):
     def refused(folder=tmp_path, **keys) -> str:
         with pytest.raises(UnlearnError) as e:
             callbacks.wanted(
@@ -338,6 +339,15 @@ def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         told = refused(tracking_uri="http://me:secret@127.0.0.1:9")
         assert "log_to mlflow: http://...: " in told and "NewConnectionError" in told and "secret" not in told
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow has set it
+        sweep = sweep_file.parse(tree(tmp_path, tiny_shards, tiny_model, log_to=["mlflow"]))
+        [runs] = callbacks.wanted(sweep, tmp_path)
+        runs.tracking_uri, trial = "http://me:secret@127.0.0.1:9", SimpleNamespace(config={"point": "p000"})
+        for _ in range(2):
+            runs.log_trial_start(trial)
+            runs.log_trial_end(trial)
+        [line] = [each.getMessage() for each in logged.records]
+        assert line.startswith("nothing more is logged to MLflow: API request to http://.../") and "secret" not in line
 
 
 def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
