@@ -58,6 +58,7 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
             "training.warmup_steps": {"same_as": "training.log_every"}, "training.log_every": {"choice": [1]},
         },
         search_by="random", budget={"points": 20}, concurrent=2, constraints=["retain.cosine.drop <= 1"],
+        log_to=["tensorboard"],
     ))  # fmt: skip
     job.prepare(sweep)
     seen = []
@@ -80,6 +81,8 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
     assert {t.slot for t in trials if t.started} == {0, 1} and {t.warm for t in done} == {True, False}
     assert {t.id: t for t in Trials(Storage(s3)).all()} == {t.id: t for t in trials}
     assert any(p.rows for p in seen) and any(p.seconds_left for p in seen) and seen[-1].seconds_left == 0
+    boards = Storage(s3).files("tensorboard")
+    assert all(any(name.startswith(f"tensorboard/{trial.point}/events.") for name in boards) for trial in done)
     for point in points(trials, sweep.bounds):
         assert point.complete == point.feasible == (point.trials[0].status == "done")
 
