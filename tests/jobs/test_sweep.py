@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -57,6 +58,7 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
             "training.warmup_steps": {"same_as": "training.log_every"}, "training.log_every": {"choice": [1]},
         },
         search_by="random", budget={"points": 20}, concurrent=2, constraints=["retain.cosine.drop <= 1"],
+        log_to=["tensorboard"],
     ))  # fmt: skip
     job.prepare(sweep)
     seen = []
@@ -79,6 +81,8 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
     assert {t.slot for t in trials if t.started} == {0, 1} and {t.warm for t in done} == {True, False}
     assert {t.id: t for t in Trials(Storage(s3)).all()} == {t.id: t for t in trials}
     assert any(p.rows for p in seen) and any(p.seconds_left for p in seen) and seen[-1].seconds_left == 0
+    boards = Storage(s3).files("tensorboard")
+    assert all(any(name.startswith(f"tensorboard/{trial.point}/events.") for name in boards) for trial in done)
     for point in points(trials, sweep.bounds):
         assert point.complete == point.feasible == (point.trials[0].status == "done")
 
@@ -319,7 +323,7 @@ def test_ctrl_c_and_sigterm_of_the_command(tiny_shards, tiny_model, tmp_path):
         assert rows == [*range(1, 401)], "no step is missing, and none is there twice"
 
 
-def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch):
+def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch, logged):
     def refused(folder=tmp_path, **keys) -> str:
         with pytest.raises(UnlearnError) as e:
             callbacks.wanted(
@@ -338,6 +342,15 @@ def test_what_cannot_be_logged_to(tiny_shards, tiny_model, tmp_path, monkeypatch
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         told = refused(tracking_uri="http://me:secret@127.0.0.1:9")
         assert "log_to mlflow: http://...: " in told and "NewConnectionError" in told and "secret" not in told
+        monkeypatch.delenv("MLFLOW_TRACKING_URI")  # MLflow has set it
+        sweep = sweep_file.parse(tree(tmp_path, tiny_shards, tiny_model, log_to=["mlflow"]))
+        [runs] = callbacks.wanted(sweep, tmp_path)
+        runs.tracking_uri, trial = "http://me:secret@127.0.0.1:9", SimpleNamespace(config={"point": "p000"})
+        for _ in range(2):
+            runs.log_trial_start(trial)
+            runs.log_trial_end(trial)
+        [line] = [each.getMessage() for each in logged.records]
+        assert line.startswith("nothing more is logged to MLflow: API request to http://.../") and "secret" not in line
 
 
 def test_a_sweep_is_sent_as_any_job(tiny_shards, tiny_model, tmp_path):
