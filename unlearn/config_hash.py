@@ -28,12 +28,15 @@ def of(settings: RunConfig) -> str:
     """sha256, as text; a new key with a default changes no hash.
 
     Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
-    workers; data and first weights are told by hashes of their own instead.
+    workers; data, files of ids and first weights are told by hashes of their own instead.
     """
     tree = _differences(settings)
     for part, keys in NOT_HASHED.items():
         for key in keys:
             (tree if part is None else tree.get(part, {})).pop(key, None)
+    for rows in tree.get("data", {}).values():
+        if isinstance(rows, dict) and "ids_from" in rows:
+            rows["ids_from"] = True  # its content counts, by a hash of its own
     tree.setdefault("training", {})["micro_batch_size"] = settings.micro_batch
     tree.setdefault("data", {})["latent_cache"] = settings.data.latent_cache is not None
     content = json.dumps({"schema": SCHEMA, **tree}, sort_keys=True)
