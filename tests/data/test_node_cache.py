@@ -116,8 +116,7 @@ def test_what_a_killed_process_left_is_used_again_or_deleted(s3, proxied, user, 
     assert copies(tmp_path) == []
 
 
-def test_a_process_killed_while_it_fetches_is_followed_by_one_that_waits(s3, proxied, user, tmp_path, monkeypatch):
-    monkeypatch.setenv("UNLEARN_S3_HEDGE", "0")  # else it would not hang for long
+def test_a_process_killed_while_it_fetches_is_followed_by_one_that_waits(s3, proxied, user, tmp_path):
     Storage(s3).write("w", LARGE)
     proxied.faults["GET"] = ["stall"]
     first = user(f"{s3}/w")
