@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import socket
-import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
