@@ -1,8 +1,8 @@
 """MLflow, where its client is installed: a run for each point of a sweep. To be imported where Ray is needed."""
 
-import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 from mlflow import MlflowClient  # pyright: ignore[reportMissingImports]  an extra
 from mlflow.exceptions import MlflowException  # pyright: ignore[reportMissingImports]
@@ -46,31 +46,33 @@ class Runs(MLflowLoggerCallback):
         return MlflowClient(self.tracking_uri)
 
     def log_trial_start(self, trial: Trial) -> None:
-        with self._told():
-            point = trial.config["point"]
-            tags = {POINT: point, SWEEP: self.sweep.sweep_dir}
-            same = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
-            known = self.client.search_runs([self.mlflow_util.experiment_id], same, max_results=1)
-            run = known[0] if known else self.mlflow_util.start_run(point, tags)
-            self._trial_runs[trial] = run.info.run_id
-            self.mlflow_util.log_params(trial.config.get("parameters", {}), run.info.run_id)
+        self._unless_lost(self._start, trial)
 
     def log_trial_result(self, iteration: int, trial: Trial, result: dict) -> None:
-        with self._told():
-            if told := {name.replace("[", "/").replace("]", ""): value for name, value in figures(result).items()}:
-                super().log_trial_result(iteration, trial, told)
+        if told := {name.replace("[", "/").replace("]", ""): value for name, value in figures(result).items()}:
+            self._unless_lost(super().log_trial_result, iteration, trial, told)
 
     def log_trial_end(self, trial: Trial, failed: bool = False) -> None:
-        with self._told():
-            nothing = not self.client.get_run(self._trial_runs[trial]).data.metrics
-            super().log_trial_end(trial, failed or nothing)
+        self._unless_lost(self._end, trial, failed)
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _start(self, trial: Trial) -> None:
+        point = trial.config["point"]
+        tags = {POINT: point, SWEEP: self.sweep.sweep_dir}
+        same = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+        known = self.client.search_runs([str(self.mlflow_util.experiment_id)], same, max_results=1)
+        run = known[0] if known else self.mlflow_util.start_run(point, tags)
+        self._trial_runs[trial] = run.info.run_id
+        self.mlflow_util.log_params(trial.config.get("parameters", {}), run.info.run_id)
+
+    def _end(self, trial: Trial, failed: bool) -> None:
+        nothing = not self.client.get_run(self._trial_runs[trial]).data.metrics
+        super().log_trial_end(trial, failed or nothing)
+
+    def _unless_lost(self, call: Callable[..., None], *arguments: Any) -> None:
         if self.lost:
             return
         try:
-            yield
+            call(*arguments)
         except MlflowException as e:
             self.lost = True
             log.warning("nothing more is logged to MLflow: %s", self._said(e))

@@ -1,11 +1,13 @@
 """Pack: images into shards, by many workers; behind `unlearn pack` and `unlearn submit --driver pack`.
 
-The driver lists the source and arranges its images; shard N is rows N * rows_per_shard and on of that order, so the shards are the same
-for any number of workers. Ray Data hands the numbers out: what it moves are names, and a worker reads, scales and writes the images of a
-shard itself, one row group after the other. Had Ray Data moved the images, a shard would have been what its blocks came to, in the order
-in which they came, and their bytes would have been in its object store.
+The driver lists the source and arranges its images; shard N is rows N * rows_per_shard and on of that order, so the
+shards are the same for any number of workers. Ray Data hands the numbers out: what it moves are names, and a worker
+reads, scales and writes the images of a shard itself, one row group after the other. Had Ray Data moved the images, a
+shard would have been what its blocks came to, in the order in which they came, and their bytes would have been in its
+object store.
 
-A shard is published whole, so one that is there is done: the same packing goes on behind a kill. `_pack.json` says whose shards they are.
+A shard is published whole, so one that is there is done: the same packing goes on behind a kill. `_pack.json` says
+whose shards they are.
 """
 
 import contextlib
@@ -34,7 +36,8 @@ Progress = Callable[[int, int], None]
 
 
 def pack(found: Packing, progress: Progress = lambda done, total: None) -> shards.Manifest:
-    """Pack what is not packed yet, and write the manifest. progress: called with shards done, and all. Raises UnlearnError."""
+    """Pack what is not packed yet, and write the manifest. progress: called with shards done, and all. Raises
+    UnlearnError."""
     storage = Storage(found.dest)
     names, classes = _arranged(found)
     listing = hashlib.sha256(json.dumps([names, classes]).encode()).hexdigest()
@@ -95,7 +98,8 @@ def _own(storage: Storage, about: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def _mapped(found: Packing, classes: list[str]) -> Iterator[Callable[[list[Piece]], Iterable[dict]]]:
-    """A function that packs pieces over the workers; in this process where one worker is enough and no cluster is at hand."""
+    """A function that packs pieces over the workers; in this process where one worker is enough and no cluster is at
+    hand."""
     if found.cluster.workers == 1 and not on_cluster(found.cluster):
         packer = ShardPacker(found, classes)
         try:
@@ -117,10 +121,11 @@ def _mapped(found: Packing, classes: list[str]) -> Iterator[Callable[[list[Piece
         def mapped(pieces: list[Piece]) -> Iterable[dict]:
             if not pieces:
                 return
+            least = cluster.min_workers or cluster.workers
+            packer: Any = ShardPacker  # a class; Ray declares functions alone
             data = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map(
-                ShardPacker, fn_constructor_args=(found, classes, logs.level()),
-                compute=ray.data.ActorPoolStrategy(min_size=cluster.min_workers or cluster.workers, max_size=cluster.workers),
-                num_cpus=cluster.cpus_per_worker,
+                packer, fn_constructor_args=(found, classes, logs.level()), num_cpus=cluster.cpus_per_worker,
+                compute=ray.data.ActorPoolStrategy(min_size=least, max_size=cluster.workers),
             )  # fmt: skip
             yield from data.iter_rows()
 
@@ -128,7 +133,8 @@ def _mapped(found: Packing, classes: list[str]) -> Iterator[Callable[[list[Piece
 
 
 class ShardPacker:
-    """What a worker does: it packs one shard after another. A mistake of the user comes back as a value, which is not retried."""
+    """What a worker does: it packs one shard after another. A mistake of the user comes back as a value, which is not
+    retried."""
 
     def __init__(self, found: Packing, classes: list[str], level: str | None = None):
         """level: from what on a worker of a cluster logs."""

@@ -32,6 +32,7 @@ TUNE = {
     # MLflow: nothing is told to its makers, and a server that is gone does not hold up the sweep for minutes.
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }  # fmt: skip
+SET = {"MLFLOW_TRACKING_URI": None}  # what MLflow sets, put back afterwards
 PATIENCE = 60  # seconds without a slot that has started, after which it is told what is missing
 
 
@@ -61,7 +62,7 @@ def sweep(
     least = cluster.min_workers or cluster.workers
     with (
         contextlib.ExitStack() as stack,
-        variables({name: os.environ.get(name, value) for name, value in TUNE.items()}),
+        variables({name: os.environ.get(name, value) for name, value in (TUNE | SET).items()}),
         tempfile.TemporaryDirectory(prefix="unlearn-sweep-") as scratch,
     ):
         callbacks = _callbacks(sweep, Path(scratch))

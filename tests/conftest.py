@@ -6,6 +6,10 @@ import os
 import uuid
 from collections.abc import Iterator
 
+# What the tests start computes on one thread too, and Ray's workers are not left waiting for the other processes of a parallel
+# run: Ray gives them a niceness of 15, with which they come to nothing on a machine that is busy.
+os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+
 import boto3
 import botocore.session
 import pyarrow as pa
@@ -31,10 +35,33 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 
+# Files in one process of a parallel run, since they share a set-up of the whole session that takes long: the API server.
+TOGETHER = {
+    name: "kubernetes"
+    for name in (
+        "test_submit_kubernetes", "test_submit_kubernetes_queue", "test_submit_kubernetes_refusals", "test_rayjob", "test_kubernetes",
+        "test_cycle_pipeline",
+    )
+}  # fmt: skip
+# The files that take longest, longest first; the others follow, with the folders before the rest whose tests wait for processes.
+LONGEST = [
+    "test_sweep", "test_demo", "test_submit_ray", "test_strangers", "test_stop", "test_plan", "test_ray", "test_resume", "test_families",
+    "kubernetes", "test_engines", "test_owner", "test_apart", "test_evaluation", "test_heartbeat", "test_method_training",
+]  # fmt: skip
+FOLDERS = ["jobs", "training", "cycles", "cli"]
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The folders whose tests take longest first, so that the processes of a parallel run end together."""
-    long = ["jobs", "training", "planning"]
-    items.sort(key=lambda item: long.index(item.path.parent.name) if item.path.parent.name in long else len(long))
+    """A parallel run hands out files, or several TOGETHER, in this order, so that its processes end at about the same time."""
+    places = {}
+    for item in items:
+        group = TOGETHER.get(item.path.stem, item.path.stem)
+        item.add_marker(pytest.mark.xdist_group(group))
+        folder = item.path.parent.name
+        long = LONGEST.index(group) if group in LONGEST else len(LONGEST)
+        places[item] = long, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+    items.sort(key=places.__getitem__)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -136,6 +163,7 @@ def s3_user(s3_server, monkeypatch):
             "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": user[0], "AWS_SECRET_ACCESS_KEY": user[1], "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
             "AWS_EC2_METADATA_DISABLED": "true", "UNLEARN_STORAGE_PATIENCE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "UNLEARN_S3_HEDGE": "0",  # a busy machine stalls too, and requests are counted
         }  # fmt: skip
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):
             monkeypatch.delenv(name, raising=False)

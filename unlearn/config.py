@@ -107,6 +107,8 @@ class RunConfig(Part):
             "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights,
             "evaluation.lpips_weights": e.lpips_weights,
         }  # fmt: skip
+        sets = {"forget": d.forget, "retain": d.retain, "proxy": d.proxy}
+        places |= {f"data.{name}.ids_from": rows.ids_from for name, rows in sets.items() if rows is not None}
         numbered = enumerate(e.oracles) if isinstance(e.oracle, list) else ()
         places |= {f"evaluation.oracle.{number}": uri for number, uri in numbered} or {
             "evaluation.oracle": next(iter(e.oracles), None)

@@ -34,6 +34,9 @@ def contradictions(run: RunConfig) -> Iterator[str]:
         yield "training.micro_batch_size 1 cannot hold one retain and one forget row: give 2 or more"
     if d.retain is not None and d.proxy is not None:
         yield "data: give retain or proxy, not both: the proxy set takes the retain role"
+    for name, rows in (("forget", d.forget), ("retain", d.retain), ("proxy", d.proxy)):
+        if rows is not None and rows.ids_column and not rows.ids_from:
+            yield f"data.{name}.ids_column is given without ids_from: name the file that has the column"
     if (d.proxy_data or d.proxy_split) and d.proxy is None:
         yield "data.proxy_data is given without data.proxy: say which rows of it to use"
 

@@ -29,7 +29,7 @@ def of(settings: RunConfig, step: int | None = None) -> str:
     left out, since they decide nothing of a checkpoint of that step.
 
     Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
-    workers; data and first weights are told by hashes of their own instead.
+    workers; data, files of ids and first weights are told by hashes of their own instead.
     """
     tree = _differences(settings)
     for part, keys in NOT_HASHED.items():
@@ -38,6 +38,9 @@ def of(settings: RunConfig, step: int | None = None) -> str:
     if step is not None and (changes := tree.get("training", {}).pop("lr_changes", None)):
         if past := {at: lr for at, lr in changes.items() if int(at) < step}:
             tree["training"]["lr_changes"] = past
+    for rows in tree.get("data", {}).values():
+        if isinstance(rows, dict) and "ids_from" in rows:
+            rows["ids_from"] = True  # its content counts, by a hash of its own
     tree.setdefault("training", {})["micro_batch_size"] = settings.micro_batch
     tree.setdefault("data", {})["latent_cache"] = settings.data.latent_cache is not None
     content = json.dumps({"schema": SCHEMA, **tree}, sort_keys=True)

@@ -73,6 +73,14 @@ class Rows(Part):
     )
     exclude_classes: list[int | str] | None = Field(default=None, description="rows of these classes are left out")
     ids: list[str] | None = Field(default=None, description="row ids (column `id`, else `shard:row`)")
+    ids_from: Location | None = Field(
+        default=None,
+        description="file of row ids, a path or s3://: a table (.csv, .tsv, .parquet) or one id a line (.txt)",
+    )
+    ids_column: str | None = Field(
+        default=None,
+        description="column of that table that holds the ids; none = the one called id, image_id or the like",
+    )
     subjects: list[str] | None = Field(default=None, description="values of the column `subject`")
     per_class: Positive | None = Field(
         default=None, description="at most this many rows of each class, drawn with the seed"
@@ -101,9 +109,9 @@ class Data(Part):
     )
     cache_bytes: Size | None = Field(
         default=None,
-        description="bytes, or text like 512MiB, that the caches of one worker (with `cache: decoded`: of all workers of a "
-        "machine together) may take, row groups and latents included; none = 2GiB a worker, or a quarter of its part of the "
-        "machine's memory where that is less",
+        description="bytes, or text like 512MiB, that the caches of one worker (with `cache: decoded`: of all workers "
+        "of a machine together) may take, row groups and latents included; none = 2GiB a worker, or a quarter of its "
+        "part of the machine's memory where that is less",
     )
     latent_cache: Location | None = Field(
         default=None,

@@ -30,7 +30,7 @@ _SENT = re.compile(r"/configs/([0-9a-f]{16})\.yaml$")  # what a submitted job wa
 class Run:
     """settings: the configuration. sets: the rows that training sees, "retain" and, where the method forgets, "forget".
     measured: the rows that the evaluation sees, where there will be one.
-    origin: sha256 of the manifest of each set, and of the weights it starts from. steps: optimizer steps of the whole run.
+    origin: sha256 of the manifest of each set, of its file of ids, and of the weights it starts from. steps: optimizer steps of the whole run.
     sources: what the storage says of the weights that the run reads, by their URI.
     """
 
@@ -70,12 +70,13 @@ def resolve(settings: RunConfig, measured: bool | None = None, known: Sources | 
     chosen = selection.sets(settings.data, settings.seed)
     wanted = method.needs_forget if measured is None else measured
     rows = held_out.sets(settings, chosen) if wanted else {}
+    listed = {f"{name}.ids_from": rows.ids_file for name, rows in chosen.items() if rows.ids_file}
     if not method.needs_forget:
         chosen.pop("forget", None)
     files = {"weights": settings.model.weights, "first_stage": settings.model.first_stage}
     sources = weights.located(files.values(), known)
     origin = {name: rows.manifest.hash for name, rows in chosen.items()}
-    origin |= {name: sources[uri].fingerprint for name, uri in files.items() if uri}
+    origin |= listed | {name: sources[uri].fingerprint for name, uri in files.items() if uri}
     return Run(settings, chosen, rows, origin, steps(settings, chosen), sources)
 
 

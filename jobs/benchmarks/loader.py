@@ -1,11 +1,12 @@
-"""The loader against the bare decoder with as many threads, and against the usual way, which scales by PIL: images of the same rows
-a second of processor time, which other work on the machine does not change much.
+"""The loader against the bare decoder with as many threads, and against the usual way, which scales by PIL: images of
+the same rows a second of processor time, which other work on the machine does not change much.
 
-first   an epoch that reads and decodes (data.cache none); cached   an epoch whose images are kept decoded and cut to size
+first   an epoch that reads and decodes (data.cache none)    cached   one whose images are kept decoded and cut to size
 bare    decoding and scaling alone; pil   the same, scaled by PIL
 
-With --cached, instead: how many images a second a step could be given at most, in the epoch that fills the cache of decoded images and
-in those from it, and how long each stage took, of which it waited for the disk, the network, a lock or a core.
+With --cached, instead: how many images a second a step could be given at most, in the epoch that fills the cache of
+decoded images and in those from it, and how long each stage took, of which it waited for the disk, the network, a lock
+or a core.
 
 python -m jobs.benchmarks.loader [CONFIG] [--set a.b=c] [--rounds 3] [--cached]
 """
@@ -107,7 +108,8 @@ class TimedImages(Images):
 
 
 class TimedLoader(Loader):
-    """A loader whose stages are timed: "assemble" is what is left of making a batch, which copies the pixels to where they stay."""
+    """A loader whose stages are timed: "assemble" is what is left of making a batch, which copies the pixels to where
+    they stay."""
 
     stages: Stages
 
@@ -138,9 +140,8 @@ def ceiling(settings: config.RunConfig, rounds: int, images: int = 3000) -> None
             count += len(batch.images)
         seconds, used = time.perf_counter() - began, time.process_time() - used
         what = f"epoch {round + 1}, from the cache" if round else "epoch 1, read and decoded"
-        print(
-            f"{what}: {count / seconds:,.0f} images/s, {count / used:,.0f} a second of processor time; ms for 1,000 images:"
-        )
+        rate, worked = count / seconds, count / used
+        print(f"{what}: {rate:,.0f} images/s, {worked:,.0f} a second of processor time; ms for 1,000 images:")
         for figures in (stages.clock, stages.processor):
             figures["assemble"] = figures.pop("batch") - sum(figures[name] for name in ("read", "decode", "scale"))
         for name in ("read", "decode", "scale", "assemble", "wait for a batch"):

@@ -12,13 +12,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from ray.tune.search import Searcher
 
 from jobs.benchmarks import command
-from jobs.desk import Event
+from jobs.benchmarks.here import played
 from jobs.slots import SlotWorker
-from jobs.sweep_state import SweepState
-from jobs.tuner import search
 from unlearn import config
 from unlearn.search import front, sweep_file
 from unlearn.search.records import points
@@ -44,17 +41,7 @@ def searched(settings: config.RunConfig, by: str, seed: int, count: int, slot: S
             "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"},
             "tune_on": {"limit": settings.evaluation.limit},
         })  # fmt: skip
-        state = SweepState(sweep, lambda run: run)
-        source, asked = search(sweep, state, Path(folder)), 0
-        while isinstance(given := source.suggest(f"trial {asked}"), dict):
-            for leg in state.legs(given["point"], 0):
-                outcome = slot.leg(leg.run[0], leg.until, lambda row: None)
-                assert outcome is not None, "this process is the first worker"
-                state.measured(Event("measured", leg.trial, leg.point, 0, outcome))
-            source.on_trial_complete(f"trial {asked}")
-            asked += 1
-        assert given == Searcher.FINISHED, "nothing runs beside it"
-        return front.table(points(state.trials.values()), sweep.wanted)[0]
+        return front.table(points(played(sweep, slot, Path(folder))), sweep.wanted)[0]
 
 
 def benchmark(settings: config.RunConfig, ways: list[str], count: int, seeds: int) -> None:

@@ -1,9 +1,10 @@
 """A sweep that is killed again and again beside one that nothing disturbs: same points, same figures, same weights.
 
-    python -m jobs.benchmarks.sweep_kills [CONFIG] [--set a.b=c] [--kills 10] [--trials 12] [--seed 0]
+    python -m jobs.benchmarks.sweep_kills [CONFIG] [--set a.b=c] [--kills 10] [--trials 12] [--seed 0] [--here]
 
 Points are drawn at random, two trials work at one time. Each kill comes when a random number of steps is in
-checkpoints, and is a SIGKILL of the driver, or of a worker, with equal chances.
+checkpoints, and is a SIGKILL of the driver, or of a worker, with equal chances. --here: the sweep is one process,
+without Ray, see jobs/benchmarks/here.py; that process is killed.
 """
 
 import hashlib
@@ -37,10 +38,14 @@ def made(settings: config.RunConfig, folder: Path, trials: int) -> space.Sweep:
 
 
 def start(sweep: space.Sweep) -> subprocess.Popen:
+    """The command that runs the sweep, or goes on with it."""
     path = Path(f"{sweep.sweep_dir}.yaml")
     path.write_text(sweep_file.dump(sweep))
-    arguments = [sys.executable, "-m", "unlearn", "sweep", str(path)]
-    return subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    here = sweep.settings.training.engine == "torch"
+    arguments = ["jobs.benchmarks.here"] if here else ["unlearn", "sweep"]
+    return subprocess.Popen(
+        [sys.executable, "-m", *arguments, str(path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def ended(driver: subprocess.Popen) -> None:
@@ -110,8 +115,10 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--here", action="store_true")
     options = parser.parse_args()
     few = [
+        *(["training.engine=torch", "cluster.workers=1"] if options.here else []),
         "evaluation.limit=10", "evaluation.views=[{size: 0.5}]", "training.steps=20", "training.checkpoint_every=5",
         "training.warmup_steps=2",
     ]  # fmt: skip

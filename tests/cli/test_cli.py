@@ -1,12 +1,9 @@
 """The command line as a user meets it: what works, and one clear message with exit code 2 for every mistake."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -226,18 +223,3 @@ def test_shards_commands(told, tmp_path, tiny_shards):
     assert "every checksum and every image is good" in told("shards", "verify", tmp_path / "shards")[1]
     assert "holds shards already" in refused(told, "shards", "build", tmp_path / "images", tmp_path / "shards")
     assert "48" in told("shards", "inspect", tiny_shards)[1]
-
-
-def test_ctrl_c_leaves_a_run_that_goes_on(written, tmp_path):
-    path = written("training.steps=4000", "training.checkpoint_every=20", "method.name=pretrain")
-    command = [sys.executable, "-m", "unlearn", "pretrain", path]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("run/checkpoints/*/COMMIT")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in err
-    assert f"unlearn pretrain {tmp_path / 'run'} --resume" in err
-    step = max(int(p.name[5:]) for p in Path(tmp_path, "run/checkpoints").iterdir())
-    assert f"step {step} is saved" in err

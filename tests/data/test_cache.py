@@ -161,7 +161,7 @@ def test_a_value_that_many_threads_want_is_read_once_and_a_failed_read_leaves_no
     recent, read, met = Recent(10), [], threading.Barrier(6)
 
     def want(_: int) -> str:
-        met.wait(60)
+        met.wait(600)
         return recent.get("a", lambda: (time.sleep(0.05), read.append("a"), ("A", 1))[2])
 
     with ThreadPoolExecutor(6) as pool:

@@ -95,3 +95,14 @@ def test_the_order_of_a_seed_never_changes():
     """The values themselves: a run begun with an older version goes on with the same batches."""
     assert stream(10, 3, seed=7).take(0, 10).tolist() == [2, 4, 0, 18, 16, 8, 14, 12, 6, 10]
     assert stream(10, 3, seed=7, window=4).take(5, 10).tolist() == [10, 12, 14, 18, 16, 0, 10, 8, 4, 6]
+
+
+@pytest.mark.parametrize("n, group", [(5, 5), (11, 3), (1, 1)])
+def test_every_worker_has_rows_of_a_set_smaller_than_a_batch_in_few_row_groups(n, group):
+    """Eight workers, one to four row groups, a global batch of 32: nobody is without rows, and no row is taken more often."""
+    s, seen = stream(n, group), np.zeros(2 * n, int)
+    for step, rank in itertools.product(range(n), range(8)):
+        mine = [s.take(number * 4, 4) for number in order.micro_batches(step, rank, 8, 8)]
+        assert [len(rows) for rows in mine] == [4]
+        np.add.at(seen, mine[0], 1)
+    assert set(seen[::2]) == {32} and not seen[1::2].any()

@@ -1,4 +1,5 @@
-"""Decoded images are kept once a machine: by one process for all, whole or not at all, private, and gone after the last."""
+"""Decoded images are kept once a machine: by one process for all, whole or not at all, private, and gone after the
+last."""
 
 import gc
 import json
@@ -21,7 +22,8 @@ from unlearn.data.pixels import CLAIMED, EMPTY, READY
 from unlearn.run import resolve
 from unlearn.training.loop import worker
 
-# Decodes the images of a run, as the first worker of a machine, and stays; the seventh image ends it half written where it is told so.
+# Decodes the images of a run, as the first worker of a machine, and stays; the seventh image ends it half written where
+# it is told so.
 FIRST = """
 import json, os, signal, sys
 from unlearn import config

@@ -36,6 +36,8 @@ def test_what_stays_is_as_it_was_and_what_goes_is_nowhere(tiny_shards, place):
     storage, name = Storage(place), b"img-003"
     assert not any(name in storage.read(file) for file in storage.files()), "its id is in no page and in no statistics"
     assert removal.without(before, np.array([5]), place).hash == after.hash, "what was written is taken"
+    storage.write("_index/x.arrow", b"left by an index that was stopped")
+    assert removal.touched(after, np.array([0])) == ["shard-0.parquet", *beside, "_index/x.arrow"]
 
 
 def test_a_shard_that_loses_nothing_keeps_its_bytes_and_half_a_folder_is_written_anew(tiny_shards, tmp_path):

@@ -81,7 +81,7 @@ def test_a_local_cluster_takes_jobs_from_who_has_the_token_and_stops_whole(local
     options = [f"--{name}={value}" for name, value in zip(names, others, strict=True)]
     start = ["--port", port, "--dashboard-port", dashboard, *options, "--num-cpus=1"]
     url, token = f"http://127.0.0.1:{dashboard}", home / ".unlearn/ray/token"
-    bystander = subprocess.Popen(["sleep", "300"])
+    bystander = subprocess.Popen(["sleep", "7200"])
     try:
         started = run("start.sh", *start)
         assert started.returncode == 0, started.stderr

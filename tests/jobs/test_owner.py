@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from support.command import refused
 from support.ray_nodes import until
-from support.runs import tiny_config
+from support.runs import tiny_config, train
 
 from jobs import owner, submit
 from jobs.backends.local import Local
@@ -50,9 +50,7 @@ def test_two_runs_of_the_same_second(place, tiny_shards, tiny_model, tmp_path):
     again = tiny_config(
         tmp_path / "again", tiny_shards, tiny_model, f"seed={won}", "training.steps=40", "evaluation.limit=4"
     )
-    (tmp_path / "again.yaml").write_text(config.dump(again))
-    alone = started("run", tmp_path / "again.yaml")
-    assert alone.communicate(timeout=900) and alone.returncode == 0
+    train(again)
     with local_copy(storage.where("model/weights.safetensors")) as path:
         found, expected = load_file(path), load_file(tmp_path / "again/model/weights.safetensors")
     assert all((found[name] == value).all() for name, value in expected.items())

@@ -1,4 +1,5 @@
-"""Packing by many workers: the same shards for any number of them, scaled as training scales, and gone on with behind a kill."""
+"""Packing by many workers: the same shards for any number of them, scaled as training scales, and gone on with behind a
+kill."""
 
 import io
 import json

@@ -23,11 +23,12 @@ from jobs.cluster import connected, waiting_for
 from unlearn import config
 from unlearn.errors import ClusterError
 from unlearn.training import metrics
+from unlearn.training.checkpoint import Checkpoints
 
 # Trains as long as it is looked at.
 ENDLESS = [
     "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=1000000", "training.log_every=5",
-    "training.checkpoint_every=1000000", "training.schedule=constant", "method.name=pretrain",
+    "training.checkpoint_every=20", "training.schedule=constant", "method.name=pretrain",
 ]  # fmt: skip
 # What a stranger does: joins the cluster, and has it run a command.
 CLIENT = """
@@ -36,7 +37,7 @@ ray.init(address=sys.argv[1], log_to_driver=False)
 @ray.remote(num_cpus=0)
 def command():
     return "it ran"
-print(ray.get(command.remote(), timeout=60))
+print(ray.get(command.remote(), timeout=600))
 """
 
 
@@ -44,7 +45,7 @@ print(ray.get(command.remote(), timeout=60))
 class Training:
     """A run that trains on its own cluster. parent: of the cluster's folder; home: the user's."""
 
-    driver: psutil.Process
+    driver: subprocess.Popen
     parent: Path
     home: Path
 
@@ -55,7 +56,8 @@ class Training:
 
     def processes(self) -> dict[int, psutil.Process]:
         """The driver and all that it has started, directly or not: all of Ray inherits the cluster's folder."""
-        found = {p.pid: p for p in [self.driver, *self.driver.children(recursive=True)]}
+        driver = psutil.Process(self.driver.pid)
+        found = {p.pid: p for p in [driver, *driver.children(recursive=True)]}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(own_cluster.FOLDER) == str(self.folder):
@@ -82,7 +84,7 @@ def listening(process: psutil.Process) -> list:
 
 def clean() -> dict[str, str]:
     """This process's environment without anything of Ray's."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"RAY_worker_niceness": "0"}
 
 
 @pytest.fixture(scope="module")
@@ -97,16 +99,16 @@ def training(tiny_shards, tiny_model, tmp_path_factory) -> Iterator[Training]:
             env=env,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         try:
             until(lambda: driver.poll() is not None or metrics.read(run.run_dir))
             assert driver.poll() is None, driver.communicate()[1]
-            yield Training(psutil.Process(driver.pid), Path(parent), folder)
-            driver.send_signal(signal.SIGINT)
-            driver.communicate(timeout=300)
-            assert not list(Path(parent).iterdir()), "a session's folder stays behind"
+            yield Training(driver, Path(parent), folder)
         finally:
-            driver.kill()
+            if driver.poll() is None:
+                driver.terminate()
+                driver.communicate(timeout=600)
 
 
 def test_every_socket_of_a_run_that_trains_is_on_loopback(training):
@@ -138,8 +140,8 @@ def test_who_has_not_the_token_is_refused(training):
     ]  # it installs what it is told to
     [port] = {c.laddr.port for c in listening(agent)}
     with pytest.raises(urllib.error.HTTPError, match="401"):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/get_or_create_runtime_env", data=b"", timeout=60)
-    said = {who: process.communicate(timeout=300)[0] for who, process in clients.items()}
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/get_or_create_runtime_env", data=b"", timeout=600)
+    said = {who: process.communicate(timeout=600)[0] for who, process in clients.items()}
     assert clients["right"].returncode == 0 and "it ran" in said["right"], said["right"]
     for who in ("none", "wrong"):
         assert clients[who].returncode != 0 and "it ran" not in said[who] and "nauthenticated" in said[who], said[who]
@@ -156,6 +158,20 @@ def test_the_token_is_in_no_file_and_on_no_command_line_and_nobody_else_can_ente
     assert training.folder.stat().st_mode & 0o777 == 0o700 and not (training.home / ".ray").exists()
 
 
+def test_sigterm_to_all_of_its_processes_ends_it_as_to_the_driver_alone(training):
+    """As Slurm does it. The last test that looks at this run: no process and no folder of it is left."""
+    checkpoints = Checkpoints(str(training.home / "run"), 2)
+    until(lambda: training.driver.poll() is not None or checkpoints.steps())
+    left = [p for p in training.processes().values() if p.pid != training.driver.pid]
+    os.killpg(training.driver.pid, signal.SIGTERM)
+    err = training.driver.communicate(timeout=600)[1]
+    assert training.driver.returncode == 128 + signal.SIGTERM and "Traceback" not in err and "***" not in err, err
+    [line] = [line for line in err.splitlines() if "stopped:" in line]
+    assert "is saved; go on with" in line
+    assert not psutil.wait_procs(left, timeout=600)[1], "processes outlive the driver"
+    assert not list(training.parent.iterdir()), "a session's folder stays behind"
+
+
 def test_a_cluster_leaves_the_process_as_it_was_and_says_what_is_waited_for(monkeypatch):
     """Also where Ray is imported and has looked at its variables before; of two clusters in one process each has a token of its own."""
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as parent:
@@ -170,11 +186,11 @@ def test_a_cluster_leaves_the_process_as_it_was_and_says_what_is_waited_for(monk
             inside = dict(os.environ)
             assert waiting_for(mine) is None
             others = ray.util.placement_group([{"CPU": 1}])
-            ray.get(others.ready(), timeout=60)
-            until(lambda: ray.available_resources().get("CPU", 0) == cpus - 1, 60)
+            ray.get(others.ready(), timeout=600)
+            until(lambda: ray.available_resources().get("CPU", 0) == cpus - 1)
             assert waiting_for(mine) is None  # nobody waits: it may be our own workers that hold it
             ours = ray.util.placement_group([{"CPU": 1}] * cpus)
-            room = until(lambda: waiting_for(mine), 60)
+            room = until(lambda: waiting_for(mine))
             ray.util.remove_placement_group(ours)
             assert (
                 "0 free" not in room
@@ -201,7 +217,7 @@ from jobs.own_cluster import _folder
 with _folder() as folder:
     (folder / "ray").mkdir()
     print(folder, flush=True)
-    time.sleep(600)
+    time.sleep(7200)
 """
 
 

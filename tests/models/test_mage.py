@@ -10,7 +10,7 @@ from support.mage import CODES, GRID, SMALL, VOCABULARY, build, double, draw, en
 
 from unlearn import config
 from unlearn.errors import ConfigError, WeightsError
-from unlearn.models import base, mage, weights
+from unlearn.models import base, mage, mage_file, weights
 from unlearn.models.mage import MaskedGenerativeEncoder
 
 
@@ -98,7 +98,7 @@ def test_it_is_written_back_for_the_code_of_mage(public_mage, public_tokenizer, 
     assert line == f"model.load_state_dict(torch.load('{tmp_path / 'theirs'}/mage.pth')['model'])"
     back = torch.load(tmp_path / "theirs" / "mage.pth", weights_only=True)["model"]
     whole = public_mage | {f"vqgan.{name}": tensor for name, tensor in public_tokenizer.items()}
-    unused = mage.UNUSED_NAMES[:-1]
+    unused = mage_file.UNUSED_NAMES[:-1]
     assert back.keys() == whole.keys() | set(back) and {n: back[n].shape for n in whole} == {
         n: t.shape for n, t in whole.items()
     }

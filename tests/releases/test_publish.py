@@ -122,7 +122,7 @@ def killed(call, at: int) -> bool:
             call()
         finally:
             os._exit(0)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:

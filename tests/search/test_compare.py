@@ -41,7 +41,7 @@ def test_a_ready_comparison_has_a_valid_run_for_every_setting(path):
     chosen = {label: found.candidates(label)[-1] for label in found.methods}
     for stage in (found.tuning(), found.final(chosen)):
         runs = [stage.of(point, seed, model, "x") for point in stage.grid() for seed, model in stage.pairs()]
-        assert len({run.hash() for run in runs}) == len(runs)
+        assert len({(run.hash(), run.model.weights) for run in runs}) == len(runs)
 
 
 def test_tuning_and_the_runs_that_are_compared(tmp_path):

@@ -34,3 +34,5 @@ def test_the_sweep_of_the_docs_is_valid():
     sweep = sweep_file.parse(yaml.safe_load(text[0]))
     for point in itertools.islice(sweep.drawn(), 3):
         assert sweep.of(point, *sweep.pairs()[0], "x").data.retain.per_class == 2 * point["data.forget.per_class"]
+    population = sweep_file.parse(yaml.safe_load(text[0]) | yaml.safe_load(text[1]))
+    assert population.search_by == "pbt" and population.stages(200) == [50, 100, 150, 200]

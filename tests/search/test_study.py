@@ -72,6 +72,7 @@ def test_labels_and_values_are_short_and_differ():
     assert list(study.labels(keys).values()) == ["alpha", "forget.per_class", "retain.per_class"]
     one, other = study.text(list(range(100))), study.text([*range(99), 7])
     assert len(one) == len(other) <= 40 and one != other
+    assert study.text({"75": 0.00123456, "150": 2.0}) == "75: 0.001235, 150: 2"
     assert [study.text(v) for v in (None, True, 0.123456, "box", [1, "a"])] == [
         "null",
         "true",

@@ -11,7 +11,8 @@ from support.ray_nodes import until
 
 
 class Driver:
-    """`unlearn COMMAND ...` with its log at info. ignoring: started with SIGINT ignored, as nohup and CI do."""
+    """`unlearn COMMAND ...` with its log at info. ignoring: started with SIGINT ignored, as nohup and
+    CI do, and as this process may have been itself."""
 
     def __init__(self, folder: Path, *arguments, ignoring: bool = False, **env: str):
         self._err = folder / "err"
@@ -20,7 +21,7 @@ class Driver:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True,
                 env={k: v for k, v in os.environ.items() if k != "UNLEARN_JOB"} | {"UNLEARN_LOG": "info", "COLUMNS": "200"} | env,
-                preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignoring else None,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignoring else signal.SIG_DFL),
             )  # fmt: skip
 
     @property
@@ -36,9 +37,9 @@ class Driver:
         until(lambda: self.process.poll() is not None or condition())
         assert self.process.poll() is None, self.err
 
-    def stopped(self, sign: signal.Signals, group: bool = False) -> str:
+    def stopped(self, sign: signal.Signals) -> str:
         """The one line of a driver that gets this signal."""
-        (os.killpg if group else os.kill)(self.process.pid, sign)
+        self.process.send_signal(sign)
         code = self.process.wait(600)
         assert code == 128 + sign, (code, self.err)
         assert "Traceback" not in self.err and "***" not in self.err, self.err

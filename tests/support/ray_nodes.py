@@ -24,21 +24,24 @@ def until(condition, seconds: float = 600):
 
 
 class Cluster:
-    """Two nodes, "head" and "second", with one CPU each. folder: its path must be short, for Ray's sockets."""
+    """Two nodes, "head" and "second", with one CPU each; or, alone, a head with two CPUs that takes no jobs, which starts sooner.
+    folder: its path must be short, for Ray's sockets."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, alone: bool = False):
+        self.folder, self.alone = folder, alone
         (folder / "home").mkdir()
         self.ports = free_ports(3)
         self.address = f"http://127.0.0.1:{self.ports[1]}"
         self.start_head()
-        self.start_second()
+        if not alone:
+            self.start_second()
 
     def start_head(self) -> None:
         """The same ports every time; what an earlier head knew is forgotten."""
         gcs, dashboard, client = self.ports
         self._start("head", "--head", "--port", gcs, "--dashboard-host", "127.0.0.1", "--dashboard-port", dashboard,
-                    "--ray-client-server-port", client, "--temp-dir", self.folder / "ray")  # fmt: skip
+                    "--include-dashboard", not self.alone, "--ray-client-server-port", client,
+                    "--temp-dir", self.folder / "ray")  # fmt: skip
 
     def start_second(self) -> None:
         address = re.search(r"address='([\d.]+:\d+)'", (self.folder / "head.log").read_text())[1]
@@ -47,16 +50,19 @@ class Cluster:
     def _start(self, name: str, *options) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
             "HOME": str(self.folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1",
+            "RAY_worker_niceness": "0",  # see tests/conftest.py
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
             "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "180", "TEST_NODE": f"{self.folder}/{name}",
         }  # fmt: skip
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus", "1", "--object-store-memory", "100000000",
-                   "--disable-usage-stats", "--dashboard-agent-listen-port", "0", *map(str, options)]  # fmt: skip
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus", 2 if self.alone else 1,
+            "--object-store-memory", 100_000_000, "--disable-usage-stats", "--dashboard-agent-listen-port", 0, *options,
+        ]  # fmt: skip
         log = self.folder / f"{name}.log"
         for _ in range(4):  # a node gives up after half a minute, which a busy machine may need
             with open(log, "wb") as out:
                 code = subprocess.run(
-                    command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+                    [*map(str, command)], env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
                 ).returncode
             if code == 0 and "Ray runtime started" in log.read_text():
                 return

@@ -17,8 +17,8 @@ class Proxy:
 
     faults: method -> what becomes of the answers to its next requests, in turn: "lost" (the server acts, the connection
     then breaks), "conflict" (the server is not asked, the answer is 409), "stall" (it waits for `go`), "cut" (half of the
-    body, then the connection breaks), "flipped" (a byte of the body), "elsewhere" (307), a number (that status), None
-    (nothing). certificate: (certificate, key), files: it speaks TLS.
+    body, then the connection breaks), "flipped" (a byte of the body), "elsewhere" (307), "expired" (its keys are refused),
+    a number (that status), None (nothing). certificate: (certificate, key), files: it speaks TLS.
     """
 
     def __init__(self, server: str, certificate: tuple[str, str] | None = None):
@@ -95,8 +95,13 @@ def _handler(proxy: Proxy, server: str) -> type[BaseHTTPRequestHandler]:
             if fault == "elsewhere":
                 self.answer(307, [("Location", "http://key:secret@elsewhere.test/data?token=1")], b"")
                 return
+            if fault == "expired":
+                self.answer(400, [], b"<Error><Code>ExpiredToken</Code><Message>renew it</Message></Error>")
+                return
             if fault == "stall":
                 proxy.go.wait()
+                self.close_connection = True
+                return
             # The signature covers the Host header that the client sent: it is passed on as it is.
             headers = {k: v for k, v in self.headers.items() if k.lower() not in HOP_BY_HOP}
             upstream = http.client.HTTPConnection(server, timeout=120)

@@ -1,31 +1,21 @@
 """The commands on the ledger of deletion requests: `unlearn request add`, `list`, `show`, `verify` and others."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from unlearn.cli import ledger_checkpoints
+from unlearn.cli.ledger import By, Url, opened
 from unlearn.errors import LedgerError
-
-if TYPE_CHECKING:
-    from unlearn.ledger.ledger import Ledger
 
 app = typer.Typer(
     no_args_is_help=True, help="Record deletion requests, follow them, and prove that the record is whole."
 )
 
-Url = Annotated[
-    str | None,
-    typer.Option(
-        "--ledger", metavar="URL", help="sqlite:///FILE, a path, or postgresql://...; default: UNLEARN_LEDGER, else a file of the user"
-    ),
-]  # fmt: skip
-By = Annotated[str | None, typer.Option("--by", metavar="WHO", help="who does this; default: the user of this process")]
 Ids = Annotated[list[int], typer.Argument(metavar="ID...", help="numbers of requests")]
 Id = Annotated[int, typer.Argument(metavar="ID", help="number of a request")]
 Keys = Annotated[bool, typer.Option("--show-keys", help="show what the requests name: subjects, ids, reasons")]
 Within = Annotated[str | None, typer.Option("--within", metavar="SPAN", help="due after 30d, 4w, 1m; default: 1m")]
-Place = Annotated[str, typer.Argument(metavar="URI", help="folder of the checkpoints: a path, file:// or s3://")]
-Private = Annotated[str, typer.Option("--key", metavar="FILE", help="private Ed25519 key, PEM")]
 
 
 @app.command()
@@ -50,7 +40,7 @@ def add(
     classes = [importing.label(class_)] if class_ is not None else None
     named = {"subjects": [subject] if subject is not None else None, "ids": _lines(ids), "classes": classes}
     request = {"forget": wanted(named), "due": dates.due(due, within), "reason": reason}
-    with _open(ledger, create=True) as book:
+    with opened(ledger, create=True) as book:
         (number,) = book.add([request], by)
         out.print(f"request {number}: received, due {request['due']}")
 
@@ -75,7 +65,7 @@ def list_(
 
     if state is not None and state not in states.STATES:
         raise LedgerError(f"--state {state}: the states are {', '.join(states.STATES)}")
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         requests = book.requests([state] if state else None if everything else states.OPEN)
     requests = sorted((r for r in requests if r.is_overdue or not overdue), key=lambda r: (not r.is_open, r.due, r.id))
     late = sum(request.is_overdue for request in requests)
@@ -97,7 +87,7 @@ def show(request_id: Id, show_keys: Keys = False, ledger: Url = None):
     """
     from unlearn.cli.console import out
 
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         request, history = book.request(request_id), book.history(request_id)
     late = ", overdue" if request.is_overdue else ""
     out.print(f"request {request.id}: {request.state}{late}, due {request.due}")
@@ -151,7 +141,7 @@ def import_(
     from unlearn.ledger import importing
 
     requests = importing.read(file, within)
-    with _open(ledger, create=True) as book:
+    with opened(ledger, create=True) as book:
         numbers = book.add(requests, by)
     out.print(f"{len(numbers)} requests received: {numbers[0]} to {numbers[-1]}")
 
@@ -173,7 +163,7 @@ def export(
     from unlearn.cli.console import say
     from unlearn.data.storage import Storage
 
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         lines = (json.dumps(line) + "\n" for line in book.export(show_keys))
         if output is None:
             sys.stdout.writelines(lines)
@@ -183,81 +173,8 @@ def export(
     say(f"written: {output}")
 
 
-@app.command()
-def verify(
-    checkpoints: Annotated[
-        str | None, typer.Option(metavar="URI", help="folder of the checkpoints: a path, file:// or s3://")
-    ] = None,
-    key: Annotated[str | None, typer.Option(metavar="FILE", help="public Ed25519 key of the checkpoints, PEM")] = None,
-    ledger: Url = None,
-):
-    """Walk the whole ledger and hold it against its checkpoints; names every entry that is not what it was, and exits with 2.
-
-    Example: `unlearn request verify --checkpoints s3://bucket/ledger --key ledger.pub`
-    """
-    from unlearn import certificate
-    from unlearn.cli.console import out, warn
-    from unlearn.ledger import verification
-
-    if (checkpoints is None) != (key is None):
-        raise LedgerError("--checkpoints and --key belong together: a checkpoint is worth what its signature is")
-    with _open(ledger) as book:
-        report = verification.verify(book, checkpoints, certificate.public_key(key) if key else None)
-        report.check(book.name)
-    size = report.walk.tree.size
-    out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
-    for checkpoint, reseal in reversed(report.resealed):
-        out.print(
-            f"{checkpoint} is explained by the re-seal of {reseal.at}: a backup of {reseal.common} entries was restored",
-            soft_wrap=True,
-        )
-    if report.holding:
-        since = size - report.holding[-1].size
-        out.print(f"{len(report.holding)} checkpoints hold; {since} entries are newer than the last", soft_wrap=True)
-    elif checkpoints:
-        warn(f"{checkpoints}: there is no checkpoint yet; see `unlearn request checkpoint`")
-    else:
-        warn("not held against any checkpoint: a history that was rewritten from some entry on, or cut, is not found")
-
-
-@app.command()
-def checkpoint(to: Place, key: Private, ledger: Url = None):
-    """Verify the ledger and sign what it holds, away from its database.
-
-    Example: `unlearn request checkpoint s3://bucket/ledger --key ledger.key`
-    """
-    from unlearn import certificate
-    from unlearn.cli.console import out
-    from unlearn.ledger import verification
-
-    signer = certificate.private_key(key)
-    with _open(ledger) as book:
-        written, new = verification.checkpoint(book, to, signer)
-    note = "" if new else ", which was there already"
-    out.print(f"{written.name}: {written.size} entries, root {written.root}{note}", soft_wrap=True)
-
-
-@app.command()
-def reseal(
-    at: Place,
-    key: Private,
-    reason: Annotated[str, typer.Option(help="which backup was restored, and why")],
-    restored: Annotated[int | None, typer.Option(help="entries of the backup, where others were written since")] = None,
-    by: By = None,
-    ledger: Url = None,
-):
-    """Record that the ledger was restored from a backup, and sign what it holds now. Refused where it was changed otherwise.
-
-    Example: `unlearn request reseal s3://bucket/ledger --key ledger.key --reason "disk lost, backup of Monday"`
-    """
-    from unlearn import certificate
-    from unlearn.cli.console import out
-    from unlearn.ledger import verification
-
-    signer = certificate.private_key(key)
-    with _open(ledger) as book:
-        written = verification.reseal(book, at, signer, reason, by, restored)
-    out.print(f"re-sealed; {written.name}: {written.size} entries, root {written.root}", soft_wrap=True)
+for command in (ledger_checkpoints.verify, ledger_checkpoints.checkpoint, ledger_checkpoints.reseal):
+    app.command()(command)
 
 
 @app.command()
@@ -273,7 +190,7 @@ def erase(
     """
     from unlearn.cli.console import out
 
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         erased = book.erase(ids, retention, by)
     out.print(f"erased: {', '.join(map(str, erased)) or 'none, they were already'}", soft_wrap=True)
 
@@ -287,7 +204,7 @@ def letter(request_id: Id, show_keys: Keys = False, ledger: Url = None):
     from unlearn.cli.console import out
     from unlearn.ledger.letter import write
 
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         out.print(write(book, request_id, show_keys), soft_wrap=True)
 
 
@@ -300,7 +217,7 @@ def metrics(ledger: Url = None):
     from unlearn.cli.console import out
     from unlearn.ledger.metrics import text
 
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         out.print(text(book), soft_wrap=True)
 
 
@@ -318,21 +235,15 @@ def notify(
     from unlearn.ledger import webhook
 
     key = webhook.secret(secret)
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         attempts = webhook.send(url, key, webhook.event(book))
     out.print(f"sent at attempt {attempts}")
-
-
-def _open(url: str | None, create: bool = False) -> "Ledger":
-    from unlearn.ledger.ledger import Ledger
-
-    return Ledger(url, create)
 
 
 def _close(ids: list[int], state: str, reason: str | None, by: str | None, ledger: str | None) -> None:
     from unlearn.cli.console import out
 
-    with _open(ledger) as book:
+    with opened(ledger) as book:
         moved = book.advance(ids, state, by=by, reason=reason or "")
     out.print(f"{state}: {', '.join(map(str, moved)) or 'none, they were already'}", soft_wrap=True)
 

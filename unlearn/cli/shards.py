@@ -92,17 +92,25 @@ def index(
         str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")
     ] = None,
 ):
-    """Write the manifest of shards that exist already; nothing is converted.
+    """Write the manifest of shards that exist already; nothing is converted. Stopped, it goes on when it is called again.
 
     Example: `unlearn shards index s3://bucket/cifar100 --split train --label-column fine_label`
     """
+    from unlearn.cli.console import progress
     from unlearn.data import classes as class_lists
     from unlearn.data import shards
 
     columns = {"image": image_column, "label": label_column, "id": id_column, "subject": subject_column}
     given = {role: column for role, column in columns.items() if column is not None}
-    shards.index(uri, split, given, class_lists.read(classes) if classes else None)
+    names = class_lists.read(classes) if classes else None
+    with progress("indexing") as advance:
+        shards.index(uri, split, given, names, lambda done, total: advance(_mib(done), _mib(total), "MiB"))
     inspect(uri, split)
+
+
+def _mib(size: int) -> int:
+    """Bytes in whole MiB, upwards: nothing is done before its last byte."""
+    return -(-size >> 20)
 
 
 @app.command()

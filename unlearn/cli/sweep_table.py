@@ -11,7 +11,7 @@ from rich.text import Text
 
 from unlearn import log
 from unlearn.cli.console import err, out, say
-from unlearn.search import alone, charts, front
+from unlearn.search import alone, front, means
 from unlearn.search.objectives import Objective
 from unlearn.search.records import Point, Trial, points
 from unlearn.search.space import Sweep
@@ -90,7 +90,7 @@ def both(sweep: Sweep, trials: Sequence[Trial]) -> Table:
         table.add_column(f"{_head(objective)}\ntuned on", justify="right")
         table.add_column("\nheld out", justify="right")
     for point in front.of_points(points(trials, sweep.bounds), sweep.wanted):
-        held_out = charts.held_out(point)
+        held_out = means.held_out(point)
         cells = [(value(point, o.figure), _number(held_out.get(o.figure))) for o in sweep.wanted]
         table.add_row(point.id, *(cell for pair in cells for cell in pair))
     return table
@@ -100,7 +100,7 @@ def show_point(sweep: Sweep, point: Point) -> None:
     """All about one point: its figures beside those of the original and the oracle, its trials, its configuration."""
     why = f", {point.message}" if point.message else ""
     out.print(f"{point.id}: {told(point.trials, len(point.trials))}{why}", soft_wrap=True)
-    columns = {"held out": charts.held_out(point), **charts.compared_with([point])}
+    columns = {"held out": means.held_out(point), **means.compared_with([point])}
     table = Table("figure", "tuned on", *columns, box=None)
     for figure in point.mean:
         table.add_row(figure, value(point, figure), *(_number(column.get(figure)) for column in columns.values()))

@@ -56,8 +56,8 @@ class ImageCache:
     time and then not before the next epoch, so there the least recently used are evicted. Not counted in the limit
     are the newest row group and those that threads still read from.
 
-    workers: how many processes of this machine have such a cache and `limit` bytes together. The decoded images are theirs in
-    common; of what is left each takes a part for the images that are still to be decoded, and for row groups.
+    workers: how many processes of this machine have such a cache and `limit` bytes together. The decoded images are
+    theirs in common; of what is left each takes a part for the images that are still to be decoded, and for row groups.
     """
 
     def __init__(self, limit: int, workers: int = 1):
@@ -80,7 +80,8 @@ class ImageCache:
     def make_room(self, wanted: Mapping[Hashable, np.ndarray]) -> None:
         """Drop the images that are not wanted (rows by shelf), where more than half of the room is taken.
 
-        Decoded ones are dropped where most are not wanted, all of a shelf together, and stay while other processes use them.
+        Decoded ones are dropped where most are not wanted, all of a shelf together, and stay while other processes use
+        them.
         """
         if self.decoded + self.workers * self._stored <= self.room // 2:
             return
@@ -187,7 +188,8 @@ def stored_bytes(rows: RowSet) -> int:
 
 
 def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers: int = 1) -> int | None:
-    """About how many bytes the cache of a worker takes where it has room for everything; None where the manifest cannot tell.
+    """About how many bytes the cache of a worker takes where it has room for everything; None where the manifest cannot
+    tell.
 
     size: side of the model's images; workers: among whom decoded images are shared.
     """

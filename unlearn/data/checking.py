@@ -43,8 +43,9 @@ def verify(
 def inspect(uri: str, split: str | None = None) -> dict[str, object]:
     """What the shards at `uri` hold, in words; they need no manifest."""
     manifest = shards.find(uri, split)
-    labels = manifest.table(["label"])["label"].to_pylist() if "label" in manifest.columns else []
-    counts = Counter(labels)
+    counts = manifest.counts
+    if not counts and "label" in manifest.columns:
+        counts = Counter(manifest.table(["label"])["label"].to_pylist())
     some = [
         f"{manifest.class_name(label) if label < len(manifest.classes) else label} ({count})"
         for label, count in sorted(counts.items())

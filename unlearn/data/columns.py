@@ -80,7 +80,7 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
         )
     for role in ("label", "id", "subject"):
         kind = schema.field(columns[role]).type if columns.get(role) in schema.names else pa.string()
-        if role in columns and not (_labels if role == "label" else _texts)(kind):
+        if role in columns and not (_labels if role == "label" else texts)(kind):
             needs = "whole numbers, or class names as text" if role == "label" else "text, whole numbers or binary"
             raise DataError(
                 f"{where}: column `{columns[role]}` is {kind}, and the {role} must be {needs}; write it so, or say --{role}-column {NONE}"
@@ -235,9 +235,9 @@ def _labels(kind: pa.DataType) -> bool:
     )
 
 
-def _texts(kind: pa.DataType) -> bool:
+def texts(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
-        return _texts(kind.value_type)
+        return texts(kind.value_type)
     whole = pa.types.is_integer(kind) or (pa.types.is_decimal(kind) and kind.scale == 0)
     return _string(kind) or whole or _binary(kind) or isinstance(kind, pa.UuidType)
 

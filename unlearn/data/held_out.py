@@ -67,7 +67,7 @@ def _same_classes(
 
     Raises ConfigError, which names the class, where the held-out shards do not have it or it cannot be matched.
     """
-    if rows.ids is not None or rows.subjects is not None:
+    if rows.ids is not None or rows.ids_from is not None or rows.subjects is not None:
         return None
     wanted = _labels(manifest, train, rows.classes, f"data.{what}.classes")
     unwanted = _labels(manifest, train, rows.exclude_classes, f"data.{what}.exclude_classes")

@@ -18,9 +18,9 @@ class Images:
     """Random access to the images of one RowSet. Safe from many threads.
 
     size: every image is cut to (size, size, 3); None: images keep the size in which they are stored.
-    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps the returned arrays, once for all processes of
-    the machine: an image cut to size takes 3 * size**2 bytes whatever its original size. Where every epoch draws a new crop,
-    images must be cached whole (size=None), since a crop of a scaled image has other pixels.
+    cache: shared by the sets of a worker. With `data.cache: decoded` it keeps the returned arrays, once for all
+    processes of the machine: an image cut to size takes 3 * size**2 bytes whatever its original size. Where every
+    epoch draws a new crop, images must be cached whole (size=None), since a crop of a scaled image has other pixels.
     """
 
     def __init__(self, rows: RowSet, data: config.Data, cache: ImageCache, size: int | None = None):
@@ -39,8 +39,8 @@ class Images:
         return rows.manifest.uri, rows.manifest.hash, data.cache, data.orientation, size
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8, read-only where it is cached. Raises ImageError if it
-        is damaged."""
+        """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8, read-only where it is cached. Raises
+        ImageError if it is damaged."""
         entry = self.read(row)
         if isinstance(entry, np.ndarray):
             return entry

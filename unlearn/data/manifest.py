@@ -69,7 +69,8 @@ class Manifest:
     names are not known; names: {role: column} where a column is not called as its role.
 
     images: sha256 of the file of image checksums (see duplicates.py); values: sha256 of the file of all other values (see
-    row_values.py); both are empty where there is none. split: the part of the folder that this is, if not all.
+    row_values.py); both are empty where there is none. counts: {label: rows}; empty in older manifests, and where the classes are
+    too many. split: the part of the folder that this is, if not all.
     """
 
     uri: str
@@ -79,6 +80,7 @@ class Manifest:
     names: dict[str, str] = field(default_factory=dict)
     images: str = ""
     values: str = ""
+    counts: dict[int, int] = field(default_factory=dict)
     split: str | None = None
 
     @cached_property
@@ -99,8 +101,8 @@ class Manifest:
     def hash(self) -> str:
         """sha256 of the content, independent of its URI. Optional fields count only where they are present."""
         content = self.tree()
-        content.pop("images", None)
-        content.pop("values", None)
+        for told_of_rows in ("images", "values", "counts"):
+            content.pop(told_of_rows, None)
         for shard in content["shards"]:
             for group in shard["row_groups"]:
                 group.pop("checks", None)
@@ -109,7 +111,7 @@ class Manifest:
     def tree(self) -> dict:
         """As plain values, without `uri`, `split` and empty optional fields."""
         tree = {key: value for key, value in asdict(self).items() if key not in ("uri", "split")}
-        for part, keys in [(tree, ("names", "images", "values")), *((s, ("labels",)) for s in tree["shards"]),
+        for part, keys in [(tree, ("names", "images", "values", "counts")), *((s, ("labels",)) for s in tree["shards"]),
                            *((g, ("checks",)) for s in tree["shards"] for g in s["row_groups"])]:  # fmt: skip
             for key in keys:
                 if not part[key]:

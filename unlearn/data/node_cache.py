@@ -52,10 +52,11 @@ def node_copy(uri: str, objects: dict[str, Facts] | None = None) -> Path:
 
 
 def shared(folder: Path, fill: Callable[[Path], object]) -> Path:
-    """The folder, which fill(an empty folder) has made in one of this machine's processes. Its parent is from `private`.
+    """The folder, which fill(an empty folder) has made in one of this machine's processes; its parent is from
+    `private`.
 
-    It stays until this process ends or calls `release`, and as long as another process uses it. Others in its parent, which no
-    process uses, are deleted. Raises StorageError.
+    It stays until this process ends or calls `release`, and as long as another process uses it. Others in its
+    parent, which no process uses, are deleted. Raises StorageError.
     """
     with _mutex, told(str(folder.parent)):
         if folder not in _lock_files:
@@ -66,8 +67,8 @@ def shared(folder: Path, fill: Callable[[Path], object]) -> Path:
 
 
 def release(path: Path) -> None:
-    """Release a copy from `node_copy`, or a folder from `shared`, for this whole process; the last process deletes it. Its
-    memory maps stay valid."""
+    """Release a copy from `node_copy`, or a folder from `shared`, for this whole process; the last process deletes
+    it. Its memory maps stay valid."""
     with _mutex:
         for folder in (path, path.parent):
             if folder in _lock_files:
@@ -194,7 +195,8 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def private(name: str, parent: str | None = None) -> Path:
-    """The folder of that name of this user, in `parent` (by default TMPDIR); no other user can enter. Raises StorageError."""
+    """The folder of that name of this user, in `parent` (by default TMPDIR); no other user can enter. Raises
+    StorageError."""
     own = Path(parent or tempfile.gettempdir(), f"unlearn-{os.getuid()}")
     own.mkdir(mode=0o700, parents=True, exist_ok=True)
     about = own.lstat()

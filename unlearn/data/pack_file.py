@@ -96,7 +96,8 @@ class Packing(Part):
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Packing:
-    """The packing that `source` names: a YAML file (path or s3://), or env:VARIABLE. Raises ConfigError, StorageError."""
+    """The packing that `source` names: a YAML file (path or s3://), or env:VARIABLE. Raises ConfigError,
+    StorageError."""
     if source.startswith("env:"):
         variable = source.removeprefix("env:")
         if variable not in os.environ:

@@ -79,7 +79,8 @@ def opened(src: str, split: str | None, layout: layouts.Layout | None) -> contex
 
 
 def arrange(
-    source: Source, src: str, split: str | None, layout: layouts.Layout | None, labels: str | None, classes: list[str] | None
+    source: Source, src: str, split: str | None, layout: layouts.Layout | None, labels: str | None,
+    classes: list[str] | None,
 ) -> layouts.Arranged:  # fmt: skip
     """The images of an opened source and their labels, after a warning for what is left out. Raises DataError."""
     images = [n for n in source.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]

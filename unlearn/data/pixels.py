@@ -1,15 +1,16 @@
-"""Decoded images in a file that all processes of a machine map, so that each image is decoded once a machine and its pixels
-are in memory once.
+"""Decoded images in a file that all processes of a machine map, so that each image is decoded once a machine and its
+pixels are in memory once.
 
     /dev/shm/unlearn-UID/pixels/KEY/pixels    the images one behind the other, in the order in which they were decoded
                                     index     what is taken of `pixels`, and of each row its state, place and shape
 
-KEY is a hash of all that decides the pixels: the shards' content, the size, and the code that decodes and scales. The files are
-on disk (TMPDIR) where shared memory is small. The folder is that of `node_cache.shared`: only its user can enter, the last
-process that uses it deletes it, and what killed processes have left goes when the next one opens such a file.
+KEY is a hash of all that decides the pixels: the shards' content, the size, and the code that decodes and scales. The
+files are on disk (TMPDIR) where shared memory is small. The folder is that of `node_cache.shared`: only its user can
+enter, the last process that uses it deletes it, and what killed processes have left goes when the next one opens such a
+file.
 
-A row is claimed under a lock, then its pixels are written, then its state says so. Nobody reads a row that is not ready, and
-nobody writes a row twice, so a process may be killed anywhere: at worst one image has lost its place.
+A row is claimed under a lock, then its pixels are written, then its state says so. Nobody reads a row that is not
+ready, and nobody writes a row twice, so a process may be killed anywhere: at worst one image has lost its place.
 """
 
 import fcntl
@@ -29,6 +30,7 @@ import numpy as np
 
 from unlearn.data import node_cache
 from unlearn.data.storage import told
+from unlearn.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +47,8 @@ _mutex = threading.RLock()  # a finalizer may run in the middle of anything
 
 
 class Pixels:
-    """The decoded images of one set of shards in one size, by row of the manifest. Safe from many threads and processes.
+    """The decoded images of one set of shards in one size, by row of the manifest. Safe from many threads and
+    processes.
 
     Made by `shared`. data: all of `pixels`, (bytes,) uint8, read-only.
     """
@@ -78,7 +81,8 @@ class Pixels:
         return self.data[place : place + 3 * height * width].reshape(height, width, 3)
 
     def gather(self, rows: np.ndarray, made: np.ndarray) -> bool:
-        """Copy the images of `rows` into `made`, (rows, S, S, 3), at once; whether all are there. All must be of one size."""
+        """Copy the images of `rows` into `made`, (rows, S, S, 3), at once; whether all are there. All must be of one
+        size."""
         if not (self.states[rows] == READY).all():
             return False
         each = made[0].nbytes
@@ -87,7 +91,8 @@ class Pixels:
         return True
 
     def claim(self, row: int, size: int, room: int) -> int | None:
-        """The place where this process alone writes a row of `size` bytes; None where that row is taken, or there is no room.
+        """The place where this process alone writes a row of `size` bytes; None where that row is taken, or there is no
+        room.
 
         room: bytes that all images together may take.
         """
@@ -108,7 +113,7 @@ class Pixels:
     def write(self, row: int, image: np.ndarray, place: int) -> bool:
         """Keep (H, W, 3) uint8 of a row at its claimed place; whether it is there now."""
         try:
-            view, done = memoryview(np.ascontiguousarray(image)).cast("B"), 0
+            view, done = np.ascontiguousarray(image).data.cast("B"), 0
             while done < len(view):
                 done += os.pwrite(self._file, view[done:], place + done)
         except OSError as e:
@@ -123,8 +128,8 @@ class Pixels:
 def shared(content: str, orientation: str, size: int | None, rows: int, room: int) -> Pixels:
     """The decoded images that this machine's processes share.
 
-    content: hash of the shards; size: side of the images, None where they are kept whole; rows: how many the shards have; room:
-    the most bytes that the images may ever take. Raises StorageError where no private folder can be made.
+    content: hash of the shards; size: side of the images, None where they are kept whole; rows: how many the shards
+    have; room: the most bytes that the images may ever take. Raises StorageError where no private folder can be made.
     """
     packages = [version(name) for name in ("torch", "simplejpeg", "pillow")]
     key = hashlib.sha256(json.dumps([VERSION, content, orientation, size, packages]).encode()).hexdigest()[:32]
@@ -158,13 +163,15 @@ def sweep() -> None:
 
 
 def _root(room: int) -> Path:
-    """In shared memory where that is twice as large as what may be kept, so that all processes of a machine choose alike."""
+    """In shared memory where that is twice as large as what may be kept, so that all processes of a machine choose
+    alike."""
     try:
         memory = os.statvfs(MEMORY)
-        large = memory.f_blocks * memory.f_frsize >= 2 * room and os.access(MEMORY, os.W_OK)
-    except OSError:
-        large = False
-    return node_cache.private("pixels", MEMORY if large else None)
+        if memory.f_blocks * memory.f_frsize >= 2 * room and os.access(MEMORY, os.W_OK):
+            return node_cache.private("pixels", MEMORY)
+    except (OSError, StorageError):  # it is not there, or another user has taken the name
+        pass
+    return node_cache.private("pixels")
 
 
 def _close(file: int, index: int, folder: Path) -> None:

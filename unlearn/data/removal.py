@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unlearn.data import duplicates, row_values, selection, shards
+from unlearn.data import duplicates, journal, row_values, selection, shards
 from unlearn.data.manifest import Manifest
 from unlearn.data.selection import RowSet
 from unlearn.data.storage import Storage, local_copy, told
@@ -33,7 +33,8 @@ def touched(manifest: Manifest, gone: np.ndarray) -> list[str]:
         (duplicates.file_name(manifest.split), manifest.images),
         (row_values.file_name(manifest.split), manifest.values),
     )
-    return names + [name for name, there in beside if there]
+    left = Storage(manifest.uri).files(journal.FOLDER)  # of an index that was stopped
+    return names + [name for name, there in beside if there] + left
 
 
 def without(

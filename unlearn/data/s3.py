@@ -1,20 +1,24 @@
 """Objects below one prefix of an S3 bucket.
 
-An outage of the server, or of the way to it, is waited out (see patience.py). Errors of the client are not caught here:
-`Storage` turns them into StorageError.
+An outage of the server, or of the way to it, is waited out (see patience.py), and a read that hangs is made again (see
+hedge.py). Errors of the client are not caught here: `Storage` turns them into StorageError.
 """
 
+import functools
+import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow as pa
 
 from unlearn import patience
 from unlearn.data import s3_client, s3_errors
 from unlearn.data.facts import Facts
-from unlearn.data.s3_object import Object
+from unlearn.data.hedge import Hedge
+from unlearn.data.s3_object import THREADS, Object
 from unlearn.errors import ReplacedError, StorageError
 
 T = TypeVar("T")
@@ -22,7 +26,9 @@ T = TypeVar("T")
 # Bytes of one part of a transfer; smaller files are transferred whole. S3 allows at most 10,000 parts, and 5 GB in a
 # single PUT.
 PART = 64 << 20
+CHUNK = 1 << 20  # bytes of a download in memory, of each part
 _known: set[str] = set()  # buckets that have been reached
+_hedge = Hedge()
 
 
 class Bucket:
@@ -52,10 +58,10 @@ class Bucket:
                 raise
             return Facts(response["ContentLength"], response["ETag"])
 
-        facts = self._outlast(name, ask)
+        facts = self._read(name, ask)
         if facts is None and self.name not in _known:  # S3 answers for an object and a bucket alike
             try:
-                self._outlast(name, lambda: self._below(name, 1))
+                self._below(name, 1)
             except self.client.exceptions.ClientError as e:
                 if s3_errors.code(e) == "NoSuchBucket":
                     raise
@@ -69,7 +75,7 @@ class Bucket:
             response = self.client.get_object(Bucket=self.name, Key=self.key(name))
             return response["Body"].read(), response["ETag"]
 
-        return self._outlast(name, ask)
+        return self._read(name, ask)
 
     def put(self, name: str, data: bytes, **condition: str) -> bool:
         """Write a small object. condition: IfNoneMatch="*" or IfMatch=ETag; False where it is not met."""
@@ -104,42 +110,66 @@ class Bucket:
         """Send a file of any size, large ones by multipart; it is never read into memory as a whole."""
         self._outlast(name, lambda: self.client.upload_file(str(path), self.name, self.key(name), Config=_transfer()))
 
-    def download(self, name: str, path: Path) -> None:
-        self._outlast(name, lambda: self.client.download_file(self.name, self.key(name), str(path), Config=_transfer()))
+    def download(self, name: str, path: Path, facts: Facts | None = None) -> None:
+        """Fetch an object of any size into a file, several pieces at a time; all are of one version.
+
+        facts: what is known of it, which is then not asked for. Raises FileNotFoundError, ReplacedError, StorageError.
+        """
+        facts = facts or self.head(name)
+        if facts is None:
+            raise FileNotFoundError(name)
+        whole = facts
+
+        def piece(file: BinaryIO, start: int) -> None:
+            """Stream one range to its place; what hangs is its beginning, or its connection is given up."""
+            ask = functools.partial(self._range, name, whole, start, min(whole.size, start + PART))
+            at = start
+            for chunk in _hedge.first(ask, s3_client.hedge()).iter_chunks(CHUNK):
+                at += os.pwrite(file.fileno(), chunk, at)
+
+        with open(path, "wb") as file, ThreadPoolExecutor(THREADS) as pool:
+            file.truncate(whole.size)
+            pieces = range(0, whole.size, PART)
+            for _ in pool.map(lambda start: self._outlast(name, lambda: piece(file, start)), pieces):
+                pass
 
     def open(self, name: str, facts: Facts, versions: dict[str, str] | None = None) -> pa.NativeFile:
         """For random access; all of it is of one version, that of `facts`, and of `versions` where it is in there."""
         if versions is not None and versions.setdefault(name, facts.etag) != facts.etag:
             raise StorageError(f"s3://{self.name}/{self.key(name)}: {s3_errors.hint('PreconditionFailed')}")
+        return pa.PythonFile(Object(facts.size, self._ranges(name, facts)), mode="r")
 
-        def fetch(start: int, stop: int) -> bytes:
-            response = self.client.get_object(
-                Bucket=self.name, Key=self.key(name), Range=f"bytes={start}-{stop - 1}", IfMatch=facts.etag
-            )
-            data = response["Body"].read()
-            if len(data) != stop - start or response["ETag"] != facts.etag:
-                raise StorageError(
-                    f"s3://{self.name}/{self.key(name)}: not the bytes that were asked for: it was replaced while it was read, or the "
-                    "server does not know ranges"
-                )
-            return data
+    def _ranges(self, name: str, facts: Facts) -> Callable[[int, int], bytes]:
+        """fetch(start, stop) -> those bytes of this version of an object. It raises StorageError for every error."""
 
         def told(start: int, stop: int) -> bytes:
             try:
-                return self._outlast(name, lambda: fetch(start, stop))
-            except Exception as e:  # its reader is Arrow, which knows no error of S3
+                return self._read(name, lambda: self._range(name, facts, start, stop).read())
+            except Exception as e:  # its reader may be Arrow, which knows no error of S3
                 if what := s3_errors.meaning(e):
                     error = ReplacedError if s3_errors.code(e) == "PreconditionFailed" else StorageError
                     raise error(f"s3://{self.name}/{self.key(name)}: {what}") from None
                 raise
 
-        return pa.PythonFile(Object(facts.size, told), mode="r")
+        return told
+
+    def _range(self, name: str, facts: Facts, start: int, stop: int) -> Any:
+        """The stream of these bytes of this version of an object, which raises where it ends too soon."""
+        response = self.client.get_object(
+            Bucket=self.name, Key=self.key(name), Range=f"bytes={start}-{stop - 1}", IfMatch=facts.etag
+        )
+        if response["ContentLength"] != stop - start or response["ETag"] != facts.etag:
+            raise StorageError(
+                f"s3://{self.name}/{self.key(name)}: not the bytes that were asked for: it was replaced while it was "
+                "read, or the server does not know ranges"
+            )
+        return response["Body"]
 
     def listing(self, name: str) -> dict[str, Facts]:
         """Every object below `name`; without the empty objects with `/` at the end that some programs use to mark
         folders."""
         cut = len(self.prefix) + 1 if self.prefix else 0
-        below = (o for o in self._outlast(name, lambda: self._below(name)) if not o["Key"].endswith("/"))
+        below = (o for o in self._below(name) if not o["Key"].endswith("/"))
         return {o["Key"][cut:]: Facts(o["Size"], o["ETag"]) for o in below}
 
     def delete(self, name: str) -> list[tuple[str, str]]:
@@ -151,25 +181,45 @@ class Bucket:
             response = self.client.delete_objects(Bucket=self.name, Delete=objects)
             return [(e.get("Key", ""), e.get("Code", "")) for e in response.get("Errors", ())]
 
-        keys = [o["Key"] for o in self._outlast(name, lambda: self._below(name))] or [self.key(name)]
+        keys = [o["Key"] for o in self._below(name)] or [self.key(name)]
         refused = []
         for start in range(0, len(keys), 1000):
             refused += self._outlast(name, lambda part=keys[start : start + 1000]: ask(part))
         return refused
 
-    def _below(self, name: str, most: int | None = None) -> list[dict]:
-        prefix = self.key(name)
-        pages = self.client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.name, Prefix=f"{prefix}/" if prefix else "", PaginationConfig={"MaxItems": most}
-        )
-        return [o for page in pages for o in page.get("Contents", ())]
+    def _below(self, name: str, most: int = 1000) -> list[dict]:
+        """What the server tells of every object below `name`; most: objects of one answer. With 1: of the first one."""
+        prefix, found, after = self.key(name), [], {}
+        while True:
+            page = self._read(
+                name,
+                lambda after=after: self.client.list_objects_v2(
+                    Bucket=self.name, Prefix=f"{prefix}/" if prefix else "", MaxKeys=most, **after
+                ),
+            )
+            found += page.get("Contents", ())
+            if not page.get("IsTruncated") or most == 1:
+                return found
+            after = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _read(self, name: str, call: Callable[[], T]) -> T:
+        """As `_outlast`, of what may be asked for several times at once."""
+        return self._outlast(name, lambda: _hedge.first(call, s3_client.hedge()))
 
     def _outlast(self, name: str, call: Callable[[], T]) -> T:
-        return patience.outlast(call, s3_errors.fault, f"s3://{self.name}/{self.key(name)}")
+        def ask() -> T:
+            used = self.client
+            try:
+                return call()
+            except Exception as e:
+                if s3_errors.code(e) in s3_errors.KEYS and s3_client.renewed(self.name, used):
+                    return call()
+                raise
+
+        return patience.outlast(ask, s3_errors.fault, f"s3://{self.name}/{self.key(name)}")
 
 
 def _transfer():
     from boto3.s3.transfer import TransferConfig
 
-    # The queue holds data fetched and not yet written: 64 chunks of 256 KiB.
-    return TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=8, max_io_queue=64)
+    return TransferConfig(multipart_threshold=PART, multipart_chunksize=PART, max_concurrency=THREADS)

@@ -18,6 +18,11 @@ _HINTS = {
     "InvalidRange": "it was cut short while it was read: start again",
     "416": "it was cut short while it was read: start again",
 }
+# Codes by which a server refuses keys, among them those that have expired; 400 and 403 are all that HEAD tells.
+KEYS = {
+    "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch",
+    "AccessDenied", "400", "403",
+}  # fmt: skip
 # Codes that may pass by themselves, whatever the status of the response.
 _PASSING = {
     "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "BadDigest", "IncompleteBody",

@@ -4,48 +4,24 @@
 # pyright: reportAttributeAccessIssue=false
 
 import logging
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from unlearn import config
-from unlearn.data import classes, duplicates, order, shards
+from unlearn.data import classes, duplicates, id_file, order, shards
+from unlearn.data.row_set import RowSet
 from unlearn.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RowSet:
-    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,), both int64; labels -1 where there are none."""
-
-    manifest: shards.Manifest
-    rows: np.ndarray
-    labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @cached_property
-    def groups(self) -> np.ndarray:
-        return self.manifest.group_of(self.rows)
-
-    def __getstate__(self) -> dict:
-        """What is pickled: the steps from row to row and the labels, in the smallest integer types that fit."""
-        steps = _narrow(np.diff(self.rows))
-        return {"manifest": self.manifest, "first": self.rows[:1], "steps": steps, "labels": _narrow(self.labels)}
-
-    def __setstate__(self, state: dict) -> None:
-        rows = np.cumsum(np.concatenate([state["first"], state["steps"]]), dtype=np.int64)
-        self.__dict__.update(manifest=state["manifest"], rows=rows, labels=state["labels"].astype(np.int64))
-
-
-@dataclass(frozen=True)
 class _Wanted:
-    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what to read for it."""
+    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what to read for it; listed:
+    the ids of its file, where it is given by one."""
 
     manifest: shards.Manifest
     conditions: config.Rows
@@ -54,6 +30,7 @@ class _Wanted:
     unwanted: set[int]
     columns: set[str]
     groups: set[int]
+    listed: id_file.Ids | None
 
 
 def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -> RowSet:
@@ -94,7 +71,7 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
             raise ConfigError(
                 "data.forget selects every image: nothing is left to retain; give data.retain or data.proxy"
             )
-        row_sets["retain"] = RowSet(manifest, every.rows[keep], every.labels[keep])
+        row_sets["retain"] = replace(every, rows=every.rows[keep], labels=every.labels[keep])
         ids["retain"] = ids["retain"].filter(pa.array(keep)) if ids["retain"] is not None else None
     _no_overlap(row_sets)
     if "forget" in row_sets:
@@ -118,7 +95,7 @@ def _without_forgotten(row_sets: dict[str, RowSet], ids: dict[str, pa.ChunkedArr
         log.warning("data: %s: they stay in the retain set, which would be empty without them", what)
         return retain
     log.warning("data: %s: they are kept out of the retain set", what)
-    return RowSet(retain.manifest, retain.rows[~twice], retain.labels[~twice])
+    return replace(retain, rows=retain.rows[~twice], labels=retain.labels[~twice])
 
 
 def _no_foreign_number(rows: config.Rows, other: shards.Manifest, train: shards.Manifest) -> None:
@@ -146,7 +123,8 @@ def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
     )
     unwanted = {classes.label(manifest, span, c, f"data.{what}.exclude_classes") for c in rows.exclude_classes or ()}
     columns = {"label"} & set(manifest.columns)
-    if rows.ids is not None and "id" in manifest.columns:
+    listed = id_file.read(rows.ids_from, rows.ids_column, f"data.{what}.ids_from") if rows.ids_from else None
+    if (rows.ids is not None or listed) and "id" in manifest.columns:
         columns.add("id")
     if rows.subjects is not None:
         if "subject" not in manifest.columns:
@@ -157,7 +135,7 @@ def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
         ordered = np.array(sorted(labels))
         low, high = np.searchsorted(ordered, spans[:, 0]), np.searchsorted(ordered, spans[:, 1], side="right")
         groups = groups[low < high]
-    return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()))
+    return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()), listed)
 
 
 def label(manifest: shards.Manifest, value: int | str, where: str) -> int:
@@ -192,13 +170,15 @@ def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.Chu
     rows, what = wanted.conditions, wanted.what
     if "label" not in table.column_names:
         table = table.append_column("label", pa.array(np.full(len(table), -1)))
-    if rows.ids is not None:
+    if rows.ids is not None or wanted.listed:
         own = table["id"] if "id" in table.column_names else pa.array(identity(wanted.manifest, table), pa.string())
         table = table.append_column("key", own)
     table = _only(table, "label", wanted.labels, None)
     if wanted.unwanted:
         table = table.filter(pc.invert(pc.is_in(table["label"], pa.array(sorted(wanted.unwanted)))))
     table = _only(table, "key", rows.ids, f"data.{what}.ids")
+    if wanted.listed:
+        table = _of_list(table, wanted.listed.values, f"data.{what}.ids_from: {rows.ids_from}")
     table = _only(table, "subject", rows.subjects, f"data.{what}.subjects")
     chosen, labels = table["row"].to_numpy(), table["label"].to_numpy()
     if rows.per_class is not None:
@@ -213,7 +193,8 @@ def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.Chu
             f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions"
         )
     ids = table["id"] if "id" in wanted.columns else None
-    return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64)), ids
+    ids_file = wanted.listed.sha256 if wanted.listed else ""
+    return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64), ids_file), ids
 
 
 def identity(manifest: shards.Manifest, table: pa.Table) -> list[str]:
@@ -257,17 +238,24 @@ def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
     return matching
 
 
+def _of_list(table: pa.Table, ids: pa.Array, where: str) -> pa.Table:
+    """The rows whose `key` is one of a file's ids; what matches nothing is counted, and none of it told: it may be a person."""
+    matching = table.filter(pc.is_in(table["key"], ids))
+    found = len(pc.unique(matching["key"]))
+    if not found:
+        raise ConfigError(
+            f"{where}: none of its {len(ids)} ids is a row of these shards and conditions: check ids_column, and that the ids are "
+            "written as the shards have them"
+        )
+    if found < len(ids):
+        log.warning("%s: %d of %d ids match no row, and are left out", where, len(ids) - found, len(ids))
+    return matching
+
+
 def _draw(index: np.ndarray, count: int, seed: int, name: int) -> np.ndarray:
     if len(index) <= count:
         return index
     return np.sort(order.generator(seed, 7, name & 0xFFFFFFFF).permutation(index)[:count])
-
-
-def _narrow(values: np.ndarray) -> np.ndarray:
-    """The same integers in the smallest type that fits them."""
-    if not len(values):
-        return values
-    return values.astype(np.result_type(np.min_scalar_type(values.min()), np.min_scalar_type(values.max())))
 
 
 def describe(row_sets: dict[str, RowSet]) -> dict[str, dict]:

@@ -6,69 +6,47 @@ A shard is a Parquet file in the usual form of published image data sets: `image
 several splits has a manifest for each.
 """
 
-# pyarrow makes the functions of pyarrow.compute at import, so pyright knows none of them.
-# pyright: reportAttributeAccessIssue=false
-
-import hashlib
+import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
-from unlearn.data import duplicates
+from unlearn.data.described import Described, describe, images
+from unlearn.data.journal import Journal
 from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard
 from unlearn.data.manifest_file import MANIFEST, RowFacts, is_indexed, is_ours, load, manifest_name, save
-from unlearn.data.parquet_file import extent, opened, parquet, short
-from unlearn.data.storage import Storage, local_copy, told
+from unlearn.data.parquet_file import parquet
+from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import DataError
 
 __all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "is_indexed",
            "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
+COUNTED = 1 << 16  # classes whose rows a manifest counts
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
-@dataclass(frozen=True)
-class Described:
-    """What can be read from one shard alone, without the other shards of the folder.
-
-    columns: {role: column}. classes: names of its labels, or [] where they are numbers without names. text: whether its labels
-    are stored as those names. labels: the distinct labels of each row group. images: checksum of each image. values: every column
-    but the image, as it is stored.
-    """
-
-    shard: Shard
-    columns: dict[str, str]
-    classes: list[str]
-    text: bool
-    labels: list[np.ndarray]
-    images: np.ndarray
-    values: pa.Table
-
-
-def images(table: pa.Table) -> Iterator[memoryview]:
-    """The encoded images of a table read with column `image`; an empty view where the image is null."""
-    for chunk in table.column("image").chunks:
-        for value in roles.encoded(chunk):
-            buffer = value.as_buffer() if value.is_valid else None
-            yield memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
+Progress = Callable[[int, int], object]
 
 
 def index(
-    uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
+    uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None,
+    progress: Progress = lambda done, total: None, threads: int | None = None,
 ) -> Manifest:  # fmt: skip
-    """Make and write the manifest of existing shards. Nothing is converted; every page is read once.
+    """Make and write the manifest of existing shards. Nothing is converted; every page is read once, also where an index
+    was stopped before: what it has found in each file is kept until the manifest is written.
 
     split: take only the files of that split. columns: {role: column} where a column is not named as its role. classes:
     names of the labels 0, 1, ...; by default those in the shards' metadata, or those of the previous manifest.
-    Raises DataError for shards that cannot be used, and where manifest.json was written by another program.
+    progress: called with (bytes that are done, bytes in all), from any thread; threads: row groups that are in memory at
+    the same time, by default as many as the machine has cores, 16 at most. Raises DataError for shards that cannot be used, and where manifest.json was written by another program.
     """
     storage = Storage(uri)
     name = manifest_name(split)
@@ -76,33 +54,74 @@ def index(
         raise DataError(
             f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own"
         )
-    return save(*look(uri, split, columns, classes))
+    made = save(*look(uri, split, columns, classes, progress, threads, keep=True))
+    Journal(storage, {}).clear()
+    return made
 
 
 def find(uri: str, split: str | None = None) -> Manifest:
     """The manifest of a folder, or, where it has none, one made from its shards; nothing is written."""
-    return load(uri, split) if is_indexed(uri, split) else look(uri, split)[0]
+    try:
+        return load(uri, split)
+    except DataError:
+        if is_indexed(uri, split):
+            raise
+    return look(uri, split)[0]
 
 
 def look(
-    uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None
+    uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None,
+    progress: Progress = lambda done, total: None, threads: int | None = None, keep: bool = False,
 ) -> tuple[Manifest, RowFacts]:  # fmt: skip
-    """(manifest of the existing shards, what is told of each row); arguments and errors are those of `index`."""
+    """(manifest of the existing shards, what is told of each row); arguments and errors are those of `index`.
+
+    keep: write beside the shards what is found in each, and take what stands there.
+    """
     storage = Storage(uri)
     names = _of_split(storage, split)
     try:
         before = load(uri, split)
     except DataError:
         before = None
-    described = []
-    for name in names:
-        with local_copy(storage.where(name)) as path:
-            described.append(describe(path, name, storage.where(name), columns, before.names if before else None))
+    described = _described(storage, names, columns, before.names if before else None, progress, threads, keep)
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
     manifest, rows = collect(storage.uri, described, classes)
     return replace(manifest, split=split), rows
+
+
+def _described(
+    storage: Storage, names: list[str], columns: dict[str, str] | None, before: dict[str, str] | None, progress: Progress,
+    threads: int | None, keep: bool,
+) -> list[Described]:  # fmt: skip
+    """The descriptions of these shards, several of which are read at the same time."""
+    threads = threads or min(16, os.cpu_count() or 1)
+    files = min(threads, len(names))
+    facts = {name: storage.facts(name) for name in names} if storage.is_local() else storage.objects()
+    journal = Journal(storage, {"columns": columns, "before": before}) if keep else None
+    total, done, lock = sum(facts[name].size for name in names), 0, threading.Lock()
+
+    def read(size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            progress(min(done, total - 1), total)
+
+    def one(name: str) -> Described:
+        if journal and (known := journal.get(name, facts[name])):
+            read(facts[name].size)
+            return known
+        with local_copy(storage.where(name)) as path:
+            found = describe(path, name, storage.where(name), columns, before, threads // files, read)
+        if journal:
+            journal.put(found, facts[name])
+        return found
+
+    with ThreadPoolExecutor(files) as pool:
+        described = list(pool.map(one, names))
+    progress(total, total)
+    return described
 
 
 def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> tuple[Manifest, RowFacts]:
@@ -138,82 +157,16 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
         shards.append(replace(d.shard, row_groups=groups, labels=[] if same else own))
     manifest = Manifest(uri, columns, common, shards, names)
     checksums = np.concatenate([d.images for d in described]) if described else np.empty(0, np.uint64)
-    return manifest, RowFacts(checksums, manifest.values_of([d.values for d in described]))
+    values = manifest.values_of([d.values for d in described])
+    return replace(manifest, counts=_counts(values)), RowFacts(checksums, values)
 
 
-def describe(
-    path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None
-) -> Described:  # fmt: skip
-    """The description of the local Parquet file `path`; `where` names it in messages. Raises DataError.
-
-    given: {role: column} that the user names; before: those of an earlier manifest, used where the file has such
-    columns.
-    """
-    with told(where), pa.OSFile(str(path), "rb") as file, opened(file, where) as parquet, open(path, "rb") as whole:
-        schema = parquet.schema_arrow
-        try:
-            known = {role: column for role, column in (before or {}).items() if column in schema.names}
-            columns = roles.find(parquet, name, known | (given or {}), where)
-        except (pa.ArrowException, OSError) as e:
-            raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
-        row_groups = [_describe_group(parquet, file, g, columns, name, where) for g in range(parquet.num_row_groups)]
-        shard = Shard(
-            name, file.size(), hashlib.file_digest(whole, "sha256").hexdigest(), [group for group, *_ in row_groups]
-        )
-    labels = [distinct for _, distinct, _, _ in row_groups]
-    text = any(values.dtype.kind == "O" for values in labels)
-    if text:
-        classes = class_lists.ordered({str(value) for values in labels for value in values})
-        place = {value: i for i, value in enumerate(classes)}
-        labels = [np.array([place[value] for value in values], np.int64) for values in labels]
-    else:
-        classes = roles.class_names(schema, columns["label"]) if columns.get("label") in schema.names else []
-    return Described(
-        shard,
-        columns,
-        classes,
-        text,
-        labels,
-        np.concatenate([np.empty(0, np.uint64), *(sums for _, _, sums, _ in row_groups)]),
-        pa.concat_tables([values for *_, values in row_groups]) if row_groups else pa.table({}),
-    )
-
-
-def _describe_group(
-    parquet: pq.ParquetFile, file: pa.NativeFile, g: int, columns: dict[str, str], name: str, where: str
-) -> tuple[RowGroup, np.ndarray, np.ndarray, pa.Table]:  # fmt: skip
-    """(row group with labels still unknown, its distinct labels, checksum of each image, the other values)."""
-    rows, offset, size = extent(parquet, g)
-    at = f"{where}, row group {g}"
-    inside = [column for column in columns.values() if column in parquet.schema_arrow.names]
-    try:
-        table = parquet.read_row_group(g, columns=inside)
-    except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{at}: unreadable ({short(e)}); restore the shard") from None
-    values = {
-        role: roles.values(
-            table[column] if column in inside else roles.of_path(name, column, role, rows, where), role, at
-        )
-        for role, column in columns.items()
-    }
-    labels = np.empty(0, np.int64)
-    if "label" in values:
-        labels = pc.unique(values["label"]).to_numpy(zero_copy_only=False)
-        if labels.dtype != object and len(labels) and labels.min() < 0:
-            raise DataError(
-                f"{at}: label {labels.min()}, and labels are 0 or more. Rows of a test split without labels are often marked so: "
-                f"leave that file out, choose a split with --split, or go without labels (--label-column {roles.NONE})"
-            )
-    if values.get("id") is not None and values["id"].null_count:
-        raise DataError(
-            f"{at}: {values['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}"
-        )
-    file.seek(offset)
-    digest = hashlib.sha256(file.read_buffer(size)).hexdigest()
-    checks = {role: roles.checksum(column.chunks) for role, column in values.items()}
-    sums = np.array([duplicates.checksum(image) for image in images(pa.table({"image": values["image"]}))], np.uint64)
-    others = pa.table({role: column for role, column in values.items() if role != "image"})
-    return RowGroup(rows, offset, size, (0, -1), digest, checks), labels, sums, others
+def _counts(values: pa.Table) -> dict[int, int]:
+    """{label: rows} of all rows; empty where there are none, or too many labels for a manifest."""
+    if "label" not in values.column_names:
+        return {}
+    labels, counts = np.unique(values["label"].to_numpy(), return_counts=True)
+    return dict(zip(labels.tolist(), counts.tolist(), strict=True)) if len(labels) <= COUNTED else {}
 
 
 def _span(labels: np.ndarray, own: list[int]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -206,7 +206,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield Path(storage.uri)
         return
     with tempfile.TemporaryDirectory() as folder:
-        yield download(storage, [""], Path(folder))
+        yield download(storage, {"": None}, Path(folder))
 
 
 @contextlib.contextmanager
@@ -223,18 +223,18 @@ def local_folder(uri: str) -> Iterator[Path]:
         yield download(storage, names, Path(folder))
 
 
-def download(storage: Storage, names: Iterable[str], folder: Path) -> Path:
-    """Fetch S3 objects to `folder`/LAST PART OF THE URI, and below it; that path."""
+def download(storage: Storage, names: Mapping[str, Facts | None], folder: Path) -> Path:
+    """Fetch S3 objects to `folder`/LAST PART OF THE URI, and below it; that path. names: with what is known of each."""
     bucket = storage.bucket
     assert bucket is not None, "only S3 has objects"
     root = folder / (bucket.key("").rpartition("/")[2] or bucket.name)
-    for name in names:
+    for name, facts in names.items():
         path = Path(os.path.normpath(root / name))
         if not path.is_relative_to(root):  # S3 allows any name, also with `..`
             raise StorageError(f"{storage.where(name)}: a name that leads out of its folder")
         with told(storage.where(name)):
             path.parent.mkdir(parents=True, exist_ok=True)
-            bucket.download(name, path)
+            bucket.download(name, path, facts)
     return root
 
 

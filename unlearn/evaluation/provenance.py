@@ -57,9 +57,7 @@ def _check_origin(run: Run, data: Any) -> None:
             "unlearning has changed"
         )
     if changed:
-        log.warning(
-            "the data is not what the model was trained on (%s): its manifest has another hash", ", ".join(changed)
-        )
+        log.warning("the data is not what the model was trained on (%s): it has another hash", ", ".join(changed))
 
 
 def _trained(folder: Storage) -> RunConfig | None:

@@ -20,6 +20,7 @@ _CHOSEN = {
     "classes": "whole classes",
     "exclude_classes": "all but some classes",
     "ids": "single images",
+    "ids_from": "single images of a list",
     "subjects": "persons or other subjects",
 }
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from unlearn.errors import MissingExtra
-from unlearn.search import ablation, front, study
-from unlearn.search.objectives import Constraint, Objective, derived
+from unlearn.search import ablation, front, means, study
+from unlearn.search.objectives import Constraint, Objective
 from unlearn.search.records import Point
 
 if TYPE_CHECKING:
@@ -144,10 +144,10 @@ def _held_out(figure: "go.Figure", points: list[Point], axes: tuple[Objective, O
     on."""
     x, y, told = [], [], []
     for point in points:
-        means = held_out(point)
-        if all(objective.figure in means for objective in axes):
-            x += [point.mean[axes[0].figure], means[axes[0].figure], None]
-            y += [point.mean[axes[1].figure], means[axes[1].figure], None]
+        measured = means.held_out(point)
+        if all(objective.figure in measured for objective in axes):
+            x += [point.mean[axes[0].figure], measured[axes[0].figure], None]
+            y += [point.mean[axes[1].figure], measured[axes[1].figure], None]
             told.append(point)
     if not told:
         return
@@ -163,30 +163,10 @@ def _held_out(figure: "go.Figure", points: list[Point], axes: tuple[Objective, O
     )  # fmt: skip
 
 
-def held_out(point: Point) -> dict[str, float]:
-    """The mean over its trials of each figure on the held-out images; empty where it was not measured there."""
-    measured = [trial.held_out for trial in point.trials if trial.held_out]
-    names = set.intersection(*map(set, measured)) if measured else set()
-    return {name: sum(figures[name] for figures in measured) / len(measured) for name in sorted(names)}
-
-
-def compared_with(points: Sequence[Point]) -> dict[str, dict[str, float]]:
-    """{"original model", "oracle": the mean over all trials of its figures, derived ones among them}, where there is
-    one."""
-    made = {}
-    done = [trial for point in points for trial in point.trials if trial.status == "done"]
-    for name, chosen in (("original model", "original"), ("oracle", "oracle")):
-        each = [derived(getattr(t, chosen), t.original, t.oracle) for t in done if getattr(t, chosen)]
-        names = set.intersection(*map(set, each)) if each else set()
-        if names:
-            made[name] = {figure: sum(figures[figure] for figures in each) / len(each) for figure in sorted(names)}
-    return made
-
-
 def _compared(figure: "go.Figure", points: Sequence[Point], axes: tuple[Objective, Objective]) -> None:
-    for (name, means), symbol in zip(compared_with(points).items(), ("star", "cross"), strict=False):
-        if all(objective.figure in means for objective in axes):
-            x, y = (means[objective.figure] for objective in axes)
+    for (name, figures), symbol in zip(means.compared_with(points).items(), ("star", "cross"), strict=False):
+        if all(objective.figure in figures for objective in axes):
+            x, y = (figures[objective.figure] for objective in axes)
             figure.add_scatter(
                 x=[x], y=[y], mode="markers", name=name,
                 marker={"color": INK if name != "oracle" else ORACLE, "symbol": symbol, "size": 13},

@@ -18,7 +18,7 @@ from unlearn import __version__
 from unlearn.data.storage import Storage
 from unlearn.evaluation.report import data_uri
 from unlearn.page import filled
-from unlearn.search import alone, charts, front, study
+from unlearn.search import alone, charts, front, means, study
 from unlearn.search.records import Point, Trial, points
 from unlearn.search.space import Sweep, canonical
 
@@ -97,7 +97,7 @@ def document(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
         "points": [
             {
                 "id": p.id, "parameters": alone.mask(p.parameters), "front": p.id in best, "feasible": p.feasible,
-                "complete": p.complete, "message": p.message, "mean": p.mean, "spread": p.spread, "held_out": charts.held_out(p) or None,
+                "complete": p.complete, "message": p.message, "mean": p.mean, "spread": p.spread, "held_out": means.held_out(p) or None,
             }
             for p in every
         ],
@@ -193,8 +193,8 @@ def _domain(domain) -> str:
 
 def _point(sweep: Sweep, point: Point, told: Point, best: bool, grids: list[dict]) -> dict[str, Any]:
     """All that the page says of a point."""
-    held_out = charts.held_out(point)
-    others = ({"held out": held_out} if held_out else {}) | charts.compared_with([point])
+    held_out = means.held_out(point)
+    others = ({"held out": held_out} if held_out else {}) | means.compared_with([point])
     done = sum(trial.status == "done" for trial in point.trials)
     names = study.labels(told.parameters)
     main = dict.fromkeys([o.figure for o in sweep.wanted] + [b.figure for b in sweep.bounds])

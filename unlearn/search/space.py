@@ -32,6 +32,7 @@ from unlearn.data.storage import Storage
 from unlearn.run_files import put
 from unlearn.search.domain import Domain, ordered, times
 from unlearn.search.objectives import Constraint, Direction, Objective
+from unlearn.search.sweep_checks import contradictions
 
 Parameters = dict[str, Any]
 
@@ -123,53 +124,13 @@ class Sweep(Part):
 
     @model_validator(mode="after")
     def _whole(self):
-        if wrong := list(self._contradictions()):
+        if wrong := list(contradictions(self)):
             raise ValueError("\n".join(wrong))
         return self
 
-    def _contradictions(self) -> Iterator[str]:
-        ranges = [key for key, domain in self.search.items() if domain.ends]
-        if self.search_by == "grid" and ranges:
-            yield f"search_by grid: {', '.join(ranges)} is a range; give grid or choice, or search by random, tpe or nsga2"
-        if self.search_by != "grid" and self.budget == Budget():
-            yield f"budget: search_by {self.search_by} has no end of its own; give points, seconds or flops"
-        if self.storage and self.search_by not in ("tpe", "nsga2"):
-            yield f"storage is for tpe and nsga2; search_by {self.search_by} needs none"
-        if self.measure_every and not self._in_stages:
-            yield "measure_every is for stop_early asha or median, and for search_by pbt"
-        if self.tracking_uri and "mlflow" not in self.log_to:
-            yield "tracking_uri is for log_to: [mlflow]"
-        if self.search_by == "pbt":
-            yield from self._of_a_population()
-        for key, domain in self.search.items():
-            if domain.same_as is not None:
-                if domain.same_as not in self.search:
-                    yield f"search.{key}: same_as names {domain.same_as}, which is not searched"
-                elif self.search[domain.same_as].same_as is not None:
-                    yield f"search.{key}: same_as names {domain.same_as}, which is tied itself; name what that is tied to"
-            if key in domain.when:
-                yield f"search.{key}: when names the key itself"
-        try:
-            ordered(self.search)
-        except ValueError as e:
-            yield str(e)
-
-    def _of_a_population(self) -> Iterator[str]:
-        for key in self.search:
-            if key != "training.lr":
-                yield (
-                    f"search.{key}: search_by pbt changes values in mid-run, which only training.lr allows: with "
-                    f"another {key} it would be another training; set one value, or search by random, tpe or nsga2"
-                )
-        if "training.lr" in self.search and not self.search["training.lr"].ends:
-            yield "search.training.lr: search_by pbt needs a range: loguniform or uniform"
-        if self.stop_early != "none":
-            yield "stop_early: search_by pbt has the worst go on from the best; leave it out"
-        if self.budget.seconds or self.budget.flops or (self.budget.points or 2) < 2:
-            yield "budget: search_by pbt trains all its points at one time, to their end: give points alone, 2 or more"
-
     @property
-    def _in_stages(self) -> bool:
+    def in_stages(self) -> bool:
+        """Whether a trial is measured before its end too."""
         return self.stop_early != "none" or self.search_by == "pbt"
 
     @cached_property
@@ -225,7 +186,7 @@ class Sweep(Part):
 
     def stages(self, steps: int) -> list[int]:
         """The steps behind which a trial of so many is measured, its last one among them."""
-        if not self._in_stages:
+        if not self.in_stages:
             return [steps]
         every = self.measure_every or -(-steps // 4)
         return [*range(every, steps, every), steps]

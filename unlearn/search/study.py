@@ -116,6 +116,8 @@ def text(value: Any, width: int = 40) -> str:
     hash. Four digits of a float are enough to be read."""
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict) and value and all(isinstance(inner, float) for inner in value.values()):
+        return ", ".join(f"{key}: {text(inner)}" for key, inner in value.items())
     line = yaml.safe_dump(value, default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
     return line if len(line) <= width else f"{line[: width - 7]}… {hashlib.sha256(line.encode()).hexdigest()[:4]}"
 

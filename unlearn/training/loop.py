@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from unlearn import config, patience, views
-from unlearn.data import order
+from unlearn.data import order, s3_client
 from unlearn.data.loader import Loader
 from unlearn.errors import TrainingError
 from unlearn.methods import base as methods
@@ -145,6 +145,9 @@ def train(
                 checkpoints.save(engine.fragments(), state, engine.rank, engine.gather, state_of(method, masks), pieces)
             if log:
                 logger.info("checkpoint of step %s committed", step)
+    sent = sum(engine.gather(s3_client.requests.total()))
+    if log and sent:
+        logger.info("%d requests to S3 by %d worker(s)", sent, engine.workers)
 
 
 def state_of(method: methods.Method, masks: saliency.Masks | None) -> dict[str, torch.Tensor]:
