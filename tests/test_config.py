@@ -127,7 +127,7 @@ def test_locations_are_all_that_are_read_or_written():
         wanted |= {f"{name}.{key}" for key, kind in fields.items() if kind in (config.Location, config.Location | None)}
     wanted.add("evaluation.oracle")  # or a list of several
     everything = [f"{key}=/a" for key in wanted] + ["data.proxy={}"]
-    assert set(parse(*everything).locations()) == wanted and len(wanted) == 9
+    assert set(parse(*everything).locations()) == wanted and len(wanted) == 10
     several = parse("evaluation.oracle=[/a, /b]")
     assert several.evaluation.oracles == ["/a", "/b"] and several.locations()["evaluation.oracle.1"] == "/b"
     assert several.hash() == parse().hash()
