@@ -109,11 +109,10 @@ def ray(folder: Path, to: To) -> Epochs:
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     import ray.data
 
-    if ray.is_initialized():
-        ray.shutdown()
-    ray.init(
-        address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-    )
+    if not ray.is_initialized():
+        ray.init(
+            address="local", num_cpus=WORKERS, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+        )
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_operator_progress_bars = False
