@@ -30,7 +30,8 @@ _SENT = re.compile(r"/configs/([0-9a-f]{16})\.yaml$")  # what a submitted job wa
 class Run:
     """settings: the configuration. sets: the rows that training sees, "retain" and, where the method forgets, "forget".
     measured: the rows that the evaluation sees, where there will be one.
-    origin: sha256 of the manifest of each set, of its file of ids, and of the weights it starts from. steps: optimizer steps of the whole run.
+    origin: sha256 of the manifest of each set, of its file of ids, and of the weights it starts from.
+    steps: optimizer steps of the whole run.
     sources: what the storage says of the weights that the run reads, by their URI.
     """
 

@@ -112,7 +112,7 @@ def counted() -> Callable[[], int]:
         with lock:
             sizes[0] += int(parsed.get("ContentLength") or 0)
 
-    s3_client.client().meta.events.register("after-call.s3.GetObject", add)
+    s3_client.of("").meta.events.register("after-call.s3.GetObject", add)
     return lambda: sizes[0]
 
 

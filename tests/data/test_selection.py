@@ -247,7 +247,7 @@ def test_rows_are_chosen_by_few_requests_and_without_the_shards(many, proxied):
     found = sets(many, forget={"ids": ["img-007", "img-030"]})
     assert len(found["forget"]) == 6 and len(found["retain"]) == 114
     assert not proxied.count("GET", ".parquet") and not proxied.count("HEAD", ".parquet")
-    assert len(proxied.requests) < 15
+    assert len(proxied.requests) < 15 and proxied.count("GET", "manifest.images") == 1
     manifest = shards.load(many)
     from_shards = dataclasses.replace(manifest, values="")
     for columns, groups in ((["id", "label", "subject"], None), (["label"], [7, 3]), (["subject"], [])):

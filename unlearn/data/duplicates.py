@@ -47,7 +47,8 @@ def file_name(split: str | None) -> str:
 
 def in_both(forget: tuple[Manifest, np.ndarray], retain: tuple[Manifest, np.ndarray]) -> np.ndarray:
     """Which rows of a retain set (manifest, rows) hold an image whose bytes stand in the forget set too: bool (rows,)."""
-    there = {id(manifest): read(manifest) for manifest, _ in (forget, retain)}
+    manifests = {id(manifest): manifest for manifest, _ in (forget, retain)}  # one that is in both is read once
+    there = {key: read(manifest) for key, manifest in manifests.items()}
     forgotten, retained = there[id(forget[0])], there[id(retain[0])]
     if forgotten is None or retained is None:
         lacking = forget[0] if forgotten is None else retain[0]

@@ -50,8 +50,9 @@ class Journal:
     def put(self, described: Described, facts: Facts) -> None:
         shard = described.shard
         told = {
-            "of": [shard.path, facts.size, facts.etag, self._asked], "shard": asdict(shard), "columns": described.columns,
-            "classes": described.classes, "text": described.text, "labels": [labels.tolist() for labels in described.labels],
+            "of": [shard.path, facts.size, facts.etag, self._asked], "shard": asdict(shard),
+            "columns": described.columns, "classes": described.classes, "text": described.text,
+            "labels": [labels.tolist() for labels in described.labels],
         }  # fmt: skip
         values = {role: described.values[role] for role in described.values.column_names}
         table = pa.table(values | {_IMAGES: pa.array(described.images, pa.uint64())})

@@ -10,7 +10,7 @@ from unlearn.data.manifest import Manifest
 
 @dataclass(frozen=True)
 class RowSet:
-    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,), both int64; labels -1 where there are none.
+    """Rows of one folder of shards: `rows` (n,) ascending row numbers, `labels` (n,), both int64; labels -1 where none.
 
     ids_file: sha256 of the file of ids by which they were chosen; empty where there is none.
     """
@@ -31,7 +31,8 @@ class RowSet:
         """What is pickled: the steps from row to row and the labels, in the smallest integer types that fit."""
         steps = _narrow(np.diff(self.rows))
         return {
-            "manifest": self.manifest, "first": self.rows[:1], "steps": steps, "labels": _narrow(self.labels), "ids_file": self.ids_file,
+            "manifest": self.manifest, "first": self.rows[:1], "steps": steps, "labels": _narrow(self.labels),
+            "ids_file": self.ids_file,
         }  # fmt: skip
 
     def __setstate__(self, state: dict) -> None:

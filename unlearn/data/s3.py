@@ -26,6 +26,7 @@ T = TypeVar("T")
 # Bytes of one part of a transfer; smaller files are transferred whole. S3 allows at most 10,000 parts, and 5 GB in a
 # single PUT.
 PART = 64 << 20
+SLOW = 1 << 20  # bytes a second that no read is thought to hang for
 CHUNK = 1 << 20  # bytes of a download in memory, of each part
 _known: set[str] = set()  # buckets that have been reached
 _hedge = Hedge()
@@ -72,10 +73,13 @@ class Bucket:
         """(content, ETag)."""
 
         def ask() -> tuple[bytes, str]:
-            response = self.client.get_object(Bucket=self.name, Key=self.key(name))
+            # A large body takes long on a slow link: what hangs is its beginning.
+            response = _hedge.first(
+                lambda: self.client.get_object(Bucket=self.name, Key=self.key(name)), s3_client.hedge()
+            )
             return response["Body"].read(), response["ETag"]
 
-        return self._read(name, ask)
+        return self._outlast(name, ask)
 
     def put(self, name: str, data: bytes, **condition: str) -> bool:
         """Write a small object. condition: IfNoneMatch="*" or IfMatch=ETag; False where it is not met."""
@@ -144,7 +148,7 @@ class Bucket:
 
         def told(start: int, stop: int) -> bytes:
             try:
-                return self._read(name, lambda: self._range(name, facts, start, stop).read())
+                return self._read(name, lambda: self._range(name, facts, start, stop).read(), stop - start)
             except Exception as e:  # its reader may be Arrow, which knows no error of S3
                 if what := s3_errors.meaning(e):
                     error = ReplacedError if s3_errors.code(e) == "PreconditionFailed" else StorageError
@@ -202,9 +206,10 @@ class Bucket:
                 return found
             after = {"ContinuationToken": page["NextContinuationToken"]}
 
-    def _read(self, name: str, call: Callable[[], T]) -> T:
-        """As `_outlast`, of what may be asked for several times at once."""
-        return self._outlast(name, lambda: _hedge.first(call, s3_client.hedge()))
+    def _read(self, name: str, call: Callable[[], T], size: int = 0) -> T:
+        """As `_outlast`, of what may be asked for several times at once; size: bytes of the answer."""
+        least = s3_client.hedge()
+        return self._outlast(name, lambda: _hedge.first(call, least and least + size / SLOW))
 
     def _outlast(self, name: str, call: Callable[[], T]) -> T:
         def ask() -> T:

@@ -239,13 +239,13 @@ def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
 
 
 def _of_list(table: pa.Table, ids: pa.Array, where: str) -> pa.Table:
-    """The rows whose `key` is one of a file's ids; what matches nothing is counted, and none of it told: it may be a person."""
+    """The rows whose `key` is one of a file's ids; what matches nothing is counted, and none of it told: it is personal."""
     matching = table.filter(pc.is_in(table["key"], ids))
     found = len(pc.unique(matching["key"]))
     if not found:
         raise ConfigError(
-            f"{where}: none of its {len(ids)} ids is a row of these shards and conditions: check ids_column, and that the ids are "
-            "written as the shards have them"
+            f"{where}: none of its {len(ids)} ids is a row of these shards and conditions: check ids_column, and that the "
+            "ids are written as the shards have them"
         )
     if found < len(ids):
         log.warning("%s: %d of %d ids match no row, and are left out", where, len(ids) - found, len(ids))
