@@ -171,10 +171,10 @@ def cluster():
 
 
 def test_what_is_worse_is_given_up_early(cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """Ray Tune's ASHA over four points with two seeds; what their figures come to is said by the test in the place of slots."""
+    """Ray Tune's ASHA over four points with two seeds; what their figures come to the test says in the place of slots."""
     sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8", search={"method.alpha": {"grid": [1, 2, 3, 4]}},
-        seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8",
+        search={"method.alpha": {"grid": [1, 2, 3, 4]}}, seeds=[0, 1], stop_early="asha", measure_every=2, concurrent=2,
     ))  # fmt: skip
     job.prepare(sweep)
     legs = []

@@ -40,11 +40,13 @@ PLAIN = [
 SHARED = [
     *[[f"training.zero_stage={stage}", f"training.dtype={dtype}"] for stage, dtype in enumerate(("bf16", "fp32", "bf16", "fp32"))],
     ["training.offload_optimizer=true", "training.zero_stage=3"], ["training.zero_stage=3", WIDE],
-    ["training.zero_stage=1", "training.micro_batch_size=32", WIDE], ["method.name=toy_sum", "training.zero_stage=2", WIDE],
+    ["training.zero_stage=1", "training.micro_batch_size=32", WIDE],
+    ["method.name=toy_sum", "training.zero_stage=2", WIDE],
 ]  # fmt: skip
 FURTHER = [
     ["training.zero_stage=2", "training.dtype=fp32"], ["training.zero_stage=3", "training.dtype=bf16"],
-    ["training.offload_optimizer=true", "training.zero_stage=2"], ["method.name=toy_sum", "training.zero_stage=0", WIDE],
+    ["training.offload_optimizer=true", "training.zero_stage=2"],
+    ["method.name=toy_sum", "training.zero_stage=0", WIDE],
 ]  # fmt: skip
 
 
