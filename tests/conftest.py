@@ -6,8 +6,8 @@ import os
 import uuid
 from collections.abc import Iterator
 
-# What the tests start computes on one thread too, and Ray's workers are not left waiting for the other processes of a parallel
-# run: Ray gives them a niceness of 15, with which they come to nothing on a machine that is busy.
+# What the tests start computes on one thread too, and Ray's workers are not left waiting for the other processes of a
+# parallel run: Ray gives them a niceness of 15, with which they come to nothing on a machine that is busy.
 os.environ |= {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
 
 import boto3
@@ -35,25 +35,26 @@ settings.register_profile("tests", deadline=None, derandomize=True, max_examples
 settings.load_profile("tests")
 
 
-# Files in one process of a parallel run, since they share a set-up of the whole session that takes long: the API server.
+# Files in one process of a parallel run, since they share a set-up of the session that takes long: the API server.
 TOGETHER = {
     name: "kubernetes"
     for name in (
-        "test_submit_kubernetes", "test_submit_kubernetes_queue", "test_submit_kubernetes_refusals", "test_rayjob", "test_kubernetes",
-        "test_cycle_pipeline",
+        "test_submit_kubernetes", "test_submit_kubernetes_queue", "test_submit_kubernetes_refusals", "test_rayjob",
+        "test_kubernetes", "test_cycle_pipeline",
     )
 }  # fmt: skip
-# The files that take longest, longest first; the others follow, with the folders before the rest whose tests wait for processes.
+# The files that take longest, longest first; the others follow, those of FOLDERS, which wait for processes, before the rest.
 LONGEST = [
-    "test_sweep", "test_demo", "test_submit_ray", "test_strangers", "test_stop", "test_plan", "test_ray", "test_resume", "test_families",
-    "kubernetes", "test_engines", "test_owner", "test_apart", "test_evaluation", "test_heartbeat", "test_method_training",
+    "test_sweep", "test_demo", "test_submit_ray", "test_strangers", "test_stop", "test_plan", "test_ray", "test_resume",
+    "test_families", "kubernetes", "test_engines", "test_owner", "test_apart", "test_evaluation", "test_heartbeat",
+    "test_method_training",
 ]  # fmt: skip
 FOLDERS = ["jobs", "training", "cycles", "cli"]
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A parallel run hands out files, or several TOGETHER, in this order, so that its processes end at about the same time."""
+    """A parallel run hands out files, or several TOGETHER, in this order, so that its processes end at about one time."""
     places = {}
     for item in items:
         group = TOGETHER.get(item.path.stem, item.path.stem)

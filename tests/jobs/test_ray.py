@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 import ray
 import yaml
+from support.ray_nodes import until
 from support.runs import tiny_config, train
 from support.workers import together
 
@@ -41,12 +41,11 @@ def last_weights(run: config.RunConfig) -> list[bytes]:
     return [p.read_bytes() for p in sorted(folder.glob("*.safetensors"))]
 
 
-def wait_for(condition, seconds: float = 180):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
-    return found
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray cluster of this machine for several runs, which else have one each: that takes longer than the runs."""
+    with connected(config.Cluster(), 1):
+        yield
 
 
 def ray_workers() -> list[psutil.Process]:
@@ -54,39 +53,46 @@ def ray_workers() -> list[psutil.Process]:
     return [p for p in mine if p.is_running() and "RayTrainWorker" in " ".join(p.cmdline() or [p.name()])]
 
 
-def test_ray_trains_as_plain_torch_and_reports(tiny_run, tmp_path):
-    same = "training.micro_batch_size=4"
-    plain, run = (
-        tiny_run(same),
-        tiny_run(same, "training.engine=deepspeed", "cluster.workers=2", f"run_dir={tmp_path}/ray"),
-    )
-    train(plain)
-    model = train(run)
-    rows, expected = metrics.read(run.run_dir), metrics.read(plain.run_dir)
-    assert [r["loss"] for r in rows] == pytest.approx([r["loss"] for r in expected], rel=1e-4)
-    assert {"retain", "forget", "images_per_s", "flop_per_s", "grad_norm", "lr", "peak_memory_gib"} <= set(rows[0])
-    assert Path(model, "weights.safetensors").exists() and not list(Path(run.run_dir).rglob("*.p*kl*"))
+def test_a_cluster_that_is_too_small_or_not_there(tiny_run):
+    """The first of the file: the others share a cluster, which a run takes where there is one."""
+    with connected(tiny_run().cluster, 1):
+        assert ray.is_initialized()
+        with pytest.raises(ClusterError, match="999 CPUs are asked for, the cluster has"):
+            with connected(config.Cluster(workers=999), 999):
+                pass
+    assert not ray.is_initialized()
+    with pytest.raises(ClusterError, match="no Ray cluster answers at 127.0.0.1:1"):
+        with connected(config.Cluster(address="127.0.0.1:1"), 1):
+            pass
 
 
-def test_a_killed_worker_changes_nothing(uninterrupted, tmp_path):
+def test_a_killed_worker_changes_nothing(cluster, uninterrupted, tmp_path):
+    """Weights, optimizer state and losses are those of the run without Ray; all rows are told, and nothing is pickled."""
     run = uninterrupted.model_copy(update={"run_dir": str(tmp_path / "run")})
     killed, seen = [], []
 
     def kill(row: dict) -> None:
         seen.append(row["step"])
         if not killed and row["step"] < run.training.steps - 20:
-            victim = wait_for(ray_workers)[-1]
+            victim = until(ray_workers)[-1]
             killed.append(victim.pid)
             victim.kill()
 
-    train(run, progress=kill)
+    model = train(run, progress=kill)
     assert killed, f"the run was over too soon: {seen}"
     assert last_weights(run) == last_weights(uninterrupted)
+    rows, expected = metrics.read(run.run_dir), metrics.read(uninterrupted.run_dir)
+    assert [(r["step"], r["loss"]) for r in rows] == [(r["step"], r["loss"]) for r in expected]
+    assert {"images_per_s", "grad_norm", "lr", "peak_memory_gib"} <= set(rows[0])
+    assert Path(model, "weights.safetensors").exists() and not list(Path(run.run_dir).rglob("*.p*kl*"))
 
 
 def start_driver(path: Path, *options: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "unlearn", "pretrain", str(path), *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # here it may be ignored
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -97,43 +103,30 @@ def test_a_killed_driver_and_ctrl_c_leave_a_run_that_goes_on(uninterrupted, tmp_
     checkpoints = Checkpoints(run.run_dir, 2)
 
     driver = start_driver(path)
-    wait_for(checkpoints.steps)
+    until(lambda: driver.poll() is not None or checkpoints.steps())
     # Ray's two agents notice after a minute; they touch no run.
     started = [p for p in psutil.Process(driver.pid).children(recursive=True) if "Agent" not in p.name()]
     driver.kill()
     driver.wait()
-    _, left = psutil.wait_procs(started, timeout=60)
+    _, left = psutil.wait_procs(started, timeout=600)
     assert not left, "the dead driver's cluster lives on"
     first = checkpoints.steps()[-1]
     assert first < run.training.steps, "the run was over before the driver was killed"
 
     driver = start_driver(path, "--resume")
-    wait_for(lambda: checkpoints.steps()[-1] > first)
+    until(lambda: driver.poll() is not None or checkpoints.steps()[-1] > first)
     driver.send_signal(signal.SIGINT)
-    err = driver.communicate(timeout=120)[1]
+    err = driver.communicate(timeout=600)[1]
     if checkpoints.steps()[-1] < run.training.steps:
         assert driver.returncode == 130 and "--resume" in err and "Traceback" not in err, err
 
     driver = start_driver(path, "--resume")
-    assert driver.wait(timeout=300) == 0, driver.communicate()[1]
+    assert driver.wait(timeout=600) == 0, driver.communicate()[1]
     assert last_weights(run) == last_weights(uninterrupted)
 
 
-def test_a_mistake_in_a_worker_is_told_once_and_not_tried_again(tiny_run):
+def test_a_mistake_in_a_worker_is_told_once(cluster, tiny_run):
     run = tiny_run("training.engine=deepspeed", "training.lr=1.0e+30", "training.clip=0", "training.schedule=constant")
-    began = time.monotonic()
     with pytest.raises(TrainingError, match="loss is not finite; stopped before the update") as told:
         train(run)
-    assert str(told.value).count("not finite") == 1 and time.monotonic() - began < 120
-
-
-def test_a_cluster_that_is_too_small_or_not_there(tiny_run):
-    with connected(tiny_run().cluster, 1):
-        assert ray.is_initialized()
-        with pytest.raises(ClusterError, match="999 CPUs are asked for, the cluster has"):
-            with connected(config.Cluster(workers=999), 999):
-                pass
-    assert not ray.is_initialized()
-    with pytest.raises(ClusterError, match="no Ray cluster answers at 127.0.0.1:1"):
-        with connected(config.Cluster(address="127.0.0.1:1"), 1):
-            pass
+    assert str(told.value).count("not finite") == 1

@@ -65,8 +65,8 @@ def test_every_phase(written_to, tmp_path, phase, sign):
 
 
 def test_in_a_job_and_with_sigint_ignored(written_to, tmp_path):
-    """A job is told how a job goes on, and hears SIGINT whatever it was started with; without a job SIGINT stays ignored. SIGUSR1
-    shows what a driver is doing, and it goes on."""
+    """A job is told how a job goes on, and hears SIGINT whatever it was started with; without a job SIGINT stays ignored.
+    SIGUSR1 shows what a driver is doing, and it goes on."""
     path = written_to("training.steps=1000000", "training.checkpoint_every=5", "method.name=pretrain")
     driver = Driver(tmp_path, "pretrain", path, ignoring=True)
     driver.until(lambda: "step 5 committed" in driver.err)

@@ -24,8 +24,8 @@ def until(condition, seconds: float = 600):
 
 
 class Cluster:
-    """Two nodes, "head" and "second", with one CPU each; or, alone, a head with two CPUs that takes no jobs, which starts sooner.
-    folder: its path must be short, for Ray's sockets."""
+    """Two nodes, "head" and "second", with one CPU each; or, alone, a head with two CPUs that takes no jobs, which
+    starts sooner. folder: its path must be short, for Ray's sockets."""
 
     def __init__(self, folder: Path, alone: bool = False):
         self.folder, self.alone = folder, alone

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(3600)
 # lr: AdamW's first steps are lr x the gradient's sign, so gradients that are nearly zero would show as differences.
 COMMON = ["training.micro_batch_size=4", "training.steps=4", "training.checkpoint_every=2", "training.lr=1e-4"]
 SHARDED = ["training.engine=deepspeed", "cluster.workers=2"]
-# Of each shape stage 3, which takes its modules apart, and in turn one of those that share out less; the others are slow.
+# Of each shape stage 3, which takes modules apart, and in turn one of those that share out less; the others are slow.
 QUICK = {(shape, stage) for number, shape in enumerate(SMALL) for stage in (number % 3, 3)}
 ALL = [(shape, stage) for shape in SMALL for stage in range(4)]
 CASES = [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in ALL]

@@ -48,8 +48,8 @@ FURTHER = [(2, "report", 2), (4, "report", 2), (4, "committed", 3)]
 
 @pytest.fixture(scope="module")
 def resumed(whole, tmp_path_factory):
-    """resumed(step, where, stage) -> a run that was killed there and went on. Each is killed in processes of its own; those that
-    go on share theirs, which saves starting them."""
+    """resumed(step, where, stage) -> a run that was killed there and went on. Each is killed in processes of its own;
+    those that go on share theirs, which saves starting them."""
     made = {}
 
     def of(*kill):
