@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jobs import sweep as job
 from jobs.benchmarks import command
 from jobs.benchmarks.here import played
 from jobs.slots import SlotWorker
@@ -41,6 +42,7 @@ def searched(settings: config.RunConfig, by: str, seed: int, count: int, slot: S
             "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"},
             "tune_on": {"limit": settings.evaluation.limit},
         })  # fmt: skip
+        job.prepare(sweep)
         return front.table(points(played(sweep, slot, Path(folder))), sweep.wanted)[0]
 
 
