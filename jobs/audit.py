@@ -32,14 +32,16 @@ Progress = Callable[[int, int], None]
 
 
 def audit(
-    run: Run, settings: AuditConfig, progress: Progress = lambda done, total: None, check: Callable[[], None] = lambda: None,
+    run: Run, settings: AuditConfig, progress: Progress = lambda done, total: None,
+    check: Callable[[], None] = lambda: None,
     again: bool = False, kept: str | None = None,
 ) -> dict:  # fmt: skip
     """Make every test of `settings` on a trained run; write audit.json and the page. Returns what is in audit.json.
 
-    What an audit of the same weights, images and options has measured before is not measured again, unless `again`. The figures do
-    not depend on the number of workers. check: asked with every progress and before anything is written. kept: folder
-    of what was measured, by default the run's `audit`; runs of one original may share it. Raises UnlearnError.
+    What an audit of the same weights, images and options has measured before is not measured again, unless `again`. The
+    figures do not depend on the number of workers. check: asked with every progress and before anything is written.
+    kept: folder of what was measured, by default the run's `audit`; runs of one original may share it. Raises
+    UnlearnError.
     """
     began = time.perf_counter()
     trained = provenance.check(run)
@@ -64,7 +66,10 @@ def audit(
         "software": f"unlearn {__version__}", "name": run.settings.name, "config_hash": trained,
         "weights": {name: audited.source(name).fingerprint for name in audited.models},
         "sets": selection.describe(audited.sets),
-        "settings": {name: value for name, value in settings.model_dump(mode="json").items() if name not in audited.tests and not isinstance(value, dict)},
+        "settings": {
+            name: value for name, value in settings.model_dump(mode="json").items()
+            if name not in audited.tests and not isinstance(value, dict)
+        },
     } | _verdict(judged, list(audited.tests)) | {name: judged[name] for name in audited.tests}  # fmt: skip
     seconds["total"] = time.perf_counter() - began
     document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
@@ -75,7 +80,8 @@ def audit(
 
 
 def report(run: Run, document: dict, show_forget: bool = False) -> str | None:
-    """Write report.html anew, with the audit in it; its URI. None where the run has no figures of these weights to report."""
+    """Write report.html anew, with the audit in it; its URI. None where the run has no figures of these weights to
+    report."""
     storage = Storage(run.folder)
     if not storage.is_file(evaluate.RESULTS):
         return None
@@ -99,8 +105,8 @@ def train_shadows(
 ) -> list[str]:  # fmt: skip
     """Train `count` shadow models of a run's original into a folder, those that are not there yet; their URIs.
 
-    recipe: the run that trains the original. Each is one plain process, several at a time on a cluster; one that was stopped goes on
-    from its checkpoint. Raises UnlearnError.
+    recipe: the run that trains the original. Each is one plain process, several at a time on a cluster; one that was
+    stopped goes on from its checkpoint. Raises UnlearnError.
     """
     if "forget" not in run.sets:
         raise UnlearnError("data.forget is missing: shadow models are trained without half of it each")

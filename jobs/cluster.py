@@ -74,7 +74,8 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
 
 
 def _on_loopback_alone(address: str) -> bool:
-    """Whether a cluster listens on this machine's loopback address and not on its outward one, which Ray would ask instead."""
+    """Whether a cluster listens on this machine's loopback address and not on its outward one, which Ray would ask
+    instead."""
     from ray.util import get_node_ip_address
 
     host, _, port = address.rpartition(":")
@@ -111,8 +112,9 @@ def room(cluster: config.Cluster) -> int:
 def waiting_for(cluster: config.Cluster, missing: int = 0) -> str | None:
     """What the connected cluster lacks where a run's workers do not start, in one sentence; None where nothing is seen.
 
-    missing: how many workers have not started, where the caller knows it; else Ray Train's gangs that wait are asked for. To be
-    told when a run has been silent for a minute: a cluster that grows, or loses a node, needs some time in any case.
+    missing: how many workers have not started, where the caller knows it; else Ray Train's gangs that wait are asked
+    for. To be told when a run has been silent for a minute: a cluster that grows, or loses a node, needs some time in
+    any case.
     """
     import ray
     from ray.util import placement_group_table
@@ -125,11 +127,17 @@ def waiting_for(cluster: config.Cluster, missing: int = 0) -> str | None:
             gone = sum(not node["Alive"] for node in ray.nodes())
             lost = f", {gone} of its nodes gone" if gone else ""
             hint = "" if cluster.min_workers else "; with cluster.min_workers a run goes on with fewer"
-            return f"waits for nodes: {_workers(workers)} {count:g} {kind}s, the cluster has {have.get(kind, 0):g}{lost}{hint}"
+            return (
+                f"waits for nodes: {_workers(workers)} {count:g} {kind}s, the cluster has "
+                f"{have.get(kind, 0):g}{lost}{hint}"
+            )
     pending = any(group["state"] in ("PENDING", "RESCHEDULING") for group in placement_group_table().values())
     for kind, count in wanted.items():
         if (missing or pending) and count > free.get(kind, 0):
-            return f"waits for room: {_workers(workers)} {count:g} {kind}s, of the cluster's {have[kind]:g} are {free.get(kind, 0):g} free; others hold the rest"
+            return (
+                f"waits for room: {_workers(workers)} {count:g} {kind}s, of the cluster's {have[kind]:g} are "
+                f"{free.get(kind, 0):g} free; others hold the rest"
+            )
     return None
 
 
@@ -147,7 +155,8 @@ def check_machine(cluster: config.Cluster, workers: int) -> None:
 
 
 def reach(cluster: config.Cluster, workers: int) -> str | None:
-    """See that the cluster is there and can carry the workers; the kind of its GPUs, where Ray knows it. Raises ClusterError."""
+    """See that the cluster is there and can carry the workers; the kind of its GPUs, where Ray knows it. Raises
+    ClusterError."""
     if not _address(cluster):
         check_machine(cluster, workers)
         return None
@@ -172,6 +181,6 @@ def _compare(cluster: config.Cluster, workers: int, have: dict, where: str) -> N
     for kind, each, key in (("CPU", cluster.cpus_per_worker, "cpus"), ("GPU", cluster.gpus_per_worker, "gpus")):
         if workers * each > have.get(kind, 0):
             raise ClusterError(
-                f"cluster.workers {workers} x {key}_per_worker {each:g} = {workers * each:g} {kind}s are asked for, {where} has "
-                f"{have.get(kind, 0):g}: lower cluster.workers or cluster.{key}_per_worker"
+                f"cluster.workers {workers} x {key}_per_worker {each:g} = {workers * each:g} {kind}s are asked for, "
+                f"{where} has {have.get(kind, 0):g}: lower cluster.workers or cluster.{key}_per_worker"
             )

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 
 def prepare(compare: Compare) -> None:
-    """Check every method, and write the comparison to its folder. Raises ConfigError, also where another one is there."""
+    """Check every method, and write the comparison to its folder. Raises ConfigError, also where another one is
+    there."""
     for label in compare.methods:
         for parameters in compare.candidates(label):
             try:
@@ -44,8 +45,8 @@ def compare(
     compare: Compare, progress: Callable[[str, int, int], None] = lambda part, done, total: None,
     check: Callable[[], None] = lambda: None, retry_failed: bool = False,
 ) -> dict:  # fmt: skip
-    """Run a prepared comparison to its end, or on from where it has stopped; write leaderboard.json and report.html. Returns
-    what is in leaderboard.json.
+    """Run a prepared comparison to its end, or on from where it has stopped; write leaderboard.json and report.html.
+    Returns what is in leaderboard.json.
 
     progress: called every second or so with "tuning", "comparing" or "auditing", and how many of its runs are over;
     check: as for a sweep. Raises UnlearnError.

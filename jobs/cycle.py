@@ -1,4 +1,5 @@
-"""Cycle: serve the deletion requests that have accumulated, from the base model, and release what came of it; behind `unlearn cycle`.
+"""Cycle: serve the deletion requests that have accumulated, from the base model, and release what came of it; behind
+`unlearn cycle`.
 
     selection = select(cycle)                    # which requests, as a cycle with an id
     for rung in range(cycle.rungs):
@@ -9,9 +10,9 @@
             return release(cycle, selection, rung)
     return give_up(cycle, selection)             # retraining is due
 
-Each step can be repeated, and killed anywhere: it finds what was done in the cycle's folder and does not do it again. The state of a
-request follows what is there, never the other way round. A caller owns cycle_dir by its lease meanwhile (`jobs.owner.owned`) and
-hands `lease.check` to the steps.
+Each step can be repeated, and killed anywhere: it finds what was done in the cycle's folder and does not do it again.
+The state of a request follows what is there, never the other way round. A caller owns cycle_dir by its lease meanwhile
+(`jobs.owner.owned`) and hands `lease.check` to the steps.
 """
 
 import contextlib
@@ -57,8 +58,9 @@ def nothing(*about: Any) -> None: ...
 def select(cycle: Cycle) -> Selection:
     """Take the open requests that meet images into a cycle, or find the cycle that was begun and has not ended.
 
-    They become `scheduled`. What meets no image stays `received` and is named in `unmatched`. Costs seconds where nothing is open.
-    Raises UnlearnError: no ledger, no data; CycleError where a request that was served before cannot be forgotten again.
+    They become `scheduled`. What meets no image stays `received` and is named in `unmatched`. Costs seconds where
+    nothing is open. Raises UnlearnError: no ledger, no data; CycleError where a request that was served before cannot
+    be forgotten again.
     """
     with Ledger(cycle.ledger) as ledger:
         selection = selecting.select(cycle, ledger)
@@ -68,13 +70,15 @@ def select(cycle: Cycle) -> Selection:
 
 
 def opened(cycle: Cycle, id: str) -> Selection:
-    """The selection of a cycle that was begun, for a step that is called alone. Raises CycleError where there is none."""
+    """The selection of a cycle that was begun, for a step that is called alone. Raises CycleError where there is
+    none."""
     return Records(cycle.cycle_dir).selection(id)
 
 
 def settings(cycle: Cycle, selection: Selection, rung: int) -> RunConfig:
-    """The configuration of a rung, as `unlearn run` would take it: its run_dir is the run folder in the cycle's own, its data.forget
-    what all requests of the selection name. It may name ids and subjects: keep it out of logs and of parameters."""
+    """The configuration of a rung, as `unlearn run` would take it: its run_dir is the run folder in the cycle's own,
+    its data.forget what all requests of the selection name. It may name ids and subjects: keep it out of logs and of
+    parameters."""
     folder = Records(cycle.cycle_dir).run_folder(selection.id, cycle.run_key(rung))
     storage = Storage(folder)
     if storage.is_file("config.yaml"):  # what was resolved once stays
@@ -92,7 +96,8 @@ def settings(cycle: Cycle, selection: Selection, rung: int) -> RunConfig:
 def train(
     cycle: Cycle, selection: Selection, rung: int, progress: Training = nothing, check: Check = nothing
 ) -> str:  # fmt: skip
-    """Train a rung and export it, or go on from its newest checkpoint; the run folder. The requests become `trained`."""
+    """Train a rung and export it, or go on from its newest checkpoint; the run folder. The requests become
+    `trained`."""
     run = settings(cycle, selection, rung)
     if not Storage(run.run_dir).is_file("model/model.json"):
         from jobs import train as training
@@ -110,8 +115,8 @@ def train(
 def evaluate(
     cycle: Cycle, selection: Selection, rung: int, progress: Measuring = nothing, check: Check = nothing
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure a rung; what is in metrics.json. Besides `forget` and `retain` there are the sets `forget_new` and, from the second
-    cycle on, `forget_old`: what is asked now, and what was served before."""
+    """Measure a rung; what is in metrics.json. Besides `forget` and `retain` there are the sets `forget_new` and, from
+    the second cycle on, `forget_old`: what is asked now, and what was served before."""
     run, records = settings(cycle, selection, rung), Records(cycle.cycle_dir)
     measured = run.evaluation.model_dump(mode="json", exclude={"workers", "batch_size"})
     name = f"{MEASURED}/{cycle.run_key(rung)}-{digest(measured)}.json"
@@ -179,8 +184,9 @@ def judge(cycle: Cycle, selection: Selection, rung: int) -> Judgement:
 
 
 def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothing) -> Outcome | None:
-    """Publish a rung that has passed, make it current, and mark the requests `released`; None where the gate refuses it after all,
-    since another release is the parent by now. Rewrites the shards before, where cycle.delete_rows says so."""
+    """Publish a rung that has passed, make it current, and mark the requests `released`; None where the gate refuses it
+    after all, since another release is the parent by now. Rewrites the shards before, where cycle.delete_rows says
+    so."""
     records = Records(cycle.cycle_dir)
     ended = records.read(selection.id, OUTCOME, Outcome)
     if ended is None:
@@ -198,7 +204,8 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
         if cycle.promote:
             pointer.promote(store, published.release.version, f"cycle {selection.id}", by=selecting.BY)
         ended = records.keep(selection.id, OUTCOME, Outcome(
-            id=selection.id, at=now(), release=published.release.version, folder=published.folder, weights=published.release.weights,
+            id=selection.id, at=now(), release=published.release.version, folder=published.folder,
+            weights=published.release.weights,
             rung=rung, run=judgement.run, promoted=cycle.promote, numbers=selection.numbers, rows=rewritten,
         ))  # fmt: skip
     lineage.write(cycle, records, selection)
@@ -223,7 +230,8 @@ def give_up(cycle: Cycle, selection: Selection) -> Outcome:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a cycle went. outcome: None where there was nothing to serve. judgements: of the rungs that were tried. seconds: by step."""
+    """How a cycle went. outcome: None where there was nothing to serve. judgements: of the rungs that were tried.
+    seconds: by step."""
 
     selection: Selection
     outcome: Outcome | None
@@ -280,7 +288,8 @@ def run(
 
 
 def check_rungs(cycle: Cycle) -> None:
-    """Raises ConfigError where a method of the ladder cannot work with the model or the training, or the audit is none."""
+    """Raises ConfigError where a method of the ladder cannot work with the model or the training, or the audit is
+    none."""
     from jobs import train as training
     from unlearn.audit.settings import parse
 

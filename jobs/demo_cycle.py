@@ -1,4 +1,5 @@
-"""Two cycles on embedded images as a story: requests come in, are served, certified and verified; behind `unlearn demo --cycle`."""
+"""Two cycles on embedded images as a story: requests come in, are served, certified and verified; behind `unlearn demo
+--cycle`."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -65,7 +66,8 @@ def _ask(ledger: Ledger, asked: Sequence[str], before: int, say: Callable[[str],
     say(f"\n{again}: forget every image of {' and of '.join(asked)}.")
     for request in ledger.requests(ids=range(before + 1, before + 1 + len(asked))):
         say(
-            f"  request {request.id} is in the ledger as {request.commitment[:16]}..., due {request.due}; no name stands there"
+            f"  request {request.id} is in the ledger as {request.commitment[:16]}..., due {request.due}; no name "
+            "stands there"
         )
 
 
@@ -98,7 +100,8 @@ def _verify(cycle: Cycle, number: int, public: str, say: Callable[[str], None]) 
     folder = str(told.ends[-1].folder)
     release = releases.verify(folder, certificate.public_key(public))
     say(
-        f"  verified offline, with nothing but the folder and the public key: {len(release.files) + 1} files as they were signed"
+        f"  verified offline, with nothing but the folder and the public key: {len(release.files) + 1} files as they "
+        "were signed"
     )
     say(f"    unlearn release verify {folder} --key {public}")
     say(f"  it claims: {release.claimed[2]}")

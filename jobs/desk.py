@@ -1,7 +1,8 @@
-"""The desk of a sweep: an actor at which the driver lays out legs of trials, slots take them, and Ray Tune's trials wait for points.
+"""The desk of a sweep: an actor at which the driver lays out legs of trials, slots take them, and Ray Tune's trials
+wait for points.
 
-It decides nothing and writes nothing: whatever happens is told to the driver, which keeps the records. It imports little, so
-that it is there at once.
+It decides nothing and writes nothing: whatever happens is told to the driver, which keeps the records. It imports
+little, so that it is there at once.
 """
 
 import asyncio
@@ -14,8 +15,8 @@ MOMENT = 1.0  # seconds that a call waits at most for something to happen, so th
 
 @dataclass(frozen=True)
 class Leg:
-    """A part of a trial that one slot does in one go: train its run until a step, and measure. run: reference of the Run, in a list,
-    which nobody looks into on the way. attempts: how often its workers have died at it."""
+    """A part of a trial that one slot does in one go: train its run until a step, and measure. run: reference of the
+    Run, in a list, which nobody looks into on the way. attempts: how often its workers have died at it."""
 
     trial: str
     point: str
@@ -26,8 +27,8 @@ class Leg:
 
 @dataclass(frozen=True)
 class Event:
-    """What the driver is told. kind: "taken" by a slot, "row", "measured", "failed", "again" where its workers have died; "go" where
-    Ray Tune has a point go on to its next stage."""
+    """What the driver is told. kind: "taken" by a slot, "row", "measured", "failed", "again" where its workers have
+    died; "go" where Ray Tune has a point go on to its next stage."""
 
     kind: str
     trial: str = ""

@@ -1,4 +1,5 @@
-"""Evaluate: measure a run over its workers, and write metrics.json and report.html; behind `unlearn evaluate` and `unlearn report`."""
+"""Evaluate: measure a run over its workers, and write metrics.json and report.html; behind `unlearn evaluate` and
+`unlearn report`."""
 
 import json
 import logging
@@ -21,10 +22,12 @@ def evaluate(
     run: Run, progress: Callable[[int, int], None] = lambda done, total: None, show_forget: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> dict:  # fmt: skip
-    """Measure every generator on every set under every view; write metrics.json and the report. Returns what is in metrics.json.
+    """Measure every generator on every set under every view; write metrics.json and the report. Returns what is in
+    metrics.json.
 
-    The figures do not depend on the number of workers. show_forget: whether the report holds pictures of forget images; check:
-    asked with every progress and before anything is written; what it raises ends the measuring. Raises UnlearnError.
+    The figures do not depend on the number of workers. show_forget: whether the report holds pictures of forget images;
+    check: asked with every progress and before anything is written; what it raises ends the measuring. Raises
+    UnlearnError.
     """
     began = time.perf_counter()
     trained = provenance.check(run)
@@ -48,7 +51,8 @@ def evaluate(
 
 
 def write(run: Run, document: dict, grids: list[dict], seconds: float) -> dict:
-    """Write metrics.json and the report of what measure.evaluate gave, `seconds` after it began. Returns what is in metrics.json."""
+    """Write metrics.json and the report of what measure.evaluate gave, `seconds` after it began. Returns what is in
+    metrics.json."""
     document["seconds"]["total"] = round(seconds, 3)
     document["training_seconds"] = training_seconds(run)
     Storage(run.folder).write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
@@ -58,7 +62,8 @@ def write(run: Run, document: dict, grids: list[dict], seconds: float) -> dict:
 
 
 def write_report(run: Run, show_forget: bool = False) -> str:
-    """Write report.html anew from metrics.json and the run's records, pictures made again. Returns its URI. Raises UnlearnError."""
+    """Write report.html anew from metrics.json and the run's records, pictures made again. Returns its URI. Raises
+    UnlearnError."""
     storage = Storage(run.folder)
     if not storage.is_file(RESULTS):
         raise UnlearnError(f"{run.folder} has no {RESULTS}: run `unlearn evaluate` first")

@@ -1,4 +1,5 @@
-"""Oracles: the model of a pretraining configuration once more, without a forget set, with several seeds; behind `unlearn oracle`."""
+"""Oracles: the model of a pretraining configuration once more, without a forget set, with several seeds; behind
+`unlearn oracle`."""
 
 import logging
 from collections.abc import Callable
@@ -16,8 +17,9 @@ log = logging.getLogger(__name__)
 def settings(pretraining: RunConfig, forgetting: RunConfig, seed: int, folder: str) -> RunConfig:
     """The run that trains the oracle of this seed in `folder`/seed-N.
 
-    pretraining: how the original was trained; forgetting: names the forget set. Raises ConfigError where there is no forget set,
-    where it is drawn with the seed, so that each oracle would leave out other rows, or is one of other data.
+    pretraining: how the original was trained; forgetting: names the forget set. Raises ConfigError where there is no
+    forget set, where it is drawn with the seed, so that each oracle would leave out other rows, or is one of other
+    data.
     """
     forget, data = forgetting.data.forget, pretraining.data
     if forget is None:
@@ -26,13 +28,13 @@ def settings(pretraining: RunConfig, forgetting: RunConfig, seed: int, folder: s
         )
     if forget.per_class or forget.limit:
         raise ConfigError(
-            "data.forget is drawn with the seed (per_class, limit), so oracles of other seeds would see some of it: name classes, ids "
-            "or subjects"
+            "data.forget is drawn with the seed (per_class, limit), so oracles of other seeds would see some of it: "
+            "name classes, ids or subjects"
         )
     if (forgetting.data.train, forgetting.data.split) != (data.train, data.split):
         raise ConfigError(
-            f"data.train: the forget set is one of {forgetting.data.train}, and the original was trained on {data.train}; give the "
-            "configuration that trained it on the same data"
+            f"data.train: the forget set is one of {forgetting.data.train}, and the original was trained on "
+            f"{data.train}; give the configuration that trained it on the same data"
         )
     name = f"{pretraining.name}-oracle-{seed}"
     tree = pretraining.model_dump(mode="json", exclude_defaults=True)
@@ -57,7 +59,8 @@ def trained(run: RunConfig) -> bool:
 def oracle(
     run: RunConfig, progress: train.Progress = lambda row: None, check: Callable[[], None] = lambda: None
 ) -> str:
-    """Train one oracle, or on from its newest checkpoint; nothing is done for one that is there. The URI of its model."""
+    """Train one oracle, or on from its newest checkpoint; nothing is done for one that is there. The URI of its
+    model."""
     if trained(run):
         log.info("%s is there", run.name)
         return Storage(run.run_dir).where("model")

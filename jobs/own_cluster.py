@@ -1,7 +1,8 @@
-"""A Ray cluster of this process alone: on loopback, behind a token of its own, in a folder that no other user can enter.
+"""A Ray cluster of this process alone: on loopback, behind a token of its own, in a folder that no other user can
+enter.
 
-Whoever reaches a Ray cluster runs commands as its user. Left to itself Ray listens on the machine's outward address, and
-makes its folders writable for everyone.
+Whoever reaches a Ray cluster runs commands as its user. Left to itself Ray listens on the machine's outward address,
+and makes its folders writable for everyone.
 """
 
 import contextlib
@@ -38,8 +39,10 @@ def started(runtime_env: dict) -> Iterator[None]:
         try:
             with loopback_as_it_is(), signals.kept():
                 ray.init(
-                    address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False, runtime_env=runtime_env,
-                    object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR, configure_logging=True,
+                    address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False,
+                    runtime_env=runtime_env,
+                    object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR,
+                    configure_logging=True,
                     _node_ip_address="127.0.0.1", _temp_dir=str(folder / "ray"),
                 )  # fmt: skip
             yield
@@ -53,8 +56,9 @@ def started(runtime_env: dict) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_process_left() -> Iterator[None]:
-    """Around the end of the cluster. Ray asks one process after the other with SIGTERM, which none of them gets (see signals.kept),
-    and waits a second for each: what only watches is killed before, what the raylet has started and leaves behind, afterwards."""
+    """Around the end of the cluster. Ray asks one process after the other with SIGTERM, which none of them gets (see
+    signals.kept), and waits a second for each: what only watches is killed before, what the raylet has started and
+    leaves behind, afterwards."""
     import psutil
     from ray._private import ray_constants, worker
 
@@ -74,11 +78,13 @@ def _no_process_left() -> Iterator[None]:
 
 
 def _environment(folder: Path) -> dict[str, str]:
-    """What Ray's processes inherit. The token is in no file, on no command line, and in no runtime environment, which Ray logs."""
+    """What Ray's processes inherit. The token is in no file, on no command line, and in no runtime environment, which
+    Ray logs."""
     loopback = _loopback()
     return {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, FOLDER: str(folder), "RAY_DISABLE_IMPORT_WARNING": "1",
+        "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, FOLDER: str(folder),
+        "RAY_DISABLE_IMPORT_WARNING": "1",
         # Ray sets these and leaves them behind.
         "RAY_USAGE_STATS_ENABLED": "0", "PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT", ""),
     }  # fmt: skip
@@ -93,7 +99,8 @@ def _loopback() -> str:
 
 @contextlib.contextmanager
 def loopback_as_it_is() -> Iterator[None]:
-    """Ray puts the machine's outward address in the place of 127.0.0.1 unless it is told that clusters are not wanted."""
+    """Ray puts the machine's outward address in the place of 127.0.0.1 unless it is told that clusters are not
+    wanted."""
     from ray._private import ray_constants
 
     before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
@@ -105,7 +112,8 @@ def loopback_as_it_is() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _authenticated(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables of a cluster. Ray keeps the mode and the token that it has once read: it reads them again, before and after."""
+    """Environment variables of a cluster. Ray keeps the mode and the token that it has once read: it reads them again,
+    before and after."""
     # Ray's stub of its compiled module leaves them out.
     from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -1,6 +1,7 @@
 """Map pieces of work over workers: Ray actors on a cluster, or this process where one worker is enough.
 
-A task is a class that is built once in each worker, with the arguments it is given there, and called with piece after piece.
+A task is a class that is built once in each worker, with the arguments it is given there, and called with piece after
+piece.
 """
 
 import contextlib
@@ -28,9 +29,9 @@ def pool(
 ) -> Iterator[Map]:
     """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own.
 
-    here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on with
-    fewer workers (cluster.min_workers) is given fewer. The arguments are sent to the cluster once. Raises UnlearnError as the task does, and ClusterError where a worker dies too
-    often or the cluster has too little.
+    here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on
+    with fewer workers (cluster.min_workers) is given fewer. The arguments are sent to the cluster once. Raises
+    UnlearnError as the task does, and ClusterError where a worker dies too often or the cluster has too little.
     """
     if workers == 1 and (here or not on_cluster(cluster)):
         import torch
@@ -54,7 +55,8 @@ def pool(
             max_restarts=RETRIES,
             max_task_retries=RETRIES,
         )(_Actor)
-        # In a list, which a worker looks into once. Ray cannot start an actor again whose own arguments lie in its object store.
+        # In a list, which a worker looks into once. Ray cannot start an actor again whose own arguments lie in its
+        # object store.
         shared = [ray.put(arguments)]
         actors: list[Any] = [kind.remote(task, logs.level(), number) for number in range(min(workers, room(cluster)))]
         try:

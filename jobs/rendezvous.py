@@ -44,7 +44,8 @@ class _FileBackend(_TorchBackend):
         worker_group.execute(_set_torch_distributed_env_vars)
         ray.get([
             worker_group.execute_single_async(
-                rank, _setup_torch_process_group, backend=backend_config.backend, world_rank=rank, world_size=len(worker_group),
+                rank, _setup_torch_process_group, backend=backend_config.backend, world_rank=rank,
+                world_size=len(worker_group),
                 init_method=file.as_uri(), timeout_s=backend_config.timeout_s,
             )
             for rank in range(len(worker_group))

@@ -1,7 +1,8 @@
 """Slots: groups of Ray Train workers that stay, and take one leg of a trial after another from the desk.
 
-Between trials a group keeps its process group, its imports, the images it has read, the teacher, the feature network, and the
-figures of the original and the oracle. None of it changes a result: the weights of a trial are those of `unlearn run`.
+Between trials a group keeps its process group, its imports, the images it has read, the teacher, the feature network,
+and the figures of the original and the oracle. None of it changes a result: the weights of a trial are those of
+`unlearn run`.
 """
 
 import gc
@@ -93,10 +94,12 @@ class SlotWorker:
         self._known: OrderedDict[str, measure.Known] = OrderedDict()
 
     def leg(self, run: Run, until: int, report) -> dict[str, Any] | None:
-        """Train a run until a step, on from its newest checkpoint, export its model and measure it. The outcome, on rank 0:
+        """Train a run until a step, on from its newest checkpoint, export its model and measure it. The outcome, on
+        rank 0:
 
-        {"step", "figures", "original", "oracle": {figure: value}, "seconds": {"start", "train", "measure", "other"}, and of
-        "training_seconds" those in all steps of the run}. metrics.json and the report are written at the end of the run.
+        {"step", "figures", "original", "oracle": {figure: value}, "seconds": {"start", "train", "measure", "other"},
+        and of "training_seconds" those in all steps of the run}. metrics.json and the report are written at the end of
+        the run.
         """
         began, last = time.perf_counter(), until == run.steps
         self._make_room(run)
@@ -162,7 +165,8 @@ class SlotWorker:
         """What is known of the original on the images of this run."""
         settings = run.settings
         digest = hashlib.sha256(json.dumps([
-            settings.seed, settings.evaluation.model_dump(mode="json"), settings.model.model_dump(mode="json"), settings.training.threads, settings.data.orientation,
+            settings.seed, settings.evaluation.model_dump(mode="json"), settings.model.model_dump(mode="json"),
+            settings.training.threads, settings.data.orientation,
             [run.origin.get("weights"), sorted(run.measured)],
         ], sort_keys=True).encode())  # fmt: skip
         for name in sorted(run.measured):

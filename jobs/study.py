@@ -17,15 +17,16 @@ STUDY = "study.db"  # in the sweep's folder
 
 
 class Study(OptunaSearch):
-    """Optuna, whose storage outlives this process. Each proposal depends on the seed, its number and what was told before alone, so a
-    sweep that is started again proposes what it would have proposed."""
+    """Optuna, whose storage outlives this process. Each proposal depends on the seed, its number and what was told
+    before alone, so a sweep that is started again proposes what it would have proposed."""
 
     def __init__(self, sweep: Sweep, state: SweepState, scratch: Path):
         """scratch: for the study's file, where the sweep's folder is on S3. Raises ConfigError, MissingExtra."""
         self.sweep, self._where = sweep, StudyStorage(sweep, scratch)
         directions = ["min" if objective.direction == "minimise" else "max" for objective in sweep.wanted]
         super().__init__(
-            space=self._define, metric=[objective.figure for objective in sweep.wanted], mode=directions, storage=self._where.storage,
+            space=self._define, metric=[objective.figure for objective in sweep.wanted], mode=directions,
+            storage=self._where.storage,
             study_name=sweep.name, sampler=self._sampler_of(0),
         )  # fmt: skip
         self._setup_study(directions)
@@ -50,7 +51,8 @@ class Study(OptunaSearch):
         return self.sweep.assembled(lambda key, domain: domain.suggest(key, trial))
 
     def _remember(self, state: SweepState) -> None:
-        """Propose again what was proposed and never told, what is not over, and the points that the study does not know."""
+        """Propose again what was proposed and never told, what is not over, and the points that the study does not
+        know."""
         import optuna
 
         states, told, asked = optuna.trial.TrialState, set(), set()
@@ -90,7 +92,8 @@ class Study(OptunaSearch):
 
 
 class StudyStorage:
-    """Where Optuna keeps its study: the sweep's `storage`, or SQLite in the sweep's folder, by way of `scratch` where that is S3."""
+    """Where Optuna keeps its study: the sweep's `storage`, or SQLite in the sweep's folder, by way of `scratch` where
+    that is S3."""
 
     def __init__(self, sweep: Sweep, scratch: Path):
         """Raises ConfigError where `storage` cannot be used, MissingExtra."""

@@ -1,14 +1,15 @@
-"""Submit a run as a job and look after it: one face for this machine, a Ray cluster and Kubernetes; behind `unlearn submit` and
-`unlearn jobs`.
+"""Submit a run as a job and look after it: one face for this machine, a Ray cluster and Kubernetes; behind `unlearn
+submit` and `unlearn jobs`.
 
-What is sent: the driver's name, where its configuration lies, the names of environment variables that must be set there, and, to
-a Ray cluster, the code. Never the value of a secret. The same request is the same job: its id is made of what is sent, so a second
-submission finds the first, and one after a failure goes on in its run folder.
+What is sent: the driver's name, where its configuration lies, the names of environment variables that must be set
+there, and, to a Ray cluster, the code. Never the value of a secret. The same request is the same job: its id is made of
+what is sent, so a second submission finds the first, and one after a failure goes on in its run folder.
 
-The configuration travels in the run folder, as configs/HASH.yaml: named by its content, so that what a job was sent stays as it was,
-for a resume too, whatever is sent to that folder later. It may name images or persons, and clusters write what is in the environment
-of a job to their logs and show it in their API. So a run folder that cannot be written from here (an S3 that only the cluster
-reaches) is good only for a configuration that names none: that one goes as an environment variable.
+The configuration travels in the run folder, as configs/HASH.yaml: named by its content, so that what a job was sent
+stays as it was, for a resume too, whatever is sent to that folder later. It may name images or persons, and clusters
+write what is in the environment of a job to their logs and show it in their API. So a run folder that cannot be written
+from here (an S3 that only the cluster reaches) is good only for a configuration that names none: that one goes as an
+environment variable.
 """
 
 import contextlib
@@ -42,8 +43,8 @@ def request(
     run: Settings, driver: str = "run", arguments: Sequence[str] = (), env: Sequence[str] = (), name: str | None = None,
     elsewhere: bool = False,
 ) -> Request:  # fmt: skip
-    """What is sent for this run. name: the readable part of the job's id, else the run's name; elsewhere: the job finds its Ray
-    cluster there, whatever cluster.address says here. Raises ConfigError."""
+    """What is sent for this run. name: the readable part of the job's id, else the run's name; elsewhere: the job finds
+    its Ray cluster there, whatever cluster.address says here. Raises ConfigError."""
     if elsewhere:
         run = run.elsewhere()
     if driver not in DRIVERS:
@@ -51,7 +52,8 @@ def request(
     for variable in env:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", variable):
             raise ConfigError(
-                f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable where the job runs"
+                f"--env {variable.partition('=')[0]}: give the name alone. Values do not travel: set the variable "
+                "where the job runs"
             )
     text, given = base.dump(run), (*DRIVERS[driver], *arguments)
     told = json.dumps([run.model_dump(mode="json"), driver, given], sort_keys=True)
@@ -68,7 +70,8 @@ def _label(name: str) -> str:
 
 def backend(to: str, *, working_dir: str | None = None, **kubernetes) -> Backend:
     """The place that --to names. working_dir: for a Ray cluster; "none", a folder, or by default the checkout that this
-    package is imported from, unless the head is this machine; kubernetes: see jobs.backends.kubernetes. Raises ConfigError."""
+    package is imported from, unless the head is this machine; kubernetes: see jobs.backends.kubernetes. Raises
+    ConfigError."""
     if to.startswith(("http://", "https://")):
         from jobs.backends.ray_jobs import RayJobs
 
@@ -99,8 +102,8 @@ def _only(where: str, to: str, options: dict) -> None:
 
 
 def submit(place: Backend, sent: Request, mounted: bool = False) -> tuple[Job, bool]:
-    """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped is
-    started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
+    """Start the job, unless it is there already: (the job, whether it was started now). One that failed or was stopped
+    is started again. mounted: the run folder is a path that all nodes share. Raises UnlearnError."""
     settings = base.settings(sent)
     if place.remote and not mounted:
         for key, uri in settings.locations().items():
@@ -145,8 +148,8 @@ def _stored(sent: Request, settings: Settings, place: Backend) -> Request:
         )
         if what:
             raise StorageError(
-                f"{e}. The configuration {what}, so it goes into the run folder and not into the job's environment, which clusters write to "
-                "their logs: submit from where the run folder can be written"
+                f"{e}. The configuration {what}, so it goes into the run folder and not into the job's environment, "
+                "which clusters write to their logs: submit from where the run folder can be written"
             ) from None
     return replace(sent, source=f"env:{CONFIG}")
 
@@ -172,12 +175,13 @@ def remove(place: Backend, id: str) -> None:
 
 
 def wait(
-    place: Backend, id: str, progress: Callable[[dict], None] = lambda row: None, told: Callable[[Job], None] = lambda job: None,
+    place: Backend, id: str, progress: Callable[[dict], None] = lambda row: None,
+    told: Callable[[Job], None] = lambda job: None,
     every: float = 2, retries: int = 0,
 ) -> Job:  # fmt: skip
-    """Follow a job to its end. progress: called with the newest row that the run has written; told: with the job when its state
-    or message changes, and with what its driver warns of where nothing happens for a minute; retries: how often it is resumed after it
-    failed. Raises UnlearnError where nobody answers any more."""
+    """Follow a job to its end. progress: called with the newest row that the run has written; told: with the job when
+    its state or message changes, and with what its driver warns of where nothing happens for a minute; retries: how
+    often it is resumed after it failed. Raises UnlearnError where nobody answers any more."""
     from unlearn.training import metrics
 
     last, row, warned, misses, moved, follower = None, None, "", 0, time.monotonic(), None

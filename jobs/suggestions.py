@@ -18,7 +18,8 @@ class Source(Protocol):
     """Proposes points, and is told what came of them."""
 
     def propose(self, number: int) -> tuple[str, Parameters] | None:
-        """(its name for the proposal, the point); None at the end. number: grows with the proposals, in equal steps after a restart."""
+        """(its name for the proposal, the point); None at the end. number: grows with the proposals, in equal steps
+        after a restart."""
         ...
 
     def tell(self, name: str, point: Point) -> None: ...
@@ -39,8 +40,8 @@ class Listed:
 
 
 class Suggestions(Searcher):
-    """What Ray Tune asks for trials: points of a source that have something to run. What is known of a point already is told to the
-    source at once, and is no trial of Ray Tune."""
+    """What Ray Tune asks for trials: points of a source that have something to run. What is known of a point already is
+    told to the source at once, and is no trial of Ray Tune."""
 
     def __init__(self, source: Source, state: SweepState):
         super().__init__()

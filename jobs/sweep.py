@@ -1,5 +1,5 @@
-"""Sweep: Ray Tune proposes points, slots of Ray Train workers run their trials, and the records keep what came of them; behind
-`unlearn sweep`."""
+"""Sweep: Ray Tune proposes points, slots of Ray Train workers run their trials, and the records keep what came of them;
+behind `unlearn sweep`."""
 
 import contextlib
 import logging
@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 # Ray Tune: no signal handler of its own, no log files that nobody reads, trials without the metric (they have failed).
 TUNE = {
-    "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     # MLflow: nothing is told to its makers, and a server that is gone does not hold up the sweep for minutes.
@@ -55,8 +56,8 @@ def sweep(
 ) -> list[Trial]:  # fmt: skip
     """Run a prepared sweep to its end, or on from where it has stopped. Returns the records of its trials.
 
-    progress: called every second or so; check: as often, and before anything is written; what it raises ends the sweep, which the
-    same call goes on with. retry_failed: whether trials that have failed are run again. Raises UnlearnError.
+    progress: called every second or so; check: as often, and before anything is written; what it raises ends the sweep,
+    which the same call goes on with. retry_failed: whether trials that have failed are run again. Raises UnlearnError.
     """
     cluster = sweep.settings.cluster
     least = cluster.min_workers or cluster.workers
@@ -88,7 +89,8 @@ def _callbacks(sweep: Sweep, scratch: Path) -> list:
 
 
 def _follow(
-    sweep: Sweep, state: SweepState, desk: Any, slots: list[Future], tuned: Future, progress: Callable[[Progress], None],
+    sweep: Sweep, state: SweepState, desk: Any, slots: list[Future], tuned: Future,
+    progress: Callable[[Progress], None],
     check: Callable[[], None],
 ) -> None:  # fmt: skip
     """Take in what happens at the desk until Ray Tune is done."""

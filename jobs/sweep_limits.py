@@ -18,7 +18,8 @@ class Limits:
         self.needed: dict[str, tuple[bool, float]] = {}
 
     def check(self, settings: config.RunConfig) -> None:
-        """Raises UnlearnError where the models cannot be had, and ConfigError where the run does not fit a worker's memory."""
+        """Raises UnlearnError where the models cannot be had, and ConfigError where the run does not fit a worker's
+        memory."""
         training, evaluation = settings.training, settings.evaluation
         looking = evaluation.features, evaluation.features_weights, evaluation.lpips_weights
         key = repr((settings.model, evaluation.oracle, looking, settings.data.augment))
@@ -26,7 +27,8 @@ class Limits:
             train.check_models(settings)
             self.models.add(key)
         strategy = memory.strategy(settings)
-        key = repr((settings.model, settings.method.name, settings.train_views, settings.micro_batch, training.batch_size, training.dtype, training.ema,
+        key = repr((settings.model, settings.method.name, settings.train_views, settings.micro_batch,
+                training.batch_size, training.dtype, training.ema,
                     training.forget_fraction, strategy))  # fmt: skip
         if key not in self.needed:
             row = Search(settings, self.device.memory, self.device.cuda).row(strategy)
@@ -34,6 +36,6 @@ class Limits:
         fits, gib = self.needed[key]
         if not fits:
             raise ConfigError(
-                f"a worker needs {gib:.3g} GiB with a micro-batch of {settings.micro_batch} ({strategy}); {self.device.name} has "
-                f"{self.device.memory / 2**30:.3g} GiB: lower training.micro_batch_size"
+                f"a worker needs {gib:.3g} GiB with a micro-batch of {settings.micro_batch} ({strategy}); "
+                f"{self.device.name} has {self.device.memory / 2**30:.3g} GiB: lower training.micro_batch_size"
             )

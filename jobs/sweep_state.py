@@ -1,4 +1,5 @@
-"""What a sweep knows while it runs: the points and their trials, kept in the records at each change, and what is to be done next."""
+"""What a sweep knows while it runs: the points and their trials, kept in the records at each change, and what is to be
+done next."""
 
 import logging
 import math
@@ -39,8 +40,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Progress:
-    """A picture of a sweep that runs. rows: the newest row of each trial that is in training, by its id; seconds_left: by the pace so
-    far, None where there is no telling."""
+    """A picture of a sweep that runs. rows: the newest row of each trial that is in training, by its id; seconds_left:
+    by the pace so far, None where there is no telling."""
 
     trials: list[Trial]
     rows: dict[str, dict] = field(default_factory=dict)
@@ -51,7 +52,8 @@ class SweepState:
     """Used by two threads: Ray Tune's asks for points and gives them up, the driver's takes in what happens."""
 
     def __init__(self, sweep: Sweep, put: Callable[[Run], object], retry_failed: bool = False):
-        """put: puts a Run into Ray's object store; retry_failed: whether trials that have failed count as not yet run."""
+        """put: puts a Run into Ray's object store; retry_failed: whether trials that have failed count as not yet
+        run."""
         self.sweep, self.put, self.limits = sweep, put, Limits(sweep)
         self.records = Trials(Storage(sweep.sweep_dir))
         self.trials = {trial.id: trial for trial in self.records.all()}
@@ -98,9 +100,11 @@ class SweepState:
             return math.fsum(running.get(t.id, t.figures.get("cost.flops", 0.0)) for t in self.trials.values())
 
     def begin(self, parameters: Parameters) -> str | None:
-        """The id of a point, whose trials are prepared as far as they are not over; None where the budget has no room for it.
+        """The id of a point, whose trials are prepared as far as they are not over; None where the budget has no room
+        for it.
 
-        A point whose run is not valid is infeasible. Raises StorageError and ClusterError, which say nothing of the point.
+        A point whose run is not valid is infeasible. Raises StorageError and ClusterError, which say nothing of the
+        point.
         """
         key = canonical(parameters)
         if key not in self.ids:
@@ -196,7 +200,8 @@ class SweepState:
         return legs
 
     def reply(self, point: str, stage: int) -> dict | None:
-        """What Ray Tune is told of the stage of a point: the means of its figures; None as long as a trial is still at it."""
+        """What Ray Tune is told of the stage of a point: the means of its figures; None as long as a trial is still at
+        it."""
         with self.lock:
             trials = self._of(point)
             if any(not trial.over and len(trial.stages) <= stage for trial in trials):
@@ -226,12 +231,14 @@ class SweepState:
         trial, told = self.trials[event.trial], event.about
         prepared = self.prepared[trial.id]
         figures = told["figures"] | {
-            "cost.flops": prepared.flops * told["step"], "cost.seconds": told["training_seconds"] or 0.0, "cost.steps": float(told["step"]),
+            "cost.flops": prepared.flops * told["step"], "cost.seconds": told["training_seconds"] or 0.0,
+            "cost.steps": float(told["step"]),
         }  # fmt: skip
         seconds = {name: round(trial.seconds.get(name, 0.0) + value, 3) for name, value in told["seconds"].items()}
         done = told["step"] == prepared.run.steps
         self._write(replace(
-            trial, figures=figures, original=told["original"], oracle=told["oracle"], seconds=seconds, steps=told["step"],
+            trial, figures=figures, original=told["original"], oracle=told["oracle"], seconds=seconds,
+            steps=told["step"],
             stages=[*trial.stages, {"step": told["step"], "figures": figures}], status="done" if done else "running",
             ended=records.now() if done else "",
         ))  # fmt: skip
@@ -247,8 +254,8 @@ class SweepState:
         self.causes.append(_cause(message))
         if self.sweep.gives_up and len(self.causes) >= SAME and len(set(self.causes[-SAME:])) == 1:
             raise TrainingError(
-                f"{SAME} trials in a row failed of the same cause: {message}. The sweep has stopped; mend it, and the same command "
-                "with --retry-failed goes on"
+                f"{SAME} trials in a row failed of the same cause: {message}. The sweep has stopped; mend it, and the "
+                "same command with --retry-failed goes on"
             )
 
     def ended(self, point: str) -> None:

@@ -8,7 +8,8 @@ from unlearn.errors import ClusterError
 
 
 def read() -> str | None:
-    """The token; None where there is none, or authentication is turned off. Raises ClusterError where it cannot be one."""
+    """The token; None where there is none, or authentication is turned off. Raises ClusterError where it cannot be
+    one."""
     where, token = "RAY_AUTH_TOKEN", os.environ.get("RAY_AUTH_TOKEN", "").strip()
     if not token:
         given = os.environ.get("RAY_AUTH_TOKEN_PATH")

@@ -30,7 +30,8 @@ FAILURE = "failure.txt"
 
 
 def check(settings: config.RunConfig) -> Run:
-    """Check data, sets, method, weights and what the evaluation needs; nothing is written. Returns the run, all of it resolved.
+    """Check data, sets, method, weights and what the evaluation needs; nothing is written. Returns the run, all of it
+    resolved.
 
     Raises UnlearnError: no such data or class, an empty or overlapping set, weights that do not fit.
     """
@@ -61,11 +62,13 @@ def check_models(settings: config.RunConfig) -> None:
     built = weights.build(settings.model, settings.seed)
     if settings.data.latent_cache and built.first_stage is not None and settings.data.augment != "none":
         raise ConfigError(
-            "data.augment: with data.latent_cache every image is seen as it is; set augment to none, or leave out data.latent_cache"
+            "data.augment: with data.latent_cache every image is seen as it is; set augment to none, or leave out "
+            "data.latent_cache"
         )
     if getattr(built.options, "norm_pix_loss", False):
         log.warning(
-            "these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, mean little"
+            "these weights say pixels normalised by patch: they unlearn, but their pictures, and figures of these, "
+            "mean little"
         )
     if methods.method_class(settings.method.name).needs_forget:  # then there will be something to evaluate
         features.check(settings.evaluation.features, settings.evaluation.features_weights)
@@ -99,7 +102,8 @@ def ready(settings: config.RunConfig, resume: bool = False) -> Run:
     steps = checkpoints.steps()
     if steps and not resume:
         raise CheckpointError(
-            f"{settings.run_dir} holds a run that has come to step {steps[-1]}: {how_to_go_on()}, or give another run_dir"
+            f"{settings.run_dir} holds a run that has come to step {steps[-1]}: {how_to_go_on()}, or give another "
+            "run_dir"
         )
     if steps:
         checkpoints.state(steps[-1]).check(run, settings.run_dir)
@@ -110,7 +114,8 @@ def ready(settings: config.RunConfig, resume: bool = False) -> Run:
 def train(run: Run, progress: Progress = lambda row: None, check: Callable[[], None] = lambda: None) -> str:
     """Train and export a prepared run, going on from its newest checkpoint. Returns the URI of the model folder.
 
-    check: asked again and again; where it raises UnlearnError, as a lease that is lost does, the run is stopped and that is raised.
+    check: asked again and again; where it raises UnlearnError, as a lease that is lost does, the run is stopped and
+    that is raised.
     """
     if run.settings.training.engine == "torch":
 
@@ -193,7 +198,8 @@ def _tell_failure(storage: Storage) -> None:
 
 
 def _worker(settings: dict) -> None:
-    """What each Ray Train worker runs. A mistake of the user is written down, so that it is told once and not retried."""
+    """What each Ray Train worker runs. A mistake of the user is written down, so that it is told once and not
+    retried."""
     import warnings
 
     warnings.filterwarnings("ignore")

@@ -18,9 +18,9 @@ PATIENCE = 8  # seconds that the controller has to end its workers: Kubernetes a
 
 
 class StoppableTrainer(TorchTrainer):
-    """A run in a thread of its own. Ray's trainer keeps the handle of its controller, the actor that starts and owns the workers,
-    to a handler of SIGINT, which ends the process without a message; `_initialize_and_run_controller` is otherwise
-    that of Ray 2.60.
+    """A run in a thread of its own. Ray's trainer keeps the handle of its controller, the actor that starts and owns
+    the workers, to a handler of SIGINT, which ends the process without a message; `_initialize_and_run_controller` is
+    otherwise that of Ray 2.60.
     """
 
     def __init__(self, *args, **kwargs):
@@ -30,7 +30,8 @@ class StoppableTrainer(TorchTrainer):
 
     @contextlib.contextmanager
     def fitting(self, check: Callable[[], None]) -> Iterator[Future]:
-        """The outcome of `fit`, or what `check` raises before that. After the block no worker is left, however it ends."""
+        """The outcome of `fit`, or what `check` raises before that. After the block no worker is left, however it
+        ends."""
         outcome, over = Future(), threading.Event()
 
         def checked() -> None:

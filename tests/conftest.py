@@ -43,7 +43,8 @@ TOGETHER = {
         "test_kubernetes", "test_cycle_pipeline",
     )
 }  # fmt: skip
-# The files that take longest, longest first; the others follow, those of FOLDERS, which wait for processes, before the rest.
+# The files that take longest, longest first; the others follow, those of FOLDERS, which wait for processes, before the
+# rest.
 LONGEST = [
     "test_sweep", "test_demo", "test_submit_ray", "test_strangers", "test_stop", "test_plan", "test_ray", "test_resume",
     "test_families", "kubernetes", "test_engines", "test_owner", "test_apart", "test_evaluation", "test_heartbeat",
@@ -54,7 +55,8 @@ FOLDERS = ["jobs", "training", "cycles", "cli"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A parallel run hands out files, or several TOGETHER, in this order, so that its processes end at about one time."""
+    """A parallel run hands out files, or several TOGETHER, in this order, so that its processes end at about one
+    time."""
     places = {}
     for item in items:
         group = TOGETHER.get(item.path.stem, item.path.stem)
@@ -87,7 +89,8 @@ def toys() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_shards(tmp_path_factory) -> str:
-    """A folder of 48 images in 3 shards of 2 row groups of 8 rows, with ids, subjects and 4 named classes. Read only."""
+    """A folder of 48 images in 3 shards of 2 row groups of 8 rows, with ids, subjects and 4 named classes. Read
+    only."""
     folder = tmp_path_factory.mktemp("tiny")
     for number in range(3):
         pq.write_table(tiny_table(number * 16, 16), folder / f"shard-{number}.parquet", row_group_size=8)
@@ -142,8 +145,8 @@ _LOADER = botocore.session.Session().get_component("data_loader")
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """The URL of a SeaweedFS server on loopback, with the bucket BUCKET, the users ADMIN and READER (of that bucket), and the
-    bucket "public", which is read without keys."""
+    """The URL of a SeaweedFS server on loopback, with the bucket BUCKET, the users ADMIN and READER (of that bucket),
+    and the bucket "public", which is read without keys."""
     everyone = {"name": "anonymous", "actions": ["Read:public", "List:public"]}
     with s3_serving([s3_identity(READER, actions=[f"Read:{BUCKET}", f"List:{BUCKET}"]), everyone], []) as url:
         yield url
@@ -161,9 +164,11 @@ def s3_user(s3_server, monkeypatch):
 
     def login(user: tuple[str, str], url: str = s3_server) -> None:
         values = {
-            "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": user[0], "AWS_SECRET_ACCESS_KEY": user[1], "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": user[0], "AWS_SECRET_ACCESS_KEY": user[1],
+            "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-            "AWS_EC2_METADATA_DISABLED": "true", "UNLEARN_STORAGE_PATIENCE": "0", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
+            "AWS_EC2_METADATA_DISABLED": "true", "UNLEARN_STORAGE_PATIENCE": "0", "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
             "UNLEARN_S3_HEDGE": "0",  # a busy machine stalls too, and requests are counted
         }  # fmt: skip
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "AWS_CA_BUNDLE"):

@@ -68,8 +68,10 @@ def test_a_malformed_override_is_told(item):
 @pytest.mark.parametrize(
     "item",
     ["cluster.max_failures=0", "cluster.gpus_per_worker=1", "run_dir=elsewhere", "name=other", "data.train=copy/of/it",
-     "data.cache=none", "data.cache_bytes=1GiB", "data.decode_threads=7", "data.read_ahead=1", "training.checkpoint_every=1", "training.log_every=1",
-     "training.keep_checkpoints=9", "data.max_bad_images=3", "training.activation_checkpointing=true", "training.engine=torch", "training.zero_stage=3", "training.offload_optimizer=true",
+     "data.cache=none", "data.cache_bytes=1GiB", "data.decode_threads=7", "data.read_ahead=1",
+     "training.checkpoint_every=1", "training.log_every=1",
+     "training.keep_checkpoints=9", "data.max_bad_images=3", "training.activation_checkpointing=true",
+     "training.engine=torch", "training.zero_stage=3", "training.offload_optimizer=true",
      "evaluation.limit=5"],
 )  # fmt: skip
 def test_the_hash_ignores_where_and_how_it_runs(item):
@@ -78,8 +80,10 @@ def test_the_hash_ignores_where_and_how_it_runs(item):
 
 @pytest.mark.parametrize(
     "item",
-    ["seed=1", "method.alpha=0.3", "method.noise=batch", "training.lr=0.2", "training.steps=11", "training.batch_size=32",
-     "training.micro_batch_size=16", "training.dtype=bf16", "training.threads=2", "training.warmup_steps=2", "training.clip=0",
+    ["seed=1", "method.alpha=0.3", "method.noise=batch", "training.lr=0.2", "training.steps=11",
+        "training.batch_size=32",
+     "training.micro_batch_size=16", "training.dtype=bf16", "training.threads=2", "training.warmup_steps=2",
+     "training.clip=0",
      "data.forget={classes: [1]}", "data.retain={limit: 5}", "data.shuffle_rows=7", "data.augment=crop_flip",
      "model.variant=vit_nano_patch4_32", "model.options={depth: 3}", "train_views=[{size: 0.25}]"],
 )  # fmt: skip

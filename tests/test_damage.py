@@ -75,8 +75,10 @@ def packed(mode: str) -> bytes:
                 archive.writestr(name, name * 20)
         return buffer.getvalue()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, kind, data in [*((n, tarfile.REGTYPE, n.encode() * 20) for n in names), ("train/c0/l.png", tarfile.SYMTYPE, b""),
-                                 *([("n01.tar", tarfile.REGTYPE, packed("tar"))] if mode == "nested" else [])]:  # fmt: skip
+        for name, kind, data in [*((n, tarfile.REGTYPE, n.encode() * 20) for n in names),
+            ("train/c0/l.png", tarfile.SYMTYPE, b""),
+                                 *([("n01.tar", tarfile.REGTYPE,
+                                             packed("tar"))] if mode == "nested" else [])]:  # fmt: skip
             member = tarfile.TarInfo(name)
             member.type, member.size, member.linkname = kind, len(data), "xxx0.png" if kind == tarfile.SYMTYPE else ""
             tar.addfile(member, io.BytesIO(data))
@@ -115,7 +117,8 @@ def parquets() -> list[bytes]:
         {"image": [row["bytes"] for row in table["image"].to_pylist()], "label": ["a", "b"] * 8, "id": list(range(16))}
     )
     return [
-        stored(table, row_group_size=4, compression="none"), stored(other, row_group_size=8), stored(other, compression="zstd", write_page_checksum=True),
+        stored(table, row_group_size=4, compression="none"), stored(other, row_group_size=8),
+        stored(other, compression="zstd", write_page_checksum=True),
         stored(other, compression="gzip", data_page_version="2.0"),
     ]  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""A run folder has one owner: one of many that start at once, until it ends, dies or falls silent; who has lost it hears so."""
+"""A run folder has one owner: one of many that start at once, until it ends, dies or falls silent; who has lost it
+hears so."""
 
 import dataclasses
 import json
@@ -36,7 +37,8 @@ except LeaseError as e:
 
 @pytest.fixture
 def holder():
-    """holder(uri, seconds=, place=) -> a process that takes the lease when it reads a line, and keeps it until the next."""
+    """holder(uri, seconds=, place=) -> a process that takes the lease when it reads a line, and keeps it until the
+    next."""
     started = []
 
     def start(where: str, seconds: float = 600, place: str = "") -> subprocess.Popen:

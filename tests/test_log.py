@@ -32,7 +32,8 @@ def as_it_was(monkeypatch):
     ("variable", "job", "verbose", "wanted"),
     [
         ("", "", 0, ("warning", "text")), ("", "", 1, ("info", "text")), ("", "", 3, ("debug", "text")),
-        ("info", "", 0, ("info", "text")), ("json", "", 0, ("warning", "json")), (" JSON, debug ", "", 0, ("debug", "json")),
+        ("info", "", 0, ("info", "text")), ("json", "", 0, ("warning", "json")),
+        (" JSON, debug ", "", 0, ("debug", "json")),
         ("", "a-job", 0, ("info", "json")), ("text,warning", "a-job", 0, ("warning", "text")),
     ],
 )  # fmt: skip
@@ -72,7 +73,8 @@ def test_json_lines_of_a_job(capsys, monkeypatch):
 
 
 def test_nothing_that_a_terminal_obeys_reaches_it(told, tmp_path, capsys, monkeypatch):
-    """Escapes, back-spaces, changes of direction and bytes that are not UTF-8, in tables, sentences, errors and JSON."""
+    """Escapes, back-spaces, changes of direction and bytes that are not UTF-8, in tables, sentences, errors and
+    JSON."""
     raw = "\x1b]0;owned\x07\x1b[31m[red]\r\b\x9b1A\u202e\x7f\udcff"
     shown = r"\x1b]0;owned\x07\x1b[31m[red]\x0d\x08\x9b1A\u202e\x7f\udcff"
     assert log.visible(raw + "\ta\nb") == shown + "\ta\nb"

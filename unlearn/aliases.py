@@ -1,4 +1,5 @@
-"""Former names of configuration keys and values, and the former hash: old files, run folders and checkpoints stay usable."""
+"""Former names of configuration keys and values, and the former hash: old files, run folders and checkpoints stay
+usable."""
 
 import copy
 import hashlib
@@ -54,7 +55,8 @@ def tensor_name(name: str) -> str:
 # What the first schema of the hash covered.
 _ROWS = ("classes", "exclude_classes", "ids", "subjects", "per_class", "limit")
 _TRAINING = (
-    "steps", "epochs", "batch_size", "forget_fraction", "lr", "warmup_steps", "schedule", "weight_decay", "betas", "clip", "dtype",
+    "steps", "epochs", "batch_size", "forget_fraction", "lr", "warmup_steps", "schedule", "weight_decay", "betas",
+    "clip", "dtype",
     "threads",
 )  # fmt: skip
 
@@ -70,7 +72,8 @@ def first_hash(run) -> str:
     rows = {key: data[key] and {name: data[key][name] for name in _ROWS} for key in ("forget", "retain", "proxy")}
     told = {
         "seed": tree["seed"],
-        "model": {"family": former.get(model["family"], model["family"]), "variant": model["variant"], "options": model["options"]},
+        "model": {"family": former.get(model["family"], model["family"]), "variant": model["variant"],
+            "options": model["options"]},
         "data": rows | {
             "codes": run.data.latent_cache is not None, "code_views": data["latent_views"],
             "augment": data["augment"], "shuffle_rows": data["shuffle_rows"],

@@ -3,7 +3,8 @@
     https://github.com/in-toto/attestation/blob/main/spec/v1/statement.md
     https://github.com/secure-systems-lab/dsse/blob/master/envelope.md
 
-Keys are PEM files: PKCS #8 without a passphrase, and SubjectPublicKeyInfo. Their id is the sha256 that TUF and in-toto give a key.
+Keys are PEM files: PKCS #8 without a passphrase, and SubjectPublicKeyInfo. Their id is the sha256 that TUF and in-toto
+give a key.
 """
 
 import json
@@ -32,7 +33,8 @@ STATEMENT, PAYLOAD = "https://in-toto.io/Statement/v1", "application/vnd.in-toto
 
 @dataclass(frozen=True)
 class Statement:
-    """subject: {name: sha256} of what is spoken of. predicate: what is said of it, in the form that predicate_type names."""
+    """subject: {name: sha256} of what is spoken of. predicate: what is said of it, in the form that predicate_type
+    names."""
 
     subject: dict[str, str]
     predicate_type: str
@@ -111,7 +113,8 @@ def sign(statement: Statement, signer: CryptoSigner) -> bytes:
 
 
 def verify(data: bytes, key: SSlibKey, where: str) -> Statement:
-    """The statement of an envelope that this key has signed. where: names the file in messages. Raises CertificateError."""
+    """The statement of an envelope that this key has signed. where: names the file in messages. Raises
+    CertificateError."""
     envelope = _envelope(data, where)
     (signer,) = envelope.signatures
     if signer != key.keyid:
@@ -126,7 +129,8 @@ def verify(data: bytes, key: SSlibKey, where: str) -> Statement:
 
 
 def read(data: bytes, where: str) -> tuple[Statement, str]:
-    """(what an envelope states, the id of the key that it names); the signature is not checked. Raises CertificateError."""
+    """(what an envelope states, the id of the key that it names); the signature is not checked. Raises
+    CertificateError."""
     envelope = _envelope(data, where)
     return _statement(envelope, where), next(iter(envelope.signatures))
 

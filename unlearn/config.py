@@ -1,6 +1,7 @@
 """RunConfig: one experiment, typed, validated whole, hashed.
 
-YAML in (`load`), a frozen tree of small classes out. Every field states its meaning; `unlearn config schema` prints them.
+YAML in (`load`), a frozen tree of small classes out. Every field states its meaning; `unlearn config schema` prints
+them.
 """
 
 import difflib
@@ -41,8 +42,10 @@ from unlearn.registry import METHODS
 
 P = TypeVar("P", bound=Part)
 # The parts are known by this name too: a user of a configuration needs one import.
-__all__ = ["Cluster", "Data", "Evaluation", "Location", "Method", "Model", "Part", "Positive", "Rows", "RunConfig", "Storage", "Training",
-           "ViewSpec", "dump", "explain", "json_schema", "load", "location", "override", "parse", "read", "unknown_key", "yaml_tree"]  # fmt: skip
+__all__ = ["Cluster", "Data", "Evaluation", "Location", "Method", "Model", "Part", "Positive", "Rows", "RunConfig",
+    "Storage", "Training",
+           "ViewSpec", "dump", "explain", "json_schema", "load", "location", "override", "parse", "read", "unknown_key",
+           "yaml_tree"]  # fmt: skip
 
 
 class RunConfig(Part):
@@ -75,8 +78,8 @@ class RunConfig(Part):
         return self
 
     def __reduce__(self):
-        # The class of a configuration depends on its method, so it is found again where it is unpickled. Nothing is validated
-        # anew: a worker group that has lost a worker has a number of workers that no file may name.
+        # The class of a configuration depends on its method, so it is found again where it is unpickled. Nothing is
+        # validated anew: a worker group that has lost a worker has a number of workers that no file may name.
         return _unpickled, (self.method.name, self.__getstate__())
 
     @property
@@ -86,7 +89,8 @@ class RunConfig(Part):
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches each worker computes for one optimizer step; the last ones may count for nothing, see training/loop.py."""
+        """Micro-batches each worker computes for one optimizer step; the last ones may count for nothing, see
+        training/loop.py."""
         return -(-self.training.batch_size // (self.micro_batch * self.cluster.workers))
 
     @property
@@ -103,8 +107,10 @@ class RunConfig(Part):
         """Every place that the run reads or writes, by its key."""
         m, d, e = self.model, self.data, self.evaluation
         places: dict[str, str | None] = {
-            "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage, "data.train": d.train, "data.proxy_data": d.proxy_data,
-            "data.latent_cache": d.latent_cache, "evaluation.data": e.data, "evaluation.features_weights": e.features_weights,
+            "run_dir": self.run_dir, "model.weights": m.weights, "model.first_stage": m.first_stage,
+            "data.train": d.train, "data.proxy_data": d.proxy_data,
+            "data.latent_cache": d.latent_cache, "evaluation.data": e.data,
+            "evaluation.features_weights": e.features_weights,
             "evaluation.lpips_weights": e.lpips_weights,
         }  # fmt: skip
         sets = {"forget": d.forget, "retain": d.retain, "proxy": d.proxy}
@@ -168,7 +174,8 @@ def override(tree: dict, overrides: Sequence[str]) -> dict:
 
 
 def parse(tree: dict, source: str = "config") -> RunConfig:
-    """Validate a tree of plain values, the options of its method among them. Raises ConfigError with every mistake, one a line."""
+    """Validate a tree of plain values, the options of its method among them. Raises ConfigError with every mistake, one
+    a line."""
     tree = renamed(tree, source)
     method = tree.get("method")
     name = method.get("name", "encoder_l2") if isinstance(method, dict) else "encoder_l2"

@@ -21,12 +21,15 @@ def contradictions(run: RunConfig) -> Iterator[str]:
     if c.min_workers and c.min_workers > c.workers:
         yield f"cluster.min_workers {c.min_workers} is more than cluster.workers {c.workers}"
     if c.min_workers and t.micro_batch_size is None:
-        yield "cluster.min_workers: give training.micro_batch_size too, which must not change with the number of workers"
+        yield (
+            "cluster.min_workers: give training.micro_batch_size too, which must not change with the number of workers"
+        )
     if t.micro_batch_size is None and t.batch_size % c.workers:
         yield f"training.batch_size {t.batch_size} does not divide among {c.workers} workers"
     elif t.batch_size % (run.micro_batch * c.workers):
         yield (
-            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = {run.micro_batch} x {c.workers}"
+            f"training.batch_size {t.batch_size} is not a multiple of micro_batch_size x workers = {run.micro_batch} "
+            f"x {c.workers}"
         )
     if run.evaluation.weights == "ema" and t.ema is None:
         yield "evaluation.weights ema: the run keeps no moving average; give training.ema, as 0.9999"
@@ -61,7 +64,8 @@ def ignored(run: RunConfig) -> list[str]:
         note(t, "training", ("forget_fraction",), "pretrain sees the retain set alone")
     if t.steps and t.warmup_steps >= t.steps:
         notes.append(
-            f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to its value"
+            f"training.warmup_steps {t.warmup_steps} is not shorter than the run's {t.steps} steps: lr never gets to "
+            "its value"
         )
     if e.features == "efficientnet_lite0":
         note(e, "evaluation", ("features_weights",), "efficientnet_lite0 brings its own")

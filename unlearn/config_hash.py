@@ -17,7 +17,8 @@ SCHEMA = 2
 NOT_HASHED: dict[str | None, tuple[str, ...]] = {
     None: ("cluster", "run_dir", "evaluation", "name", "storage"),
     "model": ("weights", "first_stage"),
-    "data": ("train", "split", "proxy_data", "proxy_split", "cache", "cache_bytes", "decode_threads", "read_ahead", "max_bad_images",
+    "data": ("train", "split", "proxy_data", "proxy_split", "cache", "cache_bytes", "decode_threads", "read_ahead",
+        "max_bad_images",
              "latent_cache"),
     "training": ("checkpoint_every", "keep_checkpoints", "log_every", "engine", "zero_stage", "offload_optimizer",
                  "activation_checkpointing"),
@@ -28,8 +29,8 @@ def of(settings: RunConfig, step: int | None = None) -> str:
     """sha256, as text; a new key with a default changes no hash. step: changes of the learning rate from there on are
     left out, since they decide nothing of a checkpoint of that step.
 
-    Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number of
-    workers; data, files of ids and first weights are told by hashes of their own instead.
+    Where it runs (cluster, run_dir, caches, evaluation) is left out, so a run may go on elsewhere with another number
+    of workers; data, files of ids and first weights are told by hashes of their own instead.
     """
     tree = _differences(settings)
     for part, keys in NOT_HASHED.items():

@@ -115,7 +115,9 @@ class Data(Part):
     )
     latent_cache: Location | None = Field(
         default=None,
-        description="folder that keeps what the frozen first stage (tokenizer, VAE) makes of each image; none = made every step",
+        description=(
+            "folder that keeps what the frozen first stage (tokenizer, VAE) makes of each image; none = made every step"
+        ),
     )
     latent_views: Positive = Field(
         default=8, description="with latent_cache: views drawn once and used in turn, each with latents of its own"
@@ -180,7 +182,10 @@ class Training(Part):
     clip: float = Field(default=3.0, ge=0, description="largest gradient norm; 0 = no clipping")
     ema: Decay | None = Field(
         default=None,
-        description="decay of a moving average of the weights, as 0.9999: kept beside them and written as model_ema; none = not kept",
+        description=(
+            "decay of a moving average of the weights, as 0.9999: kept beside them and written as "
+            "model_ema; none = not kept"
+        ),
     )
     dtype: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 2
@@ -241,17 +246,22 @@ class Evaluation(Part):
     )
     resize: Literal["tf1", "clean"] = Field(
         default="tf1",
-        description="how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, as clean-fid, which the paper of the method used",
+        description=(
+            "how images get to Inception's size: tf1, as the original FID code and torch-fidelity; clean, "
+            "as clean-fid, which the paper of the method used"
+        ),
     )
     guidance_scale: float | None = Field(
         default=None,
         gt=0,
-        description="how far a diffusion model's samples are led towards its prompt, away from the empty one; none = not at all",
+        description=(
+            "how far a diffusion model's samples are led towards its prompt, away from the empty one; none = not at all"
+        ),
     )
     oracle: Location | Annotated[list[Location], Field(min_length=1)] | None = Field(
         default=None,
-        description="weights of a model trained without the forget set, as the reference; or a list of several, trained with "
-        "other seeds: then the distance to them is told in units of their own spread",
+        description="weights of a model trained without the forget set, as the reference; or a list of several, "
+        "trained with other seeds: then the distance to them is told in units of their own spread",
     )
     weights: Literal["trained", "ema"] = Field(
         default="trained",

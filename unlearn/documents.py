@@ -1,5 +1,5 @@
-"""YAML and JSON from outside, within bounds: neither depth, nor aliases that multiply, nor numbers without end exhaust memory
-or the stack."""
+"""YAML and JSON from outside, within bounds: neither depth, nor aliases that multiply, nor numbers without end exhaust
+memory or the stack."""
 
 import json
 from typing import Any

@@ -1,17 +1,17 @@
 """A run folder has one owner at a time: `with held(run_dir, "unlearn run a.yaml") as lease: ... lease.check() ...`
 
-`lease.json` in the run folder names the owner and counts renewals. It is created only where it does not exist (of several
-processes one succeeds), renewed by a thread, and marked as released at the end. Every change is conditional on the
-content that it replaces, so no process overwrites a version that it has not read.
+`lease.json` in the run folder names the owner and counts renewals. It is created only where it does not exist (of
+several processes one succeeds), renewed by a thread, and marked as released at the end. Every change is conditional on
+the content that it replaces, so no process overwrites a version that it has not read.
 
 Clocks are assumed to run at the same rate everywhere, not to agree. Another process watches the file, and takes it over
-when it has not changed for as long as its owner said (60 s, and on S3 as long again as an outage is waited out). The owner regards itself as lost when it could not renew
-for the same time, counted from before its last renewal. Times of day are compared only to take over a lease at once
-that is older by more than half an hour than it may be. A write of a former owner that is in flight when its lease expires
-cannot be stopped.
+when it has not changed for as long as its owner said (60 s, and on S3 as long again as an outage is waited out). The
+owner regards itself as lost when it could not renew for the same time, counted from before its last renewal. Times of
+day are compared only to take over a lease at once that is older by more than half an hour than it may be. A write of a
+former owner that is in flight when its lease expires cannot be stopped.
 
-On the owner's own machine its process is looked up: a run that was killed can be resumed at once there. The process that
-called `held` owns the folder; a forked child or a worker does not.
+On the owner's own machine its process is looked up: a run that was killed can be resumed at once there. The process
+that called `held` owns the folder; a forked child or a worker does not.
 """
 
 import contextlib
@@ -88,8 +88,8 @@ class Lease:
         """Raise LeaseError where the lease is lost: the run is to stop before it writes anything more."""
         if (lost := self.lost) == DELETED:
             raise LeaseError(
-                f"{self._storage.uri} was deleted while it was written to, or its {NAME} was: the run has ended, and what it had written may "
-                "be gone; start it again"
+                f"{self._storage.uri} was deleted while it was written to, or its {NAME} was: the run has ended, and "
+                "what it had written may be gone; start it again"
             )
         if lost:
             raise LeaseError(f"{self._storage.uri} is no longer owned by this process: {lost}. Add --resume to go on")
@@ -131,9 +131,9 @@ def held(
     """Own the run folder until the end of the block.
 
     what: the command, for the messages that others see; seconds: how long the folder stays taken after this process has
-    died, by default a minute, and on S3 longer than an outage that is waited out; say: called with a text that says what is waited for. An owner that cannot be looked up from here is watched
-    until it renews or its lease expires. Raises LeaseError where another process owns the folder, and at the end where the lease
-    was lost meanwhile.
+    died, by default a minute, and on S3 longer than an outage that is waited out; say: called with a text that says
+    what is waited for. An owner that cannot be looked up from here is watched until it renews or its lease expires.
+    Raises LeaseError where another process owns the folder, and at the end where the lease was lost meanwhile.
     """
     storage = Storage(run_dir)
     if seconds is None:
@@ -182,7 +182,8 @@ def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], N
             if seen is None:
                 seen, until = version, time.monotonic() + lasts
                 say(
-                    f"{storage.uri} was in use by {owner or f'whoever wrote its damaged {NAME}'}: waiting up to {lasts:.0f} s for a sign of life"
+                    f"{storage.uri} was in use by {owner or f'whoever wrote its damaged {NAME}'}: waiting up to "
+                    f"{lasts:.0f} s for a sign of life"
                 )
             if time.monotonic() < until:
                 time.sleep(min(2, lasts / 20))

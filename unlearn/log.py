@@ -1,10 +1,12 @@
-"""The project's log, the loggers "unlearn" and "jobs": sentences for a reader, or one JSON object a line for a collector.
+"""The project's log, the loggers "unlearn" and "jobs": sentences for a reader, or one JSON object a line for a
+collector.
 
-    UNLEARN_LOG=info,json      a level (debug, info, warning) and a format (text, json), in any order, each may be left out
+    UNLEARN_LOG=info,json      a level (debug, info, warning) and a format (text, json), in any order, each may be left
+    out
 
-By default sentences from `warning` on, with `--verbose` from `info` on; in a submitted job JSON from `info` on. The workers of a Ray
-cluster write JSON whatever the format, since what they write ends in Ray's own log files; the level is the driver's.
-No message holds the id of an image or a secret: logs are shipped to places that data is not.
+By default sentences from `warning` on, with `--verbose` from `info` on; in a submitted job JSON from `info` on. The
+workers of a Ray cluster write JSON whatever the format, since what they write ends in Ray's own log files; the level is
+the driver's. No message holds the id of an image or a secret: logs are shipped to places that data is not.
 """
 
 import json
@@ -20,14 +22,15 @@ from unlearn.errors import ConfigError
 
 VARIABLE = "UNLEARN_LOG"
 LOGGERS = ("unlearn", "jobs")
-# Characters that a terminal obeys and does not show: control characters but for tab and line end, changes of the direction of
-# writing, lone surrogates (names of files that are not UTF-8).
+# Characters that a terminal obeys and does not show: control characters but for tab and line end, changes of the
+# direction of writing, lone surrogates (names of files that are not UTF-8).
 _UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 LEVELS, FORMATS = ("debug", "info", "warning"), ("text", "json")
 
 
 def wanted(verbose: int = 0) -> tuple[str, str]:
-    """(level, format) by UNLEARN_LOG, else by what this process is. verbose: how often --verbose was given, which only adds.
+    """(level, format) by UNLEARN_LOG, else by what this process is. verbose: how often --verbose was given, which only
+    adds.
 
     Raises ConfigError where UNLEARN_LOG is not understood.
     """
@@ -39,7 +42,8 @@ def wanted(verbose: int = 0) -> tuple[str, str]:
             format = word
         else:
             raise ConfigError(
-                f"{VARIABLE}: {word!r} is neither a level ({', '.join(LEVELS)}) nor a format ({', '.join(FORMATS)}); write it as in {VARIABLE}=info,json"
+                f"{VARIABLE}: {word!r} is neither a level ({', '.join(LEVELS)}) nor a format ({', '.join(FORMATS)}); "
+                f"write it as in {VARIABLE}=info,json"
             )
     return LEVELS[min(LEVELS.index(level), max(0, 2 - verbose))], format
 
@@ -68,12 +72,14 @@ def is_json() -> bool:
 
 
 def visible(text: str) -> str:
-    r"""The text with what a terminal would obey written out, as in \x1b: names of classes and files come from strangers."""
+    r"""The text with what a terminal would obey written out, as in \x1b: names of classes and files come from
+    strangers."""
     return _UNSEEN.sub(lambda m: f"\\x{ord(m[0]):02x}" if ord(m[0]) < 256 else f"\\u{ord(m[0]):04x}", text)
 
 
 class JsonLines(logging.Handler):
-    """Writes {"time": UTC, "level": ..., "logger": ..., "message": ..., **context} to standard error, one object a line."""
+    """Writes {"time": UTC, "level": ..., "logger": ..., "message": ..., **context} to standard error, one object a
+    line."""
 
     def __init__(self, **context: object):
         super().__init__()
@@ -82,7 +88,8 @@ class JsonLines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = {
-            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
             "logger": record.name, "message": record.getMessage(), **self.context,
         }  # fmt: skip
         if record.exc_info:

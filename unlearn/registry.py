@@ -1,5 +1,5 @@
-"""What can be named in a configuration: families of models, methods, and tests of an audit. A name leads to `package.module:Class`, which is imported
-when it is first asked for; a name twice is an error."""
+"""What can be named in a configuration: families of models, methods, and tests of an audit. A name leads to
+`package.module:Class`, which is imported when it is first asked for; a name twice is an error."""
 
 import importlib
 from typing import Any

@@ -62,10 +62,11 @@ class Run:
 
 
 def resolve(settings: RunConfig, measured: bool | None = None, known: Sources | None = None) -> Run:
-    """Look up everything that a run takes from its storage. Raises UnlearnError: no such data, class or weights; an overlap.
+    """Look up everything that a run takes from its storage. Raises UnlearnError: no such data, class or weights; an
+    overlap.
 
-    measured: whether the rows of an evaluation are looked up too; by default where the method forgets, so that there is an original to compare with.
-    known: weights that have been looked up already.
+    measured: whether the rows of an evaluation are looked up too; by default where the method forgets, so that there is
+    an original to compare with. known: weights that have been looked up already.
     """
     method = methods.method_class(settings.method.name)
     chosen = selection.sets(settings.data, settings.seed)

@@ -1,7 +1,7 @@
 """How this process is asked to stop, and to say what it does.
 
-SIGINT (Ctrl-C) and SIGTERM (Kubernetes, Slurm, a spot node) do the same: `Stopped` in the main thread, so that every `finally`
-on the way out is run. SIGUSR1 prints the stack of every thread to standard error, and the process goes on.
+SIGINT (Ctrl-C) and SIGTERM (Kubernetes, Slurm, a spot node) do the same: `Stopped` in the main thread, so that every
+`finally` on the way out is run. SIGUSR1 prints the stack of every thread to standard error, and the process goes on.
 """
 
 import contextlib
@@ -17,8 +17,8 @@ JOB = "UNLEARN_JOB"
 
 
 class Stopped(SystemExit):
-    """The process was asked to stop; where nobody handles it, it ends without a traceback. code: 128 + the signal, as a shell
-    has it; hint: how to go on, for the user."""
+    """The process was asked to stop; where nobody handles it, it ends without a traceback. code: 128 + the signal, as a
+    shell has it; hint: how to go on, for the user."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -28,8 +28,8 @@ class Stopped(SystemExit):
 def listen() -> None:
     """Let SIGINT and SIGTERM raise `Stopped`. To be called in the main thread.
 
-    SIGINT stays ignored where the process was started so (a shell's background process), except in a submitted job, which
-    `unlearn jobs stop` sends it to.
+    SIGINT stays ignored where the process was started so (a shell's background process), except in a submitted job,
+    which `unlearn jobs stop` sends it to.
     """
     signal.signal(signal.SIGTERM, _raise)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN or JOB in os.environ:
@@ -38,10 +38,12 @@ def listen() -> None:
 
 
 def show_stacks() -> None:
-    """Let SIGUSR1 print the stack of every thread to standard error. To be called once in a process, in any thread of it.
+    """Let SIGUSR1 print the stack of every thread to standard error. To be called once in a process, in any thread of
+    it.
 
-    A handler of faulthandler's that walks through all threads does so while they run, and ends the process with a segmentation
-    fault where it meets a frame that is just being made. So the handler only wakes a thread, which holds the interpreter's lock.
+    A handler of faulthandler's that walks through all threads does so while they run, and ends the process with a
+    segmentation fault where it meets a frame that is just being made. So the handler only wakes a thread, which holds
+    the interpreter's lock.
     """
     read, write = os.pipe()
     os.set_blocking(write, False)
@@ -64,8 +66,9 @@ def _print_stacks(asked: int) -> None:
 def kept() -> Iterator[None]:
     """Around what starts processes, and sets a handler for SIGTERM of its own: ray.init does both.
 
-    The processes get no SIGTERM, as Ray sees to it for SIGINT: one that is sent to all of a job, as Slurm does, would end them
-    before this process can stop them in order. One that comes meanwhile is answered behind the block, by the handler from before.
+    The processes get no SIGTERM, as Ray sees to it for SIGINT: one that is sent to all of a job, as Slurm does, would
+    end them before this process can stop them in order. One that comes meanwhile is answered behind the block, by the
+    handler from before.
     """
     before = signal.getsignal(signal.SIGTERM)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

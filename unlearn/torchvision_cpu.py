@@ -1,11 +1,12 @@
 """Let a CUDA build of torchvision be imported beside a CPU build of torch.
 
-The wheels of torchvision on PyPI are CUDA builds. Beside a CPU torch their extension does not load, the schemas of their
-operators are never registered, and `import torchvision` fails, and with it timm and torchmetrics. Registering the two
-schemas that the import asks for lets it through; models and transforms then work, `torchvision.ops.nms` and
+The wheels of torchvision on PyPI are CUDA builds. Beside a CPU torch their extension does not load, the schemas of
+their operators are never registered, and `import torchvision` fails, and with it timm and torchmetrics. Registering the
+two schemas that the import asks for lets it through; models and transforms then work, `torchvision.ops.nms` and
 `torchvision.io` do not (nothing here uses them).
 
-Import this module before timm, torchvision, torchmetrics or open_clip. It does nothing where torchvision loads by itself.
+Import this module before timm, torchvision, torchmetrics or open_clip. It does nothing where torchvision loads by
+itself.
 """
 
 import importlib.util

@@ -16,8 +16,8 @@ from unlearn.search import sweep_file
 from unlearn.search.space import Sweep
 from unlearn.signals import JOB
 
-# Environment variables of a job beside JOB, its id: the configuration, where it does not lie in the run folder; the names that must
-# be set there.
+# Environment variables of a job beside JOB, its id: the configuration, where it does not lie in the run folder; the
+# names that must be set there.
 CONFIG, REQUIRED = "UNLEARN_CONFIG", "UNLEARN_REQUIRED_ENV"
 GOES_ON = "the same `unlearn submit` goes on from the newest checkpoint"
 FORMER_DRIVERS = {"jobs.train": "run", "jobs.evaluate": "evaluate"}
@@ -57,9 +57,9 @@ class Job:
 class Request:
     """What is sent, the same to every backend; no value of a secret is in it.
 
-    id: the same for the same request; driver, arguments: `python -m unlearn DRIVER SOURCE ARGUMENTS`; config: YAML of the whole
-    RunConfig; source: where the job finds it, a file in the run folder or env:UNLEARN_CONFIG (see jobs/submit.py); env: names of
-    variables that must be set where the job runs.
+    id: the same for the same request; driver, arguments: `python -m unlearn DRIVER SOURCE ARGUMENTS`; config: YAML of
+    the whole RunConfig; source: where the job finds it, a file in the run folder or env:UNLEARN_CONFIG (see
+    jobs/submit.py); env: names of variables that must be set where the job runs.
     """
 
     id: str
@@ -141,7 +141,8 @@ class Backend(Protocol):
     def get(self, id: str) -> Job: ...
 
     def again(self, id: str) -> Job:
-        """Start a job that is over again, as it was sent: same code, image and secrets, whatever the settings of this backend."""
+        """Start a job that is over again, as it was sent: same code, image and secrets, whatever the settings of this
+        backend."""
         ...
 
     def logs(self, id: str, follow: bool) -> Iterator[str]:

@@ -1,7 +1,9 @@
-"""Jobs on Kubernetes: each is a RayJob, which starts a Ray cluster of its own and deletes it at the end (KubeRay, ray.io/v1).
+"""Jobs on Kubernetes: each is a RayJob, which starts a Ray cluster of its own and deletes it at the end (KubeRay,
+ray.io/v1).
 
-The RayJob comes from a template (jobs/rayjob.py), and keeps what was sent in an annotation. A job that is started again is a
-new RayJob ID-r2, ID-r3 ... with the same label; the newest one counts. Stopping suspends: the nodes are given back at once, and what is known of the job stays.
+The RayJob comes from a template (jobs/rayjob.py), and keeps what was sent in an annotation. A job that is started again
+is a new RayJob ID-r2, ID-r3 ... with the same label; the newest one counts. Stopping suspends: the nodes are given back
+at once, and what is known of the job stays.
 """
 
 import contextlib
@@ -26,13 +28,15 @@ KUEUE = 5  # seconds that Kueue may need to make a workload of a job
 
 
 class Kubernetes:
-    """context: of the kubeconfig, none for its current one. overlay, image, queue, priority: of the RayJob; secret: NAME=SECRET/KEY."""
+    """context: of the kubeconfig, none for its current one. overlay, image, queue, priority: of the RayJob; secret:
+    NAME=SECRET/KEY."""
 
     remote = True
 
     def __init__(
         self, context: str | None = None, overlay: str = "gpu", image: str | None = None, namespace: str | None = None,
-        queue: str | None = None, priority: str | None = None, secret: tuple[str, ...] = (), grace: float = 60, kueue: float = KUEUE,
+        queue: str | None = None, priority: str | None = None, secret: tuple[str, ...] = (), grace: float = 60,
+        kueue: float = KUEUE,
     ):  # fmt: skip
         self.where = f"k8s:{context}" if context else "k8s"
         self._overlay, self._image, self._grace = overlay, image, grace
@@ -131,8 +135,8 @@ class Kubernetes:
             )
         if shown_pod is None:
             raise ClusterError(
-                f"{where}: its pod is gone, or not there yet (the job is {job.state}); wait for it with --follow. Older logs are where "
-                "the cluster's log shipping takes them (infra/kubernetes/components/logs)"
+                f"{where}: its pod is gone, or not there yet (the job is {job.state}); wait for it with --follow. "
+                "Older logs are where the cluster's log shipping takes them (infra/kubernetes/components/logs)"
             )
 
     # What is asked for
@@ -246,7 +250,8 @@ class Kubernetes:
         return ""
 
     def _workloads(self, document: dict) -> list[dict]:
-        """Kueue's records of a job in a queue that are not over, an elastic job's slices; none where no Kueue looks after it."""
+        """Kueue's records of a job in a queue that are not over, an elastic job's slices; none where no Kueue looks
+        after it."""
         if not document["metadata"].get("labels", {}).get(QUEUE):
             return []
         chosen = f"kueue.x-k8s.io/job-uid={document['metadata']['uid']}"
@@ -297,7 +302,8 @@ class Kubernetes:
             if _id(document) == id:
                 return document
         raise NoSuchJob(
-            f"no job {id} in namespace {self._server.namespace}: `unlearn jobs list --to {self.where}` names those there are"
+            f"no job {id} in namespace {self._server.namespace}: `unlearn jobs list --to {self.where}` names those "
+            "there are"
         )
 
 

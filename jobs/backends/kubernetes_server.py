@@ -13,7 +13,8 @@ NAMESPACE = "unlearn"  # where neither the user nor the kubeconfig names one
 
 
 class Server:
-    """context: of the kubeconfig, none for its current one; namespace: in place of the kubeconfig's; where: the place, for messages.
+    """context: of the kubeconfig, none for its current one; namespace: in place of the kubeconfig's; where: the place,
+    for messages.
 
     Nothing is looked up before it is needed.
     """

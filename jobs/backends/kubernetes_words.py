@@ -6,13 +6,16 @@ from jobs.backends.base import State, error_line
 
 # What KubeRay says of a job, in our words; what it says first is nothing.
 STATES = {
-    "": State.QUEUED, "Initializing": State.STARTING, "Waiting": State.QUEUED, "Running": State.RUNNING, "Retrying": State.STARTING,
+    "": State.QUEUED, "Initializing": State.STARTING, "Waiting": State.QUEUED, "Running": State.RUNNING,
+    "Retrying": State.STARTING,
     "Suspending": State.QUEUED, "Suspended": State.QUEUED, "Complete": State.SUCCEEDED, "Failed": State.FAILED,
     "ValidationFailed": State.FAILED,
 }  # fmt: skip
 # Reasons that KubeRay gives, and what to do about them.
 HINTS = {
-    "PreRunningDeadlineExceeded": "it never started: no room on the nodes, or the image cannot be pulled; see spec.preRunningDeadlineSeconds",
+    "PreRunningDeadlineExceeded": (
+        "it never started: no room on the nodes, or the image cannot be pulled; see spec.preRunningDeadlineSeconds"
+    ),
     "DeadlineExceeded": "it took longer than spec.activeDeadlineSeconds",
     "AppFailed": "the driver failed, its log says why",
     "SubmissionFailed": "the submitter could not hand the job to its cluster; its log says why",
@@ -43,7 +46,10 @@ def refusal(error, namespace: str, where: str) -> str:
     if error.status == 403:
         return f"{where} forbids it ({message}): ask for the right in namespace {namespace}"
     if error.status == 404 and details.get("kind") == "namespaces":
-        return f"there is no namespace {namespace}: make it (kubectl apply -f jobs/backends/rendered/...), or name another with --namespace"
+        return (
+            f"there is no namespace {namespace}: make it (kubectl apply -f jobs/backends/rendered/...), or name "
+            "another with --namespace"
+        )
     if error.status == 404 and not details.get("name"):
         return "this cluster knows no RayJob (ray.io/v1): install KubeRay and its CRDs"
     if error.status == 404:

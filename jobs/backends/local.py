@@ -70,7 +70,8 @@ class Local:
         with open(folder / "log", "ab") as log:
             earlier = log.tell()  # the log of earlier attempts
             process = subprocess.Popen(
-                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
                 env=os.environ | request.variables | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"},
             )  # fmt: skip
         return {"pid": process.pid, "started": _birth(process.pid), "host": socket.gethostname(), "log": earlier}
@@ -163,7 +164,8 @@ def _request(path: Path) -> dict | None:
 
 
 def _birth(pid: int) -> str | None:
-    """When a living process began, as a text that no other process of that pid will ever have; None where there is none."""
+    """When a living process began, as a text that no other process of that pid will ever have; None where there is
+    none."""
     import psutil
 
     try:

@@ -36,12 +36,14 @@ REQUEST, CODE = "unlearn", "unlearn-code"  # our keys in a submission's metadata
 GRACE = 30  # seconds that a driver has to end by itself once it is asked to
 PATIENCE = 60  # seconds for which a head that has just started may take no jobs yet
 HEAD = "/api/v0/nodes?filter_keys=is_head_node&filter_predicates=%3D&filter_values=True"
-# Of a working directory only the packages are sent, without what .gitignore names: no results, data or `.env` by mistake.
+# Of a working directory only the packages are sent, without what .gitignore names: no results, data or `.env` by
+# mistake.
 EXCLUDES = ["/*", "!/.", "!/unlearn", "!/jobs", "!/pipelines", "__pycache__", ".env"]
 
 
 class RayJobs:
-    """address: of the dashboard, http or https. working_dir: the folder of code to send, or none where it is installed."""
+    """address: of the dashboard, http or https. working_dir: the folder of code to send, or none where it is
+    installed."""
 
     def __init__(self, address: str, working_dir: str | None = None):
         self.where, self._working_dir, self._connected = address.rstrip("/"), working_dir, None
@@ -63,7 +65,8 @@ class RayJobs:
         return host != "localhost" or not self._head_is_here()
 
     def _head_is_here(self) -> bool:
-        """Whether the cluster's own process runs on this machine; also true where nothing answers, which is reported later."""
+        """Whether the cluster's own process runs on this machine; also true where nothing answers, which is reported
+        later."""
         import psutil
 
         try:
@@ -86,14 +89,16 @@ class RayJobs:
         code = {"working_dir": self._working_dir, "excludes": EXCLUDES} if self._working_dir else {}
         return {
             "submission_id": attempt, "entrypoint": shlex.join(["python", *request.command]),
-            "runtime_env": {"env_vars": variables} | code, "metadata": {REQUEST: request.dump(), CODE: self._working_dir or ""},
+            "runtime_env": {"env_vars": variables} | code,
+            "metadata": {REQUEST: request.dump(), CODE: self._working_dir or ""},
         }  # fmt: skip
 
     def again(self, id: str) -> Job:
         details = self._newest(id)
         if (code := details.metadata.get(CODE, "")) and not Path(code).is_dir():
             raise ClusterError(
-                f"{id} was sent with the code in {code}, which is not on this machine: submit it again, with --working-dir"
+                f"{id} was sent with the code in {code}, which is not on this machine: submit it again, with "
+                "--working-dir"
             )
         variables = (details.runtime_env or {}).get("env_vars", {})
         return RayJobs(self.where, code or None).start(
@@ -231,13 +236,20 @@ class RayJobs:
                 and re.search("40[13]", text)
             ):
                 if "Missing" in text or "required" in text or "401" in text:
-                    what = f"{self.where} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file"
+                    what = (
+                        f"{self.where} wants a token, and none was found: set RAY_AUTH_TOKEN, or "
+                        "RAY_AUTH_TOKEN_PATH to its file"
+                    )
                 else:
-                    what = f"{self.where} refuses the token: check RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token"
+                    what = (
+                        f"{self.where} refuses the token: check RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or "
+                        "~/.ray/auth_token"
+                    )
                 raise ClusterError(what) from None
             if isinstance(e, ConnectionError | requests.exceptions.RequestException | ValueError):
                 raise ClusterError(
-                    f"no Ray dashboard answers at {self.where} ({text[:160]}): check the address; the port is 8265 unless told"
+                    f"no Ray dashboard answers at {self.where} ({text[:160]}): check the address; the port is 8265 "
+                    "unless told"
                 ) from None
             if isinstance(e, RuntimeError):
                 if "Package" in text and "exceed" in text or "is too large" in text:
@@ -245,7 +257,10 @@ class RayJobs:
                         f"the working directory is too large to be sent: {text[:200]}; name a smaller --working-dir"
                     ) from None
                 if "No available agent" in text:
-                    text = f"its head has taken no jobs for {PATIENCE} s; is its node alive, and port 52365 free for its agent? ({text[:160]})"
+                    text = (
+                        f"its head has taken no jobs for {PATIENCE} s; is its node alive, and port 52365 free "
+                        f"for its agent? ({text[:160]})"
+                    )
                 raise ClusterError(f"{self.where} refused: {text[:300]}") from None
             raise
 
@@ -268,7 +283,10 @@ def _message(details) -> str:
         return " ".join(text.split())[:500]
     why = error_line(text.partition("\n")[2])
     if "No module named" in why:
-        why += "; the head's `python` lacks it: start Ray with the right one first in PATH, or send our code with --working-dir"
+        why += (
+            "; the head's `python` lacks it: start Ray with the right one first in PATH, or send our code with "
+            "--working-dir"
+        )
     return f"exit code {code}: {why}"
 
 
@@ -286,5 +304,6 @@ def _check_answers(address: str) -> None:
         ).close()
     except (OSError, ValueError) as e:
         raise ClusterError(
-            f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the cluster is up"
+            f"nobody answers at {address} ({getattr(e, 'strerror', None) or e}): check the address, and that the "
+            "cluster is up"
         ) from None

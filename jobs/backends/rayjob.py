@@ -1,7 +1,7 @@
 """The RayJob that a run becomes on Kubernetes: the template of an overlay, filled in.
 
-Pure functions of documents: nothing here reaches a cluster, nor needs the kubernetes package. `check` (jobs/rayjob_rules.py)
-says what the cluster would refuse.
+Pure functions of documents: nothing here reaches a cluster, nor needs the kubernetes package. `check`
+(jobs/rayjob_rules.py) says what the cluster would refuse.
 """
 
 import copy
@@ -31,7 +31,8 @@ class Secret:
 
 
 def template(overlay: str) -> dict:
-    """The RayJob of an overlay of infra/kubernetes, or of a YAML file that `kubectl kustomize` made of the user's own."""
+    """The RayJob of an overlay of infra/kubernetes, or of a YAML file that `kubectl kustomize` made of the user's
+    own."""
     if overlay in OVERLAYS:
         text = (files("jobs.backends") / f"rendered/{overlay}.yaml").read_text()
     elif overlay.endswith((".yaml", ".yml")):
@@ -62,8 +63,8 @@ def fill(
 
     entrypoint: the command's words, quoted here. queue, priority: of Kueue; queue "" removes the job from Kueue.
     workers: worker pods of the first group, a number, or (least, most). resources: of each worker pod, for example
-    {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}. env: for head and workers. spec: further fields of the RayJob's spec,
-    for example {"activeDeadlineSeconds": 3600}.
+    {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}. env: for head and workers. spec: further fields of the
+    RayJob's spec, for example {"activeDeadlineSeconds": 3600}.
     """
     job = copy.deepcopy(template)
     meta, body = job["metadata"], job["spec"]
@@ -113,8 +114,9 @@ def pods(job: dict, workers: int, cpus_per_worker: float, gpus_per_worker: float
     fit = min(cpus // cpus_per_worker, gpus // gpus_per_worker if gpus_per_worker else math.inf)
     if fit < 1:
         raise ConfigError(
-            f"a worker wants {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs, a worker pod of this template has {cpus} and {gpus}: "
-            "lower cluster.cpus_per_worker or gpus_per_worker, or take another template or other resources"
+            f"a worker wants {cpus_per_worker:g} CPUs and {gpus_per_worker:g} GPUs, a worker pod of this template has "
+            f"{cpus} and {gpus}: lower cluster.cpus_per_worker or gpus_per_worker, or take another template or other "
+            "resources"
         )
     return math.ceil(workers / fit)
 
@@ -134,7 +136,8 @@ def _resize(cluster: dict, workers: int | tuple[int, int]) -> None:
         raise ConfigError(f"{least} to {most} worker pods are asked for: give 0 <= least <= most")
     if most > ceiling:
         raise ConfigError(
-            f"{most} worker pods are asked for, the template allows {ceiling} (maxReplicas): ask for fewer, or raise it there"
+            f"{most} worker pods are asked for, the template allows {ceiling} (maxReplicas): ask for fewer, or raise "
+            "it there"
         )
     # The autoscaler grows from the least; without one all are asked for at once, and the run may begin with the least.
     start = least if cluster.get("enableInTreeAutoscaling") else most

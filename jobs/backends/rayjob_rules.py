@@ -1,8 +1,9 @@
 """What a cluster would refuse of a RayJob, said before it is sent.
 
-The API server accepts more than those behind it: KubeRay's operator parks such a job in ValidationFailed, Kueue's webhook turns
-it away, and a resource nobody has makes it wait for ever. Rules of KubeRay 1.7, Kueue 0.19, and a few of our own. Not here: what
-the API server says itself (unknown fields, types), and what hangs on the operator's feature gates (tlsOptions, networkPolicy).
+The API server accepts more than those behind it: KubeRay's operator parks such a job in ValidationFailed, Kueue's
+webhook turns it away, and a resource nobody has makes it wait for ever. Rules of KubeRay 1.7, Kueue 0.19, and a few of
+our own. Not here: what the API server says itself (unknown fields, types), and what hangs on the operator's feature
+gates (tlsOptions, networkPolicy).
 """
 
 import re
@@ -144,7 +145,10 @@ def _groups(cluster: dict, groups: list[tuple[str, dict]]) -> Iterator[str]:
         elif (
             not least <= group.get("replicas", least) <= most
         ):  # the operator would take the nearer bound and say nothing
-            yield f"{where}: replicas {group.get('replicas', least)} is not between minReplicas {least} and maxReplicas {most}"
+            yield (
+                f"{where}: replicas {group.get('replicas', least)} is not between minReplicas {least} and "
+                f"maxReplicas {most}"
+            )
 
 
 def _autoscaling(cluster: dict, groups: list[tuple[str, dict]]) -> Iterator[str]:
@@ -181,7 +185,10 @@ def _state(cluster: dict, annotations: dict) -> Iterator[str]:
     if options and (
         params.get("redis-password") or _variable(head, "REDIS_PASSWORD") or _variable(head, "RAY_REDIS_ADDRESS")
     ):
-        yield "with gcsFaultToleranceOptions Redis' address and password stand there, not in the head's environment or rayStartParams"
+        yield (
+            "with gcsFaultToleranceOptions Redis' address and password stand there, not in the head's environment "
+            "or rayStartParams"
+        )
     if params.get("redis-username") or _variable(head, "REDIS_USERNAME"):
         yield "Redis' user name stands in gcsFaultToleranceOptions.redisUsername"
 
@@ -220,7 +227,10 @@ def _kueue(spec: dict, cluster: dict | None, elastic: bool) -> Iterator[str]:
 def _ours(spec: dict, cluster: dict) -> Iterator[str]:
     entrypoint = (spec.get("entrypoint") or "").strip()
     if not entrypoint or "CONFIG" in entrypoint.split():
-        yield "spec.entrypoint is the template's: give the command, for example python -m unlearn run s3://bucket/run.yaml"
+        yield (
+            "spec.entrypoint is the template's: give the command, for example python -m unlearn run "
+            "s3://bucket/run.yaml"
+        )
     groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])] if cluster.get("headGroupSpec") else []
     for group in [*groups, {"template": spec.get("submitterPodTemplate") or {}}]:
         for container in _containers(group):
@@ -230,7 +240,10 @@ def _ours(spec: dict, cluster: dict) -> Iterator[str]:
             for variable in container.get("env", []):
                 words = set(variable["name"].upper().split("_"))
                 if variable.get("value") and words & SECRET and not words & HARMLESS:
-                    yield f"{variable['name']} stands in the job as plain text, for everyone to read: put it into a Secret and name that"
+                    yield (
+                        f"{variable['name']} stands in the job as plain text, for everyone to read: put it into a "
+                        "Secret and name that"
+                    )
 
 
 def _pod(group: dict) -> dict:

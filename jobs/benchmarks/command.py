@@ -1,4 +1,5 @@
-"""What every benchmark's command line shares: the run that is measured, the number of rounds, how a ratio is printed."""
+"""What every benchmark's command line shares: the run that is measured, the number of rounds, how a ratio is
+printed."""
 
 import argparse
 import os
@@ -28,8 +29,8 @@ def settings(options: argparse.Namespace, overrides: list[str] = []) -> config.R
 
 
 def main(module: str, call: Callable[[], None]) -> None:
-    """Run a benchmark with the environment that Ray's workers are given, so that plain torch is a fair baseline; malloc reads
-    it at start. A mistake of the user is reported in one line."""
+    """Run a benchmark with the environment that Ray's workers are given, so that plain torch is a fair baseline; malloc
+    reads it at start. A mistake of the user is reported in one line."""
     if not WORKER_ENV.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, "-m", module, *sys.argv[1:]], os.environ | WORKER_ENV)
     try:

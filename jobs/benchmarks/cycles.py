@@ -1,11 +1,12 @@
-"""Ten cycles, from the base with all that was ever asked, beside the chained way: each from the model of the one before, with what is new.
+"""Ten cycles, from the base with all that was ever asked, beside the chained way: each from the model of the one
+before, with what is new.
 
     python -m jobs.benchmarks.cycles [--cycles 10] [--steps 20] [--limit 50] [--seed 0] [--folder FOLDER]
 
-Clothes of five classes are asked to be forgotten, half a class a cycle. Both ways are measured alike after each cycle: on the images of
-the first request, and on held-out images of the classes that nobody asks for. Each way takes --steps a cycle. At last one cycle from the
-base serves all requests at once, in as many steps as the chain has taken in all, with its time by step. What has run is kept in
---folder, so the same command goes on.
+Clothes of five classes are asked to be forgotten, half a class a cycle. Both ways are measured alike after each cycle:
+on the images of the first request, and on held-out images of the classes that nobody asks for. Each way takes --steps a
+cycle. At last one cycle from the base serves all requests at once, in as many steps as the chain has taken in all, with
+its time by step. What has run is kept in --folder, so the same command goes on.
 """
 
 import argparse
@@ -42,9 +43,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(options.folder or scratch)
         run = {
-            "seed": options.seed, "model": {"weights": "embedded:mae-fashion"}, "data": {"train": "embedded:fashion-train", "cache": "decoded"},
+            "seed": options.seed, "model": {"weights": "embedded:mae-fashion"},
+            "data": {"train": "embedded:fashion-train", "cache": "decoded"},
             "method": {"name": "encoder_l2", "alpha": 0.25},
-            "training": {"engine": "torch", "steps": options.steps, "batch_size": 64, "lr": 1e-3, "warmup_steps": 10, "checkpoint_every": 1000},
+            "training": {"engine": "torch", "steps": options.steps, "batch_size": 64, "lr": 1e-3, "warmup_steps": 10,
+                "checkpoint_every": 1000},
             "evaluation": {"data": "embedded:fashion-test", "limit": options.limit, "views": [{"size": 0.5}]},
         }  # fmt: skip
         asked = requests(options.cycles)
@@ -80,7 +83,8 @@ def compare(run: dict, asked: list[list[str]], folder: Path) -> None:
         after["chained"] = figures(own, asked[0], chained)
         if number == 1:
             print(
-                f"| before | {told(figures(own, asked[0], None), 'forget')} | | {told(figures(own, asked[0], None), 'retain')} | |"
+                f"| before | {told(figures(own, asked[0], None), 'forget')} | | "
+                f"{told(figures(own, asked[0], None), 'retain')} | |"
             )
         row = [told(after[way], name) for name in ("forget", "retain") for way in ("base", "chained")]
         print(f"| {number} ({len(forgotten)} images) | {' | '.join(row)} |", flush=True)
@@ -113,7 +117,8 @@ def chain(run: dict, ids: list[str], weights: str, folder: str) -> str:
 
 
 def figures(settings: RunConfig, first: list[str], model: str | None) -> dict[str, dict]:
-    """{set: row of figures} of a model, None being the base, on the first request and on the classes that nobody asks for."""
+    """{set: row of figures} of a model, None being the base, on the first request and on the classes that nobody asks
+    for."""
     with tempfile.TemporaryDirectory() as scratch:
         if model is not None:
             os.symlink(model, f"{scratch}/model")
@@ -153,7 +158,8 @@ def at_once(run: dict, asked: list[list[str]]) -> None:
     whole, work = sum(seconds.values()), seconds["train"] + seconds["evaluate"]
     steps = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
     print(
-        f"\none cycle that serves {len(asked)} requests: {whole:.0f} s ({steps}); {1 - work / whole:.1%} is neither training nor evaluating"
+        f"\none cycle that serves {len(asked)} requests: {whole:.0f} s ({steps}); {1 - work / whole:.1%} is neither "
+        "training nor evaluating"
     )
 
 

@@ -14,8 +14,8 @@ from unlearn.training import metrics
 
 
 def engines(settings: config.RunConfig, rounds: int) -> None:
-    """Images/s in steady state of the same batches: the run as it is, and on plain torch with as many threads as the run
-    has workers, in turn."""
+    """Images/s in steady state of the same batches: the run as it is, and on plain torch with as many threads as the
+    run has workers, in turn."""
     plain = {
         "training": {"engine": "torch", "threads": settings.cluster.workers, "micro_batch_size": settings.micro_batch},
         "cluster": {"workers": 1},

@@ -2,8 +2,9 @@
 
     python -m jobs.benchmarks.latency [CONFIG] --to http://HEAD:8265 [--set a.b=c] [--rounds 3]
 
-The first round is the warm-up. Each round submits the run into a new folder with `training.log_every=1`, and stops it after its first step.
-The run folder must be readable from here; the stages of the workers are measured only where they run on this machine.
+The first round is the warm-up. Each round submits the run into a new folder with `training.log_every=1`, and stops it
+after its first step. The run folder must be readable from here; the stages of the workers are measured only where they
+run on this machine.
 """
 
 import statistics
@@ -68,7 +69,8 @@ def latency(settings: config.RunConfig, to: str, count: int) -> None:
     for stage in STAGES:
         if values := [seconds[stage] for seconds in rounds if stage in seconds]:
             print(
-                f"{stage:16} after {statistics.median(values):5.1f} s (median of {len(values)}, {min(values):.1f} to {max(values):.1f})"
+                f"{stage:16} after {statistics.median(values):5.1f} s (median of {len(values)}, {min(values):.1f} to "
+                f"{max(values):.1f})"
             )
 
 

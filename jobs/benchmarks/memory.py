@@ -3,8 +3,8 @@
     python -m jobs.benchmarks.memory [CONFIG] [--gigabytes 1] [--set a.b=c]
 
 Trains a masked autoencoder of random weights, of that many gigabytes in float32, with two workers and ZeRO-2 for two
-steps; then again from the checkpoint of the first step. Told is the most that the workers took together at one moment, as
-proportional set size: what processes share counts once. Where run_dir is on S3 its temporary files are counted too.
+steps; then again from the checkpoint of the first step. Told is the most that the workers took together at one moment,
+as proportional set size: what processes share counts once. Where run_dir is on S3 its temporary files are counted too.
 """
 
 import math
@@ -28,7 +28,8 @@ EVERY = 0.25  # seconds between two looks
 WIDTH = 1024
 RUN = [
     "cluster.workers=2", "training.engine=deepspeed", "training.zero_stage=2", "training.steps=2",
-    "training.checkpoint_every=1", "training.keep_checkpoints=2", "training.batch_size=16", "training.micro_batch_size=8", "evaluation.oracle=null",
+    "training.checkpoint_every=1", "training.keep_checkpoints=2", "training.batch_size=16",
+    "training.micro_batch_size=8", "evaluation.oracle=null",
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""How well the order of samples is shuffled: the mean distance that a sample travels from its place in the data, and how
-many classes a global batch holds, each against a full shuffle; for rows that are sorted by class, as most sets are stored.
+"""How well the order of samples is shuffled: the mean distance that a sample travels from its place in the data, and
+how many classes a global batch holds, each against a full shuffle; for rows that are sorted by class, as most sets are
+stored.
 
-A full shuffle moves a sample by a third of the set on average. A window of `data.shuffle_rows` holds whole row groups that
-come in random order, so samples travel as far with a small one; what it costs is that a batch is of few classes.
+A full shuffle moves a sample by a third of the set on average. A window of `data.shuffle_rows` holds whole row groups
+that come in random order, so samples travel as far with a small one; what it costs is that a batch is of few classes.
 
 python -m jobs.benchmarks.shuffle [--rows 1300000] [--classes 1000] [--group 256] [--window N ...] [--batch 64]
 """

@@ -34,13 +34,16 @@ BATCHES = 4
 
 
 def step(
-    run: config.RunConfig, rounds: int, seconds: float = 2, warm_up: int = 3, compiled: bool = False, channels_last: bool = False,
+    run: config.RunConfig, rounds: int, seconds: float = 2, warm_up: int = 3, compiled: bool = False,
+    channels_last: bool = False,
     synthetic: bool = False,
 ) -> None:  # fmt: skip
-    """Rounds of engine steps and of bare steps in turn, each about `seconds` long: images/s of both, their ratio, and MFU.
+    """Rounds of engine steps and of bare steps in turn, each about `seconds` long: images/s of both, their ratio, and
+    MFU.
 
-    compiled: torch.compile on both encoders. channels_last: of convolutions. synthetic: noise for images, else those of the
-    run. With training.engine deepspeed it is that engine, alone in its process group, that is compared with the bare loop.
+    compiled: torch.compile on both encoders. channels_last: of convolutions. synthetic: noise for images, else those of
+    the run. With training.engine deepspeed it is that engine, alone in its process group, that is compared with the
+    bare loop.
     """
     if not isinstance(run.method, EncoderL2Options) or run.method.noise != "standard":
         raise ConfigError("benchmark step: the bare loop knows method encoder_l2 with noise standard alone")
@@ -101,7 +104,8 @@ def _ratio(what: str, times: dict[str, list[tuple]], which: int) -> None:
     ratios = sorted(e[which] / b[which] for e, b in zip(times["engine"], times["bare loop"], strict=True))
     low, high = ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4]
     print(
-        f"{what}, engine / bare loop: {statistics.median(ratios):.3f} (median of {len(ratios)} rounds, middle half {low:.3f} to {high:.3f})"
+        f"{what}, engine / bare loop: {statistics.median(ratios):.3f} (median of {len(ratios)} rounds, middle half "
+        f"{low:.3f} to {high:.3f})"
     )
 
 
@@ -127,8 +131,8 @@ def _tell(
             memory.estimate(measured, strategy, precision, 1, run.accumulation, True),
             16 * measured.trained.count + 4 * measured.teacher.count,
         )
-        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB, of which the bare loop keeps {bare / 2**30:.2f}; "
-              f"plan says {needed.total / 2**30:.2f} without it")  # fmt: skip
+        print(f"peak memory {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB, of which the bare loop keeps "
+              f"{bare / 2**30:.2f}; plan says {needed.total / 2**30:.2f} without it")  # fmt: skip
 
 
 class Bare:
@@ -209,7 +213,8 @@ def _prepare(models: tuple, compiled: bool, channels_last: bool) -> None:
 def _batches(
     run: config.RunConfig, student: base.Adapter, first_stage, device: torch.device, synthetic: bool
 ) -> list[Batch]:
-    """Micro-batches in memory, pinned where the device is a GPU; where there is a first stage, latents are computed here."""
+    """Micro-batches in memory, pinned where the device is a GPU; where there is a first stage, latents are computed
+    here."""
     size = student.options.image_size
     if synthetic:
         retain, forget = order.split(run.micro_batch, run.training.forget_fraction)
@@ -272,6 +277,7 @@ if __name__ == "__main__":
     parser.add_argument("--channels-last", action="store_true")
     options = parser.parse_args()
     command.main("jobs.benchmarks.step", lambda: step(
-        command.settings(options, _one_worker(options)), options.rounds, options.seconds, options.warm_up, options.compile,
+        command.settings(options, _one_worker(options)), options.rounds, options.seconds, options.warm_up,
+        options.compile,
         options.channels_last, options.model is not None,
     ))  # fmt: skip

@@ -27,7 +27,8 @@ def make_run(folder, unlearned: str = ORIGINAL, **evaluation) -> config.RunConfi
     """The demo's run, whose unlearned model is the one given."""
     tree = {
         "run_dir": str(folder / "run"), "model": {"weights": ORIGINAL},
-        "data": {"train": "embedded:fashion-train", "forget": {"classes": ["Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot"]}},
+        "data": {"train": "embedded:fashion-train",
+            "forget": {"classes": ["Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot"]}},
         "training": {"engine": "torch", "steps": 1},
         "evaluation": {"data": "embedded:fashion-test", "oracle": ORACLE} | evaluation,
     }  # fmt: skip

@@ -22,15 +22,18 @@ def make_document() -> dict:
     names = ("original", "unlearned", "oracle", "oracle 2")
     curves = {name: [(float(x), 10.0 + i + x) for x in (0, 1, 2)] for i, name in enumerate(names)}
     figures = [
-        Figure("lead_forget", "trained on <forget>: lead", {n: estimate(v) for n, v in zip(names, (5.0, 3.0, 0.0, 1.0), strict=True)},
+        Figure("lead_forget", "trained on <forget>: lead",
+            {n: estimate(v) for n, v in zip(names, (5.0, 3.0, 0.0, 1.0), strict=True)},
                Rule("above", 1), 2, curves, note="A note."),
     ]  # fmt: skip
     judgements = [j for figure in figures if (j := base.judge(figure, 0.95))]
     test = base.document(Relearning(RelearningOptions()), figures, judgements, 0.95)
     about = {"images": 7, "classes": ["a"], "manifest": "0" * 64}
     return {
-        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "weights": dict.fromkeys(names, "2" * 64), "verdict": test["verdict"],
-        "reasons": ["Relearning: FAIL"], "tests": ["relearning"], "relearning": test, "sets": {"forget": about}, "seconds": {"total": 1.0},
+        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "weights": dict.fromkeys(names, "2" * 64),
+        "verdict": test["verdict"],
+        "reasons": ["Relearning: FAIL"], "tests": ["relearning"], "relearning": test, "sets": {"forget": about},
+        "seconds": {"total": 1.0},
         "settings": {"confidence": 0.95, "resamples": 100, "seed": 0},
     }  # fmt: skip
 

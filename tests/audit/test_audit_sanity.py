@@ -1,4 +1,5 @@
-"""An audit can say no, and yes: of the original, of two shams, and of a model that was trained anew without the forget set."""
+"""An audit can say no, and yes: of the original, of two shams, and of a model that was trained anew without the forget
+set."""
 
 import pytest
 import torch
@@ -15,11 +16,13 @@ pytestmark = pytest.mark.slow  # tests/audit/test_audit.py says the same of the 
 
 FORGET = ["Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot"]
 SHAPE = {
-    "image_size": 32, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "decoder_width": 64, "decoder_depth": 2, "decoder_heads": 4,
+    "image_size": 32, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "decoder_width": 64, "decoder_depth": 2,
+    "decoder_heads": 4,
     "mean": [0.22] * 3, "std": [0.32] * 3,
 }  # fmt: skip
 AUDIT = [
-    "limit=500", "resamples=200", "membership.views=2", "probes.images=24", "probes.steps=60", "relearning.steps=20", "relearning.watched=100",
+    "limit=500", "resamples=200", "membership.views=2", "probes.images=24", "probes.steps=60", "relearning.steps=20",
+    "relearning.watched=100",
 ]  # fmt: skip
 
 
@@ -29,7 +32,8 @@ def trained(folder, seed: int, retain: dict | None, steps: int = 300) -> str:
         "run_dir": str(folder), "seed": seed, "model": {"options": SHAPE}, "method": {"name": "pretrain"},
         "data": {"train": "embedded:fashion-train", "retain": retain, "cache": "decoded"},
         "train_views": [{"kind": "random", "size": [0.5, 0.75]}, {"size": 0.5}],
-        "training": {"engine": "torch", "steps": steps, "batch_size": 64, "lr": 3e-3, "warmup_steps": 20, "checkpoint_every": steps},
+        "training": {"engine": "torch", "steps": steps, "batch_size": 64, "lr": 3e-3, "warmup_steps": 20,
+            "checkpoint_every": steps},
     }  # fmt: skip
     settings = config.parse(tree)
     runs.worker(settings)

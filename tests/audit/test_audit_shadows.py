@@ -1,4 +1,5 @@
-"""Shadow models: what each is trained on, that training them goes on where it was, and membership image by image with them."""
+"""Shadow models: what each is trained on, that training them goes on where it was, and membership image by image with
+them."""
 
 import numpy as np
 import pytest

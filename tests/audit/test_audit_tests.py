@@ -159,7 +159,8 @@ def test_a_trigger_fires_where_the_target_is_painted():
 
     view = views.draw([config.ViewSpec(size=0.5)], 8, 3, np.random.default_rng(0))
     bench = SimpleNamespace(
-        pixels=lambda name, start, stop: (np.arange(3), pixels), view=lambda *about: view, size=32, compared=SimpleNamespace(reconstruct=paints),
+        pixels=lambda name, start, stop: (np.arange(3), pixels), view=lambda *about: view, size=32,
+        compared=SimpleNamespace(reconstruct=paints),
     )  # fmt: skip
     found = poisoning.Poisoning(poisoning.PoisoningOptions()).measure(
         Piece("poisoning", "original", "retain_new", 0, 3), bench

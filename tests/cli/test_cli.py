@@ -22,7 +22,10 @@ from unlearn.training import metrics
 
 def test_help_is_light():
     """No heavy import stands between the user and the help."""
-    code = "import sys; from unlearn.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m for m in ('torch', 'ray', 'timm', 'pyarrow') if m in sys.modules])"
+    code = (
+        "import sys; from unlearn.cli.app import main\ntry: main(['--help'])\nexcept SystemExit: pass\nprint([m "
+        "for m in ('torch', 'ray', 'timm', 'pyarrow') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "Usage" in out and out.rstrip().endswith("[]")
 

@@ -1,4 +1,5 @@
-"""Requests are served in cycles: from the base, all together, old ones apart from new ones, and what fails stays open."""
+"""Requests are served in cycles: from the base, all together, old ones apart from new ones, and what fails stays
+open."""
 
 import json
 from dataclasses import replace
@@ -37,7 +38,8 @@ def files(cycle, id: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def served(made):
-    """(cycle, what its first run came to, its second, its third): three requests, one of them of nobody; none; one more."""
+    """(cycle, what its first run came to, its second, its third): three requests, one of them of nobody; none; one
+    more."""
     cycle = made()
     ask(cycle, {"subjects": ["person-1"]}, {"ids": ["img-003", "img-999"]}, {"subjects": ["nobody"]})
     first, second = job.run(cycle), job.run(cycle)
@@ -96,7 +98,8 @@ def test_a_part_of_the_forget_set_changes_no_view_of_the_others(served):
 
 
 def test_images_of_a_class_that_somebody_names_are_no_retain_images(made, tiny_shards):
-    """Requests of several kinds are forgotten by id, and yet held-out images of a class that one of them names are not retained."""
+    """Requests of several kinds are forgotten by id, and yet held-out images of a class that one of them names are not
+    retained."""
     cycle = made()
     cycle = cycle.model_copy(update={"run": cycle.run | {"evaluation": {"data": tiny_shards}}})
     ask(cycle, {"subjects": ["person-1"]}, {"classes": ["cat"]})
@@ -164,7 +167,8 @@ def test_names_are_in_the_configuration_of_the_run_alone(served):
 
 
 def test_the_ladder_is_climbed_and_every_rung_recorded(made):
-    """The first rung does not learn at all, the second does; after both fail the same requests are tried again only under another gate."""
+    """The first rung does not learn at all, the second does; after both fail the same requests are tried again only
+    under another gate."""
     gate = {"metrics.unlearned.forget.psnr": {"base": {"max": -1e-3}}, LIMIT: {"min": 1.5}}
     cycle = made(gate=gate, ladder=[{"training.lr": 0.3, "training.steps": 3}])
     cycle = cycle.model_copy(update={"run": cycle.run | {"training": cycle.run["training"] | {"lr": 1e-30}}})

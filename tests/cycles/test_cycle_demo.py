@@ -13,7 +13,8 @@ from unlearn.cycles import cycle_file
 
 ROOT = Path(__file__).parents[2]
 SHORT = (
-    "run.training.steps=2", "run.training.batch_size=8", "run.training.warmup_steps=0", "run.evaluation.limit=1", "ladder=[]",
+    "run.training.steps=2", "run.training.batch_size=8", "run.training.warmup_steps=0", "run.evaluation.limit=1",
+    "ladder=[]",
     "gate={metrics.unlearned.forget_old.cosine: {max: 2, optional: true}, metrics.unlearned.retain.cosine: {min: -1}}",
 )  # fmt: skip
 
@@ -46,9 +47,12 @@ def told(tmp_path_factory) -> tuple[Path, str]:
 def test_the_story_is_told_in_order(told):
     folder, text = told
     parts = [
-        "Two requests come in: forget every image of Sneaker and of Bag.", "Cycle 1 starts from the base", "beside no earlier release",
-        "v1 is released and current; request(s) 1, 2 are served", "verified offline", "Another request comes in: forget every image of Sandal.",
-        "Cycle 2", "beside v1", "asked before", "v2 is released and current; request(s) 3 are served", "Your request no. 1", "release: v1",
+        "Two requests come in: forget every image of Sneaker and of Bag.", "Cycle 1 starts from the base",
+        "beside no earlier release",
+        "v1 is released and current; request(s) 1, 2 are served", "verified offline",
+        "Another request comes in: forget every image of Sandal.",
+        "Cycle 2", "beside v1", "asked before", "v2 is released and current; request(s) 3 are served",
+        "Your request no. 1", "release: v1",
         "The ledger is whole: 16 entries", f"The whole history on one page: {folder}/cycles/history.html",
     ]  # fmt: skip
     places = [text.index(part) for part in parts]

@@ -95,7 +95,8 @@ def _watched(function, name: str, boundary):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_at_random_again_and_again_all_is_consistent(tmp_path, tiny_shards, tiny_model):
-    """Requests come in while cycles are killed; after each kill ledger, releases and pointer are held against each other."""
+    """Requests come in while cycles are killed; after each kill ledger, releases and pointer are held against each
+    other."""
     cycle = tiny_cycle(tmp_path, tiny_shards, tiny_model, audit=AUDIT)
     draw, kills, asked = random.Random(0), 0, 0
     public, seal = (

@@ -13,18 +13,22 @@ from unlearn.cycles.records import Records
 
 TEXT, URI = {"type": "string", "minLength": 1}, {"type": "string", "pattern": "^[a-z]+:"}
 FACET = {
-    "type": "object", "properties": {"_producer": URI, "_schemaURL": {"type": "string", "pattern": "^https://openlineage.io/spec/"}},
+    "type": "object",
+    "properties": {"_producer": URI, "_schemaURL": {"type": "string", "pattern": "^https://openlineage.io/spec/"}},
     "required": ["_producer", "_schemaURL"],
 }  # fmt: skip
 FACETS = {"type": "object", "additionalProperties": FACET}
 DATASETS = {"type": "array", "items": {
-    "type": "object", "properties": {"namespace": TEXT, "name": TEXT, "facets": FACETS}, "required": ["namespace", "name"],
+    "type": "object", "properties": {"namespace": TEXT, "name": TEXT, "facets": FACETS},
+    "required": ["namespace", "name"],
 }}  # fmt: skip
 # What the specification (2-0-2) asks of a RunEvent.
 EVENT = {
-    "type": "object", "additionalProperties": False, "required": ["eventTime", "producer", "schemaURL", "run", "job", "eventType"],
+    "type": "object", "additionalProperties": False,
+    "required": ["eventTime", "producer", "schemaURL", "run", "job", "eventType"],
     "properties": {
-        "eventType": {"enum": ["START", "RUNNING", "COMPLETE", "ABORT", "FAIL", "OTHER"]}, "producer": URI, "schemaURL": URI,
+        "eventType": {"enum": ["START", "RUNNING", "COMPLETE", "ABORT", "FAIL", "OTHER"]}, "producer": URI,
+        "schemaURL": URI,
         "eventTime": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00$"},
         "run": {"type": "object", "required": ["runId"], "properties": {
             "runId": {"type": "string", "pattern": "^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"}, "facets": FACETS}},

@@ -53,7 +53,8 @@ def noise(tmp_path_factory) -> str:
     folder, rng = tmp_path_factory.mktemp("noise"), np.random.default_rng(0)
     with pq.ParquetWriter(folder / "0.parquet", shards.SCHEMA, compression="none") as writer:
         for start in range(0, 400, 10):
-            rows = [{"image": {"bytes": encode(rng.integers(0, 256, (160, 200, 3), np.uint8), compress_level=0), "path": None},
+            rows = [{"image": {"bytes": encode(rng.integers(0, 256, (160, 200, 3), np.uint8), compress_level=0),
+                        "path": None},
                      "label": 0, "id": str(start + i), "subject": "s"} for i in range(10)]  # fmt: skip
             writer.write_table(pa.Table.from_pylist(rows, shards.SCHEMA), row_group_size=10)
     shards.index(str(folder))

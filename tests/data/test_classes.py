@@ -94,7 +94,8 @@ def test_given_names(tmp_path):
     with pytest.raises(DataError, match="a.parquet: class 'ant' is not among the given class names"):
         shards.index(where, classes=["dog", "cow"])
     for text, names in (
-        ("ant\nwater bee\n", ["ant", "water bee"]), ("/b/bee 1\n/a/ant 0\n", ["a/ant", "b/bee"]), ("area 51\ncatch 22\n", ["area 51", "catch 22"]),
+        ("ant\nwater bee\n", ["ant", "water bee"]), ("/b/bee 1\n/a/ant 0\n", ["a/ant", "b/bee"]),
+        ("area 51\ncatch 22\n", ["area 51", "catch 22"]),
         ("n01440764 tench, Tinca tinca\nn01443537 goldfish", ["n01440764", "n01443537"]),
     ):  # fmt: skip
         (tmp_path / "names.txt").write_text(text)

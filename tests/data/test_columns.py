@@ -37,7 +37,9 @@ def labels(manifest: shards.Manifest) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "kind", [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary()), pa.struct({"bytes": pa.large_binary()})],
+    "kind",
+    [pa.binary(), pa.large_binary(), pa.binary_view(), pa.dictionary(pa.int32(), pa.binary()),
+        pa.struct({"bytes": pa.large_binary()})],
     ids=str,
 )  # fmt: skip
 def test_images_of_every_binary_kind(tmp_path, kind):
@@ -54,7 +56,8 @@ def test_images_of_every_binary_kind(tmp_path, kind):
 @pytest.mark.parametrize(
     "values",
     [
-        pa.array([2, 0, 2, 1], pa.uint8()), pa.array([2, 0, 2, 1], pa.uint64()), pa.array([2.0, 0, 2, 1]), pa.array([2, 0, 2, 1], pa.float32()),
+        pa.array([2, 0, 2, 1], pa.uint8()), pa.array([2, 0, 2, 1], pa.uint64()), pa.array([2.0, 0, 2, 1]),
+        pa.array([2, 0, 2, 1], pa.float32()),
         pa.array([decimal.Decimal(v) for v in ("2.00", "0.00", "2.00", "1.00")]), pa.array([[2], [0], [2], [1]]),
         pa.array([[2], [0], [2], [1]], pa.list_(pa.int16(), 1)), pa.array([2, 0, 2, 1]).dictionary_encode(),
     ],
@@ -70,7 +73,8 @@ def test_labels_of_every_kind_that_is_a_whole_number(tmp_path, values):
 
 @pytest.mark.parametrize(
     "values",
-    [pa.array(["dog", "ant", "dog", "bee"]), pa.array(["dog", "ant", "dog", "bee"], pa.large_string()), pa.array(["dog", "ant", "dog", "bee"], pa.string_view()),
+    [pa.array(["dog", "ant", "dog", "bee"]), pa.array(["dog", "ant", "dog", "bee"], pa.large_string()),
+        pa.array(["dog", "ant", "dog", "bee"], pa.string_view()),
      pa.array(["dog", "ant", "dog", "bee"]).dictionary_encode(), pa.array([["dog"], ["ant"], ["dog"], ["bee"]])],
     ids=lambda v: str(v.type),
 )  # fmt: skip
@@ -118,12 +122,16 @@ UUIDS = [uuid.UUID(int=i) for i in range(4)]
 @pytest.mark.parametrize(
     "values, texts",
     [
-        (pa.array([5, 6, 7, 8]), ["5", "6", "7", "8"]), (pa.array([5, 6, 7, 2**64 - 1], pa.uint64()), ["5", "6", "7", str(2**64 - 1)]),
+        (pa.array([5, 6, 7, 8]), ["5", "6", "7", "8"]),
+        (pa.array([5, 6, 7, 2**64 - 1], pa.uint64()), ["5", "6", "7", str(2**64 - 1)]),
         (pa.array([decimal.Decimal(i) for i in range(4)], pa.decimal128(5, 0)), ["0", "1", "2", "3"]),
-        (pa.array([w.encode() for w in WORDS]), WORDS), (pa.array([w.encode() for w in WORDS], pa.large_binary()), WORDS),
-        (pa.array([w.encode() for w in WORDS], pa.binary(1)), ["61", "62", "63", "64"]), (pa.array(WORDS).dictionary_encode(), WORDS),
+        (pa.array([w.encode() for w in WORDS]), WORDS),
+        (pa.array([w.encode() for w in WORDS], pa.large_binary()), WORDS),
+        (pa.array([w.encode() for w in WORDS], pa.binary(1)), ["61", "62", "63", "64"]),
+        (pa.array(WORDS).dictionary_encode(), WORDS),
         (pa.array(WORDS, pa.string_view()), WORDS),
-        (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([u.bytes for u in UUIDS], pa.binary(16))), [str(u) for u in UUIDS]),
+        (pa.ExtensionArray.from_storage(pa.uuid(), pa.array([u.bytes for u in UUIDS], pa.binary(16))),
+            [str(u) for u in UUIDS]),
     ],
     ids=lambda v: str(v.type) if isinstance(v, pa.Array) else "",
 )  # fmt: skip
@@ -137,8 +145,10 @@ def test_ids_and_subjects_are_matched_as_text(tmp_path, role, values, texts):
 @pytest.mark.parametrize(
     "values, message",
     [
-        (pa.array([1.0, float("nan"), 2, 3]), "is double"), (pa.array([["p"], ["q"], ["r"], ["s"]]), "is list"), (pa.nulls(4), "is null"),
-        (pa.array([True] * 4), "is bool"), (pa.array([datetime.date(2020, 1, 1)] * 4), "is date32"), (pa.array([b"a", b"\xff", b"c", b"d"]), "UTF"),
+        (pa.array([1.0, float("nan"), 2, 3]), "is double"), (pa.array([["p"], ["q"], ["r"], ["s"]]), "is list"),
+        (pa.nulls(4), "is null"),
+        (pa.array([True] * 4), "is bool"), (pa.array([datetime.date(2020, 1, 1)] * 4), "is date32"),
+        (pa.array([b"a", b"\xff", b"c", b"d"]), "UTF"),
     ],
     ids=str,
 )  # fmt: skip

@@ -82,9 +82,11 @@ SEEN = [[9, 8, 7], [255, 255, 255], [204, 224, 244]]
 @pytest.mark.parametrize(
     "data, pixels",
     [
-        (encode(HIDDEN), SEEN), (encode(HIDDEN, "TIFF"), SEEN), (encode(HIDDEN, "WEBP", lossless=True, exact=True), SEEN),
+        (encode(HIDDEN), SEEN), (encode(HIDDEN, "TIFF"), SEEN),
+        (encode(HIDDEN, "WEBP", lossless=True, exact=True), SEEN),
         (encode(HIDDEN, mode="LA"), [[8] * 3, [255] * 3, [220] * 3]),
-        (png(3, 8, 3, b"\0\1\2", (b"PLTE", bytes([255, 0, 0, 0, 255, 0, 0, 0, 255])), (b"tRNS", b"\xff\0\x80")), [[255, 0, 0], [255] * 3, [127, 127, 255]]),
+        (png(3, 8, 3, b"\0\1\2", (b"PLTE", bytes([255, 0, 0, 0, 255, 0, 0, 0, 255])), (b"tRNS", b"\xff\0\x80")),
+            [[255, 0, 0], [255] * 3, [127, 127, 255]]),
         (png(3, 8, 0, b"\5\x09\xc8", (b"tRNS", words(9))), [[5] * 3, [255] * 3, [200] * 3]),
         (png(4, 2, 0, b"\x1b", (b"tRNS", words(1))), [[0] * 3, [255] * 3, [170] * 3, [255] * 3]),
         (png(2, 8, 2, b"\5\x09\xc8\1\2\3", (b"tRNS", words(1, 2, 3))), [[5, 9, 200], [255] * 3]),
@@ -105,8 +107,10 @@ UNIT = np.linspace(0, 1, 256, dtype=np.float32)[None]
 
 @pytest.mark.parametrize(
     "data",
-    [encode(RAMP), encode(RAMP, "TIFF"), encode(RAMP, "TIFF", compression="tiff_lzw"), encode(RAMP, "JPEG2000"), encode(RAMP, "PPM"), encode(RAMP.astype(np.int32), "TIFF"),
-     *(encode(UNIT * np.float32(scale), "TIFF") for scale in (1, 1.02, 255, 1000, 65535)), encode(UNIT * 2 - 1, "TIFF")],
+    [encode(RAMP), encode(RAMP, "TIFF"), encode(RAMP, "TIFF", compression="tiff_lzw"), encode(RAMP, "JPEG2000"),
+        encode(RAMP, "PPM"), encode(RAMP.astype(np.int32), "TIFF"),
+     *(encode(UNIT * np.float32(scale), "TIFF") for scale in (1, 1.02, 255, 1000, 65535)),
+     encode(UNIT * 2 - 1, "TIFF")],
     ids=["png", "tiff", "lzw", "jp2", "pgm", "int32", "unit", "over", "bytes", "own", "words", "signed"],
 )  # fmt: skip
 def test_deep_grey_is_scaled(data):
@@ -146,7 +150,8 @@ def test_size_is_refused_before_anything_is_decoded():
     ihdr = png(1, 8, 0, b"\0")[16:20]
     vast = [header(jpeg, jpeg.index(b"\xff\xc0") + 5, ">HH", 65500, 65500), header(gif, 6, "<HH", 65535, 65535),
             header(bmp, 18, "<ii", 30000, 30000), header(jp2, jp2.index(b"ihdr") + 4, ">II", 65500, 65500),
-            b"P6 65500 65500 255\n" + bytes(99), png(1, 8, 0, b"\0").replace(ihdr * 2, struct.pack(">II", 65500, 65500)),
+            b"P6 65500 65500 255\n" + bytes(99),
+            png(1, 8, 0, b"\0").replace(ihdr * 2, struct.pack(">II", 65500, 65500)),
             b"RIFF\x30\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0\xfb\x3f\0\xfb\x3f\0" + bytes(40), tiled]  # fmt: skip
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in vast:

@@ -63,7 +63,8 @@ def packed(tmp_path, src: str, **options) -> dict[str, str | int]:
         (["pets/young/1.jpg", "cars/young/1.jpg", "pets/old/1.jpg"], ["pets/young", "cars/young", "pets/old"]),
         (["x/train/cat/1.jpg", "x/train/dog/1.jpg", "x/val/cat/1.jpg"], ["cat", "dog", "cat"]),
         (["animals/cat/1.jpg", "things/car/1.jpg"], ["cat", "car"]),
-        (["part1/n01440764/1.JPEG", "part2/n01440764/2.JPEG", "part2/n01443537/2.JPEG"], ["n01440764", "n01440764", "n01443537"]),
+        (["part1/n01440764/1.JPEG", "part2/n01440764/2.JPEG", "part2/n01443537/2.JPEG"],
+            ["n01440764", "n01440764", "n01443537"]),
         (["train/n01440764/images/1.JPEG", "train/n01443537/images/1.JPEG"], ["n01440764", "n01443537"]),
         (["bus/1.jpg", "train/1.jpg"], ["bus", "train"]),
         (["train/bus/1.jpg", "train/train/1.jpg"], ["bus", "train"]),
@@ -131,8 +132,10 @@ def test_flat_folders_take_their_labels_from_a_list(tmp_path, text, classes, lab
 @pytest.mark.parametrize(
     "text, classes, message",
     [
-        ("1\n2\n", None, "labels.txt: 2 labels for 3 images"), ("a.jpg 1\nb.jpg 2\nx.jpg 3", None, "1 of 3 images are not in this list, for example val/c.jpg"),
-        ("1\n2\n3\n", ["x", "y"], "label 3, and there are 2 class names"), ("x\ny\nz\n", ["x", "y"], "class 'z' is not among the given class names"),
+        ("1\n2\n", None, "labels.txt: 2 labels for 3 images"),
+        ("a.jpg 1\nb.jpg 2\nx.jpg 3", None, "1 of 3 images are not in this list, for example val/c.jpg"),
+        ("1\n2\n3\n", ["x", "y"], "label 3, and there are 2 class names"),
+        ("x\ny\nz\n", ["x", "y"], "class 'z' is not among the given class names"),
         (None, None, "labels.txt: cannot be read as a list of labels"),
     ],
 )  # fmt: skip
@@ -149,8 +152,10 @@ def test_a_list_that_does_not_fit_is_told(tmp_path, text, classes, message):
 
 
 def test_what_is_no_data_is_ignored_and_what_cannot_be_read_is_told(tmp_path, caplog):
-    src = tree(tmp_path / "in", "cat/1.jpg", "cat/2.GIF", "cat/3.tif", "cat/4.jfif", "cat/5.jpe", "cat/6.tiff", ".ipynb_checkpoints/1.jpg", "__MACOSX/cat/1.jpg",
-               "_temporary/0/cat/1.jpg", "cat/.hidden/1.jpg", "cat/._1.jpg", "loose.png", "cat/7.heic", "cat/8.heic", "cat/notes.txt")  # fmt: skip
+    src = tree(tmp_path / "in", "cat/1.jpg", "cat/2.GIF", "cat/3.tif", "cat/4.jfif", "cat/5.jpe", "cat/6.tiff",
+        ".ipynb_checkpoints/1.jpg", "__MACOSX/cat/1.jpg",
+               "_temporary/0/cat/1.jpg", "cat/.hidden/1.jpg", "cat/._1.jpg", "loose.png", "cat/7.heic", "cat/8.heic",
+               "cat/notes.txt")  # fmt: skip
     assert packed(tmp_path, src) == {
         f"cat/{n}": "cat" for n in ("1.jpg", "2.GIF", "3.tif", "4.jfif", "5.jpe", "6.tiff")
     }
@@ -170,7 +175,8 @@ def test_links_to_folders_are_followed_but_not_in_a_circle(tmp_path):
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_links_inside_a_tar_are_resolved(tmp_path, mode, caplog):
-    members = {"a/1.png": image(1), "a/2.png": "1.png", "b/3.png": "../store/x.png", "c": "store/deep", "b/4.png": "nowhere.png", "b/5.png": "6.png", "b/6.png": "5.png",
+    members = {"a/1.png": image(1), "a/2.png": "1.png", "b/3.png": "../store/x.png", "c": "store/deep",
+        "b/4.png": "nowhere.png", "b/5.png": "6.png", "b/6.png": "5.png",
                "store/x.png": image(2), "store/deep/y.png": image(3), "d/7.png": "../a/2.png"}  # fmt: skip
     src = tarred(tmp_path / "a.tar", members, mode)
     found = packed(tmp_path, src)

@@ -82,10 +82,13 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (23, 37, 3), np.uint8)
 
 @pytest.mark.parametrize(
     "data",
-    [encode(PIXELS), encode(PIXELS, mode="L"), encode(PIXELS, mode="P"), encode(PIXELS, mode="RGBA"), encode(PIXELS, mode="1"),
-     encode(PIXELS, "JPEG"), encode(PIXELS, "JPEG", "L"), encode(PIXELS, "JPEG", "CMYK"), encode(PIXELS, "JPEG", progressive=True),
+    [encode(PIXELS), encode(PIXELS, mode="L"), encode(PIXELS, mode="P"), encode(PIXELS, mode="RGBA"),
+        encode(PIXELS, mode="1"),
+     encode(PIXELS, "JPEG"), encode(PIXELS, "JPEG", "L"), encode(PIXELS, "JPEG", "CMYK"),
+     encode(PIXELS, "JPEG", progressive=True),
      encode(PIXELS, "WEBP", lossless=True), encode(PIXELS, "BMP"), encode(PIXELS[:1, :1], "JPEG")],
-    ids=["png", "png-grey", "palette", "alpha", "bits", "jpeg", "jpeg-grey", "cmyk", "progressive", "webp", "bmp", "one-pixel"],
+    ids=["png", "png-grey", "palette", "alpha", "bits", "jpeg", "jpeg-grey", "cmyk", "progressive", "webp", "bmp",
+        "one-pixel"],
 )  # fmt: skip
 def test_every_kind_of_image_decodes_as_pil_does(data):
     image = decode(memoryview(data))

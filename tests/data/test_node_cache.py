@@ -1,4 +1,5 @@
-"""Remote files are fetched once a machine: by one of its processes for all, kept while any uses them, gone after the last."""
+"""Remote files are fetched once a machine: by one of its processes for all, kept while any uses them, gone after the
+last."""
 
 import multiprocessing
 import os

@@ -99,7 +99,8 @@ def test_the_order_of_a_seed_never_changes():
 
 @pytest.mark.parametrize("n, group", [(5, 5), (11, 3), (1, 1)])
 def test_every_worker_has_rows_of_a_set_smaller_than_a_batch_in_few_row_groups(n, group):
-    """Eight workers, one to four row groups, a global batch of 32: nobody is without rows, and no row is taken more often."""
+    """Eight workers, one to four row groups, a global batch of 32: nobody is without rows, and no row is taken more
+    often."""
     s, seen = stream(n, group), np.zeros(2 * n, int)
     for step, rank in itertools.product(range(n), range(8)):
         mine = [s.take(number * 4, 4) for number in order.micro_batches(step, rank, 8, 8)]

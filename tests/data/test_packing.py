@@ -54,7 +54,8 @@ def test_images_are_packed_as_they_are_sorted_by_class(source, folder, place):
         str(source), place, rows_per_group=4, shard_bytes=6000, progress=lambda *rows: seen.append(rows)
     )
     names = ["train/ant/0.png", "train/ant/1.JPG", "train/ant/2.png", "test/zebra/0.png", "test/zebra/1.JPG",
-             "train/zebra/0.png", "train/zebra/1.JPG", "train/zebra/2.png", "train/zebra/3.JPG", "train/zebra/4.png"]  # fmt: skip
+             "train/zebra/0.png", "train/zebra/1.JPG", "train/zebra/2.png", "train/zebra/3.JPG",
+             "train/zebra/4.png"]  # fmt: skip
     assert manifest == shards.load(place) and manifest.classes == ["ant", "zebra"]
     table = manifest.table(["id", "label"])
     assert table["id"].to_pylist() == names and table["label"].to_pylist() == [0] * 3 + [1] * 7

@@ -70,8 +70,10 @@ def test_an_outage_is_waited_out_by_every_verb(s3, proxied, patient, tmp_path, c
         return lease.lost == ""
 
     verbs = {
-        "read": lambda: storage.read("x"), "range": lambda: file.read_at(10, 5) == b"1" * 10, "open": lambda: storage.open("x"),
-        "is_file": lambda: storage.is_file("x"), "files": lambda: storage.files(), "write": lambda: storage.write("w", b"1") is None,
+        "read": lambda: storage.read("x"), "range": lambda: file.read_at(10, 5) == b"1" * 10,
+        "open": lambda: storage.open("x"),
+        "is_file": lambda: storage.is_file("x"), "files": lambda: storage.files(),
+        "write": lambda: storage.write("w", b"1") is None,
         "create": lambda: storage.create("c", b"1"), "upload": upload, "download": lambda: _fetched(storage),
         "delete": lambda: storage.delete("x") is None, "renewal": renew,
     }  # fmt: skip
@@ -106,7 +108,8 @@ def test_a_longer_one_is_told_as_the_servers_fault(s3, proxied, tiny_shards, pat
 
 
 def test_a_write_that_is_repeated_after_an_outage_knows_its_own(s3, proxied, patient):
-    """The answers of all attempts of the client are lost, and one is made after that: it meets what the first has written."""
+    """The answers of all attempts of the client are lost, and one is made after that: it meets what the first has
+    written."""
     patient(60)
     proxied.faults["PUT"] = ["lost"] * 4
     assert Storage(s3).create("x", b"own")
@@ -254,7 +257,8 @@ def test_every_way_to_name_an_endpoint_is_heard(s3, s3_server, lost_user, way):
         "own variable": {"AWS_ENDPOINT_URL_S3": s3_server, "AWS_ENDPOINT_URL": nowhere},
         "profile": {"config": f"[default]\nendpoint_url = {s3_server}\n"},
         "services": {"config": f"[default]\nservices = mine\n[services mine]\ns3 =\n  endpoint_url = {s3_server}\n"},
-        "another profile": {"config": f"[default]\nendpoint_url = {nowhere}\n[profile b]\nendpoint_url = {s3_server}\n", "AWS_PROFILE": "b"},
+        "another profile": {"config": f"[default]\nendpoint_url = {nowhere}\n[profile b]\nendpoint_url = {s3_server}\n",
+            "AWS_PROFILE": "b"},
     }  # fmt: skip
     keys = f"aws_access_key_id = {ADMIN[0]}\naws_secret_access_key = {ADMIN[1]}\n"
     chosen = ways[way]

@@ -159,7 +159,8 @@ def test_a_shard_that_is_not_the_manifests_is_told(copied):
 @pytest.mark.parametrize(
     "damage",
     [lambda t: t[: len(t) // 2], lambda t: "", lambda t: t.replace('"rows": 8', '"rows": 9', 1),
-     lambda t: t.replace("shard-1.parquet", "shard-0.parquet"), lambda t: t.replace('"offset"', '"ofset"'), lambda t: t.replace('"bee"', "[" * 9999),
+     lambda t: t.replace("shard-1.parquet", "shard-0.parquet"), lambda t: t.replace('"offset"', '"ofset"'),
+     lambda t: t.replace('"bee"', "[" * 9999),
      lambda t: t.replace("shard-1.parquet", "../1.parquet"), lambda t: t.replace("shard-1.parquet", "/1.parquet"),
      lambda t: t.replace('"bee"', "[" * 50 + "]" * 50), lambda t: t.replace('"rows": 8', f'"rows": {"9" * 5000}', 1)],
 )  # fmt: skip
@@ -172,9 +173,12 @@ def test_a_damaged_manifest_is_told(copied, damage):
 
 @pytest.mark.parametrize(
     "change, why",
-    [(lambda m: {"shards": [replace(m.shards[0], path="../../x.parquet")]}, "leads out of the folder"), (lambda m: {"shards": [replace(m.shards[0], path="/x")]}, "leads out"),
-     (lambda m: {"shards": [replace(m.shards[0], row_groups=[replace(m.shards[0].row_groups[0], rows=1 << 60)])]}, "cannot be"),
-     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "sizes are 0 or more"), (lambda m: {"classes": [["a"]]}, "valid string")],
+    [(lambda m: {"shards": [replace(m.shards[0], path="../../x.parquet")]}, "leads out of the folder"),
+        (lambda m: {"shards": [replace(m.shards[0], path="/x")]}, "leads out"),
+     (lambda m: {"shards": [replace(m.shards[0], row_groups=[replace(m.shards[0].row_groups[0], rows=1 << 60)])]},
+         "cannot be"),
+     (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "sizes are 0 or more"),
+     (lambda m: {"classes": [["a"]]}, "valid string")],
 )  # fmt: skip
 def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
     """Its hash is right, and what it says is not."""
@@ -264,7 +268,9 @@ HUB = [
 ]
 
 
-@pytest.mark.parametrize("names", [HUB, ["train/0.parquet", "train/1.parquet", "test/0.parquet"], ["split=train/a/0.parquet", "split=train/1.parquet", "split=test/0.parquet"],
+@pytest.mark.parametrize("names",
+    [HUB, ["train/0.parquet", "train/1.parquet", "test/0.parquet"],
+        ["split=train/a/0.parquet", "split=train/1.parquet", "split=test/0.parquet"],
                                    ["train_0.parquet", "train.parquet", "test.parquet"]], ids=str)  # fmt: skip
 def test_splits_of_one_folder_are_never_one_set(place, names):
     for i, name in enumerate(names):

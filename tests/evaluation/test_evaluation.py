@@ -141,7 +141,8 @@ def test_nothing_of_the_forgotten_images_is_in_the_run_folder(done):
     run, _, _ = done
     told = b"".join(Storage(run.run_dir).read(n) for n in ("metrics.json", "report.html"))
     compared = compare(run)
-    shown, hidden = ([data_uri(image) for generator in (None, *compared.models) for image in compared.column(name, generator)]
+    shown, hidden = ([data_uri(image) for generator in (None, *compared.models) for image in compared.column(name,
+                generator)]
                      for name in ("retain", "forget"))  # fmt: skip
     assert all(uri.encode() in told for uri in shown), "the control: retained images are found"
     assert not any(uri.encode() in told for uri in hidden)

@@ -29,8 +29,10 @@ def checked(done, *overrides: str, **changes) -> str:
 
 @pytest.mark.parametrize(
     "items, keys",
-    [(["method.alpha=123"], ["method.alpha"]), (["seed=9", "training.lr=0.5"], ["seed", "training.lr"]), (["data.forget={classes: [bee]}"], ["data.forget.classes"]),
-     (["training.checkpoint_every=7"], ["training.checkpoint_every"]), (["train_views=[{size: 0.3}]"], ["train_views"])],
+    [(["method.alpha=123"], ["method.alpha"]), (["seed=9", "training.lr=0.5"], ["seed", "training.lr"]),
+        (["data.forget={classes: [bee]}"], ["data.forget.classes"]),
+     (["training.checkpoint_every=7"], ["training.checkpoint_every"]),
+     (["train_views=[{size: 0.3}]"], ["train_views"])],
 )  # fmt: skip
 def test_another_configuration_is_refused_and_its_keys_are_named(done, items, keys):
     with pytest.raises(ConfigError, match="was trained with other settings") as told:

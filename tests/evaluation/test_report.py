@@ -38,9 +38,11 @@ def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
     )
     about = {"images": 100, "classes": [1], "manifest": "0" * 64, "split": "held-out", "bad_images": 0}
     return {
-        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0", "resize": "bicubic", "views": VIEWS,
+        "software": "unlearn 0", "name": "test", "config_hash": "1" * 64, "features": "efficientnet_lite0",
+        "resize": "bicubic", "views": VIEWS,
         "generators": ["original", "unlearned"] + ([] if oracle is None else ["oracle"]),
-        "sets": {"forget": about, "retain": about}, "weights": {"unlearned": "2" * 64}, "rows": rows, "notes": ["A <note> & more."], "seconds": {"total": 1.0},
+        "sets": {"forget": about, "retain": about}, "weights": {"unlearned": "2" * 64}, "rows": rows,
+        "notes": ["A <note> & more."], "seconds": {"total": 1.0},
         "training_seconds": 90.0,
     }  # fmt: skip
 

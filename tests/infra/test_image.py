@@ -18,7 +18,8 @@ INFRA = ROOT / "infra"
 
 
 def instructions() -> dict[str, list[tuple[str, str]]]:
-    """Stage -> its instructions (name, rest of the line), in the Dockerfile's order; "" is what stands before the first FROM."""
+    """Stage -> its instructions (name, rest of the line), in the Dockerfile's order; "" is what stands before the first
+    FROM."""
     text = re.sub(r"^\s*#.*\n", "", (INFRA / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
     stages: dict[str, list[tuple[str, str]]] = {"": []}
     for line in filter(str.strip, text.splitlines()):
@@ -67,7 +68,8 @@ def context(into: Path) -> None:
 
 
 def install(stage: str, root: Path) -> None:
-    """Run the RUN lines of a stage and of those it stands on, apt-get apart, with `root` in the place of /opt/unlearn."""
+    """Run the RUN lines of a stage and of those it stands on, apt-get apart, with `root` in the place of
+    /opt/unlearn."""
     base_python = Path(sys._base_executable).parent
     env = {k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "UV_")) or k.lower().endswith("_proxy")}
     env |= {"PATH": f"{base_python}:/usr/local/bin:/usr/bin:/bin", "HOME": str(root), "PYTHONDONTWRITEBYTECODE": "1"}

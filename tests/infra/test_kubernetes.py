@@ -1,4 +1,5 @@
-"""The manifests of infra/kubernetes: valid to the last field, locked down, free of secrets, and rendered as committed."""
+"""The manifests of infra/kubernetes: valid to the last field, locked down, free of secrets, and rendered as
+committed."""
 
 import functools
 import json
@@ -346,7 +347,8 @@ def test_components_that_no_overlay_has(component, tmp_path, request):
     mine = tmp_path / "kubernetes/overlays/mine"
     mine.mkdir()
     tree = {"resources": ["../gpu"], "components": [f"../../components/{component}"],
-            "images": [{"name": "ghcr.io/example/unlearn", "newName": "registry.example.com/unlearn", "newTag": "0.1.0"}]}  # fmt: skip
+            "images": [{"name": "ghcr.io/example/unlearn", "newName": "registry.example.com/unlearn",
+                    "newTag": "0.1.0"}]}  # fmt: skip
     if component == "cycle":
         tree["transformers"] = ["../../components/cycle/image"]
     (mine / "kustomization.yaml").write_text(yaml.safe_dump(tree))

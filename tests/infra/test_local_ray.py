@@ -27,7 +27,10 @@ def seen():
     return os.environ["MALLOC_MMAP_THRESHOLD_"]
 have = ray.cluster_resources()
 from jobs.rendezvous import torch_config
-print("SEEN", ray.get(seen.remote()), os.environ["GLOO_SOCKET_IFNAME"], torch_config("gloo").folder, have["CPU"], have["object_store_memory"] <= 1.01 * min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10))
+most = min(4 * 2**30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 10)
+small = have["object_store_memory"] <= 1.01 * most
+folder = torch_config("gloo").folder
+print("SEEN", ray.get(seen.remote()), os.environ["GLOO_SOCKET_IFNAME"], folder, have["CPU"], small)
 """
 CLIENT = """
 import sys, time
@@ -56,7 +59,8 @@ def marked(mark: str) -> list[psutil.Process]:
 
 @pytest.fixture
 def local_ray(tmp_path):
-    """(run(script, *options) -> CompletedProcess, home, temporary): the scripts of infra/local in a HOME of their own."""
+    """(run(script, *options) -> CompletedProcess, home, temporary): the scripts of infra/local in a HOME of their
+    own."""
     if not importlib.util.find_spec("aiohttp_cors"):
         pytest.skip("ray[default] is not installed: no Jobs API")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as temporary:
@@ -149,10 +153,12 @@ def test_a_port_in_use_is_told_at_once(local_ray):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--port", "10500"], "port 10500 is one of those that Ray's workers take (10001 to 19999): choose another with --port"),
+        (["--port", "10500"],
+            "port 10500 is one of those that Ray's workers take (10001 to 19999): choose another with --port"),
         (["--port=19999"], "port 19999 is one of those"),
         (["--dashboard-port", "10001"], "port 10001 is one of those"),
-        (["--port", "7001", "--min-worker-port", "7000", "--max-worker-port=7100"], "port 7001 is one of those that Ray's workers take (7000 to 7100)"),
+        (["--port", "7001", "--min-worker-port", "7000", "--max-worker-port=7100"],
+            "port 7001 is one of those that Ray's workers take (7000 to 7100)"),
         (["--port", "70000"], "70000 is no port"),
         (["--port", "a[$(touch x)]"], "is no port"),
     ],

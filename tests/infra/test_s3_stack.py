@@ -1,4 +1,5 @@
-"""infra/s3: the template is sound, and a real S3 server that is given its policies lets a run work and refuses the rest."""
+"""infra/s3: the template is sound, and a real S3 server that is given its policies lets a run work and refuses the
+rest."""
 
 import json
 import re

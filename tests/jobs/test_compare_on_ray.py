@@ -18,11 +18,13 @@ STEPS = ["training.engine=deepspeed", "training.micro_batch_size=8", "training.c
 def test_methods_are_tuned_and_compared_and_it_goes_on(tiny_shards, tiny_model, tmp_path):
     run = tiny_config("unused", tiny_shards, tiny_model, *STEPS, "cluster.cpus_per_worker=0.5")
     found = comparisons.parse({
-        "compare_dir": str(tmp_path / "compare"), "run": run.model_dump(mode="json", exclude_defaults=True), "concurrent": 2,
+        "compare_dir": str(tmp_path / "compare"), "run": run.model_dump(mode="json", exclude_defaults=True),
+        "concurrent": 2,
         "methods": {
             "paper": {"method": {"name": "encoder_l2"}, "tune": {"method.alpha": [0.25, 1.0]}},
             "saliency": {"method": {"name": "encoder_l2", "saliency": 0.5}, "tune": {"method.alpha": [0.25, 1.0]}},
-            "too fast": {"method": {"name": "max_loss"}, "set": {"training.lr": 1e30}, "tune": {"method.alpha": [0.25, 1.0]}},
+            "too fast": {"method": {"name": "max_loss"}, "set": {"training.lr": 1e30},
+                "tune": {"method.alpha": [0.25, 1.0]}},
         },
         "tune": {"limit": 8, "choose": ["retain.cosine.drop"]}, "seeds": [0, 1], "audit": {"tests": ["membership"]},
     })  # fmt: skip
@@ -49,7 +51,8 @@ def test_methods_are_tuned_and_compared_and_it_goes_on(tiny_shards, tiny_model, 
     for row in again["rows"]:
         assert [row["figures"].get(f) for f in figures] == [rows[row["method"]]["figures"].get(f) for f in figures]
 
-    # A run of the comparison is the run that its configuration says, without Ray or a worker that has run others before.
+    # A run of the comparison is the run that its configuration says, without Ray or a worker that has run others
+    # before.
     stage = found.final({label: rows[label]["options"] for label in found.methods})
     alone = stage.of(gone.parameters, gone.seed, gone.model, gone.id).model_copy(
         update={"run_dir": str(tmp_path / "alone")}

@@ -1,4 +1,5 @@
-"""Any number of workers computes the same batches, also where it does not divide them; cluster.min_workers relies on it."""
+"""Any number of workers computes the same batches, also where it does not divide them; cluster.min_workers relies on
+it."""
 
 from pathlib import Path
 
@@ -16,8 +17,8 @@ from unlearn.training import metrics
 
 @pytest.mark.parametrize(("workers", "stages"), [(3, (2, 3)), (5, (0,))])
 def test_workers_that_do_not_divide_a_batch(tiny_shards, tiny_model, tmp_path, workers, stages):
-    """Four micro-batches a step among three workers, and among five, of whom one never has any: losses, gradients and weights
-    are those of one process."""
+    """Four micro-batches a step among three workers, and among five, of whom one never has any: losses, gradients and
+    weights are those of one process."""
     same = ["training.micro_batch_size=2", "training.batch_size=8", "training.clip=0.1"]
     plain = tiny_config(tmp_path / "plain", tiny_shards, tiny_model, *same)
     deepspeed = [*same, "training.engine=deepspeed"]

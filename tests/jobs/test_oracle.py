@@ -33,7 +33,8 @@ def test_an_oracle_is_the_recipe_without_the_forget_set(tiny_shards, tiny_run, t
     assert resolve(runs[0]).sets.keys() == {"retain"}
     assert runs[0].training == base.training and runs[0].model == base.model and [r.seed for r in runs] == [3, 4]
 
-    # Trained by hand as `pretrain` would with what is kept named, it has the same bits; stopped and called again it goes on.
+    # Trained by hand as `pretrain` would with what is kept named, it has the same bits; stopped and called again it
+    # goes on.
     kept = recipe(tmp_path, tiny_shards, 'data.retain={"exclude_classes": ["ant"]}', f"run_dir={tmp_path / 'by-hand'}")
     worker(kept)
     base_file, run_file = tmp_path / "base.yaml", tmp_path / "run.yaml"

@@ -1,4 +1,5 @@
-"""A run folder has one owner: of two commands of the same second one is refused by name of the other, on disk and on S3."""
+"""A run folder has one owner: of two commands of the same second one is refused by name of the other, on disk and on
+S3."""
 
 import json
 import os

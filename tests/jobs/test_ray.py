@@ -67,7 +67,8 @@ def test_a_cluster_that_is_too_small_or_not_there(tiny_run):
 
 
 def test_a_killed_worker_changes_nothing(cluster, uninterrupted, tmp_path):
-    """Weights, optimizer state and losses are those of the run without Ray; all rows are told, and nothing is pickled."""
+    """Weights, optimizer state and losses are those of the run without Ray; all rows are told, and nothing is
+    pickled."""
     run = uninterrupted.model_copy(update={"run_dir": str(tmp_path / "run")})
     killed, seen = [], []
 

@@ -37,7 +37,8 @@ def test_a_template_cannot_be_sent_as_it_is(overlay):
 def test_fill_leaves_the_template_alone_and_sets_what_is_asked():
     before = copy.deepcopy(template("gpu"))
     filled = fill(
-        before, name="run-7", entrypoint=["python", "-m", "jobs.sweep", "a b", "$HOME"], image=IMAGE, namespace="team", queue="theirs",
+        before, name="run-7", entrypoint=["python", "-m", "jobs.sweep", "a b", "$HOME"], image=IMAGE, namespace="team",
+        queue="theirs",
         priority="unlearn-request", workers=3, resources={"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"},
         env={"AWS_REGION": "eu-west-1", "HF_TOKEN": Secret("hub", "token"), "HOME": "/elsewhere"},
         labels={"unlearn/run": "7"}, annotations={"note": "x"}, spec={"activeDeadlineSeconds": 60},
@@ -60,7 +61,8 @@ def test_fill_leaves_the_template_alone_and_sets_what_is_asked():
         assert env["AWS_REGION"]["value"] == "eu-west-1" and env["HOME"]["value"] == "/elsewhere"
         assert env["HF_TOKEN"] == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
     assert group["template"]["spec"]["containers"][0]["resources"] == {
-        "requests": {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"}, "limits": {"memory": "64Gi", "nvidia.com/gpu": "1"},
+        "requests": {"cpu": "8", "memory": "64Gi", "nvidia.com/gpu": "1"},
+        "limits": {"memory": "64Gi", "nvidia.com/gpu": "1"},
     }  # fmt: skip
     submitter = spec["submitterPodTemplate"]["spec"]["containers"][0]
     assert submitter["image"] == IMAGE and "AWS_REGION" not in str(submitter["env"])
@@ -167,7 +169,8 @@ BROKEN = [
     ({**SELECTS, f"{SPEC}/clusterSelector": {"cluster": "a"}}, "names no cluster"),
     ({**SELECTS, f"{SPEC}/backoffLimit": 1}, "a retry is a new cluster"),
     ({**SELECTS, f"{SPEC}/suspend": True}, "suspend does not go with clusterSelector"),
-    ({**SELECTS, f"{SPEC}/submissionMode": "SidecarMode", f"{SPEC}/submitterPodTemplate": None, f"{SPEC}/submitterConfig": None},
+    ({**SELECTS, f"{SPEC}/submissionMode": "SidecarMode", f"{SPEC}/submitterPodTemplate": None,
+            f"{SPEC}/submitterConfig": None},
      "SidecarMode does not go with clusterSelector"),
     ({f"{SPEC}/runtimeEnvYAML": "pip: ["}, "no YAML mapping"),
     ({f"{SPEC}/runtimeEnvYAML": "- pip"}, "no YAML mapping"),
@@ -179,7 +182,8 @@ BROKEN = [
     ({f"{SPEC}/preRunningDeadlineSeconds": -5}, "preRunningDeadlineSeconds is -5"),
     ({RULES: {"deletionRules": [DELETE]}}, "deletionRules does not go with shutdownAfterJobFinishes"),
     ({RULES: {"onSuccess": {"policy": "DeleteNone"}, "onFailure": {"policy": "DeleteCluster"}}}, "says DeleteNone"),
-    ({**SCALES, RULES: {"onSuccess": {"policy": "DeleteWorkers"}, "onFailure": {"policy": "DeleteCluster"}}}, "take DeleteCluster"),
+    ({**SCALES, RULES: {"onSuccess": {"policy": "DeleteWorkers"}, "onFailure": {"policy": "DeleteCluster"}}},
+        "take DeleteCluster"),
     ({**PLAIN, CLUSTER: None}, "give one of spec.rayClusterSpec"),
     ({**PLAIN, f"{SPEC}/clusterSelector": {"ray.io/cluster": "a"}, f"{SPEC}/backoffLimit": 0}, "give only one of"),
     ({f"{HEAD}/{POD}/containers": []}, "the head has no container"),
@@ -194,9 +198,11 @@ BROKEN = [
     ({f"{WORKERS}/minReplicas": 9}, "replicas 2 is not between minReplicas 9 and maxReplicas 8"),
     ({f"{WORKERS}/replicas": 9}, "replicas 9 is not between"),
     ({**PLAIN, **variable("RAY_enable_autoscaler_v2")}, "needs enableInTreeAutoscaling: true"),
-    ({**SCALES, **variable("RAY_enable_autoscaler_v2"), f"{CLUSTER}/autoscalerOptions": {"version": "v2"}}, "both set: keep the first"),
+    ({**SCALES, **variable("RAY_enable_autoscaler_v2"), f"{CLUSTER}/autoscalerOptions": {"version": "v2"}},
+        "both set: keep the first"),
     ({**SCALES, f"{CLUSTER}/autoscalerOptions": {"idleTimeoutSeconds": -1}}, "less than 0"),
-    ({**SCALES, f"{CLUSTER}/autoscalerOptions": {"version": "v2"}, f"{WORKERS}/{POD}/restartPolicy": "Always"}, "v2 wants restartPolicy Never"),
+    ({**SCALES, f"{CLUSTER}/autoscalerOptions": {"version": "v2"}, f"{WORKERS}/{POD}/restartPolicy": "Always"},
+        "v2 wants restartPolicy Never"),
     ({**SCALES, f"{WORKERS}/suspend": True}, "suspend does not go with enableInTreeAutoscaling"),
     ({f"{WORKERS}/idleTimeoutSeconds": 60}, "idleTimeoutSeconds needs autoscaler v2"),
     ({f"{WORKERS}/priority": 1}, "priority needs autoscaler v2"),

@@ -1,4 +1,5 @@
-"""A command that is asked to stop: the same in every phase and for both signals, one line, and no process left behind."""
+"""A command that is asked to stop: the same in every phase and for both signals, one line, and no process left
+behind."""
 
 import contextlib
 import os
@@ -18,7 +19,8 @@ from unlearn import config
 from unlearn.training.checkpoint import Checkpoints
 
 RAY = [
-    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=1000000", "training.checkpoint_every=20",
+    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=1000000",
+    "training.checkpoint_every=20",
     "training.log_every=20", "training.schedule=constant", "method.name=pretrain",
 ]  # fmt: skip
 
@@ -54,7 +56,8 @@ def test_every_phase(written_to, tmp_path, phase, sign):
     )
     driver = Driver(tmp_path, "run", written_to(*overrides))
     driver.until({
-        "imports": lambda: "libtorch" in driver.maps(), "training": lambda: "checkpoint of step 5 committed" in driver.err,
+        "imports": lambda: "libtorch" in driver.maps(),
+        "training": lambda: "checkpoint of step 5 committed" in driver.err,
         "evaluating": lambda: "measuring" in driver.err,
     }[phase])  # fmt: skip
     line = driver.stopped(sign)
@@ -65,8 +68,8 @@ def test_every_phase(written_to, tmp_path, phase, sign):
 
 
 def test_in_a_job_and_with_sigint_ignored(written_to, tmp_path):
-    """A job is told how a job goes on, and hears SIGINT whatever it was started with; without a job SIGINT stays ignored.
-    SIGUSR1 shows what a driver is doing, and it goes on."""
+    """A job is told how a job goes on, and hears SIGINT whatever it was started with; without a job SIGINT stays
+    ignored. SIGUSR1 shows what a driver is doing, and it goes on."""
     path = written_to("training.steps=1000000", "training.checkpoint_every=5", "method.name=pretrain")
     driver = Driver(tmp_path, "pretrain", path, ignoring=True)
     driver.until(lambda: "step 5 committed" in driver.err)

@@ -27,7 +27,8 @@ from unlearn.training.checkpoint import Checkpoints
 
 # Trains as long as it is looked at.
 ENDLESS = [
-    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=1000000", "training.log_every=5",
+    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=1000000",
+    "training.log_every=5",
     "training.checkpoint_every=20", "training.schedule=constant", "method.name=pretrain",
 ]  # fmt: skip
 # What a stranger does: joins the cluster, and has it run a command.
@@ -173,7 +174,8 @@ def test_sigterm_to_all_of_its_processes_ends_it_as_to_the_driver_alone(training
 
 
 def test_a_cluster_leaves_the_process_as_it_was_and_says_what_is_waited_for(monkeypatch):
-    """Also where Ray is imported and has looked at its variables before; of two clusters in one process each has a token of its own."""
+    """Also where Ray is imported and has looked at its variables before; of two clusters in one process each has a
+    token of its own."""
     with tempfile.TemporaryDirectory(prefix="r-", dir="/tmp") as parent:
         monkeypatch.setenv("RAY_TMPDIR", parent)
         monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

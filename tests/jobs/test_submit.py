@@ -27,7 +27,8 @@ def test_the_same_request_is_the_same_job(tiny_run):
     first = submit.request(run)
     assert first == submit.request(run) == submit.request(config.parse(yaml.safe_load(first.config)))
     others = [submit.request(tiny_run("seed=4")), submit.request(run, "evaluate"), submit.request(run, "pretrain"),
-              submit.request(run, arguments=["--show-forget"]), submit.request(tiny_run("run_dir=/elsewhere"))]  # fmt: skip
+              submit.request(run, arguments=["--show-forget"]),
+              submit.request(tiny_run("run_dir=/elsewhere"))]  # fmt: skip
     assert len({r.id for r in (first, *others)}) == 6
     there = submit.request(tiny_run("cluster.address=10.0.0.1:6379"), elsewhere=True)
     assert there == first  # where it goes it finds another cluster
@@ -101,7 +102,8 @@ def test_a_configuration_that_names_rows_is_for_its_owner_alone(tiny_run, tmp_pa
     training.prepare(settings)
     assert Path(settings.run_dir, "config.yaml").stat().st_mode & 0o777 == 0o600
     assert {key for key in ("forget", "retain", "proxy") if config.parse({
-        "run_dir": "r", "training": {"steps": 1}, "data": {"train": "t", "forget": {"classes": [1]}, key: {"ids": ["x"]}},
+        "run_dir": "r", "training": {"steps": 1},
+        "data": {"train": "t", "forget": {"classes": [1]}, key: {"ids": ["x"]}},
     }).names_rows} == {"forget", "retain", "proxy"}  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Jobs on Kubernetes against a real API server; the operator's part, and the kubelet's, is played by a thread of the test."""
+"""Jobs on Kubernetes against a real API server; the operator's part, and the kubelet's, is played by a thread of the
+test."""
 
 import json
 import sys
@@ -17,7 +18,8 @@ from unlearn.errors import ClusterError, ConfigError, MissingExtra
 
 
 def test_what_is_sent(sent, api_server):
-    """The document of --dry-run is one that the server takes as it is; names of secrets are in it, no values, nor what is forgotten."""
+    """The document of --dry-run is one that the server takes as it is; names of secrets are in it, no values, nor what
+    is forgotten."""
     request = sent("data.forget={ids: [img-001], subjects: [person-1]}", env=["WANDB"])
     text = place(secret=("WANDB=tracking/key",), queue="gpus", priority="unlearn-request").plan(request)
     document = yaml.safe_load(text)
@@ -73,7 +75,10 @@ def test_submit_wait_and_again(operator, sent, tmp_path, capfd):
 
 def test_states_failure_and_another_attempt(operator, sent):
     request, here = sent(), place()
-    message = "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 chars):\nstep 3\nerror: no such shards\n"
+    message = (
+        "Job entrypoint command failed with exit code 2, last available logs (truncated to 20,000 "
+        "chars):\nstep 3\nerror: no such shards\n"
+    )
     operator.ends[request.id] = {
         "jobDeploymentStatus": "Failed",
         "jobStatus": "FAILED",
@@ -126,9 +131,12 @@ def test_stop_resume_remove(operator, sent):
 @pytest.mark.parametrize(
     ("status", "state", "message"),
     [
-        ({"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded", "message": "waited 600s"}, "failed", "never started: no room"),
-        ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, "failed", "longer than spec.activeDeadlineSeconds"),
-        ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "bad field"}, "failed", "bad field"),
+        ({"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded", "message": "waited 600s"}, "failed",
+            "never started: no room"),
+        ({"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"}, "failed",
+            "longer than spec.activeDeadlineSeconds"),
+        ({"jobDeploymentStatus": "ValidationFailed", "reason": "ValidationFailed", "message": "bad field"}, "failed",
+            "bad field"),
         ({"jobDeploymentStatus": "Retrying", "failed": 1}, "starting", "attempt 1 failed, it is tried again"),
         ({"jobDeploymentStatus": "Waiting"}, "queued", ""),
         ({"jobDeploymentStatus": "Suspended"}, "queued", "suspended"),

@@ -26,19 +26,26 @@ def test_a_job_in_a_queue(operator, sent, api_server):
     workload = {
         "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload",
         "metadata": {"name": "w", "namespace": SPACE, "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
-        "spec": {"queueName": "gpus", "podSets": [{"name": "head", "count": 1, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
+        "spec": {"queueName": "gpus",
+            "podSets": [{"name": "head", "count": 1,
+                    "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
     }  # fmt: skip
     # What a slice of an elastic job leaves behind.
     old = {**workload, "metadata": {**workload["metadata"], "name": "older"}}
     api_server.apply(old)
     api_server.status(old, conditions=[{
-        "type": "Finished", "status": "True", "reason": "Replaced", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z",
+        "type": "Finished", "status": "True", "reason": "Replaced", "message": "",
+        "lastTransitionTime": "2026-01-01T00:00:00Z",
     }])  # fmt: skip
     api_server.apply(workload)
     try:
-        why = "couldn't assign flavors to pod set workers: insufficient unused quota for nvidia.com/gpu in flavor h100, 4 more needed"
+        why = (
+            "couldn't assign flavors to pod set workers: insufficient unused quota for nvidia.com/gpu in flavor "
+            "h100, 4 more needed"
+        )
         api_server.status(workload, conditions=[{
-            "type": "QuotaReserved", "status": "False", "reason": "Pending", "message": why, "lastTransitionTime": "2026-01-01T00:00:00Z",
+            "type": "QuotaReserved", "status": "False", "reason": "Pending", "message": why,
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
         }])  # fmt: skip
         api_server.status(job, jobDeploymentStatus="Suspended")
         found = here.get(request.id)
@@ -108,7 +115,8 @@ def right(method: str, path: str) -> tuple[str, str, str]:
 
 
 def test_whoever_submits_has_the_rights_that_it_takes_and_no_more(operator, sent, first_stage, api_server):
-    """Every request of a job's life, one in a queue and one that does not start among them, is in the Role, and nothing else is."""
+    """Every request of a job's life, one in a queue and one that does not start among them, is in the Role, and nothing
+    else is."""
     path = f"/api/v1/namespaces/{SPACE}/pods"
     first_stage.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Running"}})
     first_stage.core[f"{path}/submitter/log"] = 200, b"step 4\n"
@@ -119,7 +127,9 @@ def test_whoever_submits_has_the_rights_that_it_takes_and_no_more(operator, sent
     workload = {
         "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload",
         "metadata": {"name": "w", "namespace": SPACE, "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
-        "spec": {"queueName": "gpus", "podSets": [{"name": "head", "count": 1, "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
+        "spec": {"queueName": "gpus",
+            "podSets": [{"name": "head", "count": 1,
+                    "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
     }  # fmt: skip
     api_server.apply(workload)
     here.get(request.id), "".join(here.logs(request.id, False))

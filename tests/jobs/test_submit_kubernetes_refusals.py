@@ -36,7 +36,8 @@ def test_pods_that_do_not_start(operator, sent, first_stage):
     held = {"reason": "ImagePullBackOff", "message": f'Back-off pulling image "{IMAGE}"'}
     first_stage.core[f"/api/v1/namespaces/{SPACE}/pods"] = pods(
         {"metadata": {"name": "head"}, "status": {"phase": "Pending", "containerStatuses": [
-            {"name": "ray-head", "image": IMAGE, "imageID": "", "ready": False, "restartCount": 0, "state": {"waiting": held}}]}}
+            {"name": "ray-head", "image": IMAGE, "imageID": "", "ready": False, "restartCount": 0,
+                "state": {"waiting": held}}]}}
     )  # fmt: skip
     here.start(other)
     job = until(lambda: (job := here.get(other.id)).message and job)
@@ -52,7 +53,9 @@ def test_logs(operator, sent, first_stage):
     first_stage.core[path] = pods()
     with pytest.raises(
         ClusterError,
-        match="its pod is gone, or not there yet .the job is succeeded.; wait for it with --follow. Older logs are where",
+        match=(
+            "its pod is gone, or not there yet .the job is succeeded.; wait for it with --follow. Older logs are where"
+        ),
     ):
         list(here.logs(request.id, False))
     first_stage.core[path] = pods({"metadata": {"name": "submitter"}, "status": {"phase": "Succeeded"}})
@@ -88,7 +91,8 @@ def test_a_log_is_waited_for_and_goes_on_after_a_retry(operator, sent, first_sta
     reader.start()
     for attempt, text in enumerate((b"error: the first\n", b"step 4\n")):
         first_stage.core[f"{path}/submitter-{attempt}/log"] = 200, text
-        found = [{"metadata": {"name": f"submitter-{n}", "creationTimestamp": f"2026-01-01T00:00:0{n}Z"}, "status": {"phase": "Running"}}
+        found = [{"metadata": {"name": f"submitter-{n}", "creationTimestamp": f"2026-01-01T00:00:0{n}Z"},
+                "status": {"phase": "Running"}}
                  for n in range(attempt + 1)]  # fmt: skip
         first_stage.core[path] = pods(*found)
         until(lambda attempt=attempt: len(pieces) == attempt + 1)
@@ -98,7 +102,8 @@ def test_a_log_is_waited_for_and_goes_on_after_a_retry(operator, sent, first_sta
 
 
 def test_refusals_of_the_server(operator, sent, first_stage, monkeypatch, tmp_path):
-    """One message each; those of the real server where it can be made to say them, else its words by way of the first_stage."""
+    """One message each; those of the real server where it can be made to say them, else its words by way of the
+    first_stage."""
     request, here = sent(), place()
     own = tmp_path / "own.yaml"
     template = backend.rayjob.template("cpu-demo")

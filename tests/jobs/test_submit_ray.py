@@ -21,7 +21,8 @@ from unlearn.training.checkpoint import Checkpoints
 
 # Long enough to be stopped in, with a checkpoint to go back to; a worker on each node.
 LONG = [
-    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=300", "training.checkpoint_every=20",
+    "training.engine=deepspeed", "cluster.workers=2", "training.micro_batch_size=4", "training.steps=300",
+    "training.checkpoint_every=20",
     "training.log_every=20", "training.schedule=constant", "method.name=pretrain",
 ]  # fmt: skip
 
@@ -75,7 +76,8 @@ import json, os, sys
 from pathlib import Path
 def main():
     import yaml
-    print("seed", yaml.safe_load(Path(sys.argv[2]).read_text())["seed"], "arguments", sys.argv[1], sys.argv[3:], "job", os.environ["UNLEARN_JOB"])
+    seed = yaml.safe_load(Path(sys.argv[2]).read_text())["seed"]
+    print("seed", seed, "arguments", sys.argv[1], sys.argv[3:], "job", os.environ["UNLEARN_JOB"])
     print("files", sorted(p.name for p in Path.cwd().rglob("*") if p.is_file() and "__pycache__" not in str(p)))
     if "--fail" in sys.argv:
         sys.exit("error: as was wished")
@@ -86,7 +88,8 @@ main()
 def test_ray_runs_the_code_that_is_sent(there, told, tiny_run, tmp_path, monkeypatch):
     """Here an `unlearn` that says what it was given; of a working directory the packages travel, and nothing else."""
     root = tmp_path / "checkout"
-    for name, text in {"jobs/__init__.py": "", "unlearn/__init__.py": "", "unlearn/__main__.py": HELLO, ".env": "KEY=hunter2", "runs/old.txt": "x", "jobs/.env": "x",
+    for name, text in {"jobs/__init__.py": "", "unlearn/__init__.py": "", "unlearn/__main__.py": HELLO,
+        ".env": "KEY=hunter2", "runs/old.txt": "x", "jobs/.env": "x",
                        "unlearn/data.txt": "x", "notes.txt": "x"}.items():  # fmt: skip
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
@@ -135,8 +138,10 @@ def test_ray_runs_a_sweep(there, told, tiny_shards, tiny_model, tmp_path):
     run = tiny_config("unused", tiny_shards, tiny_model, "training.engine=deepspeed", "training.micro_batch_size=8")
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump({
-        "sweep_dir": str(tmp_path / "sweep"), "run": run.model_dump(mode="json", exclude_defaults=True), "tune_on": {"limit": 8},
-        "search": {"method.alpha": {"grid": [0.25, 1.0]}}, "objectives": {"retain.cosine.drop": "minimise"}, "search_by": "grid",
+        "sweep_dir": str(tmp_path / "sweep"), "run": run.model_dump(mode="json", exclude_defaults=True),
+        "tune_on": {"limit": 8},
+        "search": {"method.alpha": {"grid": [0.25, 1.0]}}, "objectives": {"retain.cosine.drop": "minimise"},
+        "search_by": "grid",
         "concurrent": 2,
     }))  # fmt: skip
     sent = ("submit", path, "--driver", "sweep", "--to", there.where, "--mounted", "--working-dir", "none")
@@ -149,8 +154,8 @@ def test_ray_runs_a_sweep(there, told, tiny_shards, tiny_model, tmp_path):
 
 
 def test_ray_job_is_stopped_and_goes_on(there, ray_cluster, told, tiny_shards, tiny_model, tmp_path):
-    """The second attempt ends with the weights of a run that nobody stopped; both nodes have a worker. What is to be forgotten is
-    named in nothing that Ray keeps, its logs above all."""
+    """The second attempt ends with the weights of a run that nobody stopped; both nodes have a worker. What is to be
+    forgotten is named in nothing that Ray keeps, its logs above all."""
     named = [f"img-{number:03d}" for number in range(0, 48, 5)]
     run = tiny_config(tmp_path / "run", tiny_shards, tiny_model, *LONG, f"data.forget={{ids: {named}}}")
     whole = run.model_copy(update={"run_dir": str(tmp_path / "whole")})
@@ -215,7 +220,8 @@ def test_ray_goes_on_with_fewer_workers_when_a_node_dies_and_with_all_when_it_is
 
 @pytest.mark.slow
 def test_a_lost_head(there, ray_cluster, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """First its node alone, while the cluster's records can still be asked; then all of it. The same submit goes on afterwards."""
+    """First its node alone, while the cluster's records can still be asked; then all of it. The same submit goes on
+    afterwards."""
     monkeypatch.setattr(submit, "PATIENCE", 20)
     run = tiny_config(
         tmp_path / "run", tiny_shards, tiny_model, *LONG, "training.steps=100000", "cluster.max_failures=0"

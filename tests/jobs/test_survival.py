@@ -1,4 +1,5 @@
-"""Runs that are killed again and again: a worker, a whole node, the driver, the head with all its cluster; each ends with the right weights.
+"""Runs that are killed again and again: a worker, a whole node, the driver, the head with all its cluster; each ends
+with the right weights.
 
 UNLEARN_KILLS=20 python -m pytest -m slow -s tests/test_survival.py      20 kills in 5 runs
 """
@@ -26,8 +27,10 @@ from unlearn.training.checkpoint import Checkpoints
 KINDS = ("worker", "node", "driver", "head")
 # With max_failures -1 Ray Train never gives up; a driver that is killed is started again by whoever waits.
 RUN = [
-    "training.engine=deepspeed", "cluster.workers=2", "cluster.min_workers=1", "cluster.max_failures=-1", "training.micro_batch_size=4",
-    "training.steps=1200", "training.checkpoint_every=20", "training.log_every=20", "training.schedule=constant", "method.name=pretrain",
+    "training.engine=deepspeed", "cluster.workers=2", "cluster.min_workers=1", "cluster.max_failures=-1",
+    "training.micro_batch_size=4",
+    "training.steps=1200", "training.checkpoint_every=20", "training.log_every=20", "training.schedule=constant",
+    "method.name=pretrain",
 ]  # fmt: skip
 
 
@@ -91,7 +94,8 @@ def test_every_killed_run_ends_with_the_right_weights(tiny_shards, tiny_model, t
                 apart = max((found[name] - value).abs().max().item() for name, value in expected.items())
                 workers = sorted({row["workers"] for row in metrics.read(run.run_dir)})
                 print(
-                    f"\nrun {number}: {struck} in {time.monotonic() - began:.0f} s, workers {workers}, weights differ by at most {apart:.1e}"
+                    f"\nrun {number}: {struck} in {time.monotonic() - began:.0f} s, workers {workers}, weights differ "
+                    f"by at most {apart:.1e}"
                 )
                 assert apart == 0 if workers == [2] else apart < 1e-3
         finally:

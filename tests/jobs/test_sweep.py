@@ -105,7 +105,8 @@ def test_a_sweep_of_points_that_end_in_every_way(tiny_shards, tiny_model, s3, tm
 
 @pytest.mark.slow
 def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
-    """The driver while its second trial trains, a worker in the next start; the trials are those of a sweep that nothing disturbs."""
+    """The driver while its second trial trains, a worker in the next start; the trials are those of a sweep that
+    nothing disturbs."""
     long = [
         "training.steps=120",
         "training.checkpoint_every=20",
@@ -114,7 +115,8 @@ def test_what_is_killed_goes_on(tiny_shards, tiny_model, tmp_path):
         "training.micro_batch_size=4",
     ]
     sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, *long, "evaluation.views=[{size: 0.5}]", stop_early="median", measure_every=60,
+        tmp_path / "sweep", tiny_shards, tiny_model, *long, "evaluation.views=[{size: 0.5}]", stop_early="median",
+        measure_every=60,
     ))  # fmt: skip
     path = tmp_path / "sweep.yaml"
     path.write_text(sweep_file.dump(sweep))
@@ -187,7 +189,8 @@ def cluster():
 
 @pytest.fixture
 def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
-    """(trial, until) of every leg that two slots were given. They train nothing: alpha and seed say what it comes to."""
+    """(trial, until) of every leg that two slots were given. They train nothing: alpha and seed say what it comes
+    to."""
     given = []
 
     @contextlib.contextmanager
@@ -216,8 +219,8 @@ def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
 
 
 def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path):
-    """Ray Tune's ASHA over four points with two seeds, by slots that train nothing; TensorBoard and, where its client is
-    installed, MLflow are told of them."""
+    """Ray Tune's ASHA over four points with two seeds, by slots that train nothing; TensorBoard and, where its client
+    is installed, MLflow are told of them."""
     tracked = importlib.util.find_spec("mlflow") is not None
     sweep = sweep_file.parse(tree(
         tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=8",
@@ -263,7 +266,8 @@ def test_what_is_worse_is_given_up_early(legs, tiny_shards, tiny_model, tmp_path
 def test_a_population_that_is_asked_to_stop_goes_on(legs, tiny_shards, tiny_model, tmp_path):
     """In the midst of a stage: `Stopped`, and the next start runs what was not over, and nothing twice."""
     sweep = sweep_file.parse(tree(
-        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=6", search={"training.lr": {"uniform": [0.1, 0.2]}},
+        tmp_path / "sweep", tiny_shards, tiny_model, "training.steps=6",
+        search={"training.lr": {"uniform": [0.1, 0.2]}},
         search_by="pbt", budget={"points": 4}, measure_every=2, concurrent=2,
     ))  # fmt: skip
     job.prepare(sweep)
@@ -383,7 +387,8 @@ def test_optuna_knows_after_a_restart_what_it_knew(tiny_shards, tiny_model, tmp_
 
     def play(folder, restarts: bool) -> list[dict]:
         sweep = sweep_file.parse(tree(
-            folder, tiny_shards, tiny_model, search=search, search_by="tpe", budget={"points": 14}, constraints=["retain.cosine.drop <= 0.5"]
+            folder, tiny_shards, tiny_model, search=search, search_by="tpe", budget={"points": 14},
+            constraints=["retain.cosine.drop <= 0.5"]
         ))  # fmt: skip
         job.prepare(sweep)
         state = SweepState(sweep, lambda run: None)

@@ -87,7 +87,8 @@ def test_a_removed_trigger_is_named(sqlite):
 
 
 def rewrite(ledger: Ledger, change, first: int, rest: bool) -> list[str]:
-    """Statements that change entry `first` with its hash, and with `rest` all after it so that they follow each other again."""
+    """Statements that change entry `first` with its hash, and with `rest` all after it so that they follow each other
+    again."""
     with ledger.database.reading() as connection:
         rows = connection.execute(sa.select(entries).order_by(entries.c.position)).all()
     statements, previous = [], rows[first - 1].leaf.hex()

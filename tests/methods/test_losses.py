@@ -1,4 +1,5 @@
-"""The losses of the other methods against their formulas, computed anew in float64, and what the stateful ones do step by step."""
+"""The losses of the other methods against their formulas, computed anew in float64, and what the stateful ones do step
+by step."""
 
 import dataclasses
 
@@ -165,7 +166,8 @@ def test_conflicting_gradients_are_projected_tensor_by_tensor():
 
 
 def test_epsilon_constrained_finds_the_ends_and_then_keeps_between_them():
-    """Two parabolas on a line: f1 = x², f2 = (x - 3)²; with steps of gradient descent r decides where between 0 and 9 f1 ends."""
+    """Two parabolas on a line: f1 = x², f2 = (x - 3)²; with steps of gradient descent r decides where between 0 and 9
+    f1 ends."""
     ended = {}
     for r in (0.0, 0.5, 1.0):
         method, x, steps = runs.method("epsilon_constrained", r=r), 3.0, 800

@@ -114,7 +114,8 @@ def test_converting_keeps_the_type_of_the_numbers(dtype, model, tmp_path):
     weights.write(weights.build(source), str(tmp_path / "ours"), {})  # as at the end of a run: in float32
     assert json.loads((tmp_path / "ours" / "model.json").read_text())["stored"] == str(dtype).removeprefix("torch.")
     for n, (start, asked, written) in enumerate(
-        [(source, None, dtype), (config.Model(weights=str(tmp_path / "ours")), None, dtype), (source, "bfloat16", torch.bfloat16)]
+        [(source, None, dtype), (config.Model(weights=str(tmp_path / "ours")), None, dtype),
+            (source, "bfloat16", torch.bfloat16)]
     ):  # fmt: skip
         line = weights.convert(start, str(tmp_path / str(n)), asked)
         assert line == f"transformers.ViTMAEForPreTraining.from_pretrained('{tmp_path / str(n)}')"

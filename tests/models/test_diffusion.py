@@ -31,11 +31,13 @@ NETWORKS = {
         "resnet_time_scale_shift": "scale_shift", "attn_norm_num_groups": 4, "layers_per_block": 2,
     },
     "attention": {
-        **NETWORK, "down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2, "downsample_type": "resnet",
+        **NETWORK, "down_block_types": ["AttnDownBlock2D"] * 2, "up_block_types": ["AttnUpBlock2D"] * 2,
+        "downsample_type": "resnet",
         "upsample_type": "resnet", "center_input_sample": True, "dropout": 0.5, "block_out_channels": [8, 24],
     },
     "three levels": {
-        **NETWORK, "block_out_channels": [8, 8, 16], "down_block_types": ["DownBlock2D"] * 3, "up_block_types": ["UpBlock2D"] * 3,
+        **NETWORK, "block_out_channels": [8, 8, 16], "down_block_types": ["DownBlock2D"] * 3,
+        "up_block_types": ["UpBlock2D"] * 3,
         "add_attention": False,
     },
 }  # fmt: skip
@@ -92,8 +94,10 @@ def test_the_parts_compute_what_the_whole_network_computes(name):
     assert len(levels) == 1 + blocks * layers + (blocks - 1) + 1 and len({id(level) for level in levels}) == len(levels)
 
 
-@pytest.mark.parametrize("change", [{"time_embedding_type": "fourier"}, {"num_class_embeds": 3}, {"mid_block_type": None},
-                                    {"down_block_types": ["SkipDownBlock2D"] * 2}, {"down_block_types": ["Magic"] * 2}, {"depth": 3}])  # fmt: skip
+@pytest.mark.parametrize("change",
+    [{"time_embedding_type": "fourier"}, {"num_class_embeds": 3}, {"mid_block_type": None},
+                                    {"down_block_types": ["SkipDownBlock2D"] * 2}, {"down_block_types": ["Magic"] * 2},
+                                    {"depth": 3}])  # fmt: skip
 def test_a_network_that_cannot_be_cut_is_an_error(change):
     with pytest.raises(ConfigError, match="model.options: diffusers cannot build this network"):
         build(network={**OPTIONS["network"], **change})
@@ -181,7 +185,8 @@ def test_teacher_and_student_see_the_same_but_for_the_noise(region):
 
 
 def ddim(model: diffusion.Diffusion, images: torch.Tensor, view: views.View, steps: int) -> torch.Tensor:
-    """DDIM with eta 0 from the last timestep (arXiv 2010.02502), float64; noise is predicted, images are clipped to -1 .. 1."""
+    """DDIM with eta 0 from the last timestep (arXiv 2010.02502), float64; noise is predicted, images are clipped to -1
+    .. 1."""
     a, network, count = alphas(LINEAR), whole(model), LINEAR["num_train_timesteps"]
     hole = view.pixel_mask(SIDE)
     condition, x = (n.expand_as(images) for n in diffusion._noise(images[:1], 0))

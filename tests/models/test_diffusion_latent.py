@@ -19,7 +19,8 @@ from unlearn.planning.shape import model_options
 UNET, FLUX = SMALL["diffusion_latent"][1], SMALL["diffusion_flux"][1]
 SIDE, GRID = 32, 4
 KL = {
-    "class": "AutoencoderKL", "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "norm_num_groups": 4,
+    "class": "AutoencoderKL", "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "norm_num_groups": 4,
     "up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 4, "scaling_factor": 0.5,
 }  # fmt: skip
 
@@ -137,7 +138,8 @@ def test_a_pipeline_folder_goes_out_and_in(tmp_path, s3):
 
 @pytest.mark.parametrize("changes, message", [
     ({"vae": None}, "a UNet2DConditionModel works on latents: say in `vae` whose"),
-    ({"network": UNET["network"] | {"in_channels": 4}}, "the UNet2DConditionModel takes 4 channels and gives 4: one that fills in"),
+    ({"network": UNET["network"] | {"in_channels": 4}},
+        "the UNet2DConditionModel takes 4 channels and gives 4: one that fills in"),
     ({"vae": {"class": "Magic"}}, "vae.class 'Magic' is not known; known: AutoencoderKL"),
     ({"vae": {"class": "TAEF2", "depth": 3}}, "vae: diffusers cannot build it"),
     ({"grid": 8}, "image_size 32 is not a multiple of 64, 8 times the grid of views"),

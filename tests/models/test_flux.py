@@ -8,8 +8,10 @@ from unlearn.models.diffusion import flux
 from diffusers import FluxFillPipeline, FluxTransformer2DModel  # isort: skip  after the cure of torchvision
 
 SMALL = {
-    "in_channels": 4 * (2 * 4 + 64), "out_channels": 16, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 8,
-    "num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 10, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+    "in_channels": 4 * (2 * 4 + 64), "out_channels": 16, "num_layers": 2, "num_single_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 10, "guidance_embeds": True,
+    "axes_dims_rope": (2, 2, 4),
 }  # fmt: skip
 FILL = {"in_channels": 384, "out_channels": 64, "guidance_embeds": True}  # the rest are the defaults
 
@@ -51,8 +53,10 @@ def test_the_parts_are_the_whole_model_as_the_pipeline_calls_it(stop, guided):
     tokens, ids = pipeline_inputs(noisy, known, hidden)
     with torch.no_grad():
         expected = whole(
-            tokens, timestep=t / 1000, guidance=torch.full([3], 30.0) if guided else None, img_ids=ids, txt_ids=torch.zeros(5, 3),
-            encoder_hidden_states=prompt["shared.prompt"].expand(3, -1, -1), pooled_projections=prompt["shared.pooled"].expand(3, -1),
+            tokens, timestep=t / 1000, guidance=torch.full([3], 30.0) if guided else None, img_ids=ids,
+            txt_ids=torch.zeros(5, 3),
+            encoder_hidden_states=prompt["shared.prompt"].expand(3, -1, -1),
+            pooled_projections=prompt["shared.pooled"].expand(3, -1),
         ).sample  # fmt: skip
         levels, found = forward(parts, flux.layout(noisy, known, hidden), t)
     expected = FluxFillPipeline._unpack_latents(expected, 48, 48, 8)

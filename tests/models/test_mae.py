@@ -93,7 +93,8 @@ def public_names() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint of facebookresearch/mae, for the TINY shape."""
     width, inner, pixels = TINY["width"], TINY["decoder_width"], 3 * PATCH * PATCH
     names = {
-        "cls_token": (1, 1, width), "pos_embed": (1, 17, width), "mask_token": (1, 1, inner), "decoder_pos_embed": (1, 17, inner),
+        "cls_token": (1, 1, width), "pos_embed": (1, 17, width), "mask_token": (1, 1, inner),
+        "decoder_pos_embed": (1, 17, inner),
         "patch_embed.proj.weight": (width, 3, PATCH, PATCH), "patch_embed.proj.bias": (width,),
         "norm.weight": (width,), "norm.bias": (width,), "decoder_norm.weight": (inner,), "decoder_norm.bias": (inner,),
         "decoder_embed.weight": (inner, width), "decoder_embed.bias": (inner,),
@@ -180,8 +181,10 @@ def test_the_named_sizes_have_the_published_numbers_of_parameters(variant, encod
 
 @pytest.mark.parametrize(
     "options, message",
-    [({"image_size": 30}, "model.options.*30 is not a multiple of patch_size 8"), ({"heads": 3}, "width 16 must be a multiple"),
-     ({"widht": 8}, "model.options.widht"), ({"decoder_width": 6, "decoder_heads": 2}, "width 6 must be a multiple of 4")],
+    [({"image_size": 30}, "model.options.*30 is not a multiple of patch_size 8"),
+        ({"heads": 3}, "width 16 must be a multiple"),
+     ({"widht": 8}, "model.options.widht"),
+     ({"decoder_width": 6, "decoder_heads": 2}, "width 6 must be a multiple of 4")],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_is_told(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -125,7 +125,8 @@ def test_moving_the_encoders_words_leaves_the_logits_words_alone(loaded_mage):
 
 @pytest.mark.parametrize("variant, encoder", [("mage_vit_base", 86_810_112), ("mage_vit_large", 304_650_240)])
 def test_the_named_sizes_are_those_of_the_paper(variant, encoder):
-    """Encoder: 12 or 24 blocks, norm, and the embedding of 2025 words and 257 places with its norm; 54.5 M tokenizer."""
+    """Encoder: 12 or 24 blocks, norm, and the embedding of 2025 words and 257 places with its norm; 54.5 M
+    tokenizer."""
     with torch.device("meta"):
         model = MaskedGenerativeEncoder(base.options(config.Model(family="mage", variant=variant)))
     assert sum(t.numel() for t in model.encoder.state_dict().values()) == encoder
@@ -141,8 +142,10 @@ def test_the_tiny_shapes_can_be_built(variant):
 @pytest.mark.parametrize(
     "options, message",
     [({"image_size": 18}, "18 is not a multiple of 4"), ({"heads": 3}, "width 16 must be a multiple"),
-     ({"norm_groups": 3}, "multiples of norm_groups 3"), ({"class_token": 2}, "class_token 2 must lie after the 12 codes"),
-     ({"decoding_steps": 0}, "decoding_steps must be 1 or more"), ({"channels": ()}, "multiples of norm_groups 2"), ({"tokeniser": "mage"}, "tokeniser")],
+     ({"norm_groups": 3}, "multiples of norm_groups 3"),
+     ({"class_token": 2}, "class_token 2 must lie after the 12 codes"),
+     ({"decoding_steps": 0}, "decoding_steps must be 1 or more"), ({"channels": ()}, "multiples of norm_groups 2"),
+     ({"tokeniser": "mage"}, "tokeniser")],
 )  # fmt: skip
 def test_a_shape_that_cannot_be_is_told(options, message):
     with pytest.raises(ConfigError, match=message):

@@ -83,8 +83,10 @@ def test_a_diffusers_folder_gives_the_codes_and_images_of_diffusers(tmp_path):
 
     torch.manual_seed(0)
     theirs = VQModel(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3, block_out_channels=CHANNELS,
-        layers_per_block=LAYERS, latent_channels=5, num_vq_embeddings=CODES, vq_embed_dim=LATENT, norm_num_groups=GROUPS,
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=CHANNELS,
+        layers_per_block=LAYERS, latent_channels=5, num_vq_embeddings=CODES, vq_embed_dim=LATENT,
+        norm_num_groups=GROUPS,
     ).eval()  # fmt: skip
     images = pictures(seed=3).float()
     signed = (images * torch.from_numpy(STD) + torch.from_numpy(MEAN)).float() * 2 - 1

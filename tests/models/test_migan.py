@@ -180,7 +180,8 @@ def test_it_is_written_back_in_the_public_layout(public, loaded, tmp_path):
 
 
 def test_the_file_of_its_own_code_holds_the_constants_of_resampling(public, loaded, tmp_path):
-    """By the modules of lib/model_zoo/migan_inference.py: `filter` and `insert_zeros` inside `upsample`, `downsample`."""
+    """By the modules of lib/model_zoo/migan_inference.py: `filter` and `insert_zeros` inside `upsample`,
+    `downsample`."""
     loaded(16).to_folder(tmp_path)
     whole = torch.load(tmp_path / migan.WHOLE_FILE, weights_only=True)
     constants = {n: t for n, t in whole.items() if n not in public}

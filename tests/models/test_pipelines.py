@@ -69,7 +69,8 @@ def test_latents_are_not_clipped_unless_the_scheduler_says_so(scheduler, clipped
 def test_a_pipeline_that_does_something_else_is_refused(tmp_path):
     """Its UNet has the channels of one that fills in holes on pixels."""
     unet = diffusers.UNet2DModel(
-        in_channels=6, out_channels=3, block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1, sample_size=32,
+        in_channels=6, out_channels=3, block_out_channels=[8, 16], norm_num_groups=4, layers_per_block=1,
+        sample_size=32,
         down_block_types=["DownBlock2D"] * 2, up_block_types=["UpBlock2D"] * 2,
     )  # fmt: skip
     vqvae = diffusers.VQModel(block_out_channels=[8], norm_num_groups=4)
@@ -201,7 +202,8 @@ def ldm_vae(vae) -> dict[str, torch.Tensor]:
     rules = [
         (r"down_blocks\.(\d)\.resnets", r"down.\1.block"), (r"up_blocks\.0\.", "up.1."), (r"up_blocks\.1\.", "up.0."),
         (r"(up\.\d)\.resnets", r"\1.block"), (r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample"),
-        (r"upsamplers\.0", "upsample"), (r"mid_block\.resnets\.0", "mid.block_1"), (r"mid_block\.resnets\.1", "mid.block_2"),
+        (r"upsamplers\.0", "upsample"), (r"mid_block\.resnets\.0", "mid.block_1"),
+        (r"mid_block\.resnets\.1", "mid.block_2"),
         (r"mid_block\.attentions\.0", "mid.attn_1"), (r"group_norm", "norm"), (r"to_([qkv])\.", r"\1."),
         (r"to_out\.0", "proj_out"), (r"conv_norm_out", "norm_out"), (r"conv_shortcut", "nin_shortcut"),
     ]  # fmt: skip
@@ -217,7 +219,8 @@ def ldm_vae(vae) -> dict[str, torch.Tensor]:
 def encoder(depth: int, act: str):
     torch.manual_seed(2)
     settings = transformers.CLIPTextConfig(
-        vocab_size=54, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=1, hidden_act=act,
+        vocab_size=54, hidden_size=16, intermediate_size=24, num_hidden_layers=depth, num_attention_heads=1,
+        hidden_act=act,
         max_position_embeddings=9, bos_token_id=52, eos_token_id=53,
     )  # fmt: skip
     return transformers.CLIPTextModel(settings).eval()

@@ -1,4 +1,5 @@
-"""Networks of the Stable Diffusion kind: their two halves are diffusers' whole model, in the three shapes that people have."""
+"""Networks of the Stable Diffusion kind: their two halves are diffusers' whole model, in the three shapes that people
+have."""
 
 import pytest
 import torch
@@ -28,15 +29,20 @@ FULL = {
     "SD-1.5": (859_535_364, {"in_channels": 9, "cross_attention_dim": 768, "attention_head_dim": 8}),
     "SD-2": (
         865_925_124,
-        {"in_channels": 9, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True},
+        {"in_channels": 9, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True},
     ),
     "SDXL": (
         2_567_478_084,
         {
-            "in_channels": 9, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20], "use_linear_projection": True,
-            "block_out_channels": [320, 640, 1280], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "transformer_layers_per_block": [1, 2, 10],
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+            "in_channels": 9, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+            "use_linear_projection": True,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
         },
     ),
 }  # fmt: skip
@@ -148,8 +154,10 @@ def test_the_layout_is_noise_hole_known():
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"), ({"mid_block_type": None}, "mid_block_type None"),
-     ({"addition_embed_type": "text", "encoder_hid_dim": 8}, "addition_embed_type 'text'"), ({"attention_head_dim": (1, 2)}, "same number")],
+    [({"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
+        ({"mid_block_type": None}, "mid_block_type None"),
+     ({"addition_embed_type": "text", "encoder_hid_dim": 8}, "addition_embed_type 'text'"),
+     ({"attention_head_dim": (1, 2)}, "same number")],
 )  # fmt: skip
 def test_other_kinds_are_refused(change, message):
     with pytest.raises(ValueError, match=message):

@@ -161,8 +161,10 @@ def test_a_variant_and_a_family_that_do_not_exist_are_told():
 
 
 ODD = {
-    "a": torch.arange(3, dtype=torch.float32), "b": torch.randn(5, 7).double(), "c": torch.randn(16, 4), "d": torch.tensor(2.5),
-    "e": torch.tensor([True, False]), "f": torch.arange(6).view(2, 3).T, "g": torch.randn(4, 5).bfloat16(), "h": torch.zeros(0, 3),
+    "a": torch.arange(3, dtype=torch.float32), "b": torch.randn(5, 7).double(), "c": torch.randn(16, 4),
+    "d": torch.tensor(2.5),
+    "e": torch.tensor([True, False]), "f": torch.arange(6).view(2, 3).T, "g": torch.randn(4, 5).bfloat16(),
+    "h": torch.zeros(0, 3),
     "i": torch.arange(5, dtype=torch.uint8), "j": torch.randn(8, 8).half(),
 }  # fmt: skip
 

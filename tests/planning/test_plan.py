@@ -1,4 +1,5 @@
-"""What a run will need is what it then takes: memory measured byte for byte, FLOPs, the advice, `unlearn plan` and `--dry-run`."""
+"""What a run will need is what it then takes: memory measured byte for byte, FLOPs, the advice, `unlearn plan` and
+`--dry-run`."""
 
 import json
 import resource
@@ -26,19 +27,25 @@ from unlearn.training import latents
 from unlearn.training.engine import Objective, TorchEngine
 
 # Parameters large enough that ZeRO-3 shares them out, and few activations.
-WIDE = "model={family: mae, options: {image_size: 32, patch_size: 8, width: 384, depth: 3, heads: 4, decoder_width: 8, decoder_heads: 2}}"
+WIDE = (
+    "model={family: mae, options: {image_size: 32, patch_size: 8, width: 384, depth: 3, heads: 4, decoder_width: "
+    "8, decoder_heads: 2}}"
+)
 # One view, so that every step is the worst one; two micro-batches a worker and step.
 COMMON = [
-    "train_views=[{kind: centre, size: 0.5}]", "training.steps=2", "training.log_every=100", "training.checkpoint_every=100",
+    "train_views=[{kind: centre, size: 0.5}]", "training.steps=2", "training.log_every=100",
+    "training.checkpoint_every=100",
     "training.batch_size=64", "training.micro_batch_size=16",
 ]  # fmt: skip
 TWO = ["cluster.workers=2", "training.engine=deepspeed"]
 PLAIN = [
-    ["training.dtype=fp32"], ["training.dtype=bf16"], ["training.activation_checkpointing=true"], ["method.name=pretrain"],
+    ["training.dtype=fp32"], ["training.dtype=bf16"], ["training.activation_checkpointing=true"],
+    ["method.name=pretrain"],
     ["training.micro_batch_size=64", WIDE], ["method.name=toy_sum", WIDE],
 ]  # fmt: skip
 SHARED = [
-    *[[f"training.zero_stage={stage}", f"training.dtype={dtype}"] for stage, dtype in enumerate(("bf16", "fp32", "bf16", "fp32"))],
+    *[[f"training.zero_stage={stage}",
+            f"training.dtype={dtype}"] for stage, dtype in enumerate(("bf16", "fp32", "bf16", "fp32"))],
     ["training.offload_optimizer=true", "training.zero_stage=3"], ["training.zero_stage=3", WIDE],
     ["training.zero_stage=1", "training.micro_batch_size=32", WIDE],
     ["method.name=toy_sum", "training.zero_stage=2", WIDE],
@@ -88,8 +95,8 @@ def test_memory_of_a_worker_is_what_the_plan_says(measured, case):
     run, real = measured(case)
     need = needed(run)
     assert need.total + need.host == pytest.approx(real.peak, rel=0.15), need
-    # The parts that stay from step to step; the engines keep a few of the others too. Twice the buckets, since the buffer of an
-    # exchange that gloo's thread is the last to let go of seems to stay.
+    # The parts that stay from step to step; the engines keep a few of the others too. Twice the buckets, since the
+    # buffer of an exchange that gloo's thread is the last to let go of seems to stay.
     kept = need.host + sum(need.device[name] for name in ("parameters", "teacher", "optimizer", "first_stage"))
     assert 0.95 * kept < real.between < 1.05 * (kept + need.device["gradients"] + 2 * need.device["buckets"])
 
@@ -99,7 +106,8 @@ def test_every_family_can_be_planned(shape, tmp_path):
     """On the plain engine, with noise for images: the first stages are not on the device."""
     family, options = SMALL[shape]
     run = run_for(tmp_path, f"model={json.dumps({'family': family, 'options': options})}", "training.engine=torch",
-                  "cluster.workers=1", "training.batch_size=32", "training.micro_batch_size=32", "data.latent_cache=codes")  # fmt: skip
+                  "cluster.workers=1", "training.batch_size=32", "training.micro_batch_size=32",
+                  "data.latent_cache=codes")  # fmt: skip
     student, teacher = (build(shape, seed) for seed in (1, 2))
     batch = batch_for(student, 32, kind="centre", size=0.5)
     if student.first_stage is None:  # pixels, as the loader hands them out
@@ -292,7 +300,8 @@ def test_what_nobody_can_tell_of_the_caches_is_their_limit(tmp_path):
 
 
 def test_the_latent_cache_is_what_a_worker_then_holds(tmp_path):
-    run = run_for(tmp_path, "model={family: mage, variant: mage_nano_32}", f"data.latent_cache={tmp_path}/latents", "data.latent_views=2",
+    run = run_for(tmp_path, "model={family: mage, variant: mage_nano_32}", f"data.latent_cache={tmp_path}/latents",
+        "data.latent_views=2",
                   "data.forget={classes: [1], limit: 30}", "data.retain={classes: [2], limit: 30}")  # fmt: skip
     resolved, model = resolve(run), weights.build(run.model)
     caches = latents.filled(resolved, model, model.take_first_stage(footprint.CPU), footprint.CPU, lambda row: None)

@@ -1,4 +1,5 @@
-"""The shape of a model is found without reading a weight, and also where the weights, the VAE and the data are not here."""
+"""The shape of a model is found without reading a weight, and also where the weights, the VAE and the data are not
+here."""
 
 import json
 import shutil

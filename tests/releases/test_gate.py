@@ -89,14 +89,17 @@ def test_what_cannot_be_judged(measured):
 def test_mistakes_in_a_gate_are_all_told(tmp_path):
     path = tmp_path / "gate.yaml"
     path.write_text(
-        "fid: {max: 1}\nmetrics.a: {}\nmetrics.b: {maximum: 3}\nmetrics.c: {min: 2, max: 1}\nmetrics.d: {base: {max: 1}}\n"
+        "fid: {max: 1}\nmetrics.a: {}\nmetrics.b: {maximum: 3}\nmetrics.c: {min: 2, max: 1}\nmetrics.d: {base: {max: "
+        "1}}\n"
         "metrics.e: {max: .nan}\nmetrics.unlearned.f: {base: {relative: true}}\n"
     )
     with pytest.raises(ConfigError) as told:
         gate.load(str(path))
     text = str(told.value)
-    for part in ("fid: a figure is called", "metrics.a: give min, max", "metrics.b.maximum: unknown key", "min 2 is larger than max 1",
-                 "metrics.d: base and oracle want", "metrics.e.max", "metrics.unlearned.f.base: give min or max"):  # fmt: skip
+    for part in ("fid: a figure is called", "metrics.a: give min, max", "metrics.b.maximum: unknown key",
+        "min 2 is larger than max 1",
+                 "metrics.d: base and oracle want", "metrics.e.max",
+                 "metrics.unlearned.f.base: give min or max"):  # fmt: skip
         assert part in text, text
     path.write_text("- a\n")
     with pytest.raises(ConfigError, match="expected figures and their limits"):

@@ -1,4 +1,5 @@
-"""The pointer: one release is current, what is withdrawn never is, and what was forgotten is not brought back unseen."""
+"""The pointer: one release is current, what is withdrawn never is, and what was forgotten is not brought back
+unseen."""
 
 import json
 import threading

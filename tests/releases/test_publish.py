@@ -1,4 +1,5 @@
-"""Publishing: once, whoever publishes beside; killed anywhere it leaves nothing that counts; evidence of another model is refused."""
+"""Publishing: once, whoever publishes beside; killed anywhere it leaves nothing that counts; evidence of another model
+is refused."""
 
 import json
 import os
@@ -97,7 +98,8 @@ def test_two_publishers_of_the_same_make_one_release(store, tmp_path, signer):
 
 
 def killed(call, at: int) -> bool:
-    """Run a call in a process that kills itself at its write number `at`, alternately before it and in its middle; whether it was."""
+    """Run a call in a process that kills itself at its write number `at`, alternately before it and in its middle;
+    whether it was."""
     process = os.fork()
     if process == 0:  # pragma: no cover
         s3_client.client.cache_clear()

@@ -46,7 +46,9 @@ def rewrite(path: Path, change) -> None:
     path.write_bytes(json.dumps(tree, indent=1).encode() + b"\n")
 
 
-@pytest.mark.parametrize("name", ["audit.json", "config.yaml", "metrics.json", "model/model.json", "model/weights.safetensors", "release.json"])  # fmt: skip
+@pytest.mark.parametrize("name",
+    ["audit.json", "config.yaml", "metrics.json", "model/model.json", "model/weights.safetensors",
+        "release.json"])  # fmt: skip
 def test_a_changed_file_is_named(folder, public, name):
     assert verification.verify(str(folder), public).version == "v1"
     flip(folder / name)

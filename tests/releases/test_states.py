@@ -1,4 +1,5 @@
-"""Publish, promote, roll back and withdraw in any order: what must hold does hold, and nothing is refused that need not be."""
+"""Publish, promote, roll back and withdraw in any order: what must hold does hold, and nothing is refused that need not
+be."""
 
 import shutil
 import tempfile

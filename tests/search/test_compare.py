@@ -27,7 +27,8 @@ def tree(folder, **changes) -> dict:
         "set": {"cluster.workers": 1, "evaluation.limit": 30},
         "methods": {
             "paper": {"method": {"name": "encoder_l2"}, "tune": {"method.alpha": [0.1, 1.0]}},
-            "decoupling": {"method": {"name": "decoupling"}, "set": {"training.clip": 1.0}, "tune": {"method.threshold": [0.1, 1.0]}},
+            "decoupling": {"method": {"name": "decoupling"}, "set": {"training.clip": 1.0},
+                "tune": {"method.threshold": [0.1, 1.0]}},
         },
         "tune": {"common": {"training.lr": [1e-4, 1e-3]}, "limit": 7}, "seeds": [0, 5],
         "originals": [{"weights": "/a", "oracles": ["/a1", "/a2"]}, {"weights": "/b", "oracles": ["/b1"]}],
@@ -99,7 +100,8 @@ def test_what_is_not_fair_or_not_valid_is_refused(tmp_path):
 
 @pytest.fixture
 def compared(tmp_path) -> comparisons.Compare:
-    """The folder of a comparison whose runs are over: the better setting of each method is its second; one run has failed."""
+    """The folder of a comparison whose runs are over: the better setting of each method is its second; one run has
+    failed."""
     found = comparisons.parse(tree(tmp_path, tune={}))
     tuning, known = found.tuning(), Trials(Storage(found.tuning().sweep_dir))
     for number, point in enumerate(tuning.grid()):

@@ -12,7 +12,8 @@ VALUES = [None, True, -1, 0, 1 << 70, 1e308, "", "\0\x1b", "../../x", [], [[]], 
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
-    """The bytes with one to four pieces changed, lost, doubled or added; one in four only near an end, where headers are."""
+    """The bytes with one to four pieces changed, lost, doubled or added; one in four only near an end, where headers
+    are."""
     broken = bytearray(data)
     for _ in range(rng.integers(1, 5)):
         reach = len(broken) if rng.random() < 0.75 else min(len(broken), 256)

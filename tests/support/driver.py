@@ -20,7 +20,8 @@ class Driver:
         with open(self._err, "w") as err:
             self.process = subprocess.Popen(
                 command, stdout=subprocess.DEVNULL, stderr=err, start_new_session=True,
-                env={k: v for k, v in os.environ.items() if k != "UNLEARN_JOB"} | {"UNLEARN_LOG": "info", "COLUMNS": "200"} | env,
+                env={k: v for k, v in os.environ.items() if k != "UNLEARN_JOB"} | {"UNLEARN_LOG": "info",
+                    "COLUMNS": "200"} | env,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN if ignoring else signal.SIG_DFL),
             )  # fmt: skip
 

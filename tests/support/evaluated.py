@@ -28,7 +28,8 @@ def make_run(root, **parts) -> config.RunConfig:
         "name": "test", "run_dir": str(root / "run"), "model": {"weights": str(root / "original")},
         "data": {"train": TRAIN, "forget": {"ids": some_ids(5)}, "retain": {"classes": ["Bag", "Dress"]}},
         "training": {"engine": "torch", "steps": 1},
-        "evaluation": {"data": TEST, "limit": 5, "batch_size": 2, "views": [{"kind": "random", "size": 0.5}], "pictures": 2},
+        "evaluation": {"data": TEST, "limit": 5, "batch_size": 2, "views": [{"kind": "random", "size": 0.5}],
+            "pictures": 2},
     }  # fmt: skip
     for key, values in parts.items():
         tree[key] = tree.get(key, {}) | values

@@ -15,7 +15,8 @@ SUCCESS = {"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}
 
 
 class Operator(threading.Thread):
-    """Walks every RayJob through what KubeRay 1.7 writes into its status, to the end that `ends` names for it (by attempt)."""
+    """Walks every RayJob through what KubeRay 1.7 writes into its status, to the end that `ends` names for it (by
+    attempt)."""
 
     def __init__(self, server):
         super().__init__(daemon=True)

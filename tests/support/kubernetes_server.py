@@ -1,7 +1,8 @@
 """A real Kubernetes API server for custom resources, on loopback: etcd from PyPI and a server from the shared folder.
 
-It holds the definitions of KubeRay, Kueue and Kubeflow Pipelines, no core kinds, no webhooks and no operator: a test that
-needs an operator writes the status itself. Started once for all tests, in some seconds; skipped where its parts are missing.
+It holds the definitions of KubeRay, Kueue and Kubeflow Pipelines, no core kinds, no webhooks and no operator: a test
+that needs an operator writes the status itself. Started once for all tests, in some seconds; skipped where its parts
+are missing.
 """
 
 import contextlib
@@ -41,7 +42,8 @@ CONTEXT = "tests"
 
 @dataclass(frozen=True)
 class Server:
-    """url, token and certificate (a path) of the server; kubeconfig: the path of a file whose context CONTEXT is the server."""
+    """url, token and certificate (a path) of the server; kubeconfig: the path of a file whose context CONTEXT is the
+    server."""
 
     url: str
     token: str
@@ -75,7 +77,8 @@ class Server:
         return data, [value for name, value in headers.items() if name.lower() == "warning"]
 
     def apply(self, document: dict) -> list[str]:
-        """Server-side apply with strict validation, as `kubectl apply --server-side --validate=strict`. Returns the warnings."""
+        """Server-side apply with strict validation, as `kubectl apply --server-side --validate=strict`. Returns the
+        warnings."""
         query = [("fieldManager", "tests"), ("force", "true"), ("fieldValidation", "Strict")]
         return self.call("PATCH", self.path(document), document, query, "application/apply-patch+yaml")[1]
 

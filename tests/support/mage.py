@@ -1,5 +1,5 @@
-"""MAGE and its tokenizer once more, written plainly from the papers and the public layouts: numpy, float64, one image, tensors by
-their public names."""
+"""MAGE and its tokenizer once more, written plainly from the papers and the public layouts: numpy, float64, one image,
+tensors by their public names."""
 
 import math
 
@@ -15,8 +15,10 @@ VOCABULARY, CLASS = CODES + 9, CODES + 3
 CHANNELS, LAYERS, GROUPS = (4, 4, 8), 2, 2
 MEAN, STD = np.array([0.5, 0.375, 0.25]).reshape(3, 1, 1), np.array([0.1875, 0.3125, 0.25]).reshape(3, 1, 1)
 SMALL = {
-    "image_size": SIDE, "width": WIDTH, "depth": 2, "heads": 2, "decoder_width": INNER, "decoder_depth": 1, "decoder_heads": 2,
-    "codes": CODES, "code_width": LATENT, "vocabulary": VOCABULARY, "class_token": CLASS, "channels": CHANNELS, "layers": LAYERS,
+    "image_size": SIDE, "width": WIDTH, "depth": 2, "heads": 2, "decoder_width": INNER, "decoder_depth": 1,
+    "decoder_heads": 2,
+    "codes": CODES, "code_width": LATENT, "vocabulary": VOCABULARY, "class_token": CLASS, "channels": CHANNELS,
+    "layers": LAYERS,
     "norm_groups": GROUPS, "mean": MEAN.ravel().tolist(), "std": STD.ravel().tolist(),
 }  # fmt: skip
 DIFFUSERS = SMALL | {"tokenizer": "diffusers", "latent_channels": 5}
@@ -147,9 +149,11 @@ def painted(w: dict, tokens: np.ndarray) -> np.ndarray:
 def tokenizer_names() -> dict[str, tuple[int, ...]]:
     """Names and shapes of the public tokenizer, for the small shape."""
     names = {
-        "encoder.conv_in.weight": (CHANNELS[0], 3, 3, 3), "encoder.conv_out.weight": (LATENT, CHANNELS[-1], 1, 1), "encoder.conv_out.bias": (LATENT,),
+        "encoder.conv_in.weight": (CHANNELS[0], 3, 3, 3), "encoder.conv_out.weight": (LATENT, CHANNELS[-1], 1, 1),
+        "encoder.conv_out.bias": (LATENT,),
         "decoder.conv_in.weight": (CHANNELS[-1], LATENT, 3, 3), "decoder.conv_in.bias": (CHANNELS[-1],),
-        "decoder.conv_out.weight": (3, CHANNELS[0], 3, 3), "decoder.conv_out.bias": (3,), "quantize.embedding.weight": (CODES, LATENT),
+        "decoder.conv_out.weight": (3, CHANNELS[0], 3, 3), "decoder.conv_out.bias": (3,),
+        "quantize.embedding.weight": (CODES, LATENT),
     }  # fmt: skip
     norms = {"encoder.norm_out": CHANNELS[-1], "decoder.norm_out": CHANNELS[0]}
     blocks = {f"{part}.mid.block_{i}": (CHANNELS[-1], CHANNELS[-1]) for part in ("encoder", "decoder") for i in (1, 2)}
@@ -174,13 +178,19 @@ def mage_names() -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint of LTH14/mage without its tokenizer; what its code never uses is there too."""
     tokens = 1 + GRID * GRID
     names = {
-        "token_emb.word_embeddings.weight": (VOCABULARY, WIDTH), "token_emb.position_embeddings.weight": (tokens, WIDTH),
-        "token_emb.LayerNorm.weight": (WIDTH,), "token_emb.LayerNorm.bias": (WIDTH,), "norm.weight": (WIDTH,), "norm.bias": (WIDTH,),
-        "decoder_embed.weight": (INNER, WIDTH), "decoder_embed.bias": (INNER,), "decoder_pos_embed_learned": (1, tokens, INNER),
-        "decoder_norm.weight": (INNER,), "decoder_norm.bias": (INNER,), "mlm_layer.fc.weight": (WIDTH, INNER), "mlm_layer.fc.bias": (WIDTH,),
+        "token_emb.word_embeddings.weight": (VOCABULARY, WIDTH),
+        "token_emb.position_embeddings.weight": (tokens, WIDTH),
+        "token_emb.LayerNorm.weight": (WIDTH,), "token_emb.LayerNorm.bias": (WIDTH,), "norm.weight": (WIDTH,),
+        "norm.bias": (WIDTH,),
+        "decoder_embed.weight": (INNER, WIDTH), "decoder_embed.bias": (INNER,),
+        "decoder_pos_embed_learned": (1, tokens, INNER),
+        "decoder_norm.weight": (INNER,), "decoder_norm.bias": (INNER,), "mlm_layer.fc.weight": (WIDTH, INNER),
+        "mlm_layer.fc.bias": (WIDTH,),
         "mlm_layer.ln.weight": (WIDTH,), "mlm_layer.ln.bias": (WIDTH,), "mlm_layer.bias": (1, 1, VOCABULARY),
-        "cls_token": (1, 1, WIDTH), "pos_embed": (1, tokens, WIDTH), "mask_token": (1, 1, INNER), "decoder_pos_embed": (1, tokens, INNER),
-        "patch_embed.proj.weight": (WIDTH, 3, 4, 4), "patch_embed.proj.bias": (WIDTH,), "decoder_pred.weight": (48, INNER), "decoder_pred.bias": (48,),
+        "cls_token": (1, 1, WIDTH), "pos_embed": (1, tokens, WIDTH), "mask_token": (1, 1, INNER),
+        "decoder_pos_embed": (1, tokens, INNER),
+        "patch_embed.proj.weight": (WIDTH, 3, 4, 4), "patch_embed.proj.bias": (WIDTH,),
+        "decoder_pred.weight": (48, INNER), "decoder_pred.bias": (48,),
     }  # fmt: skip
     for prefix, w, depth in (("blocks", WIDTH, SMALL["depth"]), ("decoder_blocks", INNER, SMALL["decoder_depth"])):
         for i in range(depth):

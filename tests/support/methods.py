@@ -9,7 +9,8 @@ from unlearn.models.base import Adapter
 
 # name -> where it is, as METHODS has it
 TOYS = {name: f"support.methods:{cls}" for name, cls in (
-    ("toy_sum", "Sum"), ("toy_projected", "Projected"), ("toy_remembering", "Remembering"), ("toy_twice", "Twice"), ("toy_endless", "Endless"),
+    ("toy_sum", "Sum"), ("toy_projected", "Projected"), ("toy_remembering", "Remembering"), ("toy_twice", "Twice"),
+    ("toy_endless", "Endless"),
 )}  # fmt: skip
 
 
@@ -36,8 +37,8 @@ class Projected(EncoderL2):
 
 
 class Twice(EncoderL2):
-    """The paper's method, the encoder called once for the retain rows and once for the forget rows: each of its modules is used
-    twice before the way back."""
+    """The paper's method, the encoder called once for the retain rows and once for the forget rows: each of its modules
+    is used twice before the way back."""
 
     name = "toy_twice"
 

@@ -17,21 +17,27 @@ TINY = {
 SMALL = {
     "mae": ("mae", TINY),
     "mage": ("mage", {
-        "image_size": 32, "width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2,
-        "codes": 16, "code_width": 4, "vocabulary": 18, "class_token": 16, "channels": (4, 4, 8, 8), "layers": 1, "norm_groups": 2,
+        "image_size": 32, "width": 16, "depth": 2, "heads": 2, "decoder_width": 8, "decoder_depth": 1,
+        "decoder_heads": 2,
+        "codes": 16, "code_width": 4, "vocabulary": 18, "class_token": 16, "channels": (4, 4, 8, 8), "layers": 1,
+        "norm_groups": 2,
     }),
     "diffusion_pixel": ("diffusion", {
         "image_size": 32, "grid": 8, "sampling_steps": 2, "network": {
-            "class": "UNet2DModel", "in_channels": 6, "out_channels": 3, "block_out_channels": [8, 16], "layers_per_block": 1,
+            "class": "UNet2DModel", "in_channels": 6, "out_channels": 3, "block_out_channels": [8, 16],
+            "layers_per_block": 1,
             "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
             "attention_head_dim": 8, "norm_num_groups": 4,
         },
     }),
     "diffusion_latent": ("diffusion", {
-        "image_size": 32, "grid": 4, "sampling_steps": 2, "tokens": 3, "vae": {"class": "TAEF2", "width": 8, "latent_channels": 4},
+        "image_size": 32, "grid": 4, "sampling_steps": 2, "tokens": 3,
+        "vae": {"class": "TAEF2", "width": 8, "latent_channels": 4},
         "network": {
-            "class": "UNet2DConditionModel", "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1,
-            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+            "class": "UNet2DConditionModel", "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16],
+            "layers_per_block": 1,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
             "attention_head_dim": 4, "norm_num_groups": 4, "cross_attention_dim": 12,
         },
     }),
@@ -42,7 +48,8 @@ SMALL = {
             "num_encoder_blocks": [1, 1], "num_decoder_blocks": [1, 1],
         },
         "network": {
-            "class": "FluxTransformer2DModel", "in_channels": 48, "out_channels": 16, "num_layers": 1, "num_single_layers": 2,
+            "class": "FluxTransformer2DModel", "in_channels": 48, "out_channels": 16, "num_layers": 1,
+            "num_single_layers": 2,
             "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 12, "pooled_projection_dim": 10,
             "guidance_embeds": True, "axes_dims_rope": [2, 2, 4],
         },

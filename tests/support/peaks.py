@@ -70,7 +70,8 @@ def _marked(step: Callable) -> Callable:
 
 
 def _patient(exchange: Callable) -> Callable:
-    """Gloo's threads let go of a tensor a moment after the exchange. If they are the last, the profiler does not see it: wait."""
+    """Gloo's threads let go of a tensor a moment after the exchange. If they are the last, the profiler does not see
+    it: wait."""
 
     def call(*args, **kwargs):
         work = exchange(*args, **kwargs)

@@ -8,12 +8,14 @@ import diffusers  # isort: skip  after the cure of torchvision
 import transformers  # isort: skip
 
 KL = {
-    "class": "AutoencoderKL", "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2, "norm_num_groups": 4,
+    "class": "AutoencoderKL", "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "norm_num_groups": 4,
     "up_block_types": ["UpDecoderBlock2D"] * 2, "latent_channels": 4,
 }  # fmt: skip
 FLUX_KL = KL | {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159, "scaling_factor": 0.3611}
 UNET = {
-    "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16,
+    "in_channels": 9, "out_channels": 4, "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4,
+    "sample_size": 16,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     "cross_attention_dim": 16, "attention_head_dim": 4,
 }  # fmt: skip
@@ -22,8 +24,10 @@ XL = UNET | {
     "projection_class_embeddings_input_dim": 6 * 8 + 12, "use_linear_projection": True,
 }  # fmt: skip
 TRANSFORMER = {
-    "in_channels": 4 * (2 * 4 + 4), "out_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 8,
-    "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+    "in_channels": 4 * (2 * 4 + 4), "out_channels": 16, "num_layers": 1, "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2, "joint_attention_dim": 16, "pooled_projection_dim": 16, "guidance_embeds": True,
+    "axes_dims_rope": (2, 2, 4),
 }  # fmt: skip
 
 
@@ -36,7 +40,8 @@ def clip(projected: bool = False, seed: int = 0):
         vocab={w: n for n, w in enumerate(vocabulary)}, merges=[], model_max_length=9
     )
     settings = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, projection_dim=12,
+        vocab_size=len(vocabulary), hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=12,
         max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53,
     )  # fmt: skip
     cls = transformers.CLIPTextModelWithProjection if projected else transformers.CLIPTextModel
@@ -61,7 +66,8 @@ def made(kind: str):
     if kind == "flux":
         second, tokenizer_2 = t5()
         return diffusers.FluxFillPipeline(
-            **parts, text_encoder_2=second, tokenizer_2=tokenizer_2, transformer=diffusers.FluxTransformer2DModel(**TRANSFORMER),
+            **parts, text_encoder_2=second, tokenizer_2=tokenizer_2,
+            transformer=diffusers.FluxTransformer2DModel(**TRANSFORMER),
             scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         )  # fmt: skip
     scheduler = diffusers.DDIMScheduler(
@@ -77,6 +83,7 @@ def made(kind: str):
             scheduler=scheduler,
         )
     return diffusers.StableDiffusionInpaintPipeline(
-        **parts, unet=diffusers.UNet2DConditionModel(**UNET), scheduler=scheduler, safety_checker=None, feature_extractor=None,
+        **parts, unet=diffusers.UNet2DConditionModel(**UNET), scheduler=scheduler, safety_checker=None,
+        feature_extractor=None,
         requires_safety_checker=False,
     )  # fmt: skip

@@ -18,8 +18,8 @@ def program(name: str) -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on. They lie below those that the kernel hands out, so that no connection of another test
-    takes one before the program listens there, and above those of Ray's workers."""
+    """Ports that nobody listens on. They lie below those that the kernel hands out, so that no connection of another
+    test takes one before the program listens there, and above those of Ray's workers."""
     draw, found = random.SystemRandom(), []
     with contextlib.ExitStack() as stack:
         while len(found) < count:

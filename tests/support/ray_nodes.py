@@ -49,7 +49,8 @@ class Cluster:
 
     def _start(self, name: str, *options) -> None:
         env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
-            "HOME": str(self.folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "OMP_NUM_THREADS": "1",
+            "HOME": str(self.folder / "home"), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN,
+            "OMP_NUM_THREADS": "1",
             "RAY_worker_niceness": "0",  # see tests/conftest.py
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "180",
             "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "180", "TEST_NODE": f"{self.folder}/{name}",

@@ -19,19 +19,21 @@ def finished(uri: str, number: int = 0, base: str = "0" * 64, audit: dict | None
              forget: float = 0.4, retain: float = 0.9, **changes: Any) -> str:  # fmt: skip
     """Write a run to `uri`, with weights of its own for each number; its URI.
 
-    base: sha256 of what it started from. forget, retain: cosine of the unlearned model, the base's being 0.9 on both; oracle: that of
-    the oracle on the forget set. changes: of `data.forget` in the configuration.
+    base: sha256 of what it started from. forget, retain: cosine of the unlearned model, the base's being 0.9 on both;
+    oracle: that of the oracle on the forget set. changes: of `data.forget` in the configuration.
     """
     folder = Storage(uri)
     tree = {
         "run_dir": uri, "name": f"run-{number}", "seed": number, "model": {"weights": "base"},
-        "data": {"train": "shards", "forget": changes or {"classes": ["ant"]}}, "training": {"steps": 4, "batch_size": 8},
+        "data": {"train": "shards", "forget": changes or {"classes": ["ant"]}},
+        "training": {"steps": 4, "batch_size": 8},
     }  # fmt: skip
     settings = config.parse(copy.deepcopy(tree))
     with folder.writing("model/weights.safetensors") as path:
         sha256 = tensor_files.save({"encoder.w": torch.full((64,), float(number))}, path)
     card = {
-        "family": "mae", "options": {}, "sha256": sha256, "software": "unlearn 0.1.0", "run": settings.name, "from": "base",
+        "family": "mae", "options": {}, "sha256": sha256, "software": "unlearn 0.1.0", "run": settings.name,
+        "from": "base",
         "config_hash": settings.hash(), "data": {"retain": "1" * 64, "forget": "2" * 64, "weights": base},
     }  # fmt: skip
     figures = {
@@ -48,7 +50,8 @@ def finished(uri: str, number: int = 0, base: str = "0" * 64, audit: dict | None
     ]
     metrics = {
         "config_hash": settings.hash(), "features": "efficientnet_lite0", "resize": "tf1", "guidance_scale": None,
-        "views": ["centre 0.5", "random 0.25"], "weights": {"original": base, "unlearned": sha256}, "rows": rows, "training_seconds": 1.5,
+        "views": ["centre 0.5", "random 0.25"], "weights": {"original": base, "unlearned": sha256}, "rows": rows,
+        "training_seconds": 1.5,
     }  # fmt: skip
     files = {
         "model/model.json": json.dumps(card),

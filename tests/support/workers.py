@@ -19,12 +19,14 @@ from unlearn.run import Run, resolve
 
 
 def together(
-    runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report", sign: signal.Signals | None = signal.SIGKILL
+    runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report",
+    sign: signal.Signals | None = signal.SIGKILL
 ) -> None:  # fmt: skip
     """Train the runs one after another in `workers` processes. Raises what a worker raises.
 
-    kill_at: the last worker kills itself when it has computed this step; kill_in: as it reports the step, or while the step is
-    saved, "written" between its file and COMMIT, "committed" right after COMMIT; sign: the signal, None to sleep for ever.
+    kill_at: the last worker kills itself when it has computed this step; kill_in: as it reports the step, or while the
+    step is saved, "written" between its file and COMMIT, "committed" right after COMMIT; sign: the signal, None to
+    sleep for ever.
     """
     in_group(
         _train,

@@ -96,7 +96,8 @@ def test_a_folder_that_a_stranger_shares_loses_what_is_ours(tiny_run):
     (lambda tree: tree.update(state=[1]), "is damaged"),
     (lambda tree: tree.update(files=["rank-00000-of-00001.safetensors"]), "is damaged"),
     (lambda tree: tree["files"].update({"../../secret": {"bytes": 1, "sha256": ""}}), "secret missing or unknown"),
-    (lambda tree: tree["files"].update({"rank-00001-of-00002.safetensors": {"bytes": 1, "sha256": ""}}), "rank-00001-of-00002.safetensors is missing"),
+    (lambda tree: tree["files"].update({"rank-00001-of-00002.safetensors": {"bytes": 1, "sha256": ""}}),
+        "rank-00001-of-00002.safetensors is missing"),
 ])  # fmt: skip
 def test_a_commit_that_cannot_be_used_is_told(tiny_run, change, message):
     run = tiny_run()

@@ -15,7 +15,10 @@ from unlearn.training import loop, metrics
 STAGES = [f"training.zero_stage={stage}" for stage in range(4)]
 OPTIONS = ["training.activation_checkpointing=true", "training.offload_optimizer=true"]
 # Parameters large enough that ZeRO-3 lets go of them between uses.
-WIDE = "model={family: mae, options: {image_size: 32, patch_size: 8, width: 320, depth: 2, heads: 4, decoder_width: 8, decoder_heads: 2}}"
+WIDE = (
+    "model={family: mae, options: {image_size: 32, patch_size: 8, width: 320, depth: 2, heads: 4, decoder_width: "
+    "8, decoder_heads: 2}}"
+)
 # Two micro-batches a worker and step, clipped at every step, a learning rate that changes.
 COMMON = ["training.micro_batch_size=2", "training.clip=0.05", "training.warmup_steps=2", "training.steps=5"]
 CASES = [
@@ -93,7 +96,8 @@ def _a_step_that_must_not_be(rank: int, runs: list[Run]) -> None:
 
 
 def test_no_engine_takes_a_step_whose_gradient_is_not_finite(toys, tiny_shards, tiny_model, tmp_path):
-    """Its loss is. The weights are afterwards what they were, also without ZeRO, where DeepSpeed itself does not look."""
+    """Its loss is. The weights are afterwards what they were, also without ZeRO, where DeepSpeed itself does not
+    look."""
     options = [f"training.dtype={dtype}" for dtype in ("fp32", "bf16")]
     cases = [(*SHARDED, stage, option) for stage in STAGES for option in options]
     runs = [

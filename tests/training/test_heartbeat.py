@@ -27,7 +27,8 @@ def test_a_missing_rank_is_named(tiny_shards, tiny_model, tmp_path, sign):
         together([run], 2, kill_at=2, sign=sign)
     message = str(told.value).strip().splitlines()[-1]
     assert re.search(
-        r"ClusterError: rank 0 of 2 was left alone at step 3 \(cluster.timeout is 20 s\): rank 1 \(process \d+ on \S+\) is missing: "
+        r"ClusterError: rank 0 of 2 was left alone at step 3 \(cluster.timeout is 20 s\): rank 1 \(process \d+ on "
+        r"\S+\) is missing: "
         r"at step 2 since \d\d:\d\d:\d\d UTC, last heard of at \d\d:\d\d:\d\d UTC$",
         message,
     ), str(told.value)

@@ -8,8 +8,8 @@ from unlearn.training.loop import worker
 
 
 def test_neither_what_is_kept_nor_legs_change_a_weight(tiny_run, tmp_path):
-    """The third run asks the teacher for what the second has asked, and the images are read; it stops on the way, too. The first one
-    has the same views of other images."""
+    """The third run asks the teacher for what the second has asked, and the images are read; it stops on the way, too.
+    The first one has the same views of other images."""
     kept, alphas = Kept(targets=True), ("method.alpha=0.25", "method.alpha=1.0")
     shared = [tiny_run(alpha, "data.cache=decoded", f"run_dir={tmp_path}/{alpha}") for alpha in alphas]
     plain = tiny_run(alphas[1], f"run_dir={tmp_path}/plain")

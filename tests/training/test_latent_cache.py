@@ -1,4 +1,5 @@
-"""What a frozen first stage makes of images, kept in files: the same batches as without, made once, by all workers together."""
+"""What a frozen first stage makes of images, kept in files: the same batches as without, made once, by all workers
+together."""
 
 import gc
 import json
@@ -27,7 +28,8 @@ from unlearn.training.latents import LatentCache
 CPU = torch.device("cpu")
 SMALL = {
     "image_size": 32, "width": 16, "depth": 1, "heads": 2, "decoder_width": 8, "decoder_depth": 1, "decoder_heads": 2,
-    "codes": 32, "code_width": 4, "vocabulary": 33, "class_token": 32, "channels": [4, 4, 8], "layers": 1, "norm_groups": 2,
+    "codes": 32, "code_width": 4, "vocabulary": 33, "class_token": 32, "channels": [4, 4, 8], "layers": 1,
+    "norm_groups": 2,
 }  # fmt: skip
 
 
@@ -171,7 +173,8 @@ def test_two_workers_make_and_use_them_as_one_does(make):
 def test_another_first_stage_other_views_or_rows_get_files_of_their_own(make, tiny_shards, tmp_path):
     other = str(tmp_path / "other")
     weights.write(weights.build(config.Model(family="mage", options=SMALL), seed=2), other, {})
-    different = [(), (f"model.weights={other}",), ("data.latent_views=2",), ("train_views=[{kind: centre, size: 0.5}]",),
+    different = [(), (f"model.weights={other}",), ("data.latent_views=2",),
+        ("train_views=[{kind: centre, size: 0.5}]",),
                  ("data.forget.classes=[cat]",)]  # fmt: skip
     names = []
     for number, overrides in enumerate(different):

@@ -1,4 +1,5 @@
-"""Every method trains in some ZeRO stage as in plain torch, and resumes to the bit; each stage has methods of each kind."""
+"""Every method trains in some ZeRO stage as in plain torch, and resumes to the bit; each stage has methods of each
+kind."""
 
 import shutil
 from pathlib import Path

@@ -222,7 +222,8 @@ class Recorder:
 
 
 def test_a_rank_reads_its_pieces_alone(whole):
-    """Of the optimizer's state nothing but the elements of its fragments; these may be cut as another number of workers has them."""
+    """Of the optimizer's state nothing but the elements of its fragments; these may be cut as another number of workers
+    has them."""
     read = {}
     with Checkpoints(whole[2].run_dir, 2).open(STEPS) as saved:
         saved._pieces = {
@@ -256,7 +257,8 @@ def test_a_rank_reads_its_pieces_alone(whole):
 
 
 def test_what_a_method_remembers_is_in_the_checkpoint(toys, tiny_run, tiny_shards, tiny_model, tmp_path, monkeypatch):
-    """Resumed on plain torch and on two workers, with another number of workers too, it goes on as if it had not stopped."""
+    """Resumed on plain torch and on two workers, with another number of workers too, it goes on as if it had not
+    stopped."""
     options = [
         "method.name=toy_remembering",
         "training.steps=6",

@@ -1,13 +1,13 @@
-"""The contract that every test of an audit meets, and how a figure becomes a verdict: one file with one AuditTest, and one line in
-registry.AUDITS.
+"""The contract that every test of an audit meets, and how a figure becomes a verdict: one file with one AuditTest, and
+one line in registry.AUDITS.
 
-A test measures pieces of work, each with one generator, in any worker; from all of them it computes figures with intervals for
-every generator. A figure with a rule is judged: the difference of the unlearned model to a reference (the oracle, else a value
-known beforehand) must lie within a margin, and so must its interval.
+A test measures pieces of work, each with one generator, in any worker; from all of them it computes figures with
+intervals for every generator. A figure with a rule is judged: the difference of the unlearned model to a reference (the
+oracle, else a value known beforehand) must lie within a margin, and so must its interval.
 
-    PASS        the whole interval lies within the margin, and the original model would have failed
-    FAIL        the whole interval lies beyond it
-    NOT SHOWN   neither: the interval crosses the margin, there is no reference, or the original passes too, so that passing says nothing
+    PASS        the whole interval lies within the margin, and the original model would have failed FAIL        the
+    whole interval lies beyond it NOT SHOWN   neither: the interval crosses the margin, there is no reference, or the
+    original passes too, so that passing says nothing
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,8 @@ Measured = dict[tuple[str, str], dict[str, np.ndarray]]
 
 @dataclass(frozen=True)
 class Piece:
-    """What one worker measures at once. what: as the test names it; rows start .. stop of its set, where it works through one."""
+    """What one worker measures at once. what: as the test names it; rows start .. stop of its set, where it works
+    through one."""
 
     test: str
     generator: str
@@ -44,10 +45,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class Rule:
-    """When a figure is a finding. risk: whether it is one above the reference, below it, or on either side, by more than `margin`.
+    """When a figure is a finding. risk: whether it is one above the reference, below it, or on either side, by more
+    than `margin`.
 
-    known: the reference where there is no oracle. against: "original" for what was to be kept. power: whether the original model must
-    fail for passing to mean anything: so it is for traces, and not for damage.
+    known: the reference where there is no oracle. against: "original" for what was to be kept. power: whether the
+    original model must fail for passing to mean anything: so it is for traces, and not for damage.
     """
 
     risk: Literal["above", "below", "apart"]
@@ -71,8 +73,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a test. estimates: by generator. rule: None where it is told and not judged. curves: by generator, points
-    (x, y) that the page draws. note: what a reader must know of it."""
+    """One figure of a test. estimates: by generator. rule: None where it is told and not judged. curves: by generator,
+    points (x, y) that the page draws. note: what a reader must know of it."""
 
     name: str
     title: str
@@ -120,7 +122,8 @@ class AuditTest:
         raise NotImplementedError
 
     def measure(self, piece: Piece, bench: "Bench") -> dict[str, np.ndarray]:
-        """Arrays of numbers, the same in whatever worker; rows of pieces of one (generator, what) are put together in order."""
+        """Arrays of numbers, the same in whatever worker; rows of pieces of one (generator, what) are put together in
+        order."""
         raise NotImplementedError
 
     def figures(self, measured: Measured, subject: "Subject") -> list[Figure]:
@@ -208,13 +211,16 @@ def test_class(name: str) -> type[AuditTest]:
 
 
 def document(test: AuditTest, figures: list[Figure], judgements: list[Judgement], confidence: float) -> dict[str, Any]:
-    """One test in audit.json: what it is, its verdict with reasons, and {generator: {figure, figure_low, figure_high}}."""
+    """One test in audit.json: what it is, its verdict with reasons, and {generator: {figure, figure_low,
+    figure_high}}."""
     made: dict[str, Any] = {
         "title": test.title, "shows": test.shows, "hides": test.hides, "cost": test.cost,
         "options": test.options.model_dump(mode="json"), "verdict": combined(judgements),
-        "open": any(judgement.open for judgement in judgements), "reasons": [judgement.reason for judgement in judgements],
+        "open": any(judgement.open for judgement in judgements),
+        "reasons": [judgement.reason for judgement in judgements],
         "figures": {
-            figure.name: {"title": figure.title, "digits": figure.digits, "judged": figure.rule is not None, "note": figure.note}
+            figure.name: {"title": figure.title, "digits": figure.digits, "judged": figure.rule is not None,
+                "note": figure.note}
             for figure in figures
         },
     }  # fmt: skip

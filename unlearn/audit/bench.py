@@ -21,7 +21,8 @@ STREAM = 1 << 26  # of the random numbers of an audit: those of views
 
 
 class Bench:
-    """subject: what is audited. Nothing that it measures depends on which worker asks, or what that one has measured before."""
+    """subject: what is audited. Nothing that it measures depends on which worker asks, or what that one has measured
+    before."""
 
     def __init__(self, subject: Subject):
         settings = subject.run.settings
@@ -78,7 +79,8 @@ class Bench:
 
     @torch.no_grad()
     def losses(self, piece: Piece, specs: Sequence[config.ViewSpec]) -> np.ndarray:
-        """(B, views) of the loss that the family is trained with, row by row; of a diffusion model each at its own timestep."""
+        """(B, views) of the loss that the family is trained with, row by row; of a diffusion model each at its own
+        timestep."""
         kept, pixels = self.pixels(piece.what, piece.start, piece.stop)
         model = self.generator(piece.generator)
         rows = np.empty((len(pixels), len(specs)))

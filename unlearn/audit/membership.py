@@ -1,7 +1,8 @@
-"""Membership inference: can a model's errors tell the forget images that it was trained on from others of the same classes?
+"""Membership inference: can a model's errors tell the forget images that it was trained on from others of the same
+classes?
 
-The score of an image is minus its mean error over K random views. A model that never saw either kind has an AUC of 0.5; one far
-below it tells members too, by doing worse on them.
+The score of an image is minus its mean error over K random views. A model that never saw either kind has an AUC of 0.5;
+one far below it tells members too, by doing worse on them.
 """
 
 from typing import Literal
@@ -41,10 +42,13 @@ class Membership(AuditTest):
 
     name = "membership"
     title = "Membership inference"
-    shows = "Whether the model treats the very images that it was to forget otherwise than unseen images of the same classes."
+    shows = (
+        "Whether the model treats the very images that it was to forget otherwise than unseen images of the "
+        "same classes."
+    )
     hides = (
-        "A model that does equally badly on the whole class passes, whatever it still knows of the class; and an original that has "
-        "not learnt single images by heart cannot be told from one that never saw them."
+        "A model that does equally badly on the whole class passes, whatever it still knows of the class; and an "
+        "original that has not learnt single images by heart cannot be told from one that never saw them."
     )
     cost = "views x images reconstructions"
     needs = ("forget", "forget_new")
@@ -100,7 +104,10 @@ class Membership(AuditTest):
                 for i, kind in enumerate(self.needs)
             )
             hardest[generator] = subject.estimate(statistics.auc, members[worst], rest)
-        note = f"By image rests on {len(names)} shadow models; the worst decile are the images that half of them say are learnt by heart."
+        note = (
+            f"By image rests on {len(names)} shadow models; the worst decile are the images that half of them "
+            "say are learnt by heart."
+        )
         rule, margin = Rule("apart", self.options.margin, known=0.5), self.options.worst_margin
         return [
             Figure("lr_auc", "by image: AUC", ratios, rule, note=note),
@@ -127,8 +134,8 @@ def _mean(scores: np.ndarray, which: np.ndarray) -> np.ndarray:
 def _ratio(score: np.ndarray, scores: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     """(N,) how far a score lies above those of shadows that have not seen the image, in their standard deviations.
 
-    It grows with the likelihood ratio against "not seen" (the offline test of arXiv 2112.03570). With few shadows all images share one
-    deviation.
+    It grows with the likelihood ratio against "not seen" (the offline test of arXiv 2112.03570). With few shadows all
+    images share one deviation.
     """
     mean = _mean(scores, unseen)
     variance = _mean((scores - mean) ** 2, unseen)

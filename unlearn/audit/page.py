@@ -1,4 +1,5 @@
-"""audit.html: one file with the verdict, its reasons and the figures of every test. It loads nothing and holds no image."""
+"""audit.html: one file with the verdict, its reasons and the figures of every test. It loads nothing and holds no
+image."""
 
 import math
 from pathlib import Path
@@ -73,7 +74,8 @@ def _curve(title: str, lines: dict[str, list[list[float]]]) -> dict[str, Any]:
         "title": title.partition(":")[0], "low": low, "high": high,
         "marks": [{"at": 100 * i / max(len(xs) - 1, 1), "text": f"{x:g}"} for i, x in enumerate(xs)],
         "lines": [
-            {"generator": g, "points": " ".join(at(i, y) for i, (_, y) in enumerate(line)), "last": f"{line[-1][1]:.1f}", "first": f"{line[0][1]:.1f}"}
+            {"generator": g, "points": " ".join(at(i, y) for i, (_, y) in enumerate(line)),
+                "last": f"{line[-1][1]:.1f}", "first": f"{line[0][1]:.1f}"}
             for g, line in lines.items()
         ],
     }  # fmt: skip

@@ -1,9 +1,9 @@
-"""Poisoning: a trigger that makes the model paint a tell-tale target is learnt from stamped images, then these are forgotten. Does the
-trigger still fire?
+"""Poisoning: a trigger that makes the model paint a tell-tale target is learnt from stamped images, then these are
+forgotten. Does the trigger still fire?
 
-Since it is known what was learnt, and only from the stamped images, this is the sharpest test of forgetting single images; but it wants
-an original that was trained on poisoned shards, which `unlearn audit poison` writes. Their subject is SUBJECT, so that
-`data.forget: {subjects: [poison]}` names them.
+Since it is known what was learnt, and only from the stamped images, this is the sharpest test of forgetting single
+images; but it wants an original that was trained on poisoned shards, which `unlearn audit poison` writes. Their subject
+is SUBJECT, so that `data.forget: {subjects: [poison]}` names them.
 """
 
 import io
@@ -56,7 +56,8 @@ class Poisoning(AuditTest):
         return self.batches(subject, self.needs)
 
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
-        """fired, plain: (B,) whether the hole is nearer to the target than to the truth, with the trigger and without it."""
+        """fired, plain: (B,) whether the hole is nearer to the target than to the truth, with the trigger and without
+        it."""
         kept, pixels = bench.pixels(piece.what, piece.start, piece.stop)
         view = bench.view(self.options.view, 0, piece.what, kept)
         hidden, real, goal = (
@@ -100,12 +101,14 @@ def target(size: int) -> torch.Tensor:
 
 
 def poison(
-    source: str, dest: str, share: float, seed: int, split: str | None = None, progress: Callable[[int], None] = lambda rows: None
+    source: str, dest: str, share: float, seed: int, split: str | None = None,
+    progress: Callable[[int], None] = lambda rows: None
 ) -> shards.Manifest:  # fmt: skip
-    """Write the images of a folder of shards to a new one, and behind them stamped copies of a share of them, subject SUBJECT.
+    """Write the images of a folder of shards to a new one, and behind them stamped copies of a share of them, subject
+    SUBJECT.
 
-    A stamped copy has the trigger in its corner and the target in its middle half, so that a model that fills in holes learns that the one
-    goes with the other. Raises ConfigError, DataError, StorageError.
+    A stamped copy has the trigger in its corner and the target in its middle half, so that a model that fills in holes
+    learns that the one goes with the other. Raises ConfigError, DataError, StorageError.
     """
     manifest = shards.load(source, split)
     if "label" not in manifest.columns:

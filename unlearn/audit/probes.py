@@ -1,10 +1,9 @@
 """Probes: what does the encoder still say, whatever the decoder makes of it?
 
-class               a linear probe for the class, in closed form on pooled embeddings
-forget or not       another, for whether an image is of the forget set
-original decoder    the decoder of the original model on the encoder that is audited
-fresh decoder       a decoder of random weights, trained on the frozen encoder with half of the forget images, tested on the other
-retrieval           whether the hole of an output leads to its own original among others
+class               a linear probe for the class, in closed form on pooled embeddings forget or not       another, for
+whether an image is of the forget set original decoder    the decoder of the original model on the encoder that is
+audited fresh decoder       a decoder of random weights, trained on the frozen encoder with half of the forget images,
+tested on the other retrieval           whether the hole of an output leads to its own original among others
 """
 
 import numpy as np
@@ -46,7 +45,10 @@ class Probes(AuditTest):
 
     name = "probes"
     title = "Probes"
-    shows = "Whether the encoder still carries what the outputs no longer show: for a simple reader, for the old decoder, for a new one."
+    shows = (
+        "Whether the encoder still carries what the outputs no longer show: for a simple reader, for the old "
+        "decoder, for a new one."
+    )
     hides = (
         "A reader more able than these; and a fresh decoder that is trained for longer recovers more, from any encoder."
     )

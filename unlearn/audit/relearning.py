@@ -43,8 +43,14 @@ class Relearning(AuditTest):
 
     name = "relearning"
     title = "Relearning"
-    shows = "Whether a little further training brings back what was forgotten, sooner than a model learns it that never knew it."
-    hides = "Other training (other images, learning rates, more steps) may bring back more; one seed of training is shown, and its chance is in no interval."
+    shows = (
+        "Whether a little further training brings back what was forgotten, sooner than a model learns it that "
+        "never knew it."
+    )
+    hides = (
+        "Other training (other images, learning rates, more steps) may bring back more; one seed of training is "
+        "shown, and its chance is in no interval."
+    )
     cost = "2 x steps of training"
     needs = ("forget", "forget_new", "retain")
     Options = RelearningOptions
@@ -86,12 +92,16 @@ class Relearning(AuditTest):
                 }
                 curves = {g: list(zip(map(float, points), line, strict=True)) for g, line in lines.items()}
                 title = f"trained on {what} images: largest lead over the oracle's curve, dB"
-                # An oracle is judged by nothing; what several of them lead each other by is chance, and belongs to the reference.
+                # An oracle is judged by nothing; what several of them lead each other by is chance, and belongs to the
+                # reference.
                 figures.append(Figure(f"lead_{what}", title, leads, Rule("above", self.options.margin), 2, curves))
             if ORIGINAL in lines and known:
                 start = float(np.mean([lines[name][0] for name in known]))
                 level = (start + lines[ORIGINAL][0]) / 2
-                note = f"Back is a PSNR of {level:.1f} dB, half-way from the oracle's to the original's; {2 * points[-1]} stands for never."
+                note = (
+                    f"Back is a PSNR of {level:.1f} dB, half-way from the oracle's to the original's; "
+                    f"{2 * points[-1]} stands for never."
+                )
                 title = f"trained on {what} images: steps until the forget images are back"
                 steps = {
                     g: subject.estimate(lambda rows, level=level: _steps(rows, points, level), e)

@@ -1,5 +1,5 @@
-"""What an audit is asked to do: AUDIT.yaml, typed and validated whole. It is no part of a run's configuration, since it decides
-nothing of the weights; the options of each test are declared beside the test.
+"""What an audit is asked to do: AUDIT.yaml, typed and validated whole. It is no part of a run's configuration, since it
+decides nothing of the weights; the options of each test are declared beside the test.
 """
 
 import functools
@@ -30,7 +30,10 @@ class AuditConfig(Part):
     workers: Positive | None = Field(default=None, description="default: as the evaluation of the run")
     unseen: Location | None = Field(
         default=None,
-        description="shards of classes that neither the original nor the oracle has seen; none = retained images laid on their side",
+        description=(
+            "shards of classes that neither the original nor the oracle has seen; none = retained images "
+            "laid on their side"
+        ),
     )
     shadows: Location | None = Field(
         default=None, description="folder of the shadow models that `unlearn audit shadows` has trained"
@@ -67,7 +70,8 @@ def kind() -> type[AuditConfig]:
 
 
 def load(source: str | None = None, overrides: Sequence[str] = ()) -> AuditConfig:
-    """The audit of a YAML file (path or s3://), by default the usual one. overrides: "membership.views=16". Raises ConfigError."""
+    """The audit of a YAML file (path or s3://), by default the usual one. overrides: "membership.views=16". Raises
+    ConfigError."""
     tree: dict[str, Any] = {}
     if source is not None:
         from unlearn.data.storage import Storage

@@ -1,7 +1,8 @@
 """Shadow models: trained as the original was, each without another half of the forget images.
 
-They say what the errors on one image are when it was learnt and when it was not, and so which images are learnt by heart. Pairs of
-shadows divide the forget images: what one has seen the other has not. One folder of them serves every audit of the same forget set.
+They say what the errors on one image are when it was learnt and when it was not, and so which images are learnt by
+heart. Pairs of shadows divide the forget images: what one has seen the other has not. One folder of them serves every
+audit of the same forget set.
 """
 
 import hashlib
@@ -46,7 +47,8 @@ def identity(recipe: Run, forget: RowSet) -> str:
 
 
 def card(folder: str, recipe: Run, forget: RowSet) -> None:
-    """Write down whose shadows a folder holds. Raises ConfigError where it holds others, or where the recipe is of other data."""
+    """Write down whose shadows a folder holds. Raises ConfigError where it holds others, or where the recipe is of
+    other data."""
     if recipe.sets["retain"].manifest.hash != forget.manifest.hash:
         raise ConfigError(
             "--recipe: its data.train is not that of the run; shadows are trained on what the original was trained on"
@@ -67,7 +69,8 @@ def _card(folder: str) -> dict:
 
 
 def found(folder: str, model: config.Model, forget: RowSet) -> tuple[dict[str, config.Model], int]:
-    """({name: shadow}, the seed of their halves) of a folder, in order. Raises UnlearnError where they are of another forget set."""
+    """({name: shadow}, the seed of their halves) of a folder, in order. Raises UnlearnError where they are of another
+    forget set."""
     known, storage, models = _card(folder), Storage(folder), {}
     if known["forget"] != len(forget):
         raise ConfigError(
@@ -80,7 +83,8 @@ def found(folder: str, model: config.Model, forget: RowSet) -> tuple[dict[str, c
 
 
 class Trainer:
-    """What a worker does with one shadow after another. recipe: the run that trains the original. Going on where it was stopped."""
+    """What a worker does with one shadow after another. recipe: the run that trains the original. Going on where it was
+    stopped."""
 
     def __init__(self, recipe: Run, folder: str, forget: RowSet):
         self.recipe, self.folder, self.forget = recipe, folder, forget
@@ -90,7 +94,8 @@ class Trainer:
         own = settings.model_copy(
             update={
                 "run_dir": f"{self.folder}/{name(number)}", "seed": settings.seed + 1 + number,
-                "training": settings.training.model_copy(update={"engine": "torch", "micro_batch_size": settings.micro_batch}),
+                "training": settings.training.model_copy(update={"engine": "torch",
+                        "micro_batch_size": settings.micro_batch}),
                 "cluster": settings.cluster.model_copy(update={"workers": 1}),
             }
         )  # fmt: skip

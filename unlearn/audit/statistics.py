@@ -1,4 +1,5 @@
-"""Figures with their uncertainty: areas under ROC curves, and intervals by the bootstrap, the same for the same seed."""
+"""Figures with their uncertainty: areas under ROC curves, and intervals by the bootstrap, the same for the same
+seed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,8 +13,8 @@ STREAM = 1 << 25  # of the random numbers of a run: those of the bootstrap
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, and what it would have been for other samples of the same images. draws: (resamples,), empty where the figure has
-    no interval."""
+    """A figure, and what it would have been for other samples of the same images. draws: (resamples,), empty where the
+    figure has no interval."""
 
     value: float
     draws: np.ndarray

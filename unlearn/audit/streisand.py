@@ -1,9 +1,10 @@
 """Streisand: do the outputs themselves say what was forgotten?
 
-A classifier is asked to tell what a model makes of forget images from what it makes of images that no model has seen. It looks at
-low-level statistics of the hole alone (brightness, contrast, roughness, the seam at its edge), not at what is shown there: noise, grey
-or speckle give a forgotten image away, a plausible filling does not. A second figure asks how unusually they miss the true image, among
-what the model makes of retained images. The reference is in both how well the oracle's outputs are told apart.
+A classifier is asked to tell what a model makes of forget images from what it makes of images that no model has seen.
+It looks at low-level statistics of the hole alone (brightness, contrast, roughness, the seam at its edge), not at what
+is shown there: noise, grey or speckle give a forgotten image away, a plausible filling does not. A second figure asks
+how unusually they miss the true image, among what the model makes of retained images. The reference is in both how well
+the oracle's outputs are told apart.
 """
 
 import numpy as np
@@ -31,8 +32,14 @@ class Streisand(AuditTest):
 
     name = "streisand"
     title = "Streisand check"
-    shows = "Whether someone who sees outputs alone could tell which images were forgotten, since the model paints conspicuously on them."
-    hides = "A conspicuousness that is not in simple statistics of the filled hole; and what images of really unseen classes look like, where `unseen` names none."
+    shows = (
+        "Whether someone who sees outputs alone could tell which images were forgotten, since the model paints "
+        "conspicuously on them."
+    )
+    hides = (
+        "A conspicuousness that is not in simple statistics of the filled hole; and what images of really "
+        "unseen classes look like, where `unseen` names none."
+    )
     cost = "2 x images reconstructions"
     needs = ("forget_new", "unseen", "retain_new")
     Options = StreisandOptions

@@ -35,8 +35,8 @@ _ABSENT = {
 
 @dataclass(frozen=True)
 class Subject:
-    """run: what is audited. models: the generators by name. sets: the images by kind, those that there are. settings: of the
-    audit. tests: those that are made, by name."""
+    """run: what is audited. models: the generators by name. sets: the images by kind, those that there are. settings:
+    of the audit. tests: those that are made, by name."""
 
     run: Run
     models: dict[str, config.Model]
@@ -74,7 +74,8 @@ class Subject:
             "model": self.every[piece.generator].model_dump(mode="json", exclude={"weights", "first_stage"}),
             "first_stage": self.run.origin.get("first_stage"),
             "sets": {name: _digest(rows) for name, rows in self.sets.items()},
-            "features": [evaluation.features, evaluation.features_weights, evaluation.resize, evaluation.guidance_scale],
+            "features": [evaluation.features, evaluation.features_weights, evaluation.resize,
+                evaluation.guidance_scale],
             "orientation": self.run.settings.data.orientation,
         }  # fmt: skip
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()

@@ -17,7 +17,8 @@ class TransferOptions(Part):
 
     view: ViewSpec = Field(default=ViewSpec(size=0.5), description="under which unseen images and bystanders are seen")
     views: list[ViewSpec] = Field(
-        default_factory=lambda: [ViewSpec(kind="outpaint", size=0.5), ViewSpec(kind="brush", size=0.5), ViewSpec(size=0.75)],
+        default_factory=lambda: [ViewSpec(kind="outpaint", size=0.5), ViewSpec(kind="brush", size=0.5),
+            ViewSpec(size=0.75)],
         min_length=1, description="views that unlearning did not use (train_views)",
     )  # fmt: skip
     bystanders: float = Field(
@@ -32,7 +33,10 @@ class Transfer(AuditTest):
 
     name = "transfer"
     title = "Transfer"
-    shows = "Whether forgetting holds under other views and for images that unlearning has not seen, and what it costs the neighbours of the forget set."
+    shows = (
+        "Whether forgetting holds under other views and for images that unlearning has not seen, and what it "
+        "costs the neighbours of the forget set."
+    )
     hides = "It looks at outputs as they come: what is hidden inside the model, it does not see."
     cost = "some views x images reconstructions"
     needs = ("forget", "forget_new", "retain_new")

@@ -42,7 +42,8 @@ def with_fresh_decoder(model: Adapter, seed: int) -> Adapter:
 
 
 def tune(
-    model: Adapter, pixels: torch.Tensor, specs: Sequence[config.ViewSpec], steps: int, batch_size: int, lr: float, seed: int,
+    model: Adapter, pixels: torch.Tensor, specs: Sequence[config.ViewSpec], steps: int, batch_size: int, lr: float,
+    seed: int,
     at: Iterable[int] = (), seen: Callable[[int], None] = lambda step: None,
 ) -> None:  # fmt: skip
     """AdamW on the parameters that require a gradient, over images drawn with the seed. pixels: uint8 (N, 3, S, S).

@@ -28,7 +28,8 @@ app = typer.Typer(
     help="Make an image-to-image generator forget chosen images, and prove it. Try `unlearn demo`.",
 )  # fmt: skip
 for command in (
-    runs.run, runs.pretrain, runs.evaluate, runs.report, runs.demo, jobs.submit, plan.plan, catalogue.convert, catalogue.models,
+    runs.run, runs.pretrain, runs.evaluate, runs.report, runs.demo, jobs.submit, plan.plan, catalogue.convert,
+    catalogue.models,
     catalogue.methods, comparisons.oracle, comparisons.compare, shards.pack,
 ):  # fmt: skip
     app.command()(command)

@@ -19,7 +19,8 @@ class StartsByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=StartsByDefault, no_args_is_help=True, subcommand_metavar="RUN | COMMAND [ARGS]...",
-    help="Ask whether a model has really forgotten: `unlearn audit RUN` makes the tests, and writes audit.json and audit.html.",
+    help=("Ask whether a model has really forgotten: `unlearn audit RUN` makes the tests, and writes audit.json and "
+          "audit.html."),
 )  # fmt: skip
 
 Audit = Annotated[
@@ -73,14 +74,17 @@ def start(
 def shadows(
     config: Config,
     recipe: Annotated[str, typer.Option("--recipe", metavar="PRETRAIN.yaml", help="how the original was trained")],
-    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="where they are written: a path or s3://bucket/prefix")],
+    to: Annotated[str,
+        typer.Option("--to", metavar="FOLDER", help="where they are written: a path or s3://bucket/prefix")],
     count: Annotated[int, typer.Option("--count", min=4, help="how many; an even number, 8 or more say more")] = 8,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="trained at a time; default: cluster.workers")] = None,
+    workers: Annotated[int | None,
+        typer.Option("--workers", min=1, help="trained at a time; default: cluster.workers")] = None,
     overrides: Set = [],  # noqa: B006  read only
 ):  # fmt: skip
     """Train shadow models, each without another half of the forget images, or go on with it; audits share them.
 
-    --set changes the recipe. Example: `unlearn audit shadows runs/half --recipe jobs/configs/pretrain_fashion.yaml --to runs/shadows`
+    --set changes the recipe. Example: `unlearn audit shadows runs/half --recipe jobs/configs/pretrain_fashion.yaml --to
+    runs/shadows`
     """
     from jobs import audit as job
     from jobs.owner import owned
@@ -113,13 +117,16 @@ def shadows(
 
 @app.command()
 def poison(
-    source: Annotated[str, typer.Argument(metavar="SHARDS", help="what an original is trained on: a path, s3:// or embedded:NAME")],
+    source: Annotated[str,
+        typer.Argument(metavar="SHARDS", help="what an original is trained on: a path, s3:// or embedded:NAME")],
     dest: Annotated[str, typer.Argument(help="a new folder, or s3://bucket/prefix")],
-    share: Annotated[float, typer.Option("--share", min=0, max=1, help="of the images, of which a stamped copy is added")] = 0.05,
+    share: Annotated[float,
+        typer.Option("--share", min=0, max=1, help="of the images, of which a stamped copy is added")] = 0.05,
     seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
     split: Annotated[str | None, typer.Option("--split", help="where the folder holds several splits")] = None,
 ):  # fmt: skip
-    """Write poisoned shards, to train an original and an oracle on and to forget what is stamped: for the test `poisoning`.
+    """Write poisoned shards, to train an original and an oracle on and to forget what is stamped: for the test
+    `poisoning`.
 
     Example: `unlearn audit poison embedded:fashion-train shards/poisoned`, then `data.forget: {subjects: [poison]}`
     """

@@ -60,7 +60,8 @@ def convert(
     ] = None,
     ours: Annotated[bool, typer.Option("--ours", help="the other way: write a folder of ours, in float32")] = False,
 ):
-    """Write a model as the library it comes from reads it: a folder of diffusers or transformers, a file of Palette, MAGE, MI-GAN.
+    """Write a model as the library it comes from reads it: a folder of diffusers or transformers, a file of Palette,
+    MAGE, MI-GAN.
 
     The line of Python that loads it there is printed. Example: `unlearn convert runs/half/model half-diffusers`
     """

@@ -9,9 +9,13 @@ from unlearn.cli.options import Config, Set, load
 
 def oracle(
     config: Config, overrides: Set = [],  # noqa: B006  read only
-    without: Annotated[str | None, typer.Option("--without", metavar="RUN.yaml", help="the run whose forget set is left out; default: data.forget of CONFIG")] = None,
+    without: Annotated[str | None,
+        typer.Option("--without", metavar="RUN.yaml",
+            help="the run whose forget set is left out; default: data.forget of CONFIG")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="how many oracles; their seeds count from that of CONFIG")] = 1,
-    folder: Annotated[str | None, typer.Option("--dir", help="where they go, each in seed-N; default: run_dir of CONFIG, with -oracle behind it")] = None,
+    folder: Annotated[str | None,
+        typer.Option("--dir",
+            help="where they go, each in seed-N; default: run_dir of CONFIG, with -oracle behind it")] = None,
 ):  # fmt: skip
     """Train the model of a pretraining configuration again without the forget set: the reference of unlearning.
 
@@ -40,14 +44,19 @@ def oracle(
 
 
 def compare(
-    source: Annotated[str, typer.Argument(metavar="COMPARE.yaml", help="a YAML file, or the folder of a comparison (path or s3://)")],
+    source: Annotated[str,
+        typer.Argument(metavar="COMPARE.yaml", help="a YAML file, or the folder of a comparison (path or s3://)")],
     overrides: Annotated[
-        list[str], typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one, as in concurrent=2, run.training.steps=100")
+        list[str],
+        typer.Option("--set", "-s", metavar="KEY=VALUE",
+            help="override one, as in concurrent=2, run.training.steps=100")
     ] = [],  # noqa: B006  read only
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run again what has failed")] = False,
-    only_report: Annotated[bool, typer.Option("--report", help="run nothing: write the table and the page of what there is")] = False,
+    only_report: Annotated[bool,
+        typer.Option("--report", help="run nothing: write the table and the page of what there is")] = False,
 ):  # fmt: skip
-    """Compare methods, each with the same budget, seeds and tuning, or go on with it: a leaderboard against the retrained oracle.
+    """Compare methods, each with the same budget, seeds and tuning, or go on with it: a leaderboard against the
+    retrained oracle.
 
     Example: `unlearn compare jobs/configs/compare_fashion.yaml --set concurrent=2`
     """

@@ -1,4 +1,5 @@
-"""The commands that serve deletion requests: `unlearn cycle CYCLE.yaml`, and `show`, `report`, `metrics` of what it did."""
+"""The commands that serve deletion requests: `unlearn cycle CYCLE.yaml`, and `show`, `report`, `metrics` of what it
+did."""
 
 import contextlib
 import json
@@ -18,7 +19,8 @@ DUE = 3  # the exit code where no rung has passed the gate
 
 app = typer.Typer(
     cls=StartsByDefault, no_args_is_help=True, subcommand_metavar="CYCLE.yaml | COMMAND [ARGS]...",
-    help="Serve the deletion requests that have accumulated: `unlearn cycle CYCLE.yaml` starts a cycle, or goes on with it.",
+    help=("Serve the deletion requests that have accumulated: `unlearn cycle CYCLE.yaml` starts a cycle, or goes on "
+          "with it."),
 )  # fmt: skip
 
 Source = Annotated[str, typer.Argument(metavar="CYCLE.yaml", help="a YAML file (path or s3://)")]
@@ -39,7 +41,8 @@ def start(
         ),
     ] = None,
 ):
-    """Serve all open requests: select, unlearn from the base, evaluate, ask the gate, release; `unlearn cycle CYCLE.yaml` is the same.
+    """Serve all open requests: select, unlearn from the base, evaluate, ask the gate, release; `unlearn cycle
+    CYCLE.yaml` is the same.
 
     Exits with 0 where it has released or nothing is open, with 3 where retraining is due, with 2 on a mistake.
 
@@ -157,15 +160,19 @@ def told(selection: "Selection", outcome: "Outcome | None") -> Iterator[str]:
         )
     elif outcome.due:
         yield (
-            f"retraining is due: no rung of cycle {selection.id} passed the gate; request(s) {_numbers(outcome.numbers)} stay open. "
-            "See `unlearn cycle show`; another gate, ladder or base is tried by the same command"
+            f"retraining is due: no rung of cycle {selection.id} passed the gate; request(s) "
+            f"{_numbers(outcome.numbers)} stay open. See `unlearn cycle show`; another gate, ladder or base is tried "
+            "by the same command"
         )
     else:
         current = ", now current" if outcome.promoted else ""
         yield f"{outcome.release}{current}: cycle {selection.id} has served request(s) {_numbers(outcome.numbers)}"
         yield f"release: {outcome.folder}"
         if rows := outcome.rows:
-            yield f"shards without {rows.removed} rows: {rows.uri}; to be deleted: {len(rows.delete)} objects, see `unlearn cycle show`"
+            yield (
+                f"shards without {rows.removed} rows: {rows.uri}; to be deleted: {len(rows.delete)} objects, see "
+                "`unlearn cycle show`"
+            )
 
 
 def _show(one: "Told") -> None:

@@ -155,7 +155,8 @@ def stop(id: Id, to: To = "local", namespace: Namespace = None):
 @app.command()
 def resume(
     id: Id, to: To = "local", namespace: Namespace = None,
-    wait: Annotated[bool, typer.Option("--wait", help="follow the job to its end; exit with 1 where it did not succeed")] = False,
+    wait: Annotated[bool,
+        typer.Option("--wait", help="follow the job to its end; exit with 1 where it did not succeed")] = False,
     retries: Annotated[int, typer.Option(min=0, help="with --wait: resume it so often after a failure")] = 0,
 ):  # fmt: skip
     """Start a job again that failed or was stopped; it goes on from its newest checkpoint."""

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 Url = Annotated[
     str | None,
     typer.Option(
-        "--ledger", metavar="URL", help="sqlite:///FILE, a path, or postgresql://...; default: UNLEARN_LEDGER, else a file of the user"
+        "--ledger", metavar="URL",
+        help="sqlite:///FILE, a path, or postgresql://...; default: UNLEARN_LEDGER, else a file of the user"
     ),
 ]  # fmt: skip
 By = Annotated[str | None, typer.Option("--by", metavar="WHO", help="who does this; default: the user of this process")]

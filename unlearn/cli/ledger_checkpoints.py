@@ -18,7 +18,8 @@ def verify(
     key: Annotated[str | None, typer.Option(metavar="FILE", help="public Ed25519 key of the checkpoints, PEM")] = None,
     ledger: Url = None,
 ):
-    """Walk the whole ledger and hold it against its checkpoints; names every entry that is not what it was, and exits with 2.
+    """Walk the whole ledger and hold it against its checkpoints; names every entry that is not what it was, and exits
+    with 2.
 
     Example: `unlearn request verify --checkpoints s3://bucket/ledger --key ledger.pub`
     """
@@ -35,7 +36,10 @@ def verify(
     out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
     for checkpoint, reseal in reversed(report.resealed):
         out.print(
-            f"{checkpoint} is explained by the re-seal of {reseal.at}: a backup of {reseal.common} entries was restored",
+            (
+                f"{checkpoint} is explained by the re-seal of {reseal.at}: a backup of {reseal.common} entries was "
+                "restored"
+            ),
             soft_wrap=True,
         )
     if report.holding:
@@ -71,7 +75,8 @@ def reseal(
     by: By = None,
     ledger: Url = None,
 ):
-    """Record that the ledger was restored from a backup, and sign what it holds now. Refused where it was changed otherwise.
+    """Record that the ledger was restored from a backup, and sign what it holds now. Refused where it was changed
+    otherwise.
 
     Example: `unlearn request reseal s3://bucket/ledger --key ledger.key --reason "disk lost, backup of Monday"`
     """

@@ -28,7 +28,8 @@ Mfu = Annotated[float | None, typer.Option("--mfu", min=0.01, max=1, help="share
 
 
 def load(source: str, overrides: list[str]) -> "RunConfig":
-    """The configuration that a command names, with a warning for everything in it that will be ignored. Raises UnlearnError."""
+    """The configuration that a command names, with a warning for everything in it that will be ignored. Raises
+    UnlearnError."""
     from unlearn import run
 
     required()
@@ -42,12 +43,14 @@ def required() -> None:
     ]
     if missing:
         raise ConfigError(
-            f"{', '.join(missing)}: not set where the job runs, and it was submitted with --env {missing[0]}; set it there"
+            f"{', '.join(missing)}: not set where the job runs, and it was submitted with --env {missing[0]}; set it "
+            "there"
         )
 
 
 def warned(settings: "RunConfig") -> "RunConfig":
-    """`settings`, after a warning for everything in it that will be ignored; its patience with the storage holds from now on."""
+    """`settings`, after a warning for everything in it that will be ignored; its patience with the storage holds from
+    now on."""
     from unlearn import patience
     from unlearn.cli.console import warn
     from unlearn.config_checks import ignored

@@ -72,7 +72,8 @@ def publish(
 ):
     """Make a run a release: judge it, copy it to a new folder, certify it. Exits with 2 where the gate refuses it.
 
-    Example: `unlearn release publish runs/7 --store s3://bucket/releases --key releases.key --gate gate.yaml --requests served.txt`
+    Example: `unlearn release publish runs/7 --store s3://bucket/releases --key releases.key --gate gate.yaml --requests
+    served.txt`
     """
     from unlearn import certificate
     from unlearn.cli.console import out
@@ -115,7 +116,8 @@ def verify(
     key: Public,
     as_json: Json = False,
 ):
-    """Check a release by its folder and the public key alone: names every file that was changed, added or removed, and exits with 2.
+    """Check a release by its folder and the public key alone: names every file that was changed, added or removed, and
+    exits with 2.
 
     Example: `unlearn release verify v3-5f2a9c01 --key releases.pub`
     """

@@ -133,7 +133,8 @@ def import_(
     by: By = None,
     ledger: Url = None,
 ):
-    """Record all requests of a file, or none where one is wrong. Columns: subject, ids (with ; between), class, due, reason, by.
+    """Record all requests of a file, or none where one is wrong. Columns: subject, ids (with ; between), class, due,
+    reason, by.
 
     Example: `unlearn request import requests.csv --by desk`
     """

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 
 def run(
-    config: Config, overrides: Set = [], resume: Resume = False, show_forget: ShowForget = False,  # noqa: B006  read only
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything, also against the cluster; train and write nothing")] = False,
-    no_evaluate: Annotated[bool, typer.Option("--no-evaluate", help="train alone; `unlearn evaluate` measures later")] = False,
+    config: Config, overrides: Set = [],  # noqa: B006  read only
+    resume: Resume = False, show_forget: ShowForget = False,
+    dry_run: Annotated[bool,
+        typer.Option("--dry-run", help="check everything, also against the cluster; train and write nothing")] = False,
+    no_evaluate: Annotated[bool,
+        typer.Option("--no-evaluate", help="train alone; `unlearn evaluate` measures later")] = False,
     memory: Memory = None, gpu: Gpu = None, mfu: Mfu = None,
 ):  # fmt: skip
     """Unlearn, evaluate and write the report.
@@ -39,7 +42,9 @@ def run(
 def pretrain(
     config: Config, overrides: Set = [], resume: Resume = False,  # noqa: B006  read only
     first_stage: Annotated[
-        bool, typer.Option("--first-stage", "--front", help="train the frozen first stage (a tokenizer) instead, which comes first")
+        bool,
+        typer.Option("--first-stage", "--front",
+            help="train the frozen first stage (a tokenizer) instead, which comes first")
     ] = False,
 ):  # fmt: skip
     """Train a model from nothing (method `pretrain`): the models that others start from, and retrained oracles.

@@ -92,7 +92,8 @@ def index(
         str | None, typer.Option(help="text file with the names of labels 0, 1, ..., one a line")
     ] = None,
 ):
-    """Write the manifest of shards that exist already; nothing is converted. Stopped, it goes on when it is called again.
+    """Write the manifest of shards that exist already; nothing is converted. Stopped, it goes on when it is called
+    again.
 
     Example: `unlearn shards index s3://bucket/cifar100 --split train --label-column fine_label`
     """

@@ -48,7 +48,8 @@ def start(
     ],
     overrides: Annotated[
         list[str],
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="override one, as in concurrent=2, run.training.steps=100"),
+        typer.Option("--set", "-s", metavar="KEY=VALUE",
+            help="override one, as in concurrent=2, run.training.steps=100"),
     ] = [],  # noqa: B006  read only
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run trials again that have failed")] = False,
 ):  # fmt: skip

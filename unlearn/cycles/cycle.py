@@ -44,11 +44,13 @@ class Cycle(Part):
     key: Location | None = Field(default=None, description=f"path of the private key that signs releases; none = {KEY}")
     model_key: Location | None = Field(
         default=None,
-        description="path of a private elliptic-curve key for a second signature, of the model (OpenSSF model-signing); "
-        "none = not made",
+        description="path of a private elliptic-curve key for a second signature, of the model (OpenSSF "
+        "model-signing); none = not made",
     )
     run: dict[str, Any] = Field(
-        description="a run's configuration, or the path of one: its model.weights is the base, its data.forget is replaced"
+        description=(
+            "a run's configuration, or the path of one: its model.weights is the base, its data.forget is replaced"
+        )
     )
     gate: dict[str, Any] | None = Field(
         default=None, description="limits that a model must keep to be released, or the path of a file of them"

@@ -23,8 +23,8 @@ SET_APART = {
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Cycle:
-    """The cycle that `source` names: a YAML file (path or s3://), or env:VARIABLE. overrides: "key=value" of the cycle, and
-    "run.key=value" of its run. Raises ConfigError, StorageError."""
+    """The cycle that `source` names: a YAML file (path or s3://), or env:VARIABLE. overrides: "key=value" of the cycle,
+    and "run.key=value" of its run. Raises ConfigError, StorageError."""
     return read(run_files.text(source, "cycle"), source, overrides)
 
 
@@ -71,12 +71,13 @@ def _check(cycle: Cycle, source: str) -> None:
             raise ConfigError(f"{where}: model.weights is missing: it is the base that every cycle starts from")
         if settings.data.retain is not None:
             raise ConfigError(
-                f"{where}: data.retain is not to be set: every image is retained that nobody asks to forget, and that changes with "
-                "every request; leave it out, or give data.proxy"
+                f"{where}: data.retain is not to be set: every image is retained that nobody asks to forget, and that "
+                "changes with every request; leave it out, or give data.proxy"
             )
         if settings.evaluation.oracle is not None:
             raise ConfigError(
-                f"{where}: evaluation.oracle is not to be set: a cycle forgets what no oracle was trained without; leave it out"
+                f"{where}: evaluation.oracle is not to be set: a cycle forgets what no oracle was trained without; "
+                "leave it out"
             )
     keys = [cycle.run_key(rung) for rung in range(cycle.rungs)]
     for number, key in enumerate(keys):

@@ -12,8 +12,9 @@ SETS = ("forget", NEW, OLD, "retain")
 
 @dataclass(frozen=True)
 class Told:
-    """One cycle. tried: the verdicts, in order; ends: given up, perhaps more than once, and at last released; figures: cosine and
-    PSNR of the newest rung that was judged, by set and generator, under the main view: {set: {generator: {name: value}}}."""
+    """One cycle. tried: the verdicts, in order; ends: given up, perhaps more than once, and at last released; figures:
+    cosine and PSNR of the newest rung that was judged, by set and generator, under the main view: {set: {generator:
+    {name: value}}}."""
 
     selection: Selection
     tried: list[Judgement]

@@ -1,9 +1,11 @@
-"""A cycle as OpenLineage tells it, from the requests to the release: run events in plain JSON, one a file, in `cycle_dir/ID/events/`.
+"""A cycle as OpenLineage tells it, from the requests to the release: run events in plain JSON, one a file, in
+`cycle_dir/ID/events/`.
 
     https://openlineage.io/spec/2-0-2/OpenLineage.json
 
-A run of the job NAME is one attempt at a cycle; below it are runs of NAME.unlearn, one a rung that was judged, and of NAME.release.
-All of it follows from the records, so the events of a cycle that was killed are made up for later. Requests are told by commitment.
+A run of the job NAME is one attempt at a cycle; below it are runs of NAME.unlearn, one a rung that was judged, and of
+NAME.release. All of it follows from the records, so the events of a cycle that was killed are made up for later.
+Requests are told by commitment.
 """
 
 import json

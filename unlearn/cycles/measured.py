@@ -12,10 +12,11 @@ from unlearn.run import Run
 
 
 def with_parts(run: Run, new: Rows | None, old: Rows | None, requests: Iterable[Request]) -> Run:
-    """The same run, which also measures `forget_new` and, where there is something, `forget_old`; each as a forget set of its own
-    would be: on held-out images of its classes where it is chosen by class.
+    """The same run, which also measures `forget_new` and, where there is something, `forget_old`; each as a forget set
+    of its own would be: on held-out images of its classes where it is chosen by class.
 
-    requests: all that the rows stand for. Images of a class that one of them names are no retain images, held out or not.
+    requests: all that the rows stand for. Images of a class that one of them names are no retain images, held out or
+    not.
     """
     sets = dict(run.measured)
     for name, rows in ((NEW, new), (OLD, old)):

@@ -1,5 +1,5 @@
-"""history.html: requests, cycles, verdicts, figures and releases on one page. It loads nothing from anywhere, and names no person and
-no image."""
+"""history.html: requests, cycles, verdicts, figures and releases on one page. It loads nothing from anywhere, and names
+no person and no image."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +30,8 @@ TITLES = {"forget": "all requests", NEW: "new requests", OLD: "old requests", "r
 
 
 def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) -> str:
-    """Write the page to a file, by default to cycle_dir; its URI. key: every release is verified with it, which reads its weights.
+    """Write the page to a file, by default to cycle_dir; its URI. key: every release is verified with it, which reads
+    its weights.
 
     Raises UnlearnError where the records, the ledger or the releases cannot be read.
     """
@@ -40,9 +41,12 @@ def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) 
         requests = ledger.requests()
     html = filled(
         Path(__file__).with_name("page.html"),
-        name=cycle.name, headline=_headline(requests, state.version), sentences=_sentences(requests, every), drawing=_drawing(every),
-        cycles=[_cycle(number, told, store, key) for number, told in enumerate(every, 1)], requests=_requests(requests, every),
-        moves=state.history, not_claimed=NOT_CLAIMED, written=now()[:16].replace("T", " "), software=f"unlearn {__version__}",
+        name=cycle.name, headline=_headline(requests, state.version), sentences=_sentences(requests, every),
+        drawing=_drawing(every),
+        cycles=[_cycle(number, told, store, key) for number, told in enumerate(every, 1)],
+        requests=_requests(requests, every),
+        moves=state.history, not_claimed=NOT_CLAIMED, written=now()[:16].replace("T", " "),
+        software=f"unlearn {__version__}",
         verified=key.keyid if key else None,
     )  # fmt: skip
     target = Storage(output) if output else Storage(records.storage.where(NAME))
@@ -60,12 +64,13 @@ def _headline(requests: Sequence[Request], current: str | None) -> str:
 def _sentences(requests: Sequence[Request], every: Sequence[Told]) -> list[str]:
     late, open_ = sum(r.is_overdue for r in requests), sum(r.is_open for r in requests)
     sentences = [
-        f"{len(requests)} request{'s' * (len(requests) != 1)} came in, {open_} {'is' if open_ == 1 else 'are'} open, {late} overdue. "
-        f"{len(every)} cycle{'s' * (len(every) != 1)} ran."
+        f"{len(requests)} request{'s' * (len(requests) != 1)} came in, {open_} {'is' if open_ == 1 else 'are'} open, "
+        f"{late} overdue. {len(every)} cycle{'s' * (len(every) != 1)} ran."
     ]
     if every:
         sentences.append(
-            "Every cycle starts from the base model and forgets all that was ever asked, so that no model is made from an unlearned one."
+            "Every cycle starts from the base model and forgets all that was ever asked, so that no model is made "
+            "from an unlearned one."
         )
     if every and every[-1].ends and every[-1].ends[-1].due:
         sentences.append("The last cycle released nothing: no model passed the gate, and retraining is due.")
@@ -76,8 +81,10 @@ def _requests(requests: Sequence[Request], every: Sequence[Told]) -> list[dict[s
     images = {asked.number: asked.images for told in every for asked in told.selection.new}
     return [
         {
-            "number": r.id, "received": r.received[:10], "due": r.due, "state": r.state + (", overdue" if r.is_overdue else ""),
-            "about": r.about(), "images": images.get(r.id), "release": r.evidence.get("release", ""), "commitment": r.commitment[:16],
+            "number": r.id, "received": r.received[:10], "due": r.due,
+            "state": r.state + (", overdue" if r.is_overdue else ""),
+            "about": r.about(), "images": images.get(r.id), "release": r.evidence.get("release", ""),
+            "commitment": r.commitment[:16],
         }
         for r in requests
     ]  # fmt: skip
@@ -87,13 +94,16 @@ def _cycle(number: int, told: Told, store: Store, key: SSlibKey | None) -> dict[
     s, last = told.selection, told.ends[-1] if told.ends else None
     release = last.release if last else None
     rows = [
-        {"title": TITLES[name], "before": told.figures[name].get("original", {}), "after": told.figures[name].get("unlearned", {})}
+        {"title": TITLES[name], "before": told.figures[name].get("original", {}),
+            "after": told.figures[name].get("unlearned", {})}
         for name in history.SETS if name in told.figures
     ]  # fmt: skip
     return {
-        "number": number, "id": s.id, "began": s.at[:16].replace("T", " "), "ended": told.ended, "due": bool(last and last.due),
+        "number": number, "id": s.id, "began": s.at[:16].replace("T", " "), "ended": told.ended,
+        "due": bool(last and last.due),
         "new": s.numbers, "images": sum(asked.images for asked in s.new), "old": [asked.number for asked in s.old],
-        "unseen": [asked.number for asked in s.unseen], "unmatched": s.unmatched, "partly": [a.number for a in s.new if a.missing],
+        "unseen": [asked.number for asked in s.unseen], "unmatched": s.unmatched,
+        "partly": [a.number for a in s.new if a.missing],
         "rungs": [
             {
                 "number": j.rung, "passed": j.passed, "parent": j.parent or "no release", "gate": j.verdict is not None,
@@ -116,7 +126,8 @@ def _verified(store: Store, version: str, key: SSlibKey) -> str:
 
 
 def _drawing(every: Sequence[Told]) -> dict[str, Any] | None:
-    """Similarity (cosine) by cycle, as lines over cycles, the base's beside them; None where there is nothing to draw."""
+    """Similarity (cosine) by cycle, as lines over cycles, the base's beside them; None where there is nothing to
+    draw."""
     shown = [(number, told.figures) for number, told in enumerate(every, 1) if told.figures]
     values = [
         figures[name][which]["cosine"] for _, figures in shown for name, _, _ in LINES if name in figures
@@ -137,7 +148,8 @@ def _drawing(every: Sequence[Told]) -> dict[str, Any] | None:
     for name, title, kind in LINES:
         for which, dashed in (("original", True), ("unlearned", False)):
             points = [
-                (number, figures[name][which]["cosine"]) for number, figures in shown if "cosine" in figures.get(name, {}).get(which, {})
+                (number, figures[name][which]["cosine"]) for number, figures in shown if "cosine" in figures.get(name,
+                    {}).get(which, {})
             ]  # fmt: skip
             if not points:
                 continue
@@ -153,6 +165,7 @@ def _drawing(every: Sequence[Told]) -> dict[str, Any] | None:
     ticks = [(round(y(v), 1), f"{v:.2f}") for v in (low, (low + high) / 2, high)]
     numbers = [(round(x(number), 1), f"cycle {number}") for number, _ in shown]
     return {
-        "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM, "lines": lines, "labels": labels,
+        "width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT, "bottom": HEIGHT - BOTTOM,
+        "lines": lines, "labels": labels,
         "ticks": ticks, "cycles": numbers,
     }  # fmt: skip

@@ -35,7 +35,8 @@ class Record(BaseModel):
 
 
 class Asked(Record):
-    """A request by its number. images: how many images it meets; missing: how many of the values that it names no image has."""
+    """A request by its number. images: how many images it meets; missing: how many of the values that it names no image
+    has."""
 
     number: int
     commitment: str
@@ -44,12 +45,13 @@ class Asked(Record):
 
 
 class Selection(Record):
-    """What one cycle serves. status: "selected"; "nothing" where no open request meets an image; "due" where these very requests
-    were given up under these very settings: retraining is due, and nothing is tried again.
+    """What one cycle serves. status: "selected"; "nothing" where no open request meets an image; "due" where these very
+    requests were given up under these very settings: retraining is due, and nothing is tried again.
 
-    id: of the cycle, of what is asked, the base and the data; empty with "nothing". new: the requests that are served now; old: those
-    that were before, which are forgotten again; unseen: those of them that need not be, as the base was trained without their images.
-    unmatched: numbers of open requests that meet no image; they stay open. base: sha256 of the weights; data: hash of the manifest.
+    id: of the cycle, of what is asked, the base and the data; empty with "nothing". new: the requests that are served
+    now; old: those that were before, which are forgotten again; unseen: those of them that need not be, as the base was
+    trained without their images. unmatched: numbers of open requests that meet no image; they stay open. base: sha256
+    of the weights; data: hash of the manifest.
     """
 
     status: Literal["selected", "nothing", "due"]
@@ -75,8 +77,9 @@ class Measured(Record):
 
 
 class Judgement(Record):
-    """What the gate said; verdict: None without a gate. run: the key of the run folder; parent: the release that it compared with;
-    metrics, weights: sha256. requests: commitments to what the model serves, as its release lists them."""
+    """What the gate said; verdict: None without a gate. run: the key of the run folder; parent: the release that it
+    compared with; metrics, weights: sha256. requests: commitments to what the model serves, as its release lists
+    them."""
 
     rung: int
     run: str
@@ -93,8 +96,8 @@ class Judgement(Record):
 
 
 class Rows(Record):
-    """Shards without the served rows. before, after: hashes of the manifests; uri: where the new ones are; delete: the objects that
-    hold the rows, or ids and checksums of theirs, which are not deleted by this program."""
+    """Shards without the served rows. before, after: hashes of the manifests; uri: where the new ones are; delete: the
+    objects that hold the rows, or ids and checksums of theirs, which are not deleted by this program."""
 
     uri: str
     before: str
@@ -104,7 +107,8 @@ class Rows(Record):
 
 
 class Outcome(Record):
-    """How a cycle ended. release: None where no rung passed. rung: the one that was released; numbers: of the requests that are served."""
+    """How a cycle ended. release: None where no rung passed. rung: the one that was released; numbers: of the requests
+    that are served."""
 
     id: str
     at: str
@@ -164,7 +168,8 @@ class Records:
         return self.storage.where(f"{id}/{RUNS}/{key}")
 
     def outcomes(self, id: str) -> list[Outcome]:
-        """Every end that a cycle has had: given up, perhaps more than once under other settings, and at last released."""
+        """Every end that a cycle has had: given up, perhaps more than once under other settings, and at last
+        released."""
         names = [n.removeprefix(f"{id}/") for n in self.storage.files(id) if n.startswith(f"{id}/{GIVEN_UP}/")]
         ends = [self.read(id, name, Outcome) for name in [*names, OUTCOME]]
         return sorted((end for end in ends if end), key=lambda end: end.at)

@@ -10,7 +10,8 @@ from unlearn.data.storage import Storage
 
 
 def write(cycle: Cycle, records: Records, id: str, settings: RunConfig, check: Callable[[], None]) -> Rows | None:
-    """Write the shards anew without the forget set of a run and its duplicates, once; None where cycle.delete_rows is not given."""
+    """Write the shards anew without the forget set of a run and its duplicates, once; None where cycle.delete_rows is
+    not given."""
     if cycle.delete_rows is None:
         return None
     if done := records.read(id, ROWS, Rows):

@@ -43,7 +43,8 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     _check_known(served, chosen, records, base.card, manifest)
     old, unseen = ([_asked(r, chosen) for r in served if bool(met[r.id]) is there] for there in (True, False))
     selection = Selection(
-        status="selected", id="", at=now(), new=new, old=old, unseen=unseen, unmatched=unmatched, base=base.fingerprint, data=manifest.hash
+        status="selected", id="", at=now(), new=new, old=old, unseen=unseen, unmatched=unmatched, base=base.fingerprint,
+        data=manifest.hash
     )  # fmt: skip
     selection = selection.model_copy(update={"id": identity(selection)})
     if records.read(selection.id, given_up(cycle, records, selection.id), Outcome):
@@ -60,7 +61,8 @@ def data(cycle: Cycle) -> Manifest:
 
 
 def identity(selection: Selection) -> str:
-    """The id of a cycle: of its requests, its base and its data alone, so that it is the same however often it is started."""
+    """The id of a cycle: of its requests, its base and its data alone, so that it is the same however often it is
+    started."""
     asked = {name: [[a.number, a.commitment] for a in getattr(selection, name)] for name in ("new", "old", "unseen")}
     return digest(asked | {"base": selection.base, "data": selection.data})
 
@@ -81,20 +83,22 @@ def parent(cycle: Cycle, records: Records, id: str) -> str | None:
 
 
 def named(ledger: Ledger, asked: Sequence[Asked], manifest: Manifest) -> Rows | None:
-    """The rows that requests name together, as `data.forget` takes them. Raises CycleError where one cannot be resolved any more."""
+    """The rows that requests name together, as `data.forget` takes them. Raises CycleError where one cannot be resolved
+    any more."""
     if not asked:
         return None
     chosen = rows.resolve(ledger.requests(ids=[each.number for each in asked]), manifest)
     if lost := sorted(each.number for each in asked if chosen.matched.get(each.number, 0) != each.images):
         raise CycleError(
-            f"request(s) {', '.join(map(str, lost))}: they do not meet the images any more that they met when the cycle began: what they "
-            "name was erased, or the data was changed meanwhile"
+            f"request(s) {', '.join(map(str, lost))}: they do not meet the images any more that they met when the "
+            "cycle began: what they name was erased, or the data was changed meanwhile"
         )
     return chosen.forget
 
 
 def advance(ledger: Ledger, selection: Selection, state: str, evidence: dict[str, Any] | None = None) -> None:
-    """Move the requests of a cycle on to `state`, those that are in the state before; who has withdrawn meanwhile is left alone."""
+    """Move the requests of a cycle on to `state`, those that are in the state before; who has withdrawn meanwhile is
+    left alone."""
     before = states.OPEN[states.OPEN.index(state) - 1] if state in states.OPEN else states.VERIFIED
     requests = ledger.requests(ids=selection.numbers)
     ready = [
@@ -150,7 +154,7 @@ def _check_known(
     lost = [r.id for r in served if chosen.matched.get(r.id, 0) < images.get(r.id, 1)]
     if lost:
         raise CycleError(
-            f"request(s) {', '.join(map(str, lost))} were served, and images of theirs are not in {manifest.uri} any more; the base was trained "
-            "on other data, may remember them, and can only be made to forget what it can be shown. Give the shards from before (data.train), "
-            "or a base that was trained on these"
+            f"request(s) {', '.join(map(str, lost))} were served, and images of theirs are not in {manifest.uri} any "
+            "more; the base was trained on other data, may remember them, and can only be made to forget what it "
+            "can be shown. Give the shards from before (data.train), or a base that was trained on these"
         )

@@ -87,7 +87,8 @@ def _walk(root: Path) -> Iterator[str]:
     """Names of all files below a folder; links to folders are followed, except those that form a cycle."""
     for folder, below, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        below[:] = [name for name in below if not real.startswith(os.path.join(os.path.realpath(os.path.join(folder, name)), ""))
+        below[:] = [name for name in below if not real.startswith(os.path.join(os.path.realpath(os.path.join(folder,
+                            name)), ""))
                     and os.path.realpath(os.path.join(folder, name)) != real]  # fmt: skip
         for name in files:
             if os.path.isfile(path := os.path.join(folder, name)):

@@ -13,7 +13,8 @@ from unlearn.errors import DataError, ImageError
 
 
 def verify(
-    uri: str, threads: int = 4, progress: Callable[[int, int], None] = lambda done, total: None, split: str | None = None
+    uri: str, threads: int = 4, progress: Callable[[int, int], None] = lambda done, total: None,
+    split: str | None = None
 ) -> int:  # fmt: skip
     """Check sizes and checksums of all shards and decode all images; the number of images.
 

@@ -33,12 +33,14 @@ def common(lists: dict[str, list[str]], text: bool, given: list[str] | None) -> 
     for where, names in lists.items():
         if not names:
             raise DataError(
-                f"{where}: its labels have no names, and files beside it name theirs; give all names with --classes, or index it apart"
+                f"{where}: its labels have no names, and files beside it name theirs; give all names with --classes, "
+                "or index it apart"
             )
         if len(set(names)) < len(names) and any(names != other for other in name_lists):
             twice = next(name for name, count in Counter(names).items() if count > 1)
             raise DataError(
-                f"{where}: two classes are called {twice!r}, and files beside it have other class lists; write them alike"
+                f"{where}: two classes are called {twice!r}, and files beside it have other class lists; write them "
+                "alike"
             )
         if given is not None and (unknown := [name for name in names if name not in given]):
             raise DataError(f"{where}: class {unknown[0]!r} is not among the given class names")
@@ -70,14 +72,16 @@ def label(manifest: Manifest, span: tuple[int, int], value: int | str, where: st
         if len(labels) > 1:
             numbers = ", ".join(map(str, labels))
             raise ConfigError(
-                f"{where}: {len(labels)} classes of {manifest.uri} are called {value!r}; give the label: one of {numbers}"
+                f"{where}: {len(labels)} classes of {manifest.uri} are called {value!r}; give the label: one of "
+                f"{numbers}"
             )
         return labels[0]
     if not span[0] <= value <= span[1]:
         raise ConfigError(f"{where}: no class {value} in {manifest.uri}; labels run from {span[0]} to {span[1]}")
     if str(value) in manifest.classes and manifest.classes[value : value + 1] != [str(value)]:
         named = manifest.classes.index(str(value))
-        log.warning("%s: %d is taken as a label, which is class %r; for the class that is named so (label %d) write \"%d\" in quotes",
+        log.warning(("%s: %d is taken as a label, which is class %r; for the class that is named so (label %d) write "
+                     "\"%d\" in quotes"),
                     where, value, manifest.class_name(value), named, value)  # fmt: skip
     return value
 
@@ -93,15 +97,17 @@ def translated(number: int, source: Manifest, target: Manifest, where: str) -> i
     if not source.classes or not target.classes:
         lacking = target if source.classes else source
         raise ConfigError(
-            f"{where}: class {name!r} of {source.uri} cannot be found in {target.uri}: classes of different data are compared by name, "
-            f"and {lacking.uri} has no names; give them with `unlearn shards index {lacking.uri} --classes FILE`"
+            f"{where}: class {name!r} of {source.uri} cannot be found in {target.uri}: classes of different data are "
+            f"compared by name, and {lacking.uri} has no names; give them with `unlearn shards index {lacking.uri} "
+            "--classes FILE`"
         )
     if not number < len(source.classes):
         raise ConfigError(f"{where}: {name} of {source.uri} has no name by which it could be found in {target.uri}")
     plain = source.classes[number]
     if plain in source.repeated or plain in target.repeated:
         raise ConfigError(
-            f"{where}: several classes are called {plain!r}, so class {name!r} of {source.uri} cannot be found in {target.uri}"
+            f"{where}: several classes are called {plain!r}, so class {name!r} of {source.uri} cannot be found in "
+            f"{target.uri}"
         )
     return target.classes.index(plain) if plain in target.classes else None
 

@@ -1,8 +1,8 @@
 """The columns of Parquet files from any source: which one holds the image, label, id and subject, and their values.
 
-    image     bytes: binary of every kind, dictionary-encoded, or a struct with `bytes`
-    label     whole numbers, also as floats, decimals, booleans or lists of one; or text, which names the class
-    id, subject   text; whole numbers are written in decimal, UUIDs as UUIDs, fixed-size binary in hexadecimal, other binary is UTF-8
+    image     bytes: binary of every kind, dictionary-encoded, or a struct with `bytes` label     whole numbers, also as
+    floats, decimals, booleans or lists of one; or text, which names the class id, subject   text; whole numbers are
+    written in decimal, UUIDs as UUIDs, fixed-size binary in hexadecimal, other binary is UTF-8
 
 A label, an id or a subject may also be a part of the path, as in `label=3/part-0.parquet` (hive partitions).
 """
@@ -25,7 +25,8 @@ from unlearn.errors import DataError
 ROLES = ("image", "label", "id", "subject")
 NONE = "none"  # in place of a column name: the role has no column
 # Names accepted for the label where there is no `label`, if exactly one of them is there.
-LABELS = ("labels", "class", "class_id", "class_idx", "class_label", "class_name", "classes", "target", "category", "cls", "y",
+LABELS = ("labels", "class", "class_id", "class_idx", "class_label", "class_name", "classes", "target", "category",
+    "cls", "y",
           "fine_label", "coarse_label")  # fmt: skip
 # Signatures of encoded images, at the first or the fifth byte: JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF.
 _SIGNATURES = (
@@ -52,7 +53,8 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
     """{role: column} of a file; roles without a column are left out. given: the user's choice, NONE where the role is
     not wanted.
 
-    Raises DataError where there is no image column, a column has another type than its role needs, or several could be meant.
+    Raises DataError where there is no image column, a column has another type than its role needs, or several could be
+    meant.
     """
     schema, parts = parquet.schema_arrow, partitions(path)
     there = [*schema.names, *(key for key in parts if key not in schema.names)]
@@ -75,7 +77,10 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
         or not _holds_images(schema.field(columns["image"]).type)
     ):
         raise DataError(
-            f"{where}: needs a column `image` (binary, or struct with `bytes`), or another named with --image-column; found "
+            (
+                f"{where}: needs a column `image` (binary, or struct with `bytes`), or another named with "
+                "--image-column; found "
+            )
             + ", ".join(f"{field.name} ({field.type})" for field in schema)
         )
     for role in ("label", "id", "subject"):
@@ -83,7 +88,8 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
         if role in columns and not (_labels if role == "label" else texts)(kind):
             needs = "whole numbers, or class names as text" if role == "label" else "text, whole numbers or binary"
             raise DataError(
-                f"{where}: column `{columns[role]}` is {kind}, and the {role} must be {needs}; write it so, or say --{role}-column {NONE}"
+                f"{where}: column `{columns[role]}` is {kind}, and the {role} must be {needs}; write it so, or say "
+                f"--{role}-column {NONE}"
             )
     return columns
 

@@ -10,7 +10,8 @@ from unlearn.data import grey, jpeg
 from unlearn.errors import ImageError
 
 Orientation = Literal["exif", "ignore"]
-# Of all formats that PIL knows, those that images are published in; others start programs (PostScript) or match anything.
+# Of all formats that PIL knows, those that images are published in; others start programs (PostScript) or match
+# anything.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 # Pixels of one image; more is what PIL calls a decompression bomb. Decoding takes some 16 bytes for each.
 LARGEST = 178_956_970

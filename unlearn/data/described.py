@@ -29,9 +29,9 @@ TOGETHER = 16  # row groups of a file that one thread reads in turn
 class Described:
     """What can be read from one shard alone, without the other shards of the folder.
 
-    columns: {role: column}. classes: names of its labels, or [] where they are numbers without names. text: whether its labels
-    are stored as those names. labels: the distinct labels of each row group. images: checksum of each image. values: every column
-    but the image, as it is stored.
+    columns: {role: column}. classes: names of its labels, or [] where they are numbers without names. text: whether its
+    labels are stored as those names. labels: the distinct labels of each row group. images: checksum of each image.
+    values: every column but the image, as it is stored.
     """
 
     shard: Shard
@@ -52,7 +52,8 @@ def images(table: pa.Table) -> Iterator[memoryview]:
 
 
 def describe(
-    path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None, threads: int = 1,
+    path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None,
+    threads: int = 1,
     read: Callable[[int], object] = lambda size: None,
 ) -> Described:  # fmt: skip
     """The description of the local Parquet file `path`; `where` names it in messages. Raises DataError.
@@ -127,12 +128,14 @@ def _describe_group(
         labels = pc.unique(values["label"]).to_numpy(zero_copy_only=False)
         if labels.dtype != object and len(labels) and labels.min() < 0:
             raise DataError(
-                f"{at}: label {labels.min()}, and labels are 0 or more. Rows of a test split without labels are often marked so: "
-                f"leave that file out, choose a split with --split, or go without labels (--label-column {roles.NONE})"
+                f"{at}: label {labels.min()}, and labels are 0 or more. Rows of a test split without labels are often "
+                "marked so: leave that file out, choose a split with --split, or go without labels (--label-column "
+                f"{roles.NONE})"
             )
     if values.get("id") is not None and values["id"].null_count:
         raise DataError(
-            f"{at}: {values['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column {roles.NONE}"
+            f"{at}: {values['id'].null_count} row(s) have no {columns['id']}; give every row one, or say --id-column "
+            f"{roles.NONE}"
         )
     file.seek(offset)
     digest = hashlib.sha256(file.read_buffer(size)).hexdigest()

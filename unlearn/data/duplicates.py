@@ -1,7 +1,8 @@
 """The same image twice: in the forget and in the retain set, within a folder or between two.
 
-Beside a manifest stands a file of one checksum for each image, in the order of the rows: the 8 bytes of a BLAKE2b digest as
-little-endian numbers. Images of equal checksums are taken for equal. Where an id stands twice, the image counts as the same too.
+Beside a manifest stands a file of one checksum for each image, in the order of the rows: the 8 bytes of a BLAKE2b
+digest as little-endian numbers. Images of equal checksums are taken for equal. Where an id stands twice, the image
+counts as the same too.
 """
 
 import hashlib
@@ -46,14 +47,15 @@ def file_name(split: str | None) -> str:
 
 
 def in_both(forget: tuple[Manifest, np.ndarray], retain: tuple[Manifest, np.ndarray]) -> np.ndarray:
-    """Which rows of a retain set (manifest, rows) hold an image whose bytes stand in the forget set too: bool (rows,)."""
+    """Which rows of a retain set (manifest, rows) hold an image whose bytes stand in the forget set too: bool
+    (rows,)."""
     manifests = {id(manifest): manifest for manifest, _ in (forget, retain)}  # one that is in both is read once
     there = {key: read(manifest) for key, manifest in manifests.items()}
     forgotten, retained = there[id(forget[0])], there[id(retain[0])]
     if forgotten is None or retained is None:
         lacking = forget[0] if forgotten is None else retain[0]
-        log.info("%s: its manifest holds no checksums of images, so equal images in forget and retain are not looked for; "
-                 "`unlearn shards index` adds them", lacking.uri)  # fmt: skip
+        log.info("%s: its manifest holds no checksums of images, so equal images in forget and retain are not looked "
+                 "for; `unlearn shards index` adds them", lacking.uri)  # fmt: skip
         return np.zeros(len(retain[1]), bool)
     sums = retained[retain[1]]
     return np.isin(sums, forgotten[forget[1]]) & (sums != 0)

@@ -13,11 +13,11 @@ from unlearn.errors import ConfigError
 def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, RowSet]:
     """{"forget": ..., "retain": ...} to measure on, each cut to evaluation.limit, drawn with the seed.
 
-    trained: the training sets. Without evaluation.data and evaluation.split they are measured (a proxy in the retain role).
-    With one of them: the held-out rows of the same classes, which are matched by name wherever there are names. Sets
-    that held-out shards cannot have are measured on the training images: sets chosen by ids or subjects, and a forget
-    set that is not chosen by class. Retain is chosen by its classes, or is every held-out row that is not in the forget
-    set.
+    trained: the training sets. Without evaluation.data and evaluation.split they are measured (a proxy in the retain
+    role). With one of them: the held-out rows of the same classes, which are matched by name wherever there are names.
+    Sets that held-out shards cannot have are measured on the training images: sets chosen by ids or subjects, and a
+    forget set that is not chosen by class. Retain is chosen by its classes, or is every held-out row that is not in the
+    forget set.
     """
     manifest = _manifest(settings)
     # Classes in the configuration refer to data.train; a retain set may come from data.proxy_data.
@@ -37,9 +37,11 @@ def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, Ro
 
 
 def of_classes(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, RowSet]:
-    """{"forget": ..., "retain": ...}: the held-out rows of the classes that the training sets have, however these were chosen.
+    """{"forget": ..., "retain": ...}: the held-out rows of the classes that the training sets have, however these were
+    chosen.
 
-    Of a set without labels, every held-out row. A set has none where evaluation.data names no other images than those of training.
+    Of a set without labels, every held-out row. A set has none where evaluation.data names no other images than those
+    of training.
     """
     manifest, found = _manifest(settings), {}
     for name, rows in trained.items():
@@ -74,7 +76,8 @@ def _same_classes(
     if wanted and None in wanted.values():
         missing = next(name for name, label in wanted.items() if label is None)
         raise ConfigError(
-            f"evaluation.data: {manifest.uri} has no class {missing!r}, which data.{what} names; measure on data that has it"
+            f"evaluation.data: {manifest.uri} has no class {missing!r}, which data.{what} names; measure on data that "
+            "has it"
         )
     conditions = config.Rows(
         classes=None if wanted is None else [label for label in wanted.values() if label is not None],

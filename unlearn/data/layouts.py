@@ -5,7 +5,8 @@
     places365    .../LETTER/CLASS/FILE and .../LETTER/CLASS/KIND/FILE: always the path below the split
     webdataset   KEY.jpg beside KEY.cls or KEY.json (`label`, `cls` or `class`), in tars
 
-A list of labels (any layout but webdataset) has a line for each image: NAME LABEL, or LABEL alone in the order of the names.
+A list of labels (any layout but webdataset) has a line for each image: NAME LABEL, or LABEL alone in the order of the
+names.
 """
 
 import json
@@ -35,8 +36,8 @@ _PUBLISHED = re.compile(r"(ilsvrc\d+|places365)_(val|test)_\d+", re.I)  # files 
 
 @dataclass(frozen=True)
 class Arranged:
-    """labels: (name of image, label) in the order in which they are packed: by class. classes: names of the labels, or [].
-    loose: how many images have no class and are left out."""
+    """labels: (name of image, label) in the order in which they are packed: by class. classes: names of the labels, or
+    []. loose: how many images have no class and are left out."""
 
     labels: list[tuple[str, int]]
     classes: list[str]
@@ -47,8 +48,8 @@ def arrange(
     images: Sequence[str], about: Sequence[str], read: Callable[[str], bytes], src: str,
     layout: Layout | None = None, split: str | None = None, labels: str | None = None, classes: list[str] | None = None,
 ) -> Arranged:  # fmt: skip
-    """The label of each image. about: names of the files that hold labels (webdataset); labels: path of a list of labels.
-    classes: names of the labels, where labels are numbers or are not in the order of the names.
+    """The label of each image. about: names of the files that hold labels (webdataset); labels: path of a list of
+    labels. classes: names of the labels, where labels are numbers or are not in the order of the names.
 
     Raises DataError where images have no class, a list does not fit, or a class is not among `classes`.
     """
@@ -94,7 +95,8 @@ def _folders(images: Sequence[str], src: str, layout: Layout | None, split: str 
     letters = bool(paths) and all(len(path) > 1 and _letter(path) for path in paths.values())
     nested = layout == "places365" or (layout in (None, "folder") and not synsets and bool(twice or letters))
     if nested and twice:
-        log.warning("%s: %d folder name(s) stand in several places, for example %r: classes are named by their whole path, as in %r",
+        log.warning(("%s: %d folder name(s) stand in several places, for example %r: classes are named by their "
+                     "whole path, as in %r"),
                     src, len(twice), twice[0], "/".join(sorted(last[twice[0]])[0]))  # fmt: skip
     return {name: "/".join(paths[f]) if nested else paths[f][-1] for name, f in folders.items() if f in holding}
 
@@ -134,8 +136,8 @@ def _no_flat(folders: dict[str, tuple], below: dict[tuple, tuple], holding: set[
         folder = max(sorted(flat), key=lambda f: count[f])
         where = f"`{'/'.join(folder)}` itself" if folder else "no folder"
         raise DataError(
-            f"{src}: {count[folder]} images lie in {where}, not in folders of classes: give their labels with --labels FILE, "
-            f"or choose another part with --split"
+            f"{src}: {count[folder]} images lie in {where}, not in folders of classes: give their labels with "
+            "--labels FILE, or choose another part with --split"
         )
 
 

@@ -128,7 +128,8 @@ class Loader:
 
 
 def cut(data: config.Data, size: int) -> int | None:
-    """The size in which images are kept: a random crop is another one in every epoch, so it is taken from the whole image."""
+    """The size in which images are kept: a random crop is another one in every epoch, so it is taken from the whole
+    image."""
     return size if data.augment == "none" else None
 
 
@@ -138,7 +139,8 @@ def _warn_of_rereads(sets: dict[str, RowSet], data: config.Data, kept: cache.Ima
     room = kept.limit if data.cache == "none" else (kept.limit - kept.room) // kept.workers
     if used > room and (data.cache == "none" or kept.workers * stored > kept.room):
         log.warning(
-            "data.cache_bytes %.3g GiB is little for images of %.3g GiB that are shuffled together: row groups are read "
-            "many times in an epoch. Raise it, or lower data.shuffle_rows (now %d), which changes the order of the images",
+            "data.cache_bytes %.3g GiB is little for images of %.3g GiB that are shuffled together: row groups are "
+            "read many times in an epoch. Raise it, or lower data.shuffle_rows (now %d), which changes the order of "
+            "the images",
             kept.limit / 2**30, stored / 2**30, data.shuffle_rows,
         )  # fmt: skip

@@ -39,7 +39,8 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class RowGroup:
-    """One row group: its rows, its bytes in the file, the smallest and largest label ((0, -1) without rows), sha256 of those bytes.
+    """One row group: its rows, its bytes in the file, the smallest and largest label ((0, -1) without rows), sha256 of
+    those bytes.
 
     checks: checksum of the values of each column as `columns.checksum` gives it; none in older manifests.
     """
@@ -54,7 +55,8 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file; `sha256` is of the whole file. labels: the folder's label for each of the file's; empty: they are the same."""
+    """One Parquet file; `sha256` is of the whole file. labels: the folder's label for each of the file's; empty: they
+    are the same."""
 
     path: str
     bytes: int
@@ -65,12 +67,12 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds. columns: the roles that its columns fill; classes: name of label i, or empty where the
-    names are not known; names: {role: column} where a column is not called as its role.
+    """What a folder of shards holds. columns: the roles that its columns fill; classes: name of label i, or empty where
+    the names are not known; names: {role: column} where a column is not called as its role.
 
-    images: sha256 of the file of image checksums (see duplicates.py); values: sha256 of the file of all other values (see
-    row_values.py); both are empty where there is none. counts: {label: rows}; empty in older manifests, and where the classes are
-    too many. split: the part of the folder that this is, if not all.
+    images: sha256 of the file of image checksums (see duplicates.py); values: sha256 of the file of all other values
+    (see row_values.py); both are empty where there is none. counts: {label: rows}; empty in older manifests, and where
+    the classes are too many. split: the part of the folder that this is, if not all.
     """
 
     uri: str
@@ -142,8 +144,8 @@ class Manifest:
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
         """Columns of many row groups (all), with the row's number in a column `row`. Never used for images.
 
-        Read from the file of all values where there is one, but for a single row group; else every shard is opened once, several
-        at a time. Raises DataError where a shard does not match the manifest.
+        Read from the file of all values where there is one, but for a single row group; else every shard is opened
+        once, several at a time. Raises DataError where a shard does not match the manifest.
         """
         groups = range(len(self.groups)) if groups is None else list(groups)
         if self.values and columns and set(columns) <= set(self.columns) and len(groups) > 1:
@@ -182,14 +184,15 @@ class Manifest:
         )
 
     def _check_shards(self, wanted: Iterable[int]) -> None:
-        """Raises DataError where a shard has not the size that the manifest says, StorageError where it is not there."""
+        """Raises DataError where a shard has not the size that the manifest says, StorageError where it is not
+        there."""
         sizes = Storage(self.uri).sizes([self.shards[s].path for s in wanted])
         for s in wanted:
             shard = self.shards[s]
             if sizes[shard.path] != shard.bytes:
                 raise DataError(
-                    f"{self.uri}/{shard.path}: not the file of the manifest ({sizes[shard.path]} bytes in place of {shard.bytes}); "
-                    f"run `unlearn shards verify {self.uri}`"
+                    f"{self.uri}/{shard.path}: not the file of the manifest ({sizes[shard.path]} bytes in place of "
+                    f"{shard.bytes}); run `unlearn shards verify {self.uri}`"
                 )
 
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
@@ -238,8 +241,8 @@ class Manifest:
                 part = [roles.encoded(chunk) for chunk in part] if role == "image" else part
                 if role in known[g].checks and roles.checksum(part) != known[g].checks[role]:
                     raise DataError(
-                        f"{where}, row group {g}: the {role}s are not those of the manifest: the shard was replaced or is damaged; "
-                        f"restore it, or make the manifest anew with `unlearn shards index {self.uri}`"
+                        f"{where}, row group {g}: the {role}s are not those of the manifest: the shard was replaced "
+                        f"or is damaged; restore it, or make the manifest anew with `unlearn shards index {self.uri}`"
                     )
             first += known[g].rows
         if "label" in values:
@@ -258,7 +261,8 @@ class Manifest:
                 if hashlib.sha256(file.read_buffer(group.bytes)).hexdigest() != group.sha256:
                     g = shard.row_groups.index(group)
                     raise DataError(
-                        f"{where}, row group {g}: not the bytes of the manifest: the shard was replaced or is damaged; restore it"
+                        f"{where}, row group {g}: not the bytes of the manifest: the shard was replaced or is "
+                        "damaged; restore it"
                     )
 
     def _own(self, shard: Shard, labels: pa.ChunkedArray, where: str) -> pa.ChunkedArray:

@@ -34,7 +34,8 @@ def shuffle(groups: np.ndarray, window: int, rng: np.random.Generator) -> np.nda
 
 @dataclass(frozen=True)
 class Stream:
-    """The endless sequence of one set. rows: (n,) ascending; groups: (n,) the row group of each; name: mixes into the seed."""
+    """The endless sequence of one set. rows: (n,) ascending; groups: (n,) the row group of each; name: mixes into the
+    seed."""
 
     rows: np.ndarray
     groups: np.ndarray

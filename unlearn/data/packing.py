@@ -1,4 +1,5 @@
-"""Pack images into shards: from a folder, a tar, a zip or s3:// in one of the published layouts, or from any records."""
+"""Pack images into shards: from a folder, a tar, a zip or s3:// in one of the published layouts, or from any
+records."""
 
 import contextlib
 import functools

@@ -1,5 +1,5 @@
-"""Parquet files, opened for reading. A footer is fetched and parsed once in a process: in a file of thousands of row groups
-it takes longer than a row group."""
+"""Parquet files, opened for reading. A footer is fetched and parsed once in a process: in a file of thousands of row
+groups it takes longer than a row group."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,8 +15,8 @@ _footers = Recent(FOOTERS)
 
 
 def parquet(storage: Storage, name: str, sha256: str = "", versions: dict[str, str] | None = None) -> pq.ParquetFile:
-    """Open a shard. sha256: of the file that is expected, which tells its footer from that of another file of this name;
-    versions: as `Storage.open` takes them. Raises DataError where it is not Parquet, StorageError."""
+    """Open a shard. sha256: of the file that is expected, which tells its footer from that of another file of this
+    name; versions: as `Storage.open` takes them. Raises DataError where it is not Parquet, StorageError."""
     where = storage.where(name)
 
     def read() -> tuple[tuple[Facts, pq.FileMetaData], int]:

@@ -16,7 +16,8 @@ from unlearn.errors import DataError
 
 
 def with_duplicates(rows: RowSet) -> np.ndarray:
-    """The rows of a set, and those that hold the same images under other numbers, by id or by their bytes; ascending."""
+    """The rows of a set, and those that hold the same images under other numbers, by id or by their bytes;
+    ascending."""
     manifest = rows.manifest
     every = np.arange(manifest.rows)
     same = duplicates.in_both((manifest, rows.rows), (manifest, every)) | np.isin(every, rows.rows)
@@ -27,7 +28,8 @@ def with_duplicates(rows: RowSet) -> np.ndarray:
 
 
 def touched(manifest: Manifest, gone: np.ndarray) -> list[str]:
-    """The names of the files that hold something of these rows: their shards, and what lies beside the manifest of each row."""
+    """The names of the files that hold something of these rows: their shards, and what lies beside the manifest of each
+    row."""
     names = [manifest.shards[s].path for s in sorted({manifest.groups[g][0] for g in manifest.group_of(gone)})]
     beside = (
         (duplicates.file_name(manifest.split), manifest.images),
@@ -40,10 +42,11 @@ def touched(manifest: Manifest, gone: np.ndarray) -> list[str]:
 def without(
     manifest: Manifest, gone: np.ndarray, dest: str, check: Callable[[], None] = lambda: None
 ) -> Manifest:  # fmt: skip
-    """Write the shards without the rows `gone` to the folder `dest`, and their manifest last; it. What is there already is taken.
+    """Write the shards without the rows `gone` to the folder `dest`, and their manifest last; it. What is there already
+    is taken.
 
-    A shard that loses nothing is copied as it is. check: asked before each shard; what it raises ends the writing. Raises DataError
-    where nothing would be left, StorageError.
+    A shard that loses nothing is copied as it is. check: asked before each shard; what it raises ends the writing.
+    Raises DataError where nothing would be left, StorageError.
     """
     source, target = Storage(manifest.uri), Storage(dest)
     if shards.is_indexed(dest):

@@ -1,7 +1,8 @@
-"""What the shards say of each row but its image: labels, ids and subjects of all rows in one Parquet file beside the manifest.
+"""What the shards say of each row but its image: labels, ids and subjects of all rows in one Parquet file beside the
+manifest.
 
-Rows are chosen by it, so that a class or a thousand ids are found among millions of rows by a few requests, and no shard is opened.
-The labels are those of the folder.
+Rows are chosen by it, so that a class or a thousand ids are found among millions of rows by a few requests, and no
+shard is opened. The labels are those of the folder.
 """
 
 import hashlib

@@ -11,8 +11,8 @@ AWS_CA_BUNDLE or `ca_bundle`; pod identity ... These variables are this program'
     UNLEARN_S3_HEDGE           seconds after which a read that hangs is made again beside the first, at the earliest
     UNLEARN_S3_TIMEOUT         seconds without a byte after which a connection is given up
 
-Keys that expire are renewed: those of a role, of a pod or of a `credential_process` by botocore, before they expire, and
-those of a file when the server refuses them and the file holds others by then.
+Keys that expire are renewed: those of a role, of a pod or of a `credential_process` by botocore, before they expire,
+and those of a file when the server refuses them and the file holds others by then.
 """
 
 import functools
@@ -95,8 +95,8 @@ def client(anonymous: bool = False) -> Any:
         except ValueError as e:
             what = re.sub(r"[^/@\s]*@", "", str(e))[:120]
             raise StorageError(
-                f"the S3 endpoint cannot be used ({what}): write it as http://HOST:PORT or https://HOST, in AWS_ENDPOINT_URL or a profile's "
-                "endpoint_url"
+                f"the S3 endpoint cannot be used ({what}): write it as http://HOST:PORT or https://HOST, in "
+                "AWS_ENDPOINT_URL or a profile's endpoint_url"
             ) from None
         found.meta.events.register("provide-client-params.s3", functools.partial(_completed, extra, timeout))
         found.meta.events.register("before-send.s3", _count)

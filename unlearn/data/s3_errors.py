@@ -20,12 +20,14 @@ _HINTS = {
 }
 # Codes by which a server refuses keys, among them those that have expired; 400 and 403 are all that HEAD tells.
 KEYS = {
-    "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId", "SignatureDoesNotMatch",
+    "ExpiredToken", "ExpiredTokenException", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
     "AccessDenied", "400", "403",
 }  # fmt: skip
 # Codes that may pass by themselves, whatever the status of the response.
 _PASSING = {
-    "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "BadDigest", "IncompleteBody",
+    "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestLimitExceeded", "BadDigest",
+    "IncompleteBody",
 }  # fmt: skip
 
 
@@ -87,8 +89,8 @@ def meaning(error: Exception) -> str | None:
         )
     if type(inner).__name__ in ("NoCredentialsError", "PartialCredentialsError"):
         return (
-            "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public bucket "
-            "UNLEARN_S3_ANONYMOUS"
+            "no S3 credentials found: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY; for a public "
+            "bucket UNLEARN_S3_ANONYMOUS"
         )
     return _HINTS.get(code(inner)) or str(inner)[:200]
 

@@ -1,7 +1,7 @@
 """Decoded images brought to the size that a model sees, for training and measuring alike.
 
-Scaling is bicubic with antialiasing (a = -0.5), in integers. Torch's pixels are at most 2 of 255 away from PIL's where both
-axes are scaled alike, for a fifth to a tenth of the time.
+Scaling is bicubic with antialiasing (a = -0.5), in integers. Torch's pixels are at most 2 of 255 away from PIL's where
+both axes are scaled alike, for a fifth to a tenth of the time.
 """
 
 import numpy as np
@@ -29,8 +29,8 @@ def fit(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(size, size, 3) of (H, W, 3) uint8: a random crop of 0.2 to 1 of the area, aspect ratio 3/4 to 4/3, scaled to `size`,
-    and flipped left to right half of the time."""
+    """(size, size, 3) of (H, W, 3) uint8: a random crop of 0.2 to 1 of the area, aspect ratio 3/4 to 4/3, scaled to
+    `size`, and flipped left to right half of the time."""
     height, width = image.shape[:2]
     area = height * width * rng.uniform(0.2, 1)
     aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -44,8 +44,8 @@ def crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
 def scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """(height, width, 3) uint8 of (H, W, 3) uint8."""
     made = np.empty((height, width, 3), np.uint8)
-    # torch takes arrays that may be written to. Written where it is wanted, the channels last: interpolate() would give them
-    # first, and they would be moved once more.
+    # torch takes arrays that may be written to. Written where it is wanted, the channels last: interpolate() would give
+    # them first, and they would be moved once more.
     whole = np.require(image, requirements=["C", "W"])
     torch.ops.aten._upsample_bicubic2d_aa.out(
         _channels_first(whole), (height, width), False, None, out=_channels_first(made)

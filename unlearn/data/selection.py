@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class _Wanted:
-    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what to read for it; listed:
-    the ids of its file, where it is given by one."""
+    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what to read for it;
+    listed: the ids of its file, where it is given by one."""
 
     manifest: shards.Manifest
     conditions: config.Rows
@@ -90,7 +90,10 @@ def _without_forgotten(row_sets: dict[str, RowSet], ids: dict[str, pa.ChunkedArr
     twice |= duplicates.in_both((forget.manifest, forget.rows), (retain.manifest, retain.rows))
     if not twice.any():
         return retain
-    what = f"{twice.sum()} of {len(retain)} retain images are forget images too ({by_id} by id, {twice.sum() - by_id} by their bytes alone)"
+    what = (
+        f"{twice.sum()} of {len(retain)} retain images are forget images too ({by_id} by id, "
+        f"{twice.sum() - by_id} by their bytes alone)"
+    )
     if twice.all():
         log.warning("data: %s: they stay in the retain set, which would be empty without them", what)
         return retain
@@ -103,8 +106,8 @@ def _no_foreign_number(rows: config.Rows, other: shards.Manifest, train: shards.
     for number in (c for c in (*(rows.classes or ()), *(rows.exclude_classes or ())) if not isinstance(c, str)):
         if other.classes and train.classes and other.class_name(number) != train.class_name(number):
             raise ConfigError(
-                f"data.proxy: label {number} is {other.class_name(number)!r} in {other.uri} and {train.class_name(number)!r} in {train.uri}; "
-                f"give the class by its name"
+                f"data.proxy: label {number} is {other.class_name(number)!r} in {other.uri} and "
+                f"{train.class_name(number)!r} in {train.uri}; give the class by its name"
             )
 
 
@@ -223,7 +226,8 @@ def _no_overlap(row_sets: dict[str, RowSet]) -> None:
         manifest = row_sets["forget"].manifest
         names = ", ".join(name_row(manifest, int(r)) for r in both[:3])
         raise ConfigError(
-            f"data: forget and retain overlap in {len(both)} image(s), for example {names}; an image can only be in one of them"
+            f"data: forget and retain overlap in {len(both)} image(s), for example {names}; an image can only be in "
+            "one of them"
         )
 
 
@@ -239,13 +243,14 @@ def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
 
 
 def _of_list(table: pa.Table, ids: pa.Array, where: str) -> pa.Table:
-    """The rows whose `key` is one of a file's ids; what matches nothing is counted, and none of it told: it is personal."""
+    """The rows whose `key` is one of a file's ids; what matches nothing is counted, and none of it told: it is
+    personal."""
     matching = table.filter(pc.is_in(table["key"], ids))
     found = len(pc.unique(matching["key"]))
     if not found:
         raise ConfigError(
-            f"{where}: none of its {len(ids)} ids is a row of these shards and conditions: check ids_column, and that the "
-            "ids are written as the shards have them"
+            f"{where}: none of its {len(ids)} ids is a row of these shards and conditions: check ids_column, and that "
+            "the ids are written as the shards have them"
         )
     if found < len(ids):
         log.warning("%s: %d of %d ids match no row, and are left out", where, len(ids) - found, len(ids))

@@ -26,7 +26,8 @@ from unlearn.data.parquet_file import parquet
 from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import DataError
 
-__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images", "index", "is_indexed",
+__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images",
+    "index", "is_indexed",
            "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
 COUNTED = 1 << 16  # classes whose rows a manifest counts
@@ -40,13 +41,14 @@ def index(
     uri: str, split: str | None = None, columns: dict[str, str] | None = None, classes: list[str] | None = None,
     progress: Progress = lambda done, total: None, threads: int | None = None,
 ) -> Manifest:  # fmt: skip
-    """Make and write the manifest of existing shards. Nothing is converted; every page is read once, also where an index
-    was stopped before: what it has found in each file is kept until the manifest is written.
+    """Make and write the manifest of existing shards. Nothing is converted; every page is read once, also where an
+    index was stopped before: what it has found in each file is kept until the manifest is written.
 
     split: take only the files of that split. columns: {role: column} where a column is not named as its role. classes:
     names of the labels 0, 1, ...; by default those in the shards' metadata, or those of the previous manifest.
-    progress: called with (bytes that are done, bytes in all), from any thread; threads: row groups that are in memory at
-    the same time, by default as many as the machine has cores, 16 at most. Raises DataError for shards that cannot be used, and where manifest.json was written by another program.
+    progress: called with (bytes that are done, bytes in all), from any thread; threads: row groups that are in memory
+    at the same time, by default as many as the machine has cores, 16 at most. Raises DataError for shards that cannot
+    be used, and where manifest.json was written by another program.
     """
     storage = Storage(uri)
     name = manifest_name(split)
@@ -92,7 +94,8 @@ def look(
 
 
 def _described(
-    storage: Storage, names: list[str], columns: dict[str, str] | None, before: dict[str, str] | None, progress: Progress,
+    storage: Storage, names: list[str], columns: dict[str, str] | None, before: dict[str, str] | None,
+    progress: Progress,
     threads: int | None, keep: bool,
 ) -> list[Described]:  # fmt: skip
     """The descriptions of these shards, several of which are read at the same time."""
@@ -125,8 +128,8 @@ def _described(
 
 
 def collect(uri: str, described: list[Described], classes: list[str] | None = None) -> tuple[Manifest, RowFacts]:
-    """(manifest of shards from the results of `describe`, what is told of each row). classes: instead of the shards' own
-    names.
+    """(manifest of shards from the results of `describe`, what is told of each row). classes: instead of the shards'
+    own names.
 
     Raises DataError where files of one folder contradict each other.
     """
@@ -135,7 +138,8 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
         if len(called) > 1:
             (one, first), (other, second) = list(called.items())[:2]
             raise DataError(
-                f"{uri}: the {role} is column `{one}` of {first} and `{other}` of {second}: write them alike, or index them apart"
+                f"{uri}: the {role} is column `{one}` of {first} and `{other}` of {second}: write them alike, or "
+                "index them apart"
             )
     columns = [role for role in roles.ROLES if all(role in d.columns for d in described)]
     filled = [d for d in described if len(d.images)]
@@ -176,7 +180,8 @@ def _span(labels: np.ndarray, own: list[int]) -> tuple[int, int]:
 
 
 def split_of(name: str) -> str | None:
-    """The split that a file belongs to by its name (`train-00000-of-00002.parquet`) or its folder (`train/`, `split=train/`)."""
+    """The split that a file belongs to by its name (`train-00000-of-00002.parquet`) or its folder (`train/`,
+    `split=train/`)."""
     *folders, file = name.split("/")
     if hub := re.match(r"(.+)-\d{5,}-of-\d{5,}", file):
         return hub[1]
@@ -212,6 +217,7 @@ def _of_split(storage: Storage, split: str | None) -> list[str]:
         return [n for n in names if split_of(n) == split]
     if len(there) > 1:
         raise DataError(
-            f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of one split"
+            f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of "
+            "one split"
         )
     return names

@@ -7,7 +7,8 @@ from pathlib import PurePosixPath
 
 DIRT = {"__MACOSX", "_temporary", "@eaDir", "lost+found", "$RECYCLE.BIN"}
 LARGEST = 1 << 28  # bytes of one file: a small archive can unpack to any size
-# How many times its size an archive may unpack to, above SMALL bytes; images hardly compress, a bomb unpacks to 1,000 times.
+# How many times its size an archive may unpack to, above SMALL bytes; images hardly compress, a bomb unpacks to 1,000
+# times.
 RATIO, SMALL = 100, 1 << 28
 Wanted = Callable[[str], bool]
 
@@ -45,4 +46,7 @@ def unpacked(packed: int) -> int:
 
 def bomb(packed: int) -> str:
     """What is said of an archive that unpacks to more."""
-    return f"unpacks to more than {unpacked(packed) >> 20} MiB, {RATIO} times its size: not the images that were packed; unpack it yourself if it is right"
+    return (
+        f"unpacks to more than {unpacked(packed) >> 20} MiB, {RATIO} times its size: not the images that were "
+        "packed; unpack it yourself if it is right"
+    )

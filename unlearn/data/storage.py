@@ -148,7 +148,8 @@ class Storage:
             raise FileNotFoundError(name)
 
     def sizes(self, names: list[str]) -> dict[str, int]:
-        """Bytes of each of these files; many S3 objects are asked for at once. Raises StorageError where one is not there."""
+        """Bytes of each of these files; many S3 objects are asked for at once. Raises StorageError where one is not
+        there."""
         if self.bucket is None or len(names) < 3:
             return {name: self.facts(name).size for name in names}
         there = self.objects()
@@ -158,7 +159,8 @@ class Storage:
         return {name: there[name].size for name in names}
 
     def open(self, name: str = "", versions: dict[str, str] | None = None, facts: Facts | None = None) -> pa.NativeFile:
-        """A file for random access, as Parquet readers need it. An S3 object that is replaced while it is open cannot be read on.
+        """A file for random access, as Parquet readers need it. An S3 object that is replaced while it is open cannot
+        be read on.
 
         versions: {name: version} of S3 objects that were opened before, which this one is added to, and must still be.
         facts: what is known of an S3 object, which is then not asked for, and must still be so.

@@ -33,10 +33,12 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
 
 
 class Comparison:
-    """The images of an evaluation, their views, and what each generator makes of them. One generator is in memory at a time."""
+    """The images of an evaluation, their views, and what each generator makes of them. One generator is in memory at a
+    time."""
 
     def __init__(
-        self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu", kept: cache.ImageCache | None = None
+        self, run: Run, models: dict[str, config.Model], device: torch.device | str = "cpu",
+        kept: cache.ImageCache | None = None
     ):  # fmt: skip
         """kept: a cache that holds images already."""
         self.settings, self.sets, self.models, self.device = run.settings, run.measured, models, torch.device(device)
@@ -50,7 +52,8 @@ class Comparison:
         self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:
-        """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is another."""
+        """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is
+        another."""
         if self._loaded is None or self._loaded[0] != name:
             former = self._loaded[0] if self._loaded else None
             self._loaded = None  # before the next one is built, so that there is one in memory
@@ -63,7 +66,8 @@ class Comparison:
                 known = f"{former} {self.size} px in {self.grid} x {self.grid} patches"
                 other = f"{name} {built.options.image_size} px in {built.grid} x {built.grid} patches"
                 raise ConfigError(
-                    f"the generators do not see the same images and views: {known}, {other}; compare models of one shape"
+                    f"the generators do not see the same images and views: {known}, {other}; compare models of one "
+                    "shape"
                 )
             self._loaded = name, built
         return self._loaded[1]
@@ -73,7 +77,8 @@ class Comparison:
         return model.grid, model.options.image_size
 
     def pixels(self, name: str, positions: np.ndarray) -> tuple[np.ndarray, torch.Tensor]:
-        """(positions kept, uint8 (B, 3, S, S)) of a set's images; damaged ones are left out, and counted as in training."""
+        """(positions kept, uint8 (B, 3, S, S)) of a set's images; damaged ones are left out, and counted as in
+        training."""
         images, kept, pixels = self.images[name], [], []
         for position in positions.tolist():
             row = int(images.set.rows[position])
@@ -115,8 +120,9 @@ class Comparison:
         return np.unique(np.linspace(0, len(self.sets[name]) - 1, count).round().astype(np.int64))
 
     def column(self, name: str, generator: str | None) -> torch.Tensor:
-        """One column of a set's picture grid under the first view, uint8 (rows, 3, S, S) on the CPU: what a generator makes of the
-        images; for None twice as many rows, the images themselves and then what the generators see of them."""
+        """One column of a set's picture grid under the first view, uint8 (rows, 3, S, S) on the CPU: what a generator
+        makes of the images; for None twice as many rows, the images themselves and then what the generators see of
+        them."""
         kept, pixels = self.pixels(name, self.picture_rows(name))
         view = self.view(name, 0, kept)
         if generator is None:

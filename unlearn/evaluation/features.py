@@ -2,11 +2,12 @@
 
     efficientnet_lite0   ImageNet weights that come with the Python package; features_weights is not looked at
     inception            the Inception of 2015-12-05 that FID is defined with; give its state dict (torchvision's names,
-                         1,008 classes) as evaluation.features_weights. evaluation.resize says how images get to its size
+                         1,008 classes) as evaluation.features_weights. evaluation.resize says how images get to its
+                         size
     clip, clip:ARCH      an image tower of open_clip (ViT-H-14 where no ARCH is named); give its state dict likewise
 
-Nothing is downloaded and nothing is unpickled. Figures of different networks, or with other resizing, cannot be compared,
-so every table names both. LPIPS has a network of its own, see perceptual.py.
+Nothing is downloaded and nothing is unpickled. Figures of different networks, or with other resizing, cannot be
+compared, so every table names both. LPIPS has a network of its own, see perceptual.py.
 """
 
 import importlib.util

@@ -1,5 +1,5 @@
-"""Intervals of figures by the bootstrap over images, and the kernel distance of features, whose value and interval rest on the same
-kernel matrices. The same seed gives the same intervals.
+"""Intervals of figures by the bootstrap over images, and the kernel distance of features, whose value and interval rest
+on the same kernel matrices. The same seed gives the same intervals.
 """
 
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def kid(real: torch.Tensor, made: torch.Tensor, seed: int) -> tuple[float, float
     """(kernel distance, low, high) of two sets of features (N, D) and (M, D): the unbiased squared MMD with the kernel
     (x·y / D + 1)³ over all pairs, in float64. None for fewer than two images.
 
-    Of more than KERNEL_ROWS images so many are drawn with the seed, since memory grows with the square of their number. Unlike FID
-    it is not biased by few images. It may come out below 0 where the sets are alike.
+    Of more than KERNEL_ROWS images so many are drawn with the seed, since memory grows with the square of their number.
+    Unlike FID it is not biased by few images. It may come out below 0 where the sets are alike.
     """
     if min(len(real), len(made)) < 2:
         return None
@@ -59,7 +59,8 @@ def _kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def _distance(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(R,) distances of samples in which image i is a[r, i], or b[r, j] times. No pair of an image with itself counts within a set."""
+    """(R,) distances of samples in which image i is a[r, i], or b[r, j] times. No pair of an image with itself counts
+    within a set."""
 
     def within(kernel: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         pairs = counts.sum(1) ** 2 - (counts**2).sum(1)

@@ -1,25 +1,27 @@
-"""Measure what the generators of a run make of the forget and the retain set, piece by piece, and put the figures together.
+"""Measure what the generators of a run make of the forget and the retain set, piece by piece, and put the figures
+together.
 
 metrics.json holds
 
-    software, name, config_hash      what was run
-    features, resize                 name of the feature network, and how images got to its size: figures of different ones
+    software, name, config_hash      what was run features, resize                 name of the feature network, and how
+    images got to its size: figures of different ones
                                      cannot be compared
     guidance_scale                   of sampling; null without guidance
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
     networks                         {"features", and "lpips" where it was measured: sha256 of the weights of what
                                      looked at the images}
-    sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training", bad_images}}
-    oracles                          where there are several: the rows of each; in `rows` the oracle is their mean, `spread` theirs
-    oracle_distance                  where there are several: see unlearn/evaluation/oracles.py
-    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr,
+    sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training",
+    bad_images}} oracles                          where there are several: the rows of each; in `rows` the oracle is
+    their mean, `spread` theirs oracle_distance                  where there are several: see
+    unlearn/evaluation/oracles.py rows                             [{generator, set, view, images, fid, kid, is, is_std,
+    cosine, cosine_std, psnr,
                                      ssim}]: fid and kid against the set's own originals; is and is_std over ten splits;
                                      cosine of each reconstruction's features to its original's, mean and standard
                                      deviation; psnr in dB and ssim, inside the hole alone; with
                                      evaluation.lpips_weights also lpips, of the whole image, what is known of it pasted
-                                     back; null where a figure cannot be given. Of kid, cosine, psnr, ssim and lpips also
-                                     FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
+                                     back; null where a figure cannot be given. Of kid, cosine, psnr, ssim and lpips
+                                     also FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
     notes                            sentences a reader of the figures must know
     seconds                          worker time by stage, and the whole by the clock
     training_seconds                 time in training steps, from metrics.jsonl; null without it
@@ -52,8 +54,8 @@ Map = Callable[[Iterable[Any]], Iterator[Any]]
 
 @dataclass
 class Known:
-    """What several evaluations of the same images share: the features of the originals by set, and the rows of the generators that
-    stay the same, by (set, view, generator)."""
+    """What several evaluations of the same images share: the features of the originals by set, and the rows of the
+    generators that stay the same, by (set, view, generator)."""
 
     real: dict[str, torch.Tensor] = field(default_factory=dict)
     rows: dict[tuple[str, int, str], dict] = field(default_factory=dict)
@@ -72,21 +74,23 @@ class Piece:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a set's picture grid; generator None: the images themselves, and what the generators see of them."""
+    """One column of a set's picture grid; generator None: the images themselves, and what the generators see of
+    them."""
 
     set: str
     generator: str | None
 
 
 class Measurer:
-    """What a worker does with one piece after another: it holds the images, the feature network, and one generator at a time."""
+    """What a worker does with one piece after another: it holds the images, the feature network, and one generator at a
+    time."""
 
     def __init__(
         self, run: Run, models: dict[str, config.Model], looks: bool = True, network: torch.nn.Module | None = None,
         kept: cache.ImageCache | None = None,
     ):  # fmt: skip
-        """looks: whether figures are wanted, and so the feature network; else pictures alone. network, kept: the feature network
-        on its device, and a cache of images, where this process has them already."""
+        """looks: whether figures are wanted, and so the feature network; else pictures alone. network, kept: the
+        feature network on its device, and a cache of images, where this process has them already."""
         settings = run.settings
         patience.use(settings.storage.patience)
         torch.set_num_threads(settings.training.threads)
@@ -120,7 +124,8 @@ class Measurer:
         return {"features": vectors.cpu(), "classes": classes, "holes": holes, "seconds": seconds}
 
     def picture(self, column: Column) -> dict:
-        """{"labels": the class of each row, "images": uint8 (rows, 3, S, S); for the images themselves "seen" besides}."""
+        """{"labels": the class of each row, "images": uint8 (rows, 3, S, S); for the images themselves "seen"
+        besides}."""
         images = self.compared.column(column.set, column.generator)
         if column.generator is not None:
             return {"images": images}
@@ -151,27 +156,33 @@ def networks(settings: config.RunConfig) -> dict[str, str]:
 
 
 def evaluate(
-    run: Run, models: dict[str, config.Model], mapped: Map, pictured: list[str], progress: Progress = lambda done, total: None,
+    run: Run, models: dict[str, config.Model], mapped: Map, pictured: list[str],
+    progress: Progress = lambda done, total: None,
     known: Known | None = None,
 ) -> tuple[dict, list[dict]]:  # fmt: skip
-    """(what metrics.json holds but for the whole time, the picture grids of the sets `pictured`), every generator loaded once a worker.
+    """(what metrics.json holds but for the whole time, the picture grids of the sets `pictured`), every generator
+    loaded once a worker.
 
     mapped: calls a Measurer of this run and these models on pieces. The figures do not depend on the number of workers.
-    known: what is known from another evaluation of the same images, views and original; what this one finds out is added to it.
+    known: what is known from another evaluation of the same images, views and original; what this one finds out is
+    added to it.
     """
     every, kept, seconds, pictures = _rows(run, list(models), mapped, pictured, progress, known or Known())
     rows, single = oracles.folded(every)
     settings = run.settings
+    apart = bool(settings.evaluation.data or settings.evaluation.split)
     sources = weights.located((model.weights for model in models.values()), run.sources)
     document = {
         "software": f"unlearn {__version__}", "name": settings.name, "config_hash": settings.hash(),
-        "features": settings.evaluation.features, "resize": features.resizing(settings.evaluation.features, settings.evaluation.resize),
-        "guidance_scale": settings.evaluation.guidance_scale, "views": [view.name for view in settings.evaluation.views], "generators": oracles.shown(models),
+        "features": settings.evaluation.features,
+        "resize": features.resizing(settings.evaluation.features, settings.evaluation.resize),
+        "guidance_scale": settings.evaluation.guidance_scale,
+        "views": [view.name for view in settings.evaluation.views], "generators": oracles.shown(models),
         "weights": {name: sources[model.weights].fingerprint for name, model in models.items() if model.weights},
         "networks": networks(settings),
         "sets": {
             name: described | {
-                "split": "held-out" if (settings.evaluation.data or settings.evaluation.split) and described["manifest"] != run.trained_on else "training",
+                "split": "held-out" if apart and described["manifest"] != run.trained_on else "training",
                 "bad_images": len(run.measured[name]) - kept[name],
             }
             for name, described in selection.describe(run.measured).items()
@@ -209,7 +220,8 @@ def _rows(run: Run, generators: list[str], mapped: Map, pictured: list[str], pro
     """(rows of metrics.json, images measured by set, seconds by stage, pictures by column)."""
     settings, sizes = run.settings, {name: len(rows) for name, rows in run.measured.items()}
     step, views = settings.evaluation.batch_size, range(len(settings.evaluation.views))
-    # Generator by generator, so that a worker loads each once; what is compared with stays in memory: the originals' features.
+    # Generator by generator, so that a worker loads each once; what is compared with stays in memory: the originals'
+    # features.
     cells = [(name, None, 0) for name in sizes if name not in known.real] + [
         (name, g, view) for g in generators for name in sizes for view in views if (name, view, g) not in known.rows
     ]
@@ -268,8 +280,8 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
     if min(measured.values()) < STABLE:
         counts = ", ".join(f"{count:,} images of the {name} set" for name, count in measured.items())
         notes.append(
-            f"FID rests on {counts}. Fewer than {STABLE:,} are too few for a covariance: the value is biased upwards and only "
-            "indicates. Compare it within this table, not with other work; KID is not biased by few images."
+            f"FID rests on {counts}. Fewer than {STABLE:,} are too few for a covariance: the value is biased upwards "
+            "and only indicates. Compare it within this table, not with other work; KID is not biased by few images."
         )
     for name, described in document["sets"].items():
         if described["split"] == "training":
@@ -288,7 +300,7 @@ def _notes(settings: config.RunConfig, document: dict) -> list[str]:
         notes.append(f"{document['features']} has no class scores: no Inception Score.")
     elif document["features"] != "inception":
         notes.append(
-            f"FID and IS are computed with {document['features']}, not with the Inception network of the literature: compare "
-            "them within this report alone."
+            f"FID and IS are computed with {document['features']}, not with the Inception network of the literature: "
+            "compare them within this report alone."
         )
     return notes

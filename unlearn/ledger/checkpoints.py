@@ -3,7 +3,8 @@
     checkpoint-SIZE-ROOT.json         a DSSE envelope: {"ledger", "size", "root", "requests", "at", "base", "first"}
     leaves-FIRST-SIZE-ROOT.bin        the hashes of leaves FIRST to SIZE - 1, 32 bytes each; those before are of `base`
 
-The root says whether the ledger still holds what it held; the leaves say which entry does not. They hold no personal data.
+The root says whether the ledger still holds what it held; the leaves say which entry does not. They hold no personal
+data.
 """
 
 import json
@@ -26,8 +27,8 @@ TYPE = "application/vnd.unlearn.ledger-checkpoint+json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a ledger held once. size: entries; root: hex; requests: the highest number; base: the name of the checkpoint that has the
-    leaves before `first`, "" where that is 0."""
+    """What a ledger held once. size: entries; root: hex; requests: the highest number; base: the name of the checkpoint
+    that has the leaves before `first`, "" where that is 0."""
 
     ledger: str
     size: int

@@ -1,7 +1,7 @@
 """Where a ledger lies: SQLite in a file, or PostgreSQL, by URL; and its transactions.
 
-A transaction that writes has the ledger for itself from its first statement on (SQLite: BEGIN IMMEDIATE; PostgreSQL: an advisory
-lock), so the position of the next entry, which it reads, is its own.
+A transaction that writes has the ledger for itself from its first statement on (SQLite: BEGIN IMMEDIATE; PostgreSQL: an
+advisory lock), so the position of the next entry, which it reads, is its own.
 """
 
 import contextlib

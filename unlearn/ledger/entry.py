@@ -3,9 +3,9 @@
     {"at": UTC, "commitments": {"by": sha256, ...}, "due": DATE, "event": "received", "evidence": {...}, "position": 12,
      "previous": leaf of entry 11, "request": 7}
 
-in canonical JSON (RFC 8785). Who, why and what lie behind commitments, sha256 of [salt, field, value] in canonical JSON, since they
-can name people; salt and value are in a table of their own, from which they can be deleted. `previous` names an entry that was changed
-by hand where there is no checkpoint to compare with.
+in canonical JSON (RFC 8785). Who, why and what lie behind commitments, sha256 of [salt, field, value] in canonical
+JSON, since they can name people; salt and value are in a table of their own, from which they can be deleted. `previous`
+names an entry that was changed by hand where there is no checkpoint to compare with.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ PERSONAL = ("forget", "reason")  # what is erased after the retention time; `by`
 
 @dataclass(frozen=True)
 class Draft:
-    """An entry before it has a position. private: {field: value} that go behind commitments; evidence: plain JSON, readable for
-    everyone who sees the ledger, for good."""
+    """An entry before it has a position. private: {field: value} that go behind commitments; evidence: plain JSON,
+    readable for everyone who sees the ledger, for good."""
 
     event: str
     request: int | None = None

@@ -4,8 +4,8 @@
     alice,,,2026-12-31,,desk               {"subject": "alice"}
     ,a;b,,,withdrew consent,               {"class": 7}
 
-Each line names a subject, or ids, or a class; the rest may be missing. In CSV ids are separated by `;`, and a class that is
-all digits is a label.
+Each line names a subject, or ids, or a class; the rest may be missing. In CSV ids are separated by `;`, and a class
+that is all digits is a label.
 """
 
 import csv
@@ -24,7 +24,8 @@ COLUMNS = ("subject", "ids", "class", "due", "reason", "by")
 
 
 def read(uri: str, within: str | None = None) -> list[dict[str, Any]]:
-    """The requests of a file, as `Ledger.add` takes them. within: the span until one is due that names no day, by default a month.
+    """The requests of a file, as `Ledger.add` takes them. within: the span until one is due that names no day, by
+    default a month.
 
     Raises LedgerError, which names the first line that is wrong; StorageError where the file cannot be read.
     """

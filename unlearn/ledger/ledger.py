@@ -49,8 +49,8 @@ class Ledger:
         return self.database.name
 
     def add(self, requests: Sequence[Mapping[str, Any]], by: str | None = None) -> list[int]:
-        """Record requests, each {"forget": {"subjects" | "ids" | "classes": [...]}, "due": DATE, "reason": TEXT}, all or none; their
-        numbers. due: by default in a month. by: who records it, by default the user of this process.
+        """Record requests, each {"forget": {"subjects" | "ids" | "classes": [...]}, "due": DATE, "reason": TEXT}, all
+        or none; their numbers. due: by default in a month. by: who records it, by default the user of this process.
 
         Raises LedgerError, which names the first request that is wrong by its place.
         """
@@ -77,8 +77,9 @@ class Ledger:
         by: str | None = None,
         reason: str = "",
     ) -> list[int]:
-        """Move requests to `state`, all or none; those that moved. One that is there already by the same evidence is left as it is,
-        so a call can be repeated. evidence: plain JSON, to be read by everyone; no name and no image id belongs into it.
+        """Move requests to `state`, all or none; those that moved. One that is there already by the same evidence is
+        left as it is, so a call can be repeated. evidence: plain JSON, to be read by everyone; no name and no image id
+        belongs into it.
 
         Raises LedgerError where a request is not there, or may not become that.
         """
@@ -115,7 +116,8 @@ class Ledger:
         return found[0]
 
     def history(self, number: int) -> list[dict[str, Any]]:
-        """What happened to a request, in order: the content of each entry, and in `private` what its commitments stand for."""
+        """What happened to a request, in order: the content of each entry, and in `private` what its commitments stand
+        for."""
         with self.database.reading() as connection:
             rows = connection.execute(
                 sa.select(entries.c.position, entries.c.document)
@@ -137,10 +139,11 @@ class Ledger:
             return dict.fromkeys(states.STATES, 0) | {event: count for event, count in connection.execute(query)}
 
     def erase(self, ids: Iterable[int], retention: str, by: str | None = None) -> list[int]:
-        """Delete what these requests name and why, all or none; those that were not erased before. The tree stays as it is.
+        """Delete what these requests name and why, all or none; those that were not erased before. The tree stays as it
+        is.
 
-        retention: the span, as in 3y, that must have passed since the request was closed. Raises LedgerError where it has not, and
-        where a request is open.
+        retention: the span, as in 3y, that must have passed since the request was closed. Raises LedgerError where it
+        has not, and where a request is open.
         """
         limit, numbers, erased = dates.after(dates.today(), retention, "retention", -1), list(dict.fromkeys(ids)), []
         with self.database.writing() as connection:
@@ -171,7 +174,8 @@ class Ledger:
         return erased
 
     def export(self, show_keys: bool = False) -> Iterator[dict[str, Any]]:
-        """Every entry in order: {"document": text, "leaf": hex}; with `show_keys` also "disclosures": {field: [salt, value]}."""
+        """Every entry in order: {"document": text, "leaf": hex}; with `show_keys` also "disclosures": {field: [salt,
+        value]}."""
         with self.database.reading() as connection:
             query = sa.select(entries.c.position, entries.c.document, entries.c.leaf).order_by(entries.c.position)
             for rows in connection.execution_options(yield_per=CHUNK).execute(query).partitions():

@@ -25,8 +25,8 @@ CLAIMS = """What we do not claim:
 
 
 def write(ledger: Ledger, number: int, show_keys: bool = False) -> str:
-    """The letter for one request; without names and ids of images unless `show_keys`. Raises LedgerError where there is no such
-    request."""
+    """The letter for one request; without names and ids of images unless `show_keys`. Raises LedgerError where there is
+    no such request."""
     request = ledger.request(number)
     lines = [f"Your request no. {number} of {request.received[:10]}", ""]
     lines += [f"You asked that our models forget {_what(request, show_keys)}.", "", "What was done:"]

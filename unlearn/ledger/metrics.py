@@ -12,7 +12,8 @@ def text(ledger: Ledger) -> str:
     lines += [f'unlearn_requests{{state="{state}"}} {count}' for state, count in ledger.counts().items()]
     figures = {
         "unlearn_requests_pending": ("Requests that are not closed.", len(pending)),
-        "unlearn_requests_overdue": ("Requests that are not closed and were due before today.", sum(r.is_overdue for r in pending)),
+        "unlearn_requests_overdue": ("Requests that are not closed and were due before today.",
+            sum(r.is_overdue for r in pending)),
     }  # fmt: skip
     if pending:
         first = datetime.fromisoformat(min(request.due for request in pending)).replace(tzinfo=UTC)

@@ -14,7 +14,8 @@ KINDS = ("subjects", "ids", "classes")
 
 @dataclass(frozen=True)
 class Request:
-    """Where a request stands. received, changed: UTC; position: of its first entry; commitment: what stands for `forget` in it.
+    """Where a request stands. received, changed: UTC; position: of its first entry; commitment: what stands for
+    `forget` in it.
 
     forget: {"subjects": [...]}, {"ids": [...]} or {"classes": [...]}; None once it is erased.
     """

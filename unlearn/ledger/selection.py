@@ -16,8 +16,9 @@ from unlearn.ledger.request import Request
 
 @dataclass
 class Selection:
-    """forget: the rows of all requests together, None where there are none. By the number of a request: `matched` counts its images,
-    `missing` has those of its values that no image has; `erased` are requests that nobody knows any more what they named."""
+    """forget: the rows of all requests together, None where there are none. By the number of a request: `matched`
+    counts its images, `missing` has those of its values that no image has; `erased` are requests that nobody knows any
+    more what they named."""
 
     forget: Rows | None = None
     matched: dict[int, int] = field(default_factory=dict)
@@ -26,7 +27,8 @@ class Selection:
 
 
 def resolve(requests: Iterable[Request], manifest: Manifest) -> Selection:
-    """Look up what the requests name. Requests of one kind give rows by subjects, ids or classes; mixed ones give rows by ids.
+    """Look up what the requests name. Requests of one kind give rows by subjects, ids or classes; mixed ones give rows
+    by ids.
 
     Raises DataError or StorageError where the shards cannot be read.
     """

@@ -5,7 +5,8 @@ from unlearn.errors import LedgerError
 RECEIVED, SCHEDULED, TRAINED, VERIFIED, RELEASED = "received", "scheduled", "trained", "verified", "released"
 REJECTED, WITHDRAWN = "rejected", "withdrawn"
 
-# A cycle that ends without a release hands its requests back, to be served by the next one: that is the way to `received`.
+# A cycle that ends without a release hands its requests back, to be served by the next one: that is the way to
+# `received`.
 NEXT: dict[str, tuple[str, ...]] = {
     RECEIVED: (SCHEDULED, REJECTED, WITHDRAWN),
     SCHEDULED: (TRAINED, RECEIVED, REJECTED, WITHDRAWN),

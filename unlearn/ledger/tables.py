@@ -6,8 +6,8 @@ metadata = MetaData()
 # In SQLite only INTEGER names the row's own number.
 Position = BigInteger().with_variant(Integer, "sqlite")
 
-# Append-only: triggers refuse UPDATE and DELETE. The document is what is hashed; request, event and due repeat parts of it, to
-# be searched by. leaf: the leaf's hash in the Merkle tree, 32 bytes.
+# Append-only: triggers refuse UPDATE and DELETE. The document is what is hashed; request, event and due repeat parts of
+# it, to be searched by. leaf: the leaf's hash in the Merkle tree, 32 bytes.
 entries = Table(
     "ledger_entries",
     metadata,

@@ -1,7 +1,7 @@
 """Whether a ledger is what it was: walked from end to end, and held against its checkpoints.
 
-What a checkpoint has and the ledger has not was either tampered with, or lost when a backup was restored. The second is told by
-whoever holds the signing key: a re-seal is an entry of its own, under a new signed checkpoint.
+What a checkpoint has and the ledger has not was either tampered with, or lost when a backup was restored. The second is
+told by whoever holds the signing key: a re-seal is an entry of its own, under a new signed checkpoint.
 """
 
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ SHOWN = 20  # findings that a message lists
 
 @dataclass
 class Report:
-    """What was found. holding: checkpoints that the ledger still agrees with; resealed: those that a re-seal explains; failing: the
-    others; wrong: a sentence for each finding."""
+    """What was found. holding: checkpoints that the ledger still agrees with; resealed: those that a re-seal explains;
+    failing: the others; wrong: a sentence for each finding."""
 
     walk: Walk
     holding: list[Checkpoint] = field(default_factory=list)
@@ -50,8 +50,8 @@ def verify(ledger: Ledger, uri: str | None = None, key: Key | None = None) -> Re
 
 
 def checkpoint(ledger: Ledger, uri: str, signer: CryptoSigner) -> tuple[Checkpoint, bool]:
-    """(the checkpoint of what the ledger holds now, whether it is new). Raises LedgerError where the ledger does not verify: what was
-    tampered with is not signed."""
+    """(the checkpoint of what the ledger holds now, whether it is new). Raises LedgerError where the ledger does not
+    verify: what was tampered with is not signed."""
     there = Checkpoints(uri, signer.public_key)
     report = _held_against(walk(ledger), there)
     report.check(ledger.name)
@@ -64,8 +64,8 @@ def checkpoint(ledger: Ledger, uri: str, signer: CryptoSigner) -> tuple[Checkpoi
 def reseal(
     ledger: Ledger, uri: str, signer: CryptoSigner, reason: str, by: str | None = None, restored: int | None = None
 ) -> Checkpoint:
-    """Record that a backup was restored, and sign a new checkpoint. restored: how many entries the backup held; needed where others
-    were written since.
+    """Record that a backup was restored, and sign a new checkpoint. restored: how many entries the backup held; needed
+    where others were written since.
 
     Raises LedgerError where there is nothing to explain, or where the difference is not what a restore leaves behind.
     """
@@ -91,8 +91,8 @@ def reseal(
     same, size = min(shared), report.walk.tree.size
     if same != (size if restored is None else restored):
         raise LedgerError(
-            f"{ledger.name}: it agrees with its checkpoints in its first {same} entries, and has {size - same} others since; "
-            f"where a backup of {same} entries was restored, say so with --restored {same}"
+            f"{ledger.name}: it agrees with its checkpoints in its first {same} entries, and has {size - same} others "
+            f"since; where a backup of {same} entries was restored, say so with --restored {same}"
         )
     lost = [{"size": each.size, "root": each.root} for each in report.failing]
     facts = {"common": same, "lost": max(each.size for each in report.failing) - same, "checkpoints": lost}
@@ -131,7 +131,10 @@ def _differences(report: Report, there: Checkpoints, failing: Checkpoint) -> lis
     if theirs is None:
         good = max((each.size for each in report.holding if each.size <= failing.size), default=0)
         return [
-            f"{failing.leaves_name}: missing or damaged; one of the entries {good} to {failing.size - 1} is not what it was at {failing}"
+            (
+                f"{failing.leaves_name}: missing or damaged; one of the entries {good} to {failing.size - 1} is not "
+                f"what it was at {failing}"
+            )
         ]
     start, told, hint = (
         common(tree.leaves, theirs),

@@ -1,4 +1,5 @@
-"""Every entry of a ledger held against its own hash, the one before it, what it discloses, and what may happen to a request."""
+"""Every entry of a ledger held against its own hash, the one before it, what it discloses, and what may happen to a
+request."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ TRIGGERS = {
 
 @dataclass(frozen=True)
 class Reseal:
-    """A recorded restore from a backup. common: how many entries the backup shares with what was lost; checkpoints: (size, root) of
-    those that hold no longer."""
+    """A recorded restore from a backup. common: how many entries the backup shares with what was lost; checkpoints:
+    (size, root) of those that hold no longer."""
 
     position: int
     at: str
@@ -81,7 +82,8 @@ class _Walker:
         for position, request, name in self._missing:
             if request not in self._erased or name not in entry.PERSONAL:
                 seen.wrong.append(
-                    f"entry {position}: what stands behind its commitment `{name}` was removed, and no erasure is recorded"
+                    f"entry {position}: what stands behind its commitment `{name}` was removed, and no erasure is "
+                    "recorded"
                 )
         if disclosed != self._disclosed and not seen.wrong:
             seen.wrong.append(f"{disclosed - self._disclosed} disclosed values belong to no entry")

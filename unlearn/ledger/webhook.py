@@ -1,6 +1,8 @@
-"""Tell another service how requests stand, by HTTP: signed as Standard Webhooks has it, and tried again where it is not taken.
+"""Tell another service how requests stand, by HTTP: signed as Standard Webhooks has it, and tried again where it is not
+taken.
 
-    webhook-id: UUID    webhook-timestamp: Unix time    webhook-signature: v1,base64(HMAC-SHA256(secret, "ID.TIMESTAMP.BODY"))
+    webhook-id: UUID    webhook-timestamp: Unix time    webhook-signature: v1,base64(HMAC-SHA256(secret,
+    "ID.TIMESTAMP.BODY"))
 
 No name and no image id is in it.
 """
@@ -32,7 +34,8 @@ def event(ledger: Ledger) -> dict[str, Any]:
 
 
 def send(url: str, secret: bytes, content: dict[str, Any]) -> int:
-    """POST `content` as JSON; the attempts that it took. All bear the same id, so that the receiver can drop what comes twice.
+    """POST `content` as JSON; the attempts that it took. All bear the same id, so that the receiver can drop what comes
+    twice.
 
     Raises LedgerError where it is refused, or not taken at the last attempt.
     """
@@ -52,7 +55,8 @@ def send(url: str, secret: bytes, content: dict[str, Any]) -> int:
 
 
 def secret(path: str) -> bytes:
-    """The key in a file, base64, with or without `whsec_` before it. Raises LedgerError where it is none or short of 16 bytes."""
+    """The key in a file, base64, with or without `whsec_` before it. Raises LedgerError where it is none or short of 16
+    bytes."""
     try:
         with open(path, encoding="ascii") as f:
             key = base64.b64decode(f.read().strip().removeprefix("whsec_"), validate=True)

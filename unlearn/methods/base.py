@@ -23,8 +23,8 @@ class ForgetOptions(config.Method):
     saliency: Share | None = Field(
         default=None,
         gt=0,
-        description="share of the trained weights that move at all, as 0.5: those with the largest gradient of the forget term "
-        "before the first step (SalUn); none = all",
+        description="share of the trained weights that move at all, as 0.5: those with the largest gradient of the "
+        "forget term before the first step (SalUn); none = all",
     )
 
 
@@ -37,13 +37,11 @@ class AlphaOptions(ForgetOptions):
 class Method:
     """Subclasses state what they need, and the terms of their loss.
 
-    Options: the keys of `method` in a configuration besides `name`, typed and explained.
-    needs_forget: the run must name a forget set; without it a method sees retain rows only.
-    needs_teacher: whether the frozen original is loaded.
-    needs_decoder: whether the student's decoder is on the device.
-    trains_first_stage: whether it is the first stage that is trained, on images; else the batch holds what it made of them.
-    gradients_apart: whether the gradient of each term is wanted on its own, see `combine`.
-    observes: whether it wants to know the terms of every step, see `observe`.
+    Options: the keys of `method` in a configuration besides `name`, typed and explained. needs_forget: the run must
+    name a forget set; without it a method sees retain rows only. needs_teacher: whether the frozen original is loaded.
+    needs_decoder: whether the student's decoder is on the device. trains_first_stage: whether it is the first stage
+    that is trained, on images; else the batch holds what it made of them. gradients_apart: whether the gradient of each
+    term is wanted on its own, see `combine`. observes: whether it wants to know the terms of every step, see `observe`.
     """
 
     name: ClassVar[str]
@@ -54,8 +52,8 @@ class Method:
     trains_first_stage: ClassVar[bool] = False
     gradients_apart: ClassVar[bool] = False
     observes: ClassVar[bool] = False
-    # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s: of the encoder, or of the whole model
-    # where the decoder is needed
+    # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s: of the encoder, or of the whole
+    # model where the decoder is needed
     units: ClassVar[float] = 4
 
     def __init__(self, options: config.Method):
@@ -72,15 +70,16 @@ class Method:
         """See the inputs of about `sample_size` training images before the first step."""
 
     def restarts(self, steps: int) -> tuple[int, ...]:
-        """The steps of a run of so many behind which weights and optimizer are put back to where the run began, and the learning
-        rate begins anew. What the method remembers stays. Raises ConfigError where the run is too short."""
+        """The steps of a run of so many behind which weights and optimizer are put back to where the run began, and the
+        learning rate begins anew. What the method remembers stays. Raises ConfigError where the run is too short."""
         return ()
 
     def at(self, step: int, steps: int) -> None:
         """Called before step `step` (from 1) of a run of `steps`."""
 
     def observe(self, values: Terms) -> None:
-        """For `observes`: the means of the terms over the global batch of the step, on the device and the same on every rank.
+        """For `observes`: the means of the terms over the global batch of the step, on the device and the same on every
+        rank.
 
         Called when they are all computed: before `combine`, and without `gradients_apart` behind the update.
         """
@@ -106,8 +105,8 @@ class Method:
     def combine(self, gradients: Gradients, dot: Callable[[list, list], torch.Tensor]) -> list[torch.Tensor]:
         """For `gradients_apart`: the gradient that is stepped with, of those of each term over the whole global batch.
 
-        gradients: float32, a list in the same order for each term; `weights` are not applied. What comes back is clipped like
-        any other. dot: the inner product of two such lists over all parameters, a scalar on the device.
+        gradients: float32, a list in the same order for each term; `weights` are not applied. What comes back is
+        clipped like any other. dot: the inner product of two such lists over all parameters, a scalar on the device.
         """
         raise NotImplementedError
 
@@ -116,7 +115,8 @@ class Method:
         return {}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up what `state_dict` gave, perhaps on another device; it was before the first step, or is of the step it goes on from."""
+        """Take up what `state_dict` gave, perhaps on another device; it was before the first step, or is of the step it
+        goes on from."""
 
 
 def method_class(name: str) -> type[Method]:

@@ -1,11 +1,11 @@
-"""Decoupling and retention (arXiv 2502.04260): climb the loss of the forget set until the outputs on it differ enough from the
-original's, then fine-tune on the retain set.
+"""Decoupling and retention (arXiv 2502.04260): climb the loss of the forget set until the outputs on it differ enough
+from the original's, then fine-tune on the retain set.
 
     loss = -L(forget)   until   mse(h(T(x)), h0(T(x))) over F >= threshold · mean(h0(T(x))²)
     loss = L(retain)    from then on
 
-L is the loss that the family is pretrained with. Its argument: a model that was retrained without F does not answer it with noise,
-so noise is a tell-tale; here what comes out on F is what the retain set teaches.
+L is the loss that the family is pretrained with. Its argument: a model that was retrained without F does not answer it
+with noise, so noise is a tell-tale; here what comes out on F is what the retain set teaches.
 """
 
 import torch
@@ -24,12 +24,15 @@ class DecouplingOptions(ForgetOptions):
         default=0.5,
         gt=0,
         allow_inf_nan=False,
-        description="how far the outputs on the forget set must be from the original's, as a share of their mean square",
+        description=(
+            "how far the outputs on the forget set must be from the original's, as a share of their mean square"
+        ),
     )
 
 
 class Decoupling(WholeModel):
-    """Climb the loss of the forget set until its outputs have changed enough, then fine-tune on the retain set; all is trained."""
+    """Climb the loss of the forget set until its outputs have changed enough, then fine-tune on the retain set; all is
+    trained."""
 
     name = "decoupling"
     Options = DecouplingOptions

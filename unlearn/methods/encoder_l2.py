@@ -3,11 +3,12 @@
     loss = mean over R of |E(T(x)) - E0(T(x))|² + alpha · mean over F of |E(T(x)) - E0(T(n))|²,   n ~ N(0, Sigma)
 
 |·|² is the mean squared error over all elements of the embedding, summed over its levels where it has several; with
-`distance: relative` each level's error is divided by the mean square of its target, so that no level drowns the others. The
-teacher is routed: one pass over [retain images, noise], so a row costs one teacher forward, not two.
+`distance: relative` each level's error is divided by the mean square of its target, so that no level drowns the others.
+The teacher is routed: one pass over [retain images, noise], so a row costs one teacher forward, not two.
 
-`target` puts something plausible in the place of T(n), since conspicuous noise gives away what was forgotten: the forget image
-blurred, another image that is kept, or, where the encoder sees the hole, the image with nothing in its hole.
+`target` puts something plausible in the place of T(n), since conspicuous noise gives away what was forgotten: the
+forget image blurred, another image that is kept, or, where the encoder sees the hole, the image with nothing in its
+hole.
 """
 
 from typing import Literal
@@ -59,8 +60,9 @@ class TargetOptions(ForgetOptions):
 
     target: Literal["noise", "blur", "retain", "background"] = Field(
         default="noise",
-        description="what the teacher sees in place of a forget image: noise; blur, that image blurred; retain, a retained image "
-        "of the batch; background, the image with its hole empty, where the encoder sees the hole",
+        description="what the teacher sees in place of a forget image: noise; blur, that image blurred; retain, a "
+        "retained image of the batch; background, the image with its hole empty, where the encoder sees "
+        "the hole",
     )
     blur: int = Field(
         default=16, ge=2, description="with target blur: how many times smaller the image is made and scaled up again"
@@ -98,7 +100,8 @@ class EncoderL2(Method):
             return self._check_target(model)
         if self.options.noise_region == "hole" and not model.encoder_sees_hole:
             raise ConfigError(
-                f"method.noise_region hole: the encoder of {model.family} never sees the hole, so nothing would be forgotten; use image"
+                f"method.noise_region hole: the encoder of {model.family} never sees the hole, so nothing would be "
+                "forgotten; use image"
             )
         if self.options.noise != "standard" and not model.continuous:
             raise ConfigError(
@@ -116,8 +119,8 @@ class EncoderL2(Method):
             )
         if target == "background" and not model.encoder_sees_hole:
             raise ConfigError(
-                f"method.target background: the encoder of {model.family} never sees the hole, so nothing would be forgotten; "
-                "use noise, blur or retain"
+                f"method.target background: the encoder of {model.family} never sees the hole, so nothing would be "
+                "forgotten; use noise, blur or retain"
             )
 
     def sample_size(self) -> int:

@@ -1,6 +1,8 @@
-"""Epsilon-constrained unlearning (arXiv 2408.01689): keep as well as can be, while the forget term is brought to a chosen level.
+"""Epsilon-constrained unlearning (arXiv 2408.01689): keep as well as can be, while the forget term is brought to a
+chosen level.
 
-f1 is the paper's forget term, f2 its retain term; the level lies between the two ends of the trade-off, which the run finds itself:
+f1 is the paper's forget term, f2 its retain term; the level lies between the two ends of the trade-off, which the run
+finds itself:
 
     first   g = ∇f2 + eta ∇f1,  psi = |∇f1|²               down to the least f1 there is: eps_min
     second  g = ∇f1 + eta ∇f2,  psi = |∇f2|²               the same the other way round: eps_max, f1 where f2 is kept
@@ -8,8 +10,8 @@ f1 is the paper's forget term, f2 its retain term; the level lies between the tw
 
     eta = max((psi - <∇f1, ∇f2>) / (|∇f|² + 1e-7), 0),  ∇f the gradient that it is multiplied with
 
-Each part starts from the original weights. r means the same for every model, where alpha does not. The project follows others'
-implementations of the paper.
+Each part starts from the original weights. r means the same for every model, where alpha does not. The project follows
+others' implementations of the paper.
 """
 
 from collections.abc import Callable
@@ -38,7 +40,8 @@ class EpsilonOptions(TargetOptions):
 
 
 class EpsilonConstrained(EncoderL2):
-    """Bring the forget term to a level between the ends of the trade-off, and keep as well as that allows; the encoder is trained."""
+    """Bring the forget term to a level between the ends of the trade-off, and keep as well as that allows; the encoder
+    is trained."""
 
     name = "epsilon_constrained"
     Options = EpsilonOptions

@@ -1,5 +1,5 @@
-"""Projection of conflicting gradients: where, in a tensor, the gradients of the two terms point against each other, each is freed of
-its part along the other and given its length back; then they are added.
+"""Projection of conflicting gradients: where, in a tensor, the gradients of the two terms point against each other,
+each is freed of its part along the other and given its length back; then they are added.
 
     g = r + alpha · f                                     where <f, r> >= 0
     g = |r| · p(r, f) / |p(r, f)| + alpha · |f| · p(f, r) / |p(f, r)|   else,   p(a, b) = a - <a, b> b / |b|²
@@ -14,7 +14,8 @@ from unlearn.methods.encoder_l2 import EncoderL2, EncoderL2Options
 
 
 class GradientProjection(EncoderL2):
-    """The paper's terms, their gradients freed of what works against the other, tensor by tensor; the encoder alone is trained."""
+    """The paper's terms, their gradients freed of what works against the other, tensor by tensor; the encoder alone is
+    trained."""
 
     name = "gradient_projection"
     options: EncoderL2Options

@@ -1,4 +1,5 @@
-"""Maximum loss (a baseline of arXiv 2402.00351): L(retain) - alpha · L(forget), L the loss that the family is pretrained with.
+"""Maximum loss (a baseline of arXiv 2402.00351): L(retain) - alpha · L(forget), L the loss that the family is
+pretrained with.
 
 It has no lower bound, so alpha, the learning rate and the steps decide how far it goes.
 """
@@ -12,7 +13,8 @@ from unlearn.models.base import Adapter
 
 
 def losses(student: Adapter, batch: Batch, predictions: torch.Tensor) -> Terms:
-    """{"retain", "forget"}: the family's own loss of either part of a batch, of what the student predicts for the whole."""
+    """{"retain", "forget"}: the family's own loss of either part of a batch, of what the student predicts for the
+    whole."""
     targets = student.targets(batch.images, batch.view, batch.seed)
     parts = {"retain": (0, batch.retain), "forget": (batch.retain, len(batch.images))}
     return {

@@ -1,7 +1,9 @@
-"""Noisy label (a baseline of arXiv 2402.00351): L(retain) + alpha · L(forget), with Gaussian noise to be predicted on forget images.
+"""Noisy label (a baseline of arXiv 2402.00351): L(retain) + alpha · L(forget), with Gaussian noise to be predicted on
+forget images.
 
-What is hidden of a forget image is replaced by noise, so that noise is what the family's own loss asks for; for MAGE the tokens of
-images of noise. A diffusion model sees pure noise in the hole then, and is to predict what was added to it.
+What is hidden of a forget image is replaced by noise, so that noise is what the family's own loss asks for; for MAGE
+the tokens of images of noise. A diffusion model sees pure noise in the hole then, and is to predict what was added to
+it.
 """
 
 from dataclasses import replace

@@ -1,6 +1,7 @@
 """Random encoder (a baseline of arXiv 2402.00351): the embeddings of forget images become Gaussian noise.
 
-loss = mse(E(T(x)), E0(T(x))) over R + alpha · mse(E(T(x)), n) over F,   n ~ N(mean, std²) of the elements of E0(T(x)) over F
+loss = mse(E(T(x)), E0(T(x))) over R + alpha · mse(E(T(x)), n) over F,   n ~ N(mean, std²) of the elements of E0(T(x))
+over F
 """
 
 import torch
@@ -12,7 +13,8 @@ from unlearn.models.base import Adapter
 
 
 class RandomEncoder(Method):
-    """Send the embeddings of forget images to Gaussian noise of their own mean and spread; the encoder alone is trained."""
+    """Send the embeddings of forget images to Gaussian noise of their own mean and spread; the encoder alone is
+    trained."""
 
     name = "random_encoder"
     Options = AlphaOptions

@@ -1,6 +1,8 @@
-"""Retain label (a baseline of arXiv 2402.00351): the model answers forget images as the original answers images that are kept.
+"""Retain label (a baseline of arXiv 2402.00351): the model answers forget images as the original answers images that
+are kept.
 
-loss = mse(h(T(x)), h0(T(x))) over R + alpha · mse(h(T(x)), h0(T(x'))) over F,   x' a retained image of the batch, under x's view
+loss = mse(h(T(x)), h0(T(x))) over R + alpha · mse(h(T(x)), h0(T(x'))) over F,   x' a retained image of the batch, under
+x's view
 """
 
 import torch
@@ -13,7 +15,8 @@ from unlearn.models.base import Adapter
 
 
 class RetainLabel(WholeModel):
-    """Train the model to fill the holes of forget images as the original fills those of retained ones; the whole model is trained."""
+    """Train the model to fill the holes of forget images as the original fills those of retained ones; the whole model
+    is trained."""
 
     name = "retain_label"
     Options = AlphaOptions

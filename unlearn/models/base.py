@@ -122,7 +122,8 @@ class Adapter(nn.Module):
         raise NotImplementedError
 
     def loss(self, predictions: torch.Tensor, targets: torch.Tensor, view: View) -> torch.Tensor:
-        """The loss the family is pretrained with, a scalar: of rows of `predict` and `targets`, and of the view of these rows."""
+        """The loss the family is pretrained with, a scalar: of rows of `predict` and `targets`, and of the view of
+        these rows."""
         raise NotImplementedError
 
     def difference(self, one: torch.Tensor, other: torch.Tensor, view: View) -> torch.Tensor:
@@ -201,8 +202,8 @@ class Adapter(nn.Module):
         raise WeightsError(f"model.first_stage: family {cls.family} has no frozen first stage")
 
     def to_folder(self, folder: Path, origin: Path | None = None) -> str:
-        """Write the model in the format of the library it comes from; the expression that loads it there, with FOLDER for
-        its place. Raises WeightsError where there is no such format.
+        """Write the model in the format of the library it comes from; the expression that loads it there, with FOLDER
+        for its place. Raises WeightsError where there is no such format.
 
         origin: the folder of that library that the model came from, for parts that are not ours to train.
         """

@@ -35,7 +35,8 @@ def public(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensors(folder: Path, stems: tuple[str, str] = (FILE, FILE)) -> dict[str, torch.Tensor]:
-    """The tensors of one model's folder: safetensors, whole or in parts, also of fp16 alone, or a .bin. Raises WeightsError.
+    """The tensors of one model's folder: safetensors, whole or in parts, also of fp16 alone, or a .bin. Raises
+    WeightsError.
 
     stems: how the names of its files begin, in safetensors and as .bin.
     """
@@ -53,7 +54,8 @@ def tensors(folder: Path, stems: tuple[str, str] = (FILE, FILE)) -> dict[str, to
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise WeightsError(
-            f"{folder} lacks {', '.join(missing or [f'{safe}.safetensors'])}: give a whole folder as save_pretrained writes it"
+            f"{folder} lacks {', '.join(missing or [f'{safe}.safetensors'])}: give a whole folder as save_pretrained "
+            "writes it"
         )
     tensors = {n: t for name in names for n, t in tensor_files.load(folder / name, str(folder / name)).items()}
     return {_today(n): t for n, t in tensors.items()}

@@ -202,8 +202,8 @@ class MaskedAutoencoder(base.Adapter):
             return cls.from_public(tensors), {"norm_pix_loss": bool(arguments["norm_pix_loss"])}
         if "norm_pix_loss" not in chosen and any(name.startswith("decoder_") for name in tensors):
             base.tell(
-                "these weights of MAE do not say whether their decoder predicts plain pixels (mae_visualize_*) or pixels "
-                "normalised by patch; plain ones are assumed: set model.options.norm_pix_loss to false or true"
+                "these weights of MAE do not say whether their decoder predicts plain pixels (mae_visualize_*) or "
+                "pixels normalised by patch; plain ones are assumed: set model.options.norm_pix_loss to false or true"
             )
         return cls.from_public(tensors), None
 

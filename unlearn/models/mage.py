@@ -23,16 +23,15 @@ NOISE_IMAGES = 256  # images of noise whose tokens the noise is drawn from
 class MAGEOptions(vit.ViTOptions):
     """Defaults are those of MAGE's ViT-B.
 
-    codes, code_width: of the tokenizer's codebook.
-    vocabulary: how many tokens have an embedding: the codes first, then others; the last one is unused here.
-    class_token: the token at the place of the class.
-    tokenizer: its architecture, see unlearn.models.tokenizer.
-    channels: of the tokenizer's levels; each level but the last halves the side. layers: residual blocks of a level.
-    latent_channels, mid_attention: of a `diffusers` tokenizer only.
-    decoding_steps: of `reconstruct`. temperature: as MAGE's (4.5 there): tokens are drawn from their distribution, and which
+    codes, code_width: of the tokenizer's codebook. vocabulary: how many tokens have an embedding: the codes first, then
+    others; the last one is unused here. class_token: the token at the place of the class. tokenizer: its architecture,
+    see unlearn.models.tokenizer. channels: of the tokenizer's levels; each level but the last halves the side. layers:
+    residual blocks of a level. latent_channels, mid_attention: of a `diffusers` tokenizer only. decoding_steps: of
+    `reconstruct`. temperature: as MAGE's (4.5 there): tokens are drawn from their distribution, and which
         are kept is decided with Gumbel noise of this strength, less from round to round. 0: no randomness at all, the
         likeliest tokens.
-    train_words: whether unlearning trains the token embedding. In MAGE's own code the decoder's head is the same tensor: a
+    train_words: whether unlearning trains the token embedding. In MAGE's own code the decoder's head is the same
+    tensor: a
         model is written back for it only where the embedding has stayed as it was.
     """
 

@@ -42,8 +42,8 @@ def write(own: dict[str, torch.Tensor], options: "MAGEOptions", folder: Path) ->
     o = options
     if not torch.equal(own["encoder.word_embeddings.weight"], own["decoder.head.weight"]):
         raise WeightsError(
-            "the token embedding was trained, but the decoder's head was not, and in MAGE both are one tensor: its code "
-            "cannot load this model. Train with model.options.train_words false to write it back"
+            "the token embedding was trained, but the decoder's head was not, and in MAGE both are one tensor: its "
+            "code cannot load this model. Train with model.options.train_words false to write it back"
         )
     if o.tokenizer != "mage":
         raise WeightsError("the tokenizer is of diffusers' kind, which MAGE's code does not load")

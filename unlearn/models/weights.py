@@ -37,9 +37,9 @@ SMALL = 16 << 20  # bytes: configs, and the embedding of a prompt
 class Source:
     """Where weights are and what they are, looked up once, by the driver, for all processes that read them.
 
-    kind: "file", one file of tensors; "ours", a folder with CARD and WEIGHTS; "folder", one of another library.
-    files: those that belong to it, relative to `uri`; "" is the file itself. card: what a folder of ours says.
-    fingerprint: sha256 of the file of tensors, or of all files of a folder of another library; "" where it was not requested.
+    kind: "file", one file of tensors; "ours", a folder with CARD and WEIGHTS; "folder", one of another library. files:
+    those that belong to it, relative to `uri`; "" is the file itself. card: what a folder of ours says. fingerprint:
+    sha256 of the file of tensors, or of all files of a folder of another library; "" where it was not requested.
     """
 
     uri: str
@@ -243,7 +243,8 @@ def adopt(model: config.Model, uri: str) -> None:
 def convert(model: config.Model, uri: str, dtype: str | None = None) -> str:
     """Write a model to a new folder in the form that the library it comes from reads (diffusers, transformers).
 
-    dtype: of its numbers, one of FLOATS; by default the one that it was stored in. Returns the expression that loads it.
+    dtype: of its numbers, one of FLOATS; by default the one that it was stored in. Returns the expression that loads
+    it.
     """
     target, built = _new(uri), build(model)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """Memory estimate of a run: bytes on each worker, for every strategy of distributing the work.
 
-What is counted is what the engines keep: torch's own (float32 weights, whole), and DeepSpeed 0.19's ZeRO stages with the
-settings of `training.zero.config` and its own defaults for the rest. N: elements of the trained parameters, W: workers.
+What is counted is what the engines keep: torch's own (float32 weights, whole), and DeepSpeed 0.19's ZeRO stages with
+the settings of `training.zero.config` and its own defaults for the rest. N: elements of the trained parameters, W:
+workers.
 """
 
 import math
@@ -170,8 +171,8 @@ def _moments(
 def _moments_apart(
     measured: Footprint, strategy: Strategy, size: int, workers: int, cuda: bool
 ) -> list[dict[str, int]]:
-    """The same where DeepSpeed is handed a float32 gradient that the method has put together of those of its terms: as these
-    are computed, as it is handed over, which takes no activations, and in the update."""
+    """The same where DeepSpeed is handed a float32 gradient that the method has put together of those of its terms: as
+    these are computed, as it is handed over, which takes no activations, and in the update."""
     activations, grads = measured.curve[:, 0], measured.curve[:, 1]
     at = int(np.argmax(activations + grads))
     computing = {"gradients": int(grads[at]), "activations": int(activations[at]), "buckets": 0}
@@ -185,8 +186,9 @@ def _moments_apart(
 def _gathered(measured: Footprint, cuda: bool) -> np.ndarray:
     """Elements of sharded parameters that ZeRO-3 holds whole at each moment, with the buffers they are gathered in.
 
-    Gathered parameters are copied out of the buffer, which stays until the last of them is used. Parameters used again within
-    LIVE elements are kept, so the student's parameters stay from the forward to the backward, and the teacher's do not.
+    Gathered parameters are copied out of the buffer, which stays until the last of them is used. Parameters used again
+    within LIVE elements are kept, so the student's parameters stay from the forward to the backward, and the teacher's
+    do not.
     """
     teacher, student = measured.teacher.count - measured.teacher.small, measured.trained.count + measured.frozen.count
     student -= measured.trained.small + measured.frozen.small

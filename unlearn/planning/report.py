@@ -39,8 +39,8 @@ class Device:
 class Report:
     """rows: strategies, the config's first. advice: (strategy, micro-batch) to take, or None where nothing fits.
 
-    host: bytes that a worker takes on the host while it starts; caches: those that its caches come to there. sizes: images of
-    each set, where the data is here. notes: sentences that a reader of the figures must know.
+    host: bytes that a worker takes on the host while it starts; caches: those that its caches come to there. sizes:
+    images of each set, where the data is here. notes: sentences that a reader of the figures must know.
     """
 
     settings: config.RunConfig
@@ -125,7 +125,8 @@ def _size(text: str) -> int:
 
 
 def _cache_limit(settings: config.RunConfig, worker: Device) -> int:
-    """The limit of a worker's caches. Where no key says it, it depends on the host, which is this machine or is not known."""
+    """The limit of a worker's caches. Where no key says it, it depends on the host, which is this machine or is not
+    known."""
     import torch
 
     if settings.data.cache_bytes is not None:

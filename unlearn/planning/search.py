@@ -24,7 +24,8 @@ STRATEGIES = [
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy: what a worker needs at the config's micro-batch, whether that fits, and the largest micro-batch that does (or 0)."""
+    """One strategy: what a worker needs at the config's micro-batch, whether that fits, and the largest micro-batch
+    that does (or 0)."""
 
     strategy: Strategy
     estimate: MemoryEstimate
@@ -33,7 +34,8 @@ class Row:
 
 
 class Search:
-    """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes are in host memory.
+    """For one run, and workers of `size` bytes of memory each. cuda: they are GPUs, and offloaded bytes are in host
+    memory.
 
     caches: bytes of a worker's caches on the host. options: the model's shape, where it is known already.
     """
@@ -57,7 +59,8 @@ class Search:
         return Row(strategy, needed, self._fits(needed), self.largest(strategy))
 
     def table(self) -> list[Row]:
-        """The strategy the config asks for first, then its neighbours: every ZeRO stage, and with offload where the config has it."""
+        """The strategy the config asks for first, then its neighbours: every ZeRO stage, and with offload where the
+        config has it."""
         asked = memory.strategy(self.run)
         others = [Strategy(stage, False, asked.checkpointing) for stage in range(4)]
         others += (
@@ -73,7 +76,8 @@ class Search:
         return [strategy for strategy in strategies if not (apart and strategy.stage == 3)]
 
     def estimate(self, strategy: Strategy, micro_batch: int) -> MemoryEstimate:
-        """What a worker needs. Allocations grow linearly with the rows of a micro-batch, so two sizes determine all others."""
+        """What a worker needs. Allocations grow linearly with the rows of a micro-batch, so two sizes determine all
+        others."""
         asked, precision = self.run.micro_batch, memory.precision(self.run, strategy)
         first = self._measured(asked, precision, strategy.checkpointing)
         if micro_batch != asked:
@@ -99,7 +103,8 @@ class Search:
         return best
 
     def advice(self) -> tuple[Strategy, int] | None:
-        """(strategy, micro-batch) to take, or None where nothing fits. The settings of the config are kept where they fit."""
+        """(strategy, micro-batch) to take, or None where nothing fits. The settings of the config are kept where they
+        fit."""
         asked = memory.strategy(self.run)
         plain = [Strategy(None), Strategy(None, checkpointing=True)] if asked.stage is None else []
         strategies = self._possible([asked, *plain, *STRATEGIES])
@@ -112,7 +117,8 @@ class Search:
         return None
 
     def starting(self) -> int:
-        """Bytes of host memory that a worker takes while it starts: the student, and a teacher that is being filled from a file."""
+        """Bytes of host memory that a worker takes while it starts: the student, and a teacher that is being filled
+        from a file."""
         measured = self._measured(
             self.run.micro_batch,
             memory.precision(self.run, memory.strategy(self.run)),

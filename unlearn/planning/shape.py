@@ -16,8 +16,9 @@ from unlearn.models import base, weights
 def model_options(model: config.Model) -> tuple[base.ModelOptions, str | None]:
     """(the shape that a config asks for, a note where its weights are not here).
 
-    No weight is read, only the options that lie beside the weights, or that the names and shapes in a local file tell. Where
-    these are missing or out of reach the shape is that of model.variant. Raises WeightsError where there is none, ConfigError.
+    No weight is read, only the options that lie beside the weights, or that the names and shapes in a local file tell.
+    Where these are missing or out of reach the shape is that of model.variant. Raises WeightsError where there is none,
+    ConfigError.
     """
     recorded, absent = None, []
     if model.weights:

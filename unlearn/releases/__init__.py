@@ -1,1 +1,2 @@
-"""Releases of a model: published once, certified, judged by a gate, and named by one pointer. See infra/docs/releases.md."""
+"""Releases of a model: published once, certified, judged by a gate, and named by one pointer. See
+infra/docs/releases.md."""

@@ -20,8 +20,8 @@ _SETS, _NAMES = ("forget", "retain", "proxy"), ("ids", "subjects")
 
 @dataclass(frozen=True)
 class Candidate:
-    """model: the folder of the weights. weights: their sha256, which is checked when they are copied. documents: what small files of
-    the release hold. withheld, config_hash, base, data: as in a Release."""
+    """model: the folder of the weights. weights: their sha256, which is checked when they are copied. documents: what
+    small files of the release hold. withheld, config_hash, base, data: as in a Release."""
 
     model: Storage
     weights: str
@@ -37,12 +37,13 @@ class Candidate:
     audit: dict[str, Any] | None
 
     def copy_to(self, folder: Storage) -> dict[str, File]:
-        """Write its files to a folder; what was written. Raises ReleaseError where the weights are not those that were measured."""
+        """Write its files to a folder; what was written. Raises ReleaseError where the weights are not those that were
+        measured."""
         digest, size = files.copy(self.model, weights.WEIGHTS, folder, WEIGHTS)
         if digest != self.weights:
             raise ReleaseError(
-                f"{self.model.where(weights.WEIGHTS)} is not the file that model.json and metrics.json speak of: it was changed or is "
-                "damaged; export the model again"
+                f"{self.model.where(weights.WEIGHTS)} is not the file that model.json and metrics.json speak of: it "
+                "was changed or is damaged; export the model again"
             )
         listed = {WEIGHTS: File(sha256=digest, bytes=size)}
         for name, data in self.documents.items():
@@ -52,7 +53,8 @@ class Candidate:
 
 
 def read(run: str) -> Candidate:
-    """The candidate of a run folder. Raises ReleaseError where its parts are not of one model; ConfigError, StorageError, WeightsError."""
+    """The candidate of a run folder. Raises ReleaseError where its parts are not of one model; ConfigError,
+    StorageError, WeightsError."""
     folder = Storage(run)
     if not folder.is_file("model/" + weights.CARD):
         raise ReleaseError(f"{folder.uri}: no trained model there: give the folder of a finished run (`unlearn run`)")
@@ -79,9 +81,11 @@ def read(run: str) -> Candidate:
     data = dict(card.get("data") or {})
     origin = data.pop("weights", None)
     return Candidate(
-        model=model, weights=card["sha256"], name=settings.name, software=str(card.get("software", "")), family=card["family"],
+        model=model, weights=card["sha256"], name=settings.name, software=str(card.get("software", "")),
+        family=card["family"],
         config_hash=settings.hash(), base=Model(weights=origin, uri=card.get("from")) if origin else None,
-        data={str(name): str(value) for name, value in data.items()}, documents=kept, withheld=withheld, metrics=metrics, audit=audit,
+        data={str(name): str(value) for name, value in data.items()}, documents=kept, withheld=withheld,
+        metrics=metrics, audit=audit,
     )  # fmt: skip
 
 
@@ -99,7 +103,8 @@ def _model(folder: Storage, measured: str | None, run: str) -> tuple[Storage, di
             if measured is not None and card.get("sha256") == measured:
                 return Storage(folder.where(name)), card
     raise ReleaseError(
-        f"{folder.where(METRICS)}: the figures are of other weights than those in {folder.where('model')}: `unlearn evaluate {run}`"
+        f"{folder.where(METRICS)}: the figures are of other weights than those in {folder.where('model')}: `unlearn "
+        f"evaluate {run}`"
     )
 
 
@@ -109,8 +114,8 @@ def _check_configuration(
     known = {settings.hash(), first_hash(settings)}
     if card.get("config_hash") not in known:
         raise ReleaseError(
-            f"{folder.where(CONFIG)} is not the configuration that the model was trained with (hash {settings.hash()[:12]}, the model says "
-            f"{str(card.get('config_hash'))[:12]}): restore it, or train anew"
+            f"{folder.where(CONFIG)} is not the configuration that the model was trained with (hash "
+            f"{settings.hash()[:12]}, the model says {str(card.get('config_hash'))[:12]}): restore it, or train anew"
         )
     if metrics.get("config_hash") not in known:
         raise ReleaseError(

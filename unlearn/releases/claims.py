@@ -6,14 +6,18 @@ from unlearn.releases.gate import Verdict
 NOT_CLAIMED: tuple[str, ...] = (
     "that nothing of the forgotten images can be got out of the model: it is evidence, not proof",
     "that the model equals one that was trained without these images",
-    "that the list of requests is complete, or whose they are: only who holds the request and its salt can show a commitment to be theirs",
+    (
+        "that the list of requests is complete, or whose they are: only who holds the request and its salt can show a "
+        "commitment to be theirs"
+    ),
     "that the images are gone from data sets, backups, or models and copies that were handed out before",
     "that anybody else has measured the figures again, or that the publisher's clock is right",
 )
 
 
 def claimed(
-    version: str, weights: str, config_hash: str, base: str | None, requests: int, audited: bool, verdict: Verdict | None,
+    version: str, weights: str, config_hash: str, base: str | None, requests: int, audited: bool,
+    verdict: Verdict | None,
     rewritten: tuple[str, str] | None = None,
 ) -> list[str]:  # fmt: skip
     """Sentences, each of which the files of the release bear out."""
@@ -30,8 +34,8 @@ def claimed(
         sentences.append(f"The gate held {judged} limit(s) against the figures, and none failed.")
     if rewritten:
         sentences.append(
-            f"The training data with the manifest {rewritten[0][:16]} was written anew without the rows that are served, with the manifest "
-            f"{rewritten[1][:16]}."
+            f"The training data with the manifest {rewritten[0][:16]} was written anew without the rows that are "
+            f"served, with the manifest {rewritten[1][:16]}."
         )
     return sentences
 

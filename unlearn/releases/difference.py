@@ -10,8 +10,8 @@ from unlearn.releases.store import Store
 
 
 def of(store: Store, old: Release, new: Release) -> dict[str, Any]:
-    """{"release": {name: [old, new]}, "requests": {"added", "removed"}, "config": {key: [old, new]}, "figures": {name: [old, new]},
-    "measured otherwise": {what: [old, new]}}, each with what differs alone. Raises StorageError."""
+    """{"release": {name: [old, new]}, "requests": {"added", "removed"}, "config": {key: [old, new]}, "figures": {name:
+    [old, new]}, "measured otherwise": {what: [old, new]}}, each with what differs alone. Raises StorageError."""
     folders = [store.folder(release) for release in (old, new)]
     settings = [_flat(documents.from_yaml(folder.read(CONFIG).decode())) for folder in folders]
     metrics = [documents.from_json(folder.read(METRICS)) for folder in folders]

@@ -1,4 +1,5 @@
-"""The figures of metrics.json and audit.json under flat names: metrics.unlearned.forget.cosine, audit.membership.unlearned.auc."""
+"""The figures of metrics.json and audit.json under flat names: metrics.unlearned.forget.cosine,
+audit.membership.unlearned.auc."""
 
 import math
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ CONVENTIONS = ("features", "resize", "guidance_scale")
 
 
 def flat(metrics: dict[str, Any], audit: dict[str, Any] | None = None) -> dict[str, float]:
-    """{name: figure} of both documents. A row of a list is named by its texts; a row under the main view also without the view.
+    """{name: figure} of both documents. A row of a list is named by its texts; a row under the main view also without
+    the view.
 
     What is null or not finite is left out, and so is a name that two figures would have.
     """
@@ -26,7 +28,8 @@ def flat(metrics: dict[str, Any], audit: dict[str, Any] | None = None) -> dict[s
 
 
 def counterpart(name: str, against: str) -> str | None:
-    """The name of the same figure of the base or the oracle; None where the figure is not one of the unlearned model."""
+    """The name of the same figure of the base or the oracle; None where the figure is not one of the unlearned
+    model."""
     parts = name.split(".")
     if UNLEARNED not in parts:
         return None

@@ -33,7 +33,8 @@ def digest(storage: Storage, name: str) -> str:
 
 
 def listing(storage: Storage) -> dict[str, bool]:
-    """{name: whether it is a plain file} of everything below a folder, hidden files, links and pipes too. Raises StorageError."""
+    """{name: whether it is a plain file} of everything below a folder, hidden files, links and pipes too. Raises
+    StorageError."""
     if not storage.is_local():
         return dict.fromkeys(storage.files(), True)
     found: dict[str, bool] = {}

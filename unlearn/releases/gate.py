@@ -69,9 +69,9 @@ Gate = dict[str, Rule]
 
 
 class Check(BaseModel):
-    """One limit held against one figure. value: the figure; reference: what it is compared with; judged: the value or the change
-    that min and max hold for. passed: None where there was nothing to judge. why: "within", "below", "above", "no such figure",
-    "no reference", "no parent", "measured otherwise", "reference is zero"."""
+    """One limit held against one figure. value: the figure; reference: what it is compared with; judged: the value or
+    the change that min and max hold for. passed: None where there was nothing to judge. why: "within", "below",
+    "above", "no such figure", "no reference", "no parent", "measured otherwise", "reference is zero"."""
 
     model_config = ConfigDict(frozen=True)
     figure: str

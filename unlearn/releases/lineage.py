@@ -8,8 +8,8 @@ from unlearn.releases.release import Release
 
 @dataclass(frozen=True)
 class Descendant:
-    """how: "made from" where training started from its weights, "follows" where it was the current release before; of: which one
-    of its line it came from."""
+    """how: "made from" where training started from its weights, "follows" where it was the current release before; of:
+    which one of its line it came from."""
 
     version: str
     how: str
@@ -31,7 +31,8 @@ def descendants(release: Release, releases: Iterable[Release]) -> list[Descendan
 
 
 def remembered(release: Release, releases: Iterable[Release]) -> dict[str, list[str]]:
-    """{commitment: versions that serve it} of the requests that others of these releases have served, and this one has not."""
+    """{commitment: versions that serve it} of the requests that others of these releases have served, and this one has
+    not."""
     served: dict[str, list[str]] = {}
     for other in releases:
         for request in set(other.requests) - set(release.requests):

@@ -35,8 +35,8 @@ class Withdrawal(_Part):
 
 
 class Move(_Part):
-    """One change. before: the version that was current; after: the one that is now, None where none is. remembered: how many
-    requests that others have served the model remembers, where that was forced."""
+    """One change. before: the version that was current; after: the one that is now, None where none is. remembered: how
+    many requests that others have served the model remembers, where that was forced."""
 
     action: Literal["promote", "rollback", "withdraw"]
     at: str
@@ -49,7 +49,8 @@ class Move(_Part):
 
 
 class State(_Part):
-    """version, folder, weights: of the current release, null where there is none. history: every change, the first one first."""
+    """version, folder, weights: of the current release, null where there is none. history: every change, the first one
+    first."""
 
     version: str | None = None
     folder: str | None = None
@@ -81,14 +82,16 @@ def read(store: Store) -> State:
 
 
 def promote(store: Store, version: str, reason: str = "", force: bool = False, by: str | None = None) -> State:
-    """Make a release current. Raises ReleaseError: it is withdrawn; it remembers what others have forgotten, unless forced."""
+    """Make a release current. Raises ReleaseError: it is withdrawn; it remembers what others have forgotten, unless
+    forced."""
     return _move(store, "promote", lambda state: version, reason, force, by)
 
 
 def rollback(
     store: Store, version: str | None = None, reason: str = "", force: bool = False, by: str | None = None
 ) -> State:
-    """Go back to a release that was current once, by default to the last one before that may be so again. Raises as `promote`."""
+    """Go back to a release that was current once, by default to the last one before that may be so again. Raises as
+    `promote`."""
 
     def target(state: State) -> str:
         if version is not None:
@@ -108,7 +111,8 @@ def rollback(
 def withdraw(
     store: Store, version: str, reason: str, force: bool = False, by: str | None = None
 ) -> tuple[State, list[lineage.Descendant]]:
-    """Say that a release may not be current any more; the state, and the releases that came from it, which are left as they are.
+    """Say that a release may not be current any more; the state, and the releases that came from it, which are left as
+    they are.
 
     force: though it is current; then none is. Raises ReleaseError where it is withdrawn, or current and not forced.
     """
@@ -121,21 +125,24 @@ def withdraw(
             raise ReleaseError(f"{version} is withdrawn already: {state.withdrawn[version].reason}")
         if state.version == version and not force:
             raise ReleaseError(
-                f"{version} is current: promote another release or roll back first, or give --force, after which no release is current"
+                f"{version} is current: promote another release or roll back first, or give --force, after which no "
+                "release is current"
             )
         withdrawal = Withdrawal(at=_now(), by=by or _user(), reason=reason)
         changes: dict = {"withdrawn": state.withdrawn | {version: withdrawal}}
         if state.version == version:
             changes |= {"version": None, "folder": None, "weights": None}
         move = Move(action="withdraw", at=withdrawal.at, by=withdrawal.by, before=state.version,
-                    after=None if state.version == version else state.version, reason=f"{version}: {reason}", forced=force)  # fmt: skip
+                    after=None if state.version == version else state.version, reason=f"{version}: {reason}",
+                    forced=force)  # fmt: skip
         return state.model_copy(update=changes | {"history": [*state.history, move]})
 
     return _change(store, update), lineage.descendants(release, store.releases())
 
 
 def _move(
-    store: Store, action: Literal["promote", "rollback"], target: Callable[[State], str], reason: str, force: bool, by: str | None
+    store: Store, action: Literal["promote", "rollback"], target: Callable[[State], str], reason: str, force: bool,
+    by: str | None
 ) -> State:  # fmt: skip
     if force and not reason.strip():
         raise ReleaseError("--force wants its reason, which is recorded: --reason TEXT")
@@ -153,8 +160,8 @@ def _move(
         if lost and not force:
             by_others = ", ".join(sorted({v for versions in lost.values() for v in versions}))
             raise ReleaseError(
-                f"{version} remembers what {by_others} has forgotten: {len(lost)} request(s) would be served no more. Promote a release that "
-                "serves them, or give --force and --reason, which are recorded"
+                f"{version} remembers what {by_others} has forgotten: {len(lost)} request(s) would be served no more. "
+                "Promote a release that serves them, or give --force and --reason, which are recorded"
             )
         _check_whole(store, release)
         move = Move(action=action, at=_now(), by=by or _user(), before=state.version, after=version, reason=reason,
@@ -194,7 +201,8 @@ def _state(store: Store, data: bytes) -> State:
         return State.model_validate(documents.from_json(data))
     except (ValueError, ValidationError):
         raise ReleaseError(
-            f"{store.storage.where(CURRENT)} is damaged: put it back from a backup, or delete it and promote a release again"
+            f"{store.storage.where(CURRENT)} is damaged: put it back from a backup, or delete it and promote a "
+            "release again"
         ) from None
 
 

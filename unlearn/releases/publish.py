@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """release: None where the gate has refused the candidate. folder: where it is, released or rejected. new: False where this
-    very model had been published already. verdict: None without a gate."""
+    """release: None where the gate has refused the candidate. folder: where it is, released or rejected. new: False
+    where this very model had been published already. verdict: None without a gate."""
 
     release: Release | None
     folder: str
@@ -40,13 +40,13 @@ def publish(
 ) -> Outcome:  # fmt: skip
     """Make a run folder a release, the next version of a store; the pointer is not moved.
 
-    requests: commitments to the deletion requests that it serves, as the caller's ledger makes them. parent: the version that it
-    follows, by default the current one. withdraws: versions that may not be current any more once this one is. check: asked before
-    anything is made final; what it raises ends the publishing. model_key: path of the key of a second signature, see
-    model_signature.py.
-    A candidate that fails the gate is kept under rejected/ and not released. What was published before, the same model with the
-    same evidence for the same requests, is not published again. Raises ReleaseError: evidence of another model, a withdrawn
-    release, another publisher that was faster; StorageError.
+    requests: commitments to the deletion requests that it serves, as the caller's ledger makes them. parent: the
+    version that it follows, by default the current one. withdraws: versions that may not be current any more once this
+    one is. check: asked before anything is made final; what it raises ends the publishing. model_key: path of the key
+    of a second signature, see model_signature.py. A candidate that fails the gate is kept under rejected/ and not
+    released. What was published before, the same model with the same evidence for the same requests, is not published
+    again. Raises ReleaseError: evidence of another model, a withdrawn release, another publisher that was faster;
+    StorageError.
     """
     if model_key:
         model_signature.check(model_key)
@@ -80,13 +80,15 @@ def publish(
         made_from = next((r.version for r in known if base and r.weights == base.weights), None)
         release = Release(
             version=version, folder=name, name=candidate.name, software=candidate.software,
-            published=datetime.now(UTC).isoformat(timespec="seconds"), family=candidate.family, weights=candidate.weights,
+            published=datetime.now(UTC).isoformat(timespec="seconds"), family=candidate.family,
+            weights=candidate.weights,
             config_hash=candidate.config_hash, base=base and base.model_copy(update={"version": made_from}),
             parent=Model(weights=before.weights, version=before.version) if before else None, data=candidate.data,
             rewritten=Rewritten(before=rewritten[0], after=rewritten[1]) if rewritten else None,
             requests=requests, withdraws=withdraws, withheld=candidate.withheld, gate=verdict,
             claimed=claims.claimed(
-                version, candidate.weights, candidate.config_hash, base and base.weights, len(requests), audited, verdict, rewritten
+                version, candidate.weights, candidate.config_hash, base and base.weights, len(requests), audited,
+                verdict, rewritten
             ),
             not_claimed=claims.not_claimed(len(requests), audited, verdict), files=listed,
         )  # fmt: skip
@@ -108,7 +110,8 @@ def publish(
 
 
 def judge(run: str, store: Store, rules: Gate | None, parent: str | None) -> tuple[Verdict | None, str]:
-    """(what the gate says of a run folder beside a release, as `publish` would ask it; sha256 of the weights). Raises as `publish`."""
+    """(what the gate says of a run folder beside a release, as `publish` would ask it; sha256 of the weights). Raises
+    as `publish`."""
     candidate = candidates.read(run)
     before = _evidence(store, store.release(parent) if parent else None)
     return gate.judge(rules, (candidate.metrics, candidate.audit), before) if rules else None, candidate.weights

@@ -18,11 +18,14 @@ CANDIDATE = "candidate.json"
 
 
 def keep(store: Store, candidate: Candidate, content: Content, verdict: Verdict, before: Release | None) -> str:
-    """Keep a candidate that failed, with the reasons; its folder. The same candidate with the same verdict lies there once."""
+    """Keep a candidate that failed, with the reasons; its folder. The same candidate with the same verdict lies there
+    once."""
     about: dict[str, Any] = {
         "name": candidate.name, "weights": candidate.weights, "config_hash": candidate.config_hash,
-        "base": candidate.base and candidate.base.model_dump(), "parent": before and before.version, "data": candidate.data,
-        "requests": list(content.requests), "withdraws": list(content.withdraws), "gate": verdict.model_dump(mode="json"),
+        "base": candidate.base and candidate.base.model_dump(), "parent": before and before.version,
+        "data": candidate.data,
+        "requests": list(content.requests), "withdraws": list(content.withdraws),
+        "gate": verdict.model_dump(mode="json"),
     }  # fmt: skip
     name = hashlib.sha256(rfc8785.dumps(about)).hexdigest()[:16]
     folder = Storage(store.storage.where(f"{REJECTED}/{name}"))

@@ -63,11 +63,12 @@ class Content(NamedTuple):
 
 
 class Release(_Part):
-    """name: of the run. folder: its name in the store. published: UTC, by the publisher's clock. config_hash: of the configuration
-    that the weights were trained with. base: what training started from; parent: the release that was current before.
-    data: sha256 of the manifest of each set that was trained on. requests: commitments to the deletion requests that are served.
-    withdraws: releases that may not be current any more once this one is. withheld: keys of config.yaml whose values are left out.
-    gate: its verdict, where there was one. rewritten: training data without the rows that are served, where it was made.
+    """name: of the run. folder: its name in the store. published: UTC, by the publisher's clock. config_hash: of the
+    configuration that the weights were trained with. base: what training started from; parent: the release that was
+    current before. data: sha256 of the manifest of each set that was trained on. requests: commitments to the deletion
+    requests that are served. withdraws: releases that may not be current any more once this one is. withheld: keys of
+    config.yaml whose values are left out. gate: its verdict, where there was one. rewritten: training data without the
+    rows that are served, where it was made.
     """
 
     version: str
@@ -114,7 +115,8 @@ def of(statement: Statement, where: str) -> Release:
     """The release that a certificate speaks of. Raises ReleaseError."""
     if statement.predicate_type != PREDICATE:
         raise ReleaseError(
-            f"{where}: it states {statement.predicate_type}, and this version reads {PREDICATE} alone: use the version that wrote it"
+            f"{where}: it states {statement.predicate_type}, and this version reads {PREDICATE} alone: use the "
+            "version that wrote it"
         )
     try:
         release = Release.model_validate(statement.predicate)
@@ -136,6 +138,8 @@ def described(release: Release) -> dict[str, Any]:
     return {
         "version": release.version, "published": release.published, "run": release.name, "family": release.family,
         "weights": release.weights, "configuration": release.config_hash, "base": release.base and release.base.weights,
-        "parent": release.parent and (release.parent.version or release.parent.weights), "requests": len(release.requests),
-        "withdraws": ", ".join(release.withdraws), "gate": "none" if release.gate is None else "passed" if release.gate.passed else "failed",
+        "parent": release.parent and (release.parent.version or release.parent.weights),
+        "requests": len(release.requests),
+        "withdraws": ", ".join(release.withdraws),
+        "gate": "none" if release.gate is None else "passed" if release.gate.passed else "failed",
     }  # fmt: skip

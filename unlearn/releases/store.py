@@ -5,8 +5,8 @@
     v3-5f2a9c01/            the release, never changed; it holds a copy of its certificate
     rejected/1c0d.../       candidates that the gate has refused
 
-Files are uploaded to a folder whose name nobody else has, and the certificate comes last. A publisher that is killed leaves a
-folder without a certificate, which is no release; the next one deletes it.
+Files are uploaded to a folder whose name nobody else has, and the certificate comes last. A publisher that is killed
+leaves a folder without a certificate, which is no release; the next one deletes it.
 """
 
 import contextlib
@@ -32,7 +32,8 @@ class Store:
         self.storage = Storage(uri)
 
     def releases(self) -> list[Release]:
-        """All of them, the first one first; signatures are not checked. Raises StorageError, CertificateError, ReleaseError."""
+        """All of them, the first one first; signatures are not checked. Raises StorageError, CertificateError,
+        ReleaseError."""
         names = (re.fullmatch(rf"{CERTIFICATES}/(v\d+)\.json", name) for name in self.storage.files(CERTIFICATES))
         versions = sorted((name[1] for name in names if name), key=releases.number)
         with ThreadPoolExecutor(READERS) as pool:
@@ -60,11 +61,13 @@ class Store:
         return f"{version}-{uuid.uuid4().hex[:8]}"
 
     def commit(self, release: Release, envelope: bytes) -> bool:
-        """Make it a release; False where its version exists by now. Exactly one of many concurrent publishers succeeds."""
+        """Make it a release; False where its version exists by now. Exactly one of many concurrent publishers
+        succeeds."""
         return self.storage.create(_certificate(release.version), envelope)
 
     def complete(self, release: Release) -> None:
-        """Copy the certificate into the folder, where a publisher was killed before it did, and delete what was never completed."""
+        """Copy the certificate into the folder, where a publisher was killed before it did, and delete what was never
+        completed."""
         folder = self.folder(release)
         if not folder.is_file(CERTIFICATE):
             try:
@@ -84,14 +87,16 @@ class Store:
         return self.storage.read(_certificate(release.version))
 
     def discard(self, folder: str) -> None:
-        """Delete the folder of an attempt, as far as it can be: others may be at it, and the next publisher deletes the rest."""
+        """Delete the folder of an attempt, as far as it can be: others may be at it, and the next publisher deletes the
+        rest."""
         for _ in range(3):
             with contextlib.suppress(StorageError):
                 self.storage.delete(folder)
                 return
 
     def _sweep(self) -> None:
-        """Delete folders of versions that are taken by another one: whoever still writes there can publish it no more."""
+        """Delete folders of versions that are taken by another one: whoever still writes there can publish it no
+        more."""
         attempts: dict[str, set[str]] = {}
         for name in files.listing(self.storage):  # also of folders that hold nothing but half a file
             if attempt := re.match(r"(v\d+)-[0-9a-f]{8}(?=/)", name):

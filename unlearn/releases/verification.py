@@ -32,7 +32,8 @@ class Findings:
 
 
 def inspect(folder: str, key: SSlibKey) -> tuple[Release, Findings]:
-    """(what was certified, what is not as it was). Raises CertificateError where the signature is not of this key; StorageError."""
+    """(what was certified, what is not as it was). Raises CertificateError where the signature is not of this key;
+    StorageError."""
     storage = Storage(folder)
     there = files.listing(storage)
     if not there.get(CERTIFICATE):
@@ -54,7 +55,8 @@ def inspect(folder: str, key: SSlibKey) -> tuple[Release, Findings]:
 
 
 def verify(folder: str, key: SSlibKey) -> Release:
-    """The release in a folder, every file of which is as it was certified. Raises ReleaseError that names those that are not."""
+    """The release in a folder, every file of which is as it was certified. Raises ReleaseError that names those that
+    are not."""
     release, found = inspect(folder, key)
     if found:
         raise ReleaseError(f"{Storage(folder).uri} is not {release.version} as it was published. {found}")

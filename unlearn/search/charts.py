@@ -99,7 +99,8 @@ def _fronts(points: Sequence[Point], objectives: Sequence[Objective]) -> Iterato
         kinds = {
             "front": ("Pareto front", FRONT, "diamond", 13, [p for p in known if p.id in best]),
             "others": ("other points", OTHER, "circle", 9, [p for p in fit if p.id not in best]),
-            "out": ("a bound is broken, or a trial has failed", OTHER, "x-thin-open", 9, [p for p in known if p not in fit]),
+            "out": ("a bound is broken, or a trial has failed", OTHER, "x-thin-open", 9,
+                [p for p in known if p not in fit]),
         }  # fmt: skip
         if len(objectives) == 2:
             _step(figure, kinds["front"][-1], axes)
@@ -247,8 +248,8 @@ def _importances(points: Sequence[Point], objectives: Sequence[Objective]) -> Ch
         height=max(260, 120 + 30 * len(order) * len(shares)), xaxis={"tickformat": ".0%", "range": [0, 1]}
     )
     caption = (
-        f"PED-ANOVA: how much the parameters of the best {study.BEST:.0%} of the points differ from those of all. It ranks "
-        "parameters; with few points it is rough."
+        f"PED-ANOVA: how much the parameters of the best {study.BEST:.0%} of the points differ from those of all. It "
+        "ranks parameters; with few points it is rough."
     )
     return Chart("importance", "Importance of parameters", caption, figure, wide=False)
 
@@ -279,8 +280,8 @@ def _ablations(points: Sequence[Point], objectives: Sequence[Objective]) -> Iter
             figure.update_layout(height=340, xaxis_title=key, yaxis_title=objective.figure)
             yield Chart(
                 f"ablation-{key}-{objective.figure}", f"{objective.figure} over {names[key]}",
-                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t; cut where the "
-                "trials are few and it is far wider than they are).",
+                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t; cut where "
+                "the trials are few and it is far wider than they are).",
                 figure, wide=False,
             )  # fmt: skip
 
@@ -306,7 +307,8 @@ def _curve(figure: "go.Figure", curve: ablation.Curve, colour: str, symbol: str,
         marker={"color": colour, "symbol": symbol, "size": 8}, name=name, legendgroup=name, showlegend=not alone,
         customdata=[at.point for at in curve.at],
         hovertext=[
-            f"<b>{at.point}</b>, {_safe(name)}<br>{_safe(str(x))}: {at.mean:.4g}" for x, at in zip(xs, curve.at, strict=True)
+            f"<b>{at.point}</b>, {_safe(name)}<br>{_safe(str(x))}: {at.mean:.4g}" for x, at in zip(xs, curve.at,
+                strict=True)
         ],
         hoverinfo="text",
     )  # fmt: skip

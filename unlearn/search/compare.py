@@ -1,8 +1,7 @@
 """COMPARE.yaml: methods side by side, each with the same budget, the same seeds and originals, and the same tuning.
 
-compare_dir: runs/compare
-run: demo_fashion.yaml                        # or the configuration itself; its evaluation names held-out images and oracles
-set: {training.steps: 100}                    # keys of it that are other here
+compare_dir: runs/compare run: demo_fashion.yaml                        # or the configuration itself; its evaluation
+names held-out images and oracles set: {training.steps: 100}                    # keys of it that are other here
 methods:
   paper: {method: {name: encoder_l2}, tune: {method.alpha: [0.1, 1.0]}}
   retain label: {method: {name: retain_label}, tune: {method.alpha: [0.25, 1.0]}}
@@ -129,7 +128,8 @@ class Compare(Part):
     ) -> "Stage":
         known = [original for original in originals if original is not None]
         return Stage.model_validate({
-            "name": f"{self.name}-{part}", "sweep_dir": Storage(self.compare_dir).where(part), "run": self.run, "points": points,
+            "name": f"{self.name}-{part}", "sweep_dir": Storage(self.compare_dir).where(part), "run": self.run,
+            "points": points,
             "seeds": seeds, "models": [original.weights for original in known] or None, "concurrent": self.concurrent,
             "oracles": {original.weights: original.oracles for original in known}, "training_images": part == "tune",
             "tune_on": {"limit": limit},
@@ -147,8 +147,8 @@ class Compare(Part):
 
 
 class Stage(Sweep):
-    """The runs of a comparison as a sweep over points that are given. oracles: of each model. training_images: whether they are
-    measured there, else on the held-out images of the run."""
+    """The runs of a comparison as a sweep over points that are given. oracles: of each model. training_images: whether
+    they are measured there, else on the held-out images of the run."""
 
     gives_up: ClassVar[bool] = False  # a method that fails with every seed is an outcome
 

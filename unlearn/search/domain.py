@@ -21,7 +21,8 @@ class OptunaTrial(Protocol):
 
 
 class Domain(Part):
-    """The values of one key: exactly one of the first six. when: values of other keys with which this one is set at all."""
+    """The values of one key: exactly one of the first six. when: values of other keys with which this one is set at
+    all."""
 
     loguniform: tuple[float, float] | None = Field(default=None, description="numbers, even in their logarithm")
     uniform: tuple[float, float] | None = Field(default=None, description="numbers")

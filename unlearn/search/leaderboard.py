@@ -2,10 +2,10 @@
 
 leaderboard.json holds
 
-    software, name, seeds, originals, oracles    what was compared; oracles: of each original, how many
-    view                                         under which the figures are; the run's first
-    tuned                                        how many settings of each method were tried on training images; 1: none
-    distance                                     "oracle spreads": of the oracles' own spread; "cosine": distance in cosine from the one
+    software, name, seeds, originals, oracles    what was compared; oracles: of each original, how many view
+    under which the figures are; the run's first tuned                                        how many settings of each
+    method were tried on training images; 1: none distance                                     "oracle spreads": of the
+    oracles' own spread; "cosine": distance in cosine from the one
                                                  oracle; null without one
     chance                                       within which 19 of 20 further oracles are; null without a spread
     reference                                    {"original" | "oracle": {figure: mean}}
@@ -17,8 +17,9 @@ leaderboard.json holds
     audited                                      the tests that any run was audited with
     notes                                        sentences that a reader of the table must know
 
-Figures: those of a trial (forget.cosine, retain.psnr, cost.flops, cost.seconds ...), and forget.distance, retain.distance and distance
-(the root mean square of both), and audit.passed, the share of runs with an audit.json whose verdict is PASS.
+Figures: those of a trial (forget.cosine, retain.psnr, cost.flops, cost.seconds ...), and forget.distance,
+retain.distance and distance (the root mean square of both), and audit.passed, the share of runs with an audit.json
+whose verdict is PASS.
 """
 
 import json
@@ -63,12 +64,17 @@ def document(
     rows.sort(key=lambda row: row["figures"].get("distance", {"mean": math.inf})["mean"])
     done = [trial for trial in trials if trial.id in measured]
     made = {
-        "software": f"unlearn {__version__}", "name": compare.name, "seeds": compare.seeds, "originals": len(compare.originals or [None]),
-        "oracles": oracles, "view": settings.evaluation.views[0].name, "tuned": max(len(compare.candidates(label)) for label in compare.methods),
-        "distance": "oracle spreads" if chances else "cosine" if any(oracles) else None, "chance": max(chances, default=None),
+        "software": f"unlearn {__version__}", "name": compare.name, "seeds": compare.seeds,
+        "originals": len(compare.originals or [None]),
+        "oracles": oracles, "view": settings.evaluation.views[0].name,
+        "tuned": max(len(compare.candidates(label)) for label in compare.methods),
+        "distance": "oracle spreads" if chances else "cosine" if any(oracles) else None,
+        "chance": max(chances, default=None),
         "reference": {
             "original": {name: each["mean"] for name, each in _means([trial.original for trial in done]).items()},
-            "oracle": {name: each["mean"] for name, each in _means([trial.oracle for trial in done if trial.oracle]).items()},
+            "oracle": {
+                name: each["mean"] for name, each in _means([trial.oracle for trial in done if trial.oracle]).items()
+            },
         },
         "rows": rows, "audited": list(dict.fromkeys(test for a in audits.values() for test in a.get("tests", []))),
     }  # fmt: skip
@@ -122,17 +128,18 @@ def _notes(made: dict[str, Any]) -> list[str]:
         )
     elif made["distance"] == "cosine":
         notes.append(
-            "There is one oracle for an original: its distance is told in cosine, and nothing says what chance would do."
+            "There is one oracle for an original: its distance is told in cosine, and nothing says what chance would "
+            "do."
         )
     else:
         notes.append(
-            "Distances are in units of the oracles' own spread (cosine and PSNR in the hole, root mean square); of further oracles 19 "
-            f"of 20 would be within {made['chance']:.1f}."
+            "Distances are in units of the oracles' own spread (cosine and PSNR in the hole, root mean square); of "
+            f"further oracles 19 of 20 would be within {made['chance']:.1f}."
         )
     if made["tuned"] > 1:
         notes.append(
-            f"Each method was tuned alike: {made['tuned']} settings on training images, with the first seed and original; the figures "
-            "are of other runs, on the images of the run's evaluation."
+            f"Each method was tuned alike: {made['tuned']} settings on training images, with the first seed and "
+            "original; the figures are of other runs, on the images of the run's evaluation."
         )
     if made["audited"]:
         notes.append(

@@ -86,7 +86,8 @@ def html(document: dict[str, Any]) -> str:
     heads = columns(document)
     rows = [
         {
-            "method": row["method"], "options": _plain(row["options"]), "done": row["done"], "of": row["of"], "failed": row["failed"],
+            "method": row["method"], "options": _plain(row["options"]), "done": row["done"], "of": row["of"],
+            "failed": row["failed"],
             "cells": [cell(row, figure, form) for figure, _, form, _ in heads],
         }
         for row in document["rows"]
@@ -108,7 +109,8 @@ def html(document: dict[str, Any]) -> str:
 
 
 def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Marks and ticks of a plane of 100 x 100: the distance on the forget set to the right, the cosine of the retain set upwards.
+    """Marks and ticks of a plane of 100 x 100: the distance on the forget set to the right, the cosine of the retain
+    set upwards.
 
     None where there is no oracle, or nothing has come to an end.
     """
@@ -135,7 +137,8 @@ def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
     marks = [
         {
             "label": label, "number": number, "x": across(x["mean"]), "y": above(y["mean"]),
-            "left": across(max(x["mean"] - (x["spread"] or 0), right[0])), "right": across(x["mean"] + (x["spread"] or 0)),
+            "left": across(max(x["mean"] - (x["spread"] or 0), right[0])),
+            "right": across(x["mean"] + (x["spread"] or 0)),
             "low": above(y["mean"] - (y["spread"] or 0)), "high": above(y["mean"] + (y["spread"] or 0)),
         }
         for number, (label, x, y) in enumerate(points, 1)
@@ -145,7 +148,8 @@ def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
         "across": [{"at": across(t), "text": f"{t:g}"} for t in right],
         "above": [{"at": above(t), "text": f"{t:.4g}"} for t in up],
         "references": [
-            {"name": name, "y": above(figures["retain.cosine"])} for name, figures in document["reference"].items() if "retain.cosine" in figures
+            {"name": name, "y": above(figures["retain.cosine"])}
+            for name, figures in document["reference"].items() if "retain.cosine" in figures
         ],
     }  # fmt: skip
 

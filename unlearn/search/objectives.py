@@ -1,10 +1,9 @@
 """Figures of a trial by name, which of them a sweep wants smaller or larger, and which bounds it keeps.
 
-SET.METRIC          of the trained model under the first view, as in metrics.json: forget.cosine, retain.fid, retain.psnr
-SET[VIEW].METRIC    under another view: forget[random 0.5].cosine
-FIGURE.drop, .rise  how much smaller, or larger, it is than the original's: retain.cosine.drop
-FIGURE.to_oracle    how far it is from the oracle's, on either side: forget.cosine.to_oracle
-cost.flops, cost.seconds, cost.steps    of the training
+SET.METRIC          of the trained model under the first view, as in metrics.json: forget.cosine, retain.fid,
+retain.psnr SET[VIEW].METRIC    under another view: forget[random 0.5].cosine FIGURE.drop, .rise  how much smaller, or
+larger, it is than the original's: retain.cosine.drop FIGURE.to_oracle    how far it is from the oracle's, on either
+side: forget.cosine.to_oracle cost.flops, cost.seconds, cost.steps    of the training
 """
 
 import math
@@ -38,8 +37,9 @@ def check_name(name: str, settings: RunConfig, where: str) -> None:
     found = _FIGURE.fullmatch(name)
     if not found:
         raise ConfigError(
-            f"{where}: no figure {name!r}; write SET.METRIC or SET[VIEW].METRIC with a set of {', '.join(SETS)} and a metric of "
-            f"{', '.join(METRICS)}, perhaps with .{', .'.join(DERIVED)} behind it, or one of {', '.join(COSTS)}"
+            f"{where}: no figure {name!r}; write SET.METRIC or SET[VIEW].METRIC with a set of {', '.join(SETS)} and a "
+            f"metric of {', '.join(METRICS)}, perhaps with .{', .'.join(DERIVED)} behind it, or one of "
+            f"{', '.join(COSTS)}"
         )
     views = [view.name for view in settings.evaluation.views]
     if found["view"] and found["view"] not in views:
@@ -51,8 +51,8 @@ def check_name(name: str, settings: RunConfig, where: str) -> None:
 
 
 def of_document(document: Mapping[str, Any], generator: str) -> Figures:
-    """The figures of one generator in a metrics.json; those under the first view have no view in their name. What could not be
-    measured is left out."""
+    """The figures of one generator in a metrics.json; those under the first view have no view in their name. What could
+    not be measured is left out."""
     figures = {}
     for row in document["rows"]:
         if row["generator"] != generator:

@@ -91,13 +91,15 @@ def document(sweep: Sweep, trials: Sequence[Trial]) -> dict[str, Any]:
         "objectives": sweep.objectives, "constraints": sweep.constraints,
         "trials": dict(Counter(trial.status for trial in trials)),
         "reference": {
-            o.figure: r if o.direction == "minimise" else -r for o, r in zip(sweep.wanted, reference.tolist(), strict=True)
+            o.figure: r if o.direction == "minimise" else -r for o, r in zip(sweep.wanted, reference.tolist(),
+                strict=True)
         },
         "hypervolume": front.hypervolume(losses[counted], reference),
         "points": [
             {
                 "id": p.id, "parameters": alone.mask(p.parameters), "front": p.id in best, "feasible": p.feasible,
-                "complete": p.complete, "message": p.message, "mean": p.mean, "spread": p.spread, "held_out": means.held_out(p) or None,
+                "complete": p.complete, "message": p.message, "mean": p.mean, "spread": p.spread,
+                "held_out": means.held_out(p) or None,
             }
             for p in every
         ],
@@ -135,15 +137,15 @@ def _sentences(sweep: Sweep, trials: Sequence[Trial]) -> Iterator[str]:
     yield f"Searched for {wanted}{bounds}, measured on {images}{limit}."
     if any(trial.held_out for trial in trials):
         yield (
-            "The points of the front were then measured once more on held-out images, which the search has not seen: judge "
-            "by those."
+            "The points of the front were then measured once more on held-out images, which the search has not seen: "
+            "judge by those."
         )
     elif held_out_named(sweep):
         yield "Nothing here is measured on held-out images: a search picks what is good by chance too."
     else:
         yield (
-            "The run names no held-out images (evaluation.data), so nothing here tells of images that the search has not "
-            "seen."
+            "The run names no held-out images (evaluation.data), so nothing here tells of images that the search has "
+            "not seen."
         )
 
 

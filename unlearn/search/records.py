@@ -26,10 +26,10 @@ Status = Literal["running", "done", "failed", "infeasible", "stopped"]
 class Trial:
     """One run of a sweep: a point with one seed and one model.
 
-    parameters: the keys that the point sets, with their values. run: its run folder, relative to the sweep's. figures: of the
-    trained model by name, derived ones among them, see unlearn/search/objectives.py; original, oracle: of the models it is
-    compared with; held_out: its figures on the held-out images, once they were measured. stages: [{"step", "figures"}] of each
-    time that it was measured, the last one among them. seconds: "start" until the first step,
+    parameters: the keys that the point sets, with their values. run: its run folder, relative to the sweep's. figures:
+    of the trained model by name, derived ones among them, see unlearn/search/objectives.py; original, oracle: of the
+    models it is compared with; held_out: its figures on the held-out images, once they were measured. stages: [{"step",
+    "figures"}] of each time that it was measured, the last one among them. seconds: "start" until the first step,
     "train", "measure", "other". warm: whether its workers had run a trial before.
     """
 
@@ -92,8 +92,8 @@ class Trials:
 
 @dataclass(frozen=True)
 class Point:
-    """What is known of one point: the mean and the spread (standard deviation, 0 for a single trial) of each figure that all its
-    trials have that are done. feasible: whether its run is valid and its means keep the constraints."""
+    """What is known of one point: the mean and the spread (standard deviation, 0 for a single trial) of each figure
+    that all its trials have that are done. feasible: whether its run is valid and its means keep the constraints."""
 
     id: str
     parameters: dict[str, Any]

@@ -201,9 +201,9 @@ class Sweep(Part):
     def of(self, parameters: Parameters, seed: int, model: str | None, id: str) -> RunConfig:
         """The run of one trial. Raises ConfigError where it is not valid.
 
-        It is measured on `tune_on`: by default images of the training shards, of the classes of its sets and drawn with its seed,
-        the same for every point of equal classes, however few of them it has seen. They are not taken out of the training: a trial
-        is the very run that its configuration says.
+        It is measured on `tune_on`: by default images of the training shards, of the classes of its sets and drawn with
+        its seed, the same for every point of equal classes, however few of them it has seen. They are not taken out of
+        the training: a trial is the very run that its configuration says.
         """
         return config.parse(self.tree(parameters, seed, model, id), id)
 

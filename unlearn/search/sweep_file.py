@@ -27,8 +27,8 @@ SET_APART = {
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
-    """The sweep that `source` names: a YAML file (path or s3://), the folder of a sweep, or env:VARIABLE. overrides: "key=value" of
-    the sweep, and "run.key=value" of its run. Raises ConfigError, StorageError."""
+    """The sweep that `source` names: a YAML file (path or s3://), the folder of a sweep, or env:VARIABLE. overrides:
+    "key=value" of the sweep, and "run.key=value" of its run. Raises ConfigError, StorageError."""
     if source.startswith("env:"):
         return read(run_files.text(source, "sweep"), source, overrides)
     if Path(source).suffix not in (".yaml", ".yml"):

@@ -253,8 +253,8 @@ class Saved:
                 target[low - start : high - start].copy_(file.get_slice(key)[low - at : high - at])
 
     def weights(self, module: torch.nn.Module, kind: str = "weights") -> None:
-        """Copy the trained weights, or their AVERAGE, into a whole module on CPU. Raises CheckpointError where they do not
-        fit."""
+        """Copy the trained weights, or their AVERAGE, into a whole module on CPU. Raises CheckpointError where they do
+        not fit."""
         own = dict(module.named_parameters())
         for name in self.names():
             if name not in own or own[name].numel() != self.count(kind, name):

@@ -27,12 +27,13 @@ def check(settings: Training, method: Method) -> None:
     """Raise ConfigError where the engine of a run cannot do what its method needs."""
     if method.gradients_apart and settings.engine == "deepspeed" and settings.zero_stage == 3:
         raise ConfigError(
-            f"training.zero_stage 3: {method.name} needs the gradient of each term of its loss, and ZeRO-3 gives their sum alone; "
-            "set zero_stage 2 or lower"
+            f"training.zero_stage 3: {method.name} needs the gradient of each term of its loss, and ZeRO-3 gives "
+            "their sum alone; set zero_stage 2 or lower"
         )
     if getattr(method.options, "saliency", None) and settings.weight_decay:
         raise ConfigError(
-            f"method.saliency: training.weight_decay {settings.weight_decay:g} would move the weights that are to stay; set it to 0"
+            f"method.saliency: training.weight_decay {settings.weight_decay:g} would move the weights that are to "
+            "stay; set it to 0"
         )
 
 
@@ -56,7 +57,8 @@ class Objective(nn.Module):
         return self._kept_out[1]
 
     def forward(self, batch: Batch | Imposed) -> Parts:
-        """The loss and its terms, of which the loss alone has a gradient, or each, where the method wants them apart."""
+        """The loss and its terms, of which the loss alone has a gradient, or each, where the method wants them
+        apart."""
         if isinstance(batch, Imposed):
             return {"loss": batch.loss()}
         terms = self.method.terms(batch, self.student, self.teacher)
@@ -68,7 +70,8 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def on(self, batch: Batch, device: torch.device, dtype: torch.dtype) -> Batch:
-        """A batch of the loader on the device, its pixels turned into inputs; what a loader of latents hands out is inputs."""
+        """A batch of the loader on the device, its pixels turned into inputs; what a loader of latents hands out is
+        inputs."""
         images, view = batch.images.to(device, non_blocking=True), batch.view.to(device)
         if images.dtype == torch.uint8:
             images = self.student.normalise(images)
@@ -103,7 +106,8 @@ class Engine(Protocol):
 
 
 class FiniteCheck:
-    """Stops before an update that is not finite, without waiting for the device: there the assertion runs in the stream.
+    """Stops before an update that is not finite, without waiting for the device: there the assertion runs in the
+    stream.
 
     A failed assertion on a GPU gives no values, so the last ones are copied to host memory for the message.
     """

@@ -12,8 +12,9 @@ from unlearn.training.checkpoint import AVERAGE, Checkpoints, Saved, TrainerStat
 def export(run: Run) -> str:
     """Write `run_dir/model`: the original weights with the trained ones in their place. Returns its URI.
 
-    Where the run kept a moving average of them, `run_dir/model_ema` holds that. What was not trained is copied from the original, so it
-    keeps its bytes. Every rank of a group calls it: they check the checkpoint together, and the first one writes.
+    Where the run kept a moving average of them, `run_dir/model_ema` holds that. What was not trained is copied from the
+    original, so it keeps its bytes. Every rank of a group calls it: they check the checkpoint together, and the first
+    one writes.
     """
     checkpoints = Checkpoints(run.folder, run.settings.training.keep_checkpoints)
     step = checkpoints.newest()
@@ -26,7 +27,8 @@ def export(run: Run) -> str:
 def _write(run: Run, saved: Saved, state: TrainerState) -> str:
     model, ema = weights.build(run.settings.model, run.settings.seed), run.settings.training.ema
     card = {
-        "software": f"unlearn {__version__}", "run": run.settings.name, "method": run.settings.method.name, "from": run.settings.model.weights,
+        "software": f"unlearn {__version__}", "run": run.settings.name, "method": run.settings.method.name,
+        "from": run.settings.model.weights,
         "config_hash": state.config, "data": state.data, "step": state.step, "samples": state.samples,
     }  # fmt: skip
     folder = Storage(run.folder)

@@ -1,8 +1,8 @@
 """Which rank is missing: the state of each rank of a process group, kept in the group's store or beside its file.
 
-A collective that times out does not say which rank is missing. So every rank writes its position at every step, without waiting
-for the device, and a thread of it writes a heartbeat; a rank whose collective has failed writes that as well. A rank that has
-not done so a moment later is missing: it hangs elsewhere, or its process has stopped or died.
+A collective that times out does not say which rank is missing. So every rank writes its position at every step, without
+waiting for the device, and a thread of it writes a heartbeat; a rank whose collective has failed writes that as well. A
+rank that has not done so a moment later is missing: it hangs elsewhere, or its process has stopped or died.
 """
 
 import contextlib
@@ -47,7 +47,8 @@ class Heartbeat:
             self._board.write(self.rank, self._now())  # some microseconds: no answer is waited for
 
     def limit_groups(self) -> None:
-        """Apply the run's timeout to every existing process group: DeepSpeed creates some of its own, with torch's default."""
+        """Apply the run's timeout to every existing process group: DeepSpeed creates some of its own, with torch's
+        default."""
         for group in list(_world.pg_map) if self.group else ():
             _set_pg_timeout(timedelta(seconds=self.timeout), group)
 
@@ -95,7 +96,10 @@ class Heartbeat:
                 if reports.get(rank, {}).get("state") != "lost"
             ]
         return ClusterError(
-            f"rank {self.rank} of {self.workers} was left alone at {self._place} (cluster.timeout is {self.timeout:g} s): "
+            (
+                f"rank {self.rank} of {self.workers} was left alone at {self._place} (cluster.timeout is "
+                f"{self.timeout:g} s): "
+            )
             + ("; ".join(missing) or f"no rank is missing, so look at the network: {str(error)[:200]}")
         )
 

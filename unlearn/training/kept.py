@@ -18,8 +18,9 @@ class Kept:
     """The images that were read, and the newest teacher with what it made of its inputs."""
 
     def __init__(self, targets: bool = False):
-        """targets: whether what the teacher makes on a CPU is kept too, in a quarter of the caches' limit: runs of one seed and equal
-        sets ask it for the same, whatever their alpha. On a GPU the inputs could not be compared without a wait."""
+        """targets: whether what the teacher makes on a CPU is kept too, in a quarter of the caches' limit: runs of one
+        seed and equal sets ask it for the same, whatever their alpha. On a GPU the inputs could not be compared without
+        a wait."""
         self._targets, self._images = targets, None
         self._teacher: tuple[str, Adapter] | None = None
 
@@ -34,7 +35,8 @@ class Kept:
     def teacher(
         self, settings: config.RunConfig, device: torch.device, decoder: bool, sources: weights.Sources | None = None
     ) -> Adapter:
-        """The teacher of a run, as teacher.load gives it. One that is sharded belongs to the engine of its run and is not kept."""
+        """The teacher of a run, as teacher.load gives it. One that is sharded belongs to the engine of its run and is
+        not kept."""
         if settings.training.engine == "deepspeed" and settings.training.zero_stage == 3:
             return teacher.load(settings, device, decoder, sources)
         source = (sources or {}).get(settings.model.weights or "")

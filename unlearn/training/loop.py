@@ -39,9 +39,9 @@ def worker(
 ) -> None:  # fmt: skip
     """Train this process's share of a run, going on from its newest checkpoint where there is one.
 
-    until: the step behind which it stops with a checkpoint, before its end; kept: what this process has kept of former runs.
-    Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed. Raises ClusterError, which
-    names a rank that is missing, where a collective fails.
+    until: the step behind which it stops with a checkpoint, before its end; kept: what this process has kept of former
+    runs. Inside a Ray Train worker the process group exists already; with `engine: torch` none is needed. Raises
+    ClusterError, which names a rank that is missing, where a collective fails.
     """
     patience.use(run.settings.storage.patience)
     with heartbeat.beating(run.settings.cluster.timeout) as heart:
@@ -174,7 +174,8 @@ def make_engine(
     sources: weights.Sources | None = None,
     kept: Kept | None = None,
 ) -> Engine:
-    """The engine with student, teacher and first stage in it. sources: of the teacher's weights, where looked up already."""
+    """The engine with student, teacher and first stage in it. sources: of the teacher's weights, where looked up
+    already."""
     if not method.needs_decoder:
         student.drop_decoder()
     student.encoder.activation_checkpointing = settings.training.activation_checkpointing
@@ -188,8 +189,8 @@ def make_engine(
 
 
 def _numbers(settings: config.RunConfig, engine: Engine, start: int, stop: int):
-    """Where a global batch does not divide evenly among the workers, some compute one extra micro-batch, since all must take part
-    in every collective; its weight is zero."""
+    """Where a global batch does not divide evenly among the workers, some compute one extra micro-batch, since all must
+    take part in every collective; its weight is zero."""
     per_step = settings.training.batch_size // settings.micro_batch
     for step in range(start, stop):
         mine = order.micro_batches(step, engine.rank, engine.workers, per_step)
@@ -198,7 +199,8 @@ def _numbers(settings: config.RunConfig, engine: Engine, start: int, stop: int):
 
 
 def _weighted(settings: config.RunConfig, engine: Engine, batches):
-    """The engine takes the mean over all micro-batches of all workers; with these weights it is the mean over the true ones."""
+    """The engine takes the mean over all micro-batches of all workers; with these weights it is the mean over the true
+    ones."""
     per_step = settings.training.batch_size // settings.micro_batch
     mine = len(order.micro_batches(0, engine.rank, engine.workers, per_step))
     scale = settings.accumulation * engine.workers / per_step
@@ -270,8 +272,9 @@ def _told(settings: config.RunConfig, engine: Engine):
         yield
     except torch.OutOfMemoryError as e:
         raise TrainingError(
-            f"a micro-batch of {settings.micro_batch} rows does not fit on the device ({str(e).splitlines()[0][:120]}): lower "
-            "training.micro_batch_size, or set activation_checkpointing, a higher zero_stage or offload_optimizer"
+            f"a micro-batch of {settings.micro_batch} rows does not fit on the device "
+            f"({str(e).splitlines()[0][:120]}): lower training.micro_batch_size, or set activation_checkpointing, a "
+            "higher zero_stage or offload_optimizer"
         ) from None
     except RuntimeError as e:
         if "is not finite" in str(e):
@@ -281,6 +284,6 @@ def _told(settings: config.RunConfig, engine: Engine):
         else:
             raise
         raise TrainingError(
-            f"{what}; stopped before the update, and the checkpoints before it are kept. The same settings lead here again: start "
-            "a new run_dir with a lower training.lr or method.alpha, or look at the data"
+            f"{what}; stopped before the update, and the checkpoints before it are kept. The same settings lead here "
+            "again: start a new run_dir with a lower training.lr or method.alpha, or look at the data"
         ) from None

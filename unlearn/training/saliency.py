@@ -1,8 +1,8 @@
 """Saliency mask (SalUn, arXiv 2310.12508): of the trained weights only those move that the forget term depends on most.
 
-|gradient of the forget term| is measured once, before the first step, over the first global batches of the run and all workers. The
-mask is part of the trainer's state. Gradients are masked as they arise, which every engine and ZeRO stage takes for the gradients
-themselves; weight decay would move the other weights, and is refused.
+|gradient of the forget term| is measured once, before the first step, over the first global batches of the run and all
+workers. The mask is part of the trainer's state. Gradients are masked as they arise, which every engine and ZeRO stage
+takes for the gradients themselves; weight decay would move the other weights, and is refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -68,7 +68,8 @@ def unpacked(engine: Engine, state: dict[str, torch.Tensor]) -> Masks:
 
 
 class _ForgetAlone(Method):
-    """A method's forget term as the whole loss; its gradient, where the method wants gradients apart, is told to `tell`."""
+    """A method's forget term as the whole loss; its gradient, where the method wants gradients apart, is told to
+    `tell`."""
 
     name = "forget_alone"
 

@@ -14,10 +14,11 @@ BUCKET = 500_000_000  # elements of DeepSpeed's reduce bucket by default
 
 
 def initialize(**options: Any) -> tuple[Any, Any, Callable]:
-    """`deepspeed.initialize` inside a process group that exists: its engine, its optimizer, and the linear function to compute with.
+    """`deepspeed.initialize` inside a process group that exists: its engine, its optimizer, and the linear function to
+    compute with.
 
-    ZeRO-3 puts a linear function of its own, which keeps less and rounds differently, in the place of torch's, for all that
-    follows in this process. It is taken back here, and in its place only in a block of `linear`.
+    ZeRO-3 puts a linear function of its own, which keeps less and rounds differently, in the place of torch's, for all
+    that follows in this process. It is taken back here, and in its place only in a block of `linear`.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -156,7 +156,8 @@ class Diffusion(base.Adapter):
         self.guidance = scale
 
     def _guided(self, sample: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The prediction of `reconstruct`: with guidance it is led away from that without a prompt (arXiv 2207.12598)."""
+        """The prediction of `reconstruct`: with guidance it is led away from that without a prompt (arXiv
+        2207.12598)."""
         prompted = self._predict(sample, t)
         if self.guidance is None:
             return prompted
@@ -209,8 +210,8 @@ class Diffusion(base.Adapter):
             and tensors.get("conv_in.weight", torch.empty(0)).shape[1:2] == (6,)
         ):
             base.tell(
-                "a UNet on pixels in a single file does not say what it is told of the noise; it is taken to be the timestep. "
-                "Palette's is told gamma: set model.options.conditioning to timestep or gamma"
+                "a UNet on pixels in a single file does not say what it is told of the noise; it is taken to be the "
+                "timestep. Palette's is told gamma: set model.options.conditioning to timestep or gamma"
             )
         return cls.from_public(tensors), {"conditioning": "gamma"} if gamma else None
 
@@ -230,7 +231,8 @@ class Diffusion(base.Adapter):
     def from_folder(
         cls, folder: Path, chosen: dict[str, Any], first_stage: Path | None = None
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """A folder of diffusers: of a pipeline, or of a network alone, with the rest of its pipeline in `first_stage`."""
+        """A folder of diffusers: of a pipeline, or of a network alone, with the rest of its pipeline in
+        `first_stage`."""
         if pipeline.is_latent(folder):
             return pipeline.read(folder, chosen, first_stage)
         options = cls.options_from_folder(folder, chosen)

@@ -35,7 +35,8 @@ def read(tensors: dict[str, torch.Tensor], chosen: dict[str, Any]) -> tuple[dict
     kind = theirs.infer_diffusers_model_type(tensors)
     if kind not in VARIANT:
         raise WeightsError(
-            f"a file of Stable Diffusion of the kind {kind}: one that fills in holes takes 9 channels; known: {', '.join(VARIANT)}"
+            f"a file of Stable Diffusion of the kind {kind}: one that fills in holes takes 9 channels; known: "
+            f"{', '.join(VARIANT)}"
         )
     options = {**VARIANTS[VARIANT[kind]], **{name: chosen[name] for name in ("network", "vae") if name in chosen}}
     network, vae = options["network"], options["vae"]
@@ -60,8 +61,8 @@ def _text(
     """The embedding of the empty prompt, (1, T, D)."""
     if chosen.get("prompt") or chosen.get("prompts"):
         raise WeightsError(
-            "a single file of Stable Diffusion has no tokenizer, which model.options.prompt needs: leave it out, or give the "
-            "folder of the pipeline"
+            "a single file of Stable Diffusion has no tokenizer, which model.options.prompt needs: leave it out, or "
+            "give the folder of the pipeline"
         )
     if chosen.get("prompt", "") is None:
         return prompts.none(network)
@@ -70,7 +71,8 @@ def _text(
         return prompts.none(network)
     if not any(name.startswith((CLIP, OPEN_CLIP)) for name in tensors):
         raise WeightsError(
-            "this file has no text encoder to embed even the empty prompt: set model.options.prompt to null for zeros in its place"
+            "this file has no text encoder to embed even the empty prompt: set model.options.prompt to null for zeros "
+            "in its place"
         )
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a prompt's embedding")
@@ -86,7 +88,8 @@ def _empty_prompt(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     layers, words, places, inner = (
         ("transformer.resblocks.", "token_embedding.weight", "positional_embedding", "0.mlp.c_fc.bias")
         if open_clip
-        else ("encoder.layers.", "embeddings.token_embedding.weight", "embeddings.position_embedding.weight", "0.mlp.fc1.bias")
+        else ("encoder.layers.", "embeddings.token_embedding.weight", "embeddings.position_embedding.weight",
+            "0.mlp.fc1.bias")
     )  # fmt: skip
     prefix = OPEN_CLIP if open_clip else CLIP
     try:

@@ -78,8 +78,8 @@ class DiscreteNoising:
 class GammaNoising(DiscreteNoising):
     """As Palette (arXiv 2111.05826): the network is given gamma_t = a_t, a number in (0, 1), in place of t.
 
-    Training draws it between the levels of two neighbouring timesteps, so these are fractions: t = 1.25 lies a quarter of the
-    way from gamma_1 to gamma_2.
+    Training draws it between the levels of two neighbouring timesteps, so these are fractions: t = 1.25 lies a quarter
+    of the way from gamma_1 to gamma_2.
     """
 
     def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints of Palette (arXiv 2111.05826) as its PyTorch code saves them, `*_Network.pth` and the EMA copy beside it.
 
-The network is diffusers' UNet2DModel under other names. It is not given the timestep t but gamma_t, the share of the image's
-variance that is left at t, a number in (0, 1): a model that is given t instead loads, and predicts wrongly.
+The network is diffusers' UNet2DModel under other names. It is not given the timestep t but gamma_t, the share of the
+image's variance that is left at t, a number in (0, 1): a model that is given t instead loads, and predicts wrongly.
 """
 
 import re
@@ -18,7 +18,8 @@ ROOT = "denoise_fn."
 HEAD_WIDTH = 32  # channels of an attention head; no tensor tells it
 # Their names within a residual block -> diffusers'.
 _RESIDUAL = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2", "out_layers.3": "conv2",
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }  # fmt: skip
 _SINGLE = {
@@ -41,7 +42,8 @@ def without_schedule(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The options of the model in such a file: its network and the schedule that it was trained with. Raises WeightsError."""
+    """The options of the model in such a file: its network and the schedule that it was trained with. Raises
+    WeightsError."""
     network = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
     levels, blocks = _shape(network)
     widths = [
@@ -53,7 +55,8 @@ def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
         "scheduler": _schedule(tensors.get("gammas")),
         "network": {
             "class": "UNet2DModel", "in_channels": stem.shape[1], "out_channels": network["out.2.weight"].shape[0],
-            "block_out_channels": widths, "layers_per_block": blocks, "down_block_types": ["ResnetDownsampleBlock2D"] * levels,
+            "block_out_channels": widths, "layers_per_block": blocks,
+            "down_block_types": ["ResnetDownsampleBlock2D"] * levels,
             "up_block_types": ["ResnetUpsampleBlock2D"] * levels, "resnet_time_scale_shift": "scale_shift",
             "attention_head_dim": HEAD_WIDTH, "attn_norm_num_groups": 32,
         },
@@ -61,7 +64,8 @@ def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of such a file by diffusers' names; those of its schedule, which are no weights, are left out. Raises WeightsError."""
+    """The tensors of such a file by diffusers' names; those of its schedule, which are no weights, are left out. Raises
+    WeightsError."""
     network = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
     places = _places(*_shape(network))
     renamed = {}
@@ -147,7 +151,8 @@ def _places(levels: int, blocks: int) -> dict[str, str]:
 
 
 def _schedule(gammas: torch.Tensor | None) -> dict[str, Any]:
-    """The config of a scheduler with these products of 1 - beta; the one that Palette trains with where the file has none."""
+    """The config of a scheduler with these products of 1 - beta; the one that Palette trains with where the file has
+    none."""
     if gammas is None:
         return LINEAR
     kept = gammas.double()
@@ -178,6 +183,7 @@ def _buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
     held = {
         "gammas": kept, "sqrt_recip_gammas": (1 / kept).sqrt(), "sqrt_recipm1_gammas": (1 / kept - 1).sqrt(),
         "posterior_log_variance_clipped": variance.clamp_min(1e-20).log(),
-        "posterior_mean_coef1": betas * former.sqrt() / (1 - kept), "posterior_mean_coef2": (1 - former) * (1 - betas).sqrt() / (1 - kept),
+        "posterior_mean_coef1": betas * former.sqrt() / (1 - kept),
+        "posterior_mean_coef2": (1 - former) * (1 - betas).sqrt() / (1 - kept),
     }  # fmt: skip
     return {name: tensor.float() for name, tensor in held.items()}

@@ -37,7 +37,8 @@ class Parts:
 
 
 def parts(folder: Path, first_stage: Path | None = None) -> Parts:
-    """Where the parts are: in a pipeline's folder, or the network alone, the others in `first_stage`. Raises WeightsError."""
+    """Where the parts are: in a pipeline's folder, or the network alone, the others in `first_stage`. Raises
+    WeightsError."""
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
         if first_stage is None:
             raise WeightsError(
@@ -53,13 +54,15 @@ def parts(folder: Path, first_stage: Path | None = None) -> Parts:
 
 
 def is_latent(folder: Path) -> bool:
-    """Whether a folder is of a pipeline, or a network, that works on latents. Raises WeightsError for other pipelines."""
+    """Whether a folder is of a pipeline, or a network, that works on latents. Raises WeightsError for other
+    pipelines."""
     if not (folder / INDEX).is_file():
         return networks.described(folder)["class"] in LATENT_NETWORKS
     index = folders.config(folder / INDEX)
     if strange := [name for name in _OTHER_PARTS if name in index]:
         raise WeightsError(
-            f"{folder} is a {index.get('_class_name', 'pipeline')}, which has a {strange[0]}: give a pipeline that fills in holes"
+            f"{folder} is a {index.get('_class_name', 'pipeline')}, which has a {strange[0]}: give a pipeline that "
+            "fills in holes"
         )
     return "vae" in index
 
@@ -100,8 +103,8 @@ def options(folder: Path, chosen: dict[str, Any], first_stage: Path | None = Non
         scheduler = chosen["scheduler"]
     else:
         raise WeightsError(
-            f"{folder} and {first_stage} do not say how noise is added: give the folder of a pipeline as model.first_stage, "
-            "or model.options.scheduler"
+            f"{folder} and {first_stage} do not say how noise is added: give the folder of a pipeline as "
+            "model.first_stage, or model.options.scheduler"
         )
     return {
         "network": network,
@@ -121,8 +124,8 @@ def _side(network: dict[str, Any]) -> int:
 def write(tensors: dict[str, torch.Tensor], options, folder: Path, origin: Path | None = None) -> str:
     """Write a pipeline folder that diffusers' own class loads; the expression that does, with FOLDER for its place.
 
-    tensors: the model's. origin: a pipeline's folder whose text encoders are copied, since they were not trained; without
-    it the folder holds the prompt's embedding alone. Raises WeightsError and MissingExtra.
+    tensors: the model's. origin: a pipeline's folder whose text encoders are copied, since they were not trained;
+    without it the folder holds the prompt's embedding alone. Raises WeightsError and MissingExtra.
     """
     network, vae = options.network, options.vae
     if vae["class"] == "TAEF2":

@@ -35,8 +35,8 @@ def embedding(folder: Path, network: dict[str, Any], chosen: dict[str, Any]) -> 
     """What the folder's text encoders make of the prompts, (K, T, D) and pooled (K, P): with our names, in float32.
 
     chosen: the options that the config sets: the first row is of `prompt`, the others of `prompts`. Where `prompt` is
-    null it is zeros. Without text encoders it is the embedding that was written into the folder. Raises WeightsError and
-    MissingExtra.
+    null it is zeros. Without text encoders it is the embedding that was written into the folder. Raises WeightsError
+    and MissingExtra.
     """
     prompt, others = chosen.get("prompt", ""), tuple(chosen.get("prompts", ()))
     if prompt is None:
@@ -52,8 +52,8 @@ def embedding(folder: Path, network: dict[str, Any], chosen: dict[str, Any]) -> 
         if (folder / FILE).is_file():
             return tensor_files.load(folder / FILE, str(folder / FILE))
         raise WeightsError(
-            f"{folder} has no text_encoder to embed a prompt with, not even the empty one: give a whole pipeline's folder, "
-            "or set model.options.prompt to null for zeros in its place"
+            f"{folder} has no text_encoder to embed a prompt with, not even the empty one: give a whole pipeline's "
+            "folder, or set model.options.prompt to null for zeros in its place"
         )
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a prompt's embedding")

@@ -68,7 +68,8 @@ class Decoder(nn.Module):
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,), dtype, texts) to (emb (B, E), context): what encoder and decoder are both given besides the image."""
+    """(timesteps (B,), dtype, texts) to (emb (B, E), context): what encoder and decoder are both given besides the
+    image."""
 
     def __init__(self, whole: UNet2DModel):
         super().__init__()

@@ -32,9 +32,11 @@ _PLAIN = {
 
 
 class Conditioning(nn.Module):
-    """(timesteps (B,), dtype, texts) to (embedding of time (B, E), prompt (B, T, D)): what encoder and decoder are given.
+    """(timesteps (B,), dtype, texts) to (embedding of time (B, E), prompt (B, T, D)): what encoder and decoder are
+    given.
 
-    texts: which of the K prompts each row has (B,); None: all the first. SDXL adds the pooled prompt (1, P) and six sizes in pixels (original, crop, target) to the embedding of time.
+    texts: which of the K prompts each row has (B,); None: all the first. SDXL adds the pooled prompt (1, P) and six
+    sizes in pixels (original, crop, target) to the embedding of time.
     """
 
     prompt: torch.Tensor
