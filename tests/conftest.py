@@ -5,6 +5,7 @@ import logging
 import os
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 # What the tests start computes on one thread too, and Ray's workers are not left waiting for the other processes of a
 # parallel run: Ray gives them a niceness of 15, with which they come to nothing on a machine that is busy.
@@ -53,18 +54,30 @@ LONGEST = [
 FOLDERS = ["jobs", "training", "cycles", "cli"]
 
 
-@pytest.hookimpl(tryfirst=True)
+def _group(path: str | Path) -> str:
+    return TOGETHER.get(Path(path).stem, Path(path).stem)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A parallel run hands out files, or several TOGETHER."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByGroup(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid.partition("::")[0])
+
+    return ByGroup(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A parallel run hands out files, or several TOGETHER, in this order, so that its processes end at about one
-    time."""
-    places = {}
-    for item in items:
-        group = TOGETHER.get(item.path.stem, item.path.stem)
-        item.add_marker(pytest.mark.xdist_group(group))
-        folder = item.path.parent.name
+    """In an order by which the processes of a parallel run end at about one time."""
+
+    def place(item: pytest.Item) -> tuple[int, int]:
+        group, folder = _group(item.path), item.path.parent.name
         long = LONGEST.index(group) if group in LONGEST else len(LONGEST)
-        places[item] = long, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
-    items.sort(key=places.__getitem__)
+        return long, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True, scope="session")

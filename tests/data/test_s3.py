@@ -295,8 +295,9 @@ def test_buckets_are_addressed_as_is_asked_for(s3, s3_server, lost_user, monkeyp
         port = proxy.url.rpartition(":")[2]
         lost_user(**given.get(way, {}), AWS_ENDPOINT_URL=f"http://s3.test:{port}", NO_PROXY="*", no_proxy="*")
         proxy.faults["GET"] = [503] * 2
-        with pytest.raises(StorageError):
+        with pytest.raises(StorageError) as refused:
             Storage(s3).read("x")
+        assert proxy.requests, refused.value
         host, path = proxy.headers[0]["Host"], proxy.requests[0][1]
     if way == "neither":
         assert host == f"s3.test:{port}" and path.startswith(f"/{BUCKET}/")
