@@ -114,18 +114,18 @@ def test_a_browser_draws_it_and_opens_a_point(html, tmp_path):
                 "document.querySelector('#p000').open || [...document.querySelectorAll('img')].some(i => i.src)"
             )
             # Where the front has p000, as a pointer sees it.
-            x, y = tab.run("""(() => {
+            where = """(() => {
                 const place = document.getElementById("front-0");
                 const trace = place.data.find(t => t.name === "Pareto front"), at = trace.customdata.indexOf("p000");
                 place.scrollIntoView({block: "center"});
                 const box = place.getBoundingClientRect(), {xaxis, yaxis} = place._fullLayout;
                 return [box.x + xaxis._offset + xaxis.d2p(trace.x[at]), box.y + yaxis._offset + yaxis.d2p(trace.y[at])];
-            })()""")
+            })()"""  # looked up each time, since a page that is still being laid out moves it
             hovered = "/p000.*alpha 0.01/.test(document.querySelector('#front-0 .hoverlayer')?.textContent)"
-            tab.wait(hovered, again=lambda x=x, y=y: tab.move(x, y))
-            tab.click(x, y)
+            tab.wait(hovered, again=lambda where=where: tab.move(*tab.run(where)))
+            tab.click(*tab.run(where))
             # A page that is busy may have missed it.
-            tab.wait("document.querySelector('#p000').open", again=lambda x=x, y=y: again(tab, x, y))
+            tab.wait("document.querySelector('#p000').open", again=lambda where=where: again(tab, *tab.run(where)))
             tab.wait("[...document.querySelectorAll('#p000 img')].every(i => i.complete && i.naturalWidth === 32)")
             assert tab.run("document.activeElement.closest('details').id") == "p000"
         tab.open(path, 1280, dark=True)
