@@ -26,6 +26,7 @@ from unlearn.data.node_cache import node_copy
 from unlearn.data.pack_file import QUALITY, Packing
 from unlearn.data.recode import recoded
 from unlearn.data.storage import Storage, local_copy
+from unlearn.documents import from_json
 from unlearn.errors import DataError, ImageError, UnlearnError
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,10 @@ def _own(storage: Storage, about: dict[str, str]) -> None:
             storage.delete(ABOUT)
             raise DataError(f"{storage.uri}: holds shards already; give an empty folder")
         return
-    before = json.loads(storage.read(ABOUT))
+    try:
+        before = dict(from_json(storage.read(ABOUT)))
+    except (TypeError, ValueError):
+        raise DataError(f"{storage.where(ABOUT)} is damaged; give an empty folder") from None
     for key, what in (("packing", "was packed in another way"), ("images", "was packed from other images")):
         if before.get(key) != about[key]:
             raise DataError(f"{storage.uri}: {what}; give an empty folder, or the same packing to go on with it")

@@ -13,11 +13,11 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import count, islice
-from pathlib import Path
 
 from ray.tune.search import Searcher
 
 from jobs import run_folder
+from jobs.suggestions import Stateless
 from jobs.sweep_state import SweepState
 from unlearn.data.storage import Storage
 from unlearn.search import population
@@ -26,7 +26,7 @@ from unlearn.search.space import Sweep
 log = logging.getLogger(__name__)
 
 
-class Population(Searcher):
+class Population(Stateless):
     """What Ray Tune asks for trials: one stage of one point at a time."""
 
     def __init__(self, sweep: Sweep, state: SweepState):
@@ -37,9 +37,6 @@ class Population(Searcher):
         self.running: set[str] = set()  # trials of Ray Tune
         self.turns = self._turns()
 
-    def set_search_properties(self, metric, mode, config, **spec) -> bool:
-        return True
-
     def suggest(self, trial_id: str) -> dict | str | None:
         turn = None if self.state.stopping else next(self.turns, None)
         if turn is None:
@@ -49,9 +46,6 @@ class Population(Searcher):
             return None
         self.running.add(trial_id)
         return {"point": point, "stage": stage}
-
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        pass
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         self.running.discard(trial_id)
@@ -90,14 +84,3 @@ class Population(Searcher):
                 stages = [*trial.stages[:stage], told]
                 self.state.renewed(replace(trial, parameters=heir.parameters, stages=stages))
             log.info("%s goes on from %s with a learning rate of %.3g", heir.point, heir.donor, heir.lr)
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records are what a sweep goes on from."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        pass
-
-    def __getstate__(self) -> dict:
-        """The same where Ray Tune pickles itself."""
-        return {}

@@ -39,7 +39,28 @@ class Listed:
         pass
 
 
-class Suggestions(Searcher):
+class Stateless(Searcher):
+    """A search algorithm that goes on from the records of a sweep, and from nothing that Ray Tune keeps."""
+
+    def set_search_properties(self, metric, mode, config, **spec) -> bool:
+        return True
+
+    def on_trial_result(self, trial_id: str, result: dict) -> None:
+        pass
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the records are what a sweep goes on from."""
+        Path(checkpoint_path).touch()
+
+    def restore(self, checkpoint_path: str) -> None:
+        pass
+
+    def __getstate__(self) -> dict:
+        """The same where Ray Tune pickles itself."""
+        return {}
+
+
+class Suggestions(Stateless):
     """What Ray Tune asks for trials: points of a source that have something to run. What is known of a point already is
     told to the source at once, and is no trial of Ray Tune."""
 
@@ -51,9 +72,6 @@ class Suggestions(Searcher):
         self.names: dict[
             str, list[str]
         ] = {}  # point that runs -> the source's names for it: it may be proposed again meanwhile
-
-    def set_search_properties(self, metric, mode, config, **spec) -> bool:
-        return True
 
     def suggest(self, trial_id: str) -> dict | str | None:
         for point in self.replays:
@@ -82,9 +100,6 @@ class Suggestions(Searcher):
         parameters = self.state.point(point).parameters
         return {"point": point, "parameters": {key: _plain(mask(value, key)) for key, value in parameters.items()}}
 
-    def on_trial_result(self, trial_id: str, result: dict) -> None:
-        pass
-
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         point = self.running.pop(trial_id)
         if self.state.stopping:  # what is not over goes on at the next start
@@ -92,17 +107,6 @@ class Suggestions(Searcher):
         self.state.ended(point)
         for name in self.names.pop(point):
             self.source.tell(name, self.state.point(point))
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: the records are what a sweep goes on from."""
-        Path(checkpoint_path).touch()
-
-    def restore(self, checkpoint_path: str) -> None:
-        pass
-
-    def __getstate__(self) -> dict:
-        """The same where Ray Tune pickles itself."""
-        return {}
 
 
 def _plain(value: Any) -> Any:

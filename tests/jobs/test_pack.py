@@ -107,6 +107,9 @@ def test_it_goes_on_with_what_is_missing_and_refuses_shards_of_another_packing(p
     Storage(tmp_path / "about").write(job.ABOUT, json.dumps({"packing": found.identity(), "images": "0"}).encode())
     with pytest.raises(DataError, match="packed from other images"):
         job.pack(packing(photographs, tmp_path / "about", size=32))
+    Storage(tmp_path / "about").write(job.ABOUT, b'["cut off')
+    with pytest.raises(DataError, match="_pack.json is damaged"):
+        job.pack(packing(photographs, tmp_path / "about", size=32))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "0.parquet").write_bytes(next(iter(before.values())))
     with pytest.raises(DataError, match="holds shards already"):

@@ -15,6 +15,17 @@ from jobs.backends.base import State
 INFRA = Path(__file__).parents[2] / "infra/kubernetes"
 
 
+def workload_of(job: dict) -> dict:
+    """What Kueue makes of a job in the queue."""
+    return {
+        "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload",
+        "metadata": {"name": "w", "namespace": SPACE, "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
+        "spec": {"queueName": "gpus",
+            "podSets": [{"name": "head", "count": 1,
+                    "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
+    }  # fmt: skip
+
+
 def test_a_job_in_a_queue(operator, sent, api_server):
     """Kueue holds it back: the state is queued, with its reason; stopping deactivates its workload."""
     operator.over.set()
@@ -23,13 +34,7 @@ def test_a_job_in_a_queue(operator, sent, api_server):
     assert here.get(request.id).live and not operator.jobs()[0]["spec"].get("suspend")
     assert "no such queue, or Kueue has not looked yet" in here.get(request.id).message
     job = operator.jobs()[0]
-    workload = {
-        "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload",
-        "metadata": {"name": "w", "namespace": SPACE, "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
-        "spec": {"queueName": "gpus",
-            "podSets": [{"name": "head", "count": 1,
-                    "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
-    }  # fmt: skip
+    workload = workload_of(job)
     # What a slice of an elastic job leaves behind.
     old = {**workload, "metadata": {**workload["metadata"], "name": "older"}}
     api_server.apply(old)
@@ -124,13 +129,7 @@ def test_whoever_submits_has_the_rights_that_it_takes_and_no_more(operator, sent
     operator.ends[request.id] = {"stays": "Initializing"}
     submit.submit(here, request, mounted=True)
     job = until(lambda: [job for job in operator.jobs() if job.get("status")])[0]
-    workload = {
-        "apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload",
-        "metadata": {"name": "w", "namespace": SPACE, "labels": {"kueue.x-k8s.io/job-uid": job["metadata"]["uid"]}},
-        "spec": {"queueName": "gpus",
-            "podSets": [{"name": "head", "count": 1,
-                    "template": {"spec": {"containers": [{"name": "c", "image": "i"}]}}}]},
-    }  # fmt: skip
+    workload = workload_of(job)
     api_server.apply(workload)
     here.get(request.id), "".join(here.logs(request.id, False))
     api_server.call(

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from support.models import TINY
+from support.models import TINY, block_names
 
 from unlearn import config, views
 from unlearn.errors import ConfigError, WeightsError
@@ -102,16 +102,7 @@ def public_names() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     for prefix, w, depth in (("blocks", width, TINY["depth"]), ("decoder_blocks", inner, TINY["decoder_depth"])):
         for i in range(depth):
-            shapes = {
-                "norm1": (w,),
-                "attn.qkv": (3 * w, w),
-                "attn.proj": (w, w),
-                "norm2": (w,),
-                "mlp.fc1": (4 * w, w),
-                "mlp.fc2": (w, 4 * w),
-            }
-            for name, shape in shapes.items():
-                names |= {f"{prefix}.{i}.{name}.weight": shape, f"{prefix}.{i}.{name}.bias": shape[:1]}
+            names |= block_names(f"{prefix}.{i}", w)
     return names
 
 

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import torch
 
+from support.models import block_names
 from unlearn import config, views
 from unlearn.models import weights
 from unlearn.models.mage import MaskedGenerativeEncoder
@@ -194,16 +195,7 @@ def mage_names() -> dict[str, tuple[int, ...]]:
     }  # fmt: skip
     for prefix, w, depth in (("blocks", WIDTH, SMALL["depth"]), ("decoder_blocks", INNER, SMALL["decoder_depth"])):
         for i in range(depth):
-            shapes = {
-                "norm1": (w,),
-                "attn.qkv": (3 * w, w),
-                "attn.proj": (w, w),
-                "norm2": (w,),
-                "mlp.fc1": (4 * w, w),
-                "mlp.fc2": (w, 4 * w),
-            }
-            for name, shape in shapes.items():
-                names |= {f"{prefix}.{i}.{name}.weight": shape, f"{prefix}.{i}.{name}.bias": shape[:1]}
+            names |= block_names(f"{prefix}.{i}", w)
     return names
 
 

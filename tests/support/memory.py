@@ -3,9 +3,15 @@
 import gc
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+
+
+_pools: list[pa.MemoryPool] = []  # kept, since what was made in a pool is given back to it
 
 
 def private() -> int:
@@ -36,3 +42,19 @@ def peak(call: Callable[[], Any]) -> tuple[Any, int]:
         done.set()
         watching.join()
     return value, max(most, private()) - before
+
+
+def counted(call: Callable[[], Any]) -> tuple[Any, int, int]:
+    """(what the call gives, most bytes of Arrow's buffers, most bytes of Python's objects): those that it asked for,
+    whatever the allocators keep."""
+    known = pa.default_memory_pool()
+    pool = pa.proxy_memory_pool(known)
+    _pools.append(pool)
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        value = call()
+        return value, pool.max_memory(), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(known)

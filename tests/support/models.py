@@ -87,3 +87,15 @@ def cached(model: base.Adapter, batch: Batch) -> Batch:
 
 def levels(embedding: base.Embedding) -> list[torch.Tensor]:
     return [embedding] if isinstance(embedding, torch.Tensor) else embedding
+
+
+def block_names(prefix: str, width: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a transformer block as timm has it, which the public checkpoints of MAE and MAGE follow."""
+    shapes = {
+        "norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width),
+        "norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width),
+    }  # fmt: skip
+    return {
+        f"{prefix}.{name}.{part}": full for name, shape in shapes.items()
+        for part, full in (("weight", shape), ("bias", shape[:1]))
+    }  # fmt: skip
