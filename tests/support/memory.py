@@ -10,7 +10,6 @@ from typing import Any
 
 import pyarrow as pa
 
-
 _pools: list[pa.MemoryPool] = []  # kept, since what was made in a pool is given back to it
 
 
