@@ -261,6 +261,8 @@ def test_sizes_and_kinds_of_gpus():
     assert (found.memory, found.peak, found.share, found.guessed) == (141 << 30, 989e12, 0.35, False)
     assert report.device(run).guessed == (not torch.cuda.is_available())
     assert report.device(run, "24GiB", "L40S", 0.5).memory == 24 << 30
+    half = demo_config(overrides=["cluster.gpus_per_worker=0.5", "cluster.workers=1"])
+    assert report.device(half, gpu="h200").memory == (141 << 30) // 2, "the other half is somebody else's"
     for name, key in (
         ("H100", "H100 80GB HBM3"),
         ("A100", "A100"),

@@ -42,6 +42,8 @@ class Method:
     needs_decoder: whether the student's decoder is on the device. trains_first_stage: whether it is the first stage
     that is trained, on images; else the batch holds what it made of them. gradients_apart: whether the gradient of each
     term is wanted on its own, see `combine`. observes: whether it wants to know the terms of every step, see `observe`.
+    loss_options: the options that change nothing of what the teacher is shown; runs that differ in these alone share
+    what it makes of a micro-batch, so its inputs may depend on the micro-batch and the other options, on nothing else.
     """
 
     name: ClassVar[str]
@@ -52,6 +54,7 @@ class Method:
     trains_first_stage: ClassVar[bool] = False
     gradients_apart: ClassVar[bool] = False
     observes: ClassVar[bool] = False
+    loss_options: ClassVar[tuple[str, ...]] = ("alpha", "saliency", "distance")
     # forward units of one row (a forward is 1, a forward with backward 3), for FLOP/s: of the encoder, or of the whole
     # model where the decoder is needed
     units: ClassVar[float] = 4

@@ -39,6 +39,7 @@ class Decoupling(WholeModel):
     options: DecouplingOptions
     needs_teacher = True
     observes = True
+    loss_options = (*WholeModel.loss_options, "threshold")
     units = 4
 
     def __init__(self, options: DecouplingOptions):

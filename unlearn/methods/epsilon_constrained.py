@@ -48,6 +48,7 @@ class EpsilonConstrained(EncoderL2):
     options: EpsilonOptions
     gradients_apart = True
     observes = True
+    loss_options = (*EncoderL2.loss_options, "r", "boundary")
     units = 6  # two passes back
 
     def __init__(self, options: EpsilonOptions):

@@ -106,9 +106,8 @@ def device(
     if size:
         capacity = _size(size)
     else:
-        capacity = (
-            cost.GPU_MEMORY[known] << 30 if known and not here else torch.cuda.get_device_properties(0).total_memory
-        )
+        whole = cost.GPU_MEMORY[known] << 30 if known and not here else torch.cuda.get_device_properties(0).total_memory
+        capacity = int(whole * min(1, cluster.gpus_per_worker))  # workers may share a GPU
     peak, plain = (
         cost.gpu_peak(known, dtype) if known else cost.gpu_measured(dtype) for dtype in (training.dtype, "fp32")
     )

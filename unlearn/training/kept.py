@@ -1,16 +1,17 @@
 """What a process keeps from one run to the next, so that the next one starts sooner; nothing of it changes a result."""
 
-import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from unlearn import config
 from unlearn.data import cache
-from unlearn.data.recent import Recent
 from unlearn.models import weights
-from unlearn.models.base import Adapter, Embedding
-from unlearn.training import teacher
+from unlearn.models.base import Adapter
+from unlearn.run import Run
+from unlearn.training import targets, teacher
+from unlearn.training.targets import Targets
 from unlearn.views import View
 
 
@@ -18,15 +19,24 @@ class Kept:
     """The images that were read, and the newest teacher with what it made of its inputs."""
 
     def __init__(self, targets: bool = False):
-        """targets: whether what the teacher makes on a CPU is kept too, in a quarter of the caches' limit: runs of one
-        seed and equal sets ask it for the same, whatever their alpha. On a GPU the inputs could not be compared without
-        a wait."""
-        self._targets, self._images = targets, None
+        """targets: whether what the teacher makes is kept too, in a quarter of the caches' limit: runs of one seed and
+        equal sets ask it for the same, whatever their alpha."""
+        self._with_targets, self._images = targets, None
+        self.targets: Targets | None = None
         self._teacher: tuple[str, Adapter] | None = None
+
+    def begin(self, run: Run, device: torch.device) -> None:
+        """A run begins: the teacher will be asked for its targets."""
+        if not self._with_targets:
+            return
+        limit = cache.limit(run.settings.data, run.settings.cluster.workers) // 4
+        if self.targets is None or self.targets.limit != limit:
+            self.targets = Targets(limit)
+        self.targets.begin(targets.recipe(run, device))
 
     def images(self, settings: config.RunConfig) -> cache.ImageCache:
         """The cache for the images of a run; another one where its limit is another."""
-        share = 0.75 if self._targets else 1
+        share = 0.75 if self._with_targets else 1
         made = cache.image_cache(settings.data, settings.cluster.workers, share)
         if self._images is None or (self._images.limit, self._images.workers) != (made.limit, made.workers):
             self._images = made
@@ -46,25 +56,18 @@ class Kept:
         if self._teacher is None or self._teacher[0] != key:
             self._teacher = None  # before the next one is built, so that there is one in memory
             self._teacher = key, teacher.load(settings, device, decoder, sources)
-            if self._targets and device.type == "cpu":
-                limit = cache.limit(settings.data, settings.cluster.workers) // 4
-                self._teacher[1].encode = _Remembered(self._teacher[1].encode, limit)
+            if self._with_targets:
+                for name in ("encode", "predict"):
+                    setattr(self._teacher[1], name, self._remembered(name, getattr(self._teacher[1], name)))
         return self._teacher[1]
 
+    def _remembered(self, name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """A pass of the teacher that computes nothing twice."""
 
-class _Remembered:
-    """An `encode` that computes nothing twice. Inputs are compared by a digest of their bytes."""
+        def remembered(inputs: torch.Tensor, view: View, seed: int = 0) -> Any:
+            if not seed or self.targets is None:  # of no micro-batch
+                return compute(inputs, view, seed)
+            key = name, seed, inputs.shape
+            return self.targets.get(key, inputs.device, lambda: compute(inputs, view, seed))
 
-    def __init__(self, encode: Callable[..., Embedding], limit: int):
-        self.encode, self.known = encode, Recent(limit)
-
-    def __call__(self, inputs: torch.Tensor, view: View, seed: int = 0) -> Embedding:
-        digest = hashlib.blake2b(repr((inputs.dtype, inputs.shape, view.grid, seed)).encode())
-        for tensor in (inputs, view.visible, view.hidden):
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-
-        def computed() -> tuple[Embedding, int]:
-            made = self.encode(inputs, view, seed)
-            return made, sum(level.nbytes for level in ([made] if isinstance(made, torch.Tensor) else made))
-
-        return self.known.get(digest.digest(), computed)
+        return remembered

@@ -51,9 +51,7 @@ def worker(
 def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) -> None:
     settings = run.settings
     torch.set_num_threads(settings.training.threads)
-    device = (
-        torch.device("cuda", torch.cuda.current_device()) if settings.cluster.gpus_per_worker else torch.device("cpu")
-    )
+    device = _device(settings.cluster)
     checkpoints = Checkpoints(run.folder, settings.training.keep_checkpoints)
     start = checkpoints.newest()
 
@@ -62,6 +60,7 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
     first_stage = None if method.trains_first_stage else student.take_first_stage(device)
     if first_stage is not None:
         student.stock_noise(first_stage, settings.seed)
+    kept.begin(run, device)
     caches = None
     if first_stage is not None and settings.data.latent_cache:
         caches = latents.filled(run, student, first_stage, device, report)
@@ -94,6 +93,16 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
         train(
             run, engine, loader, checkpoints, start, until, student, method, phases, report, log, heart, average, masks
         )
+
+
+def _device(cluster: config.Cluster) -> torch.device:
+    """What this process computes on. Of a GPU that it shares it takes its part of the memory, and leaves the others
+    theirs."""
+    if not cluster.gpus_per_worker:
+        return torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker), device)
+    return device
 
 
 def train(
@@ -260,7 +269,8 @@ def _dry_run_step(engine: Engine, loader: Loader, settings: config.RunConfig) ->
     view = views.fullest(
         settings.train_views, loader.grid, loader.retain + loader.forget, order.generator(settings.seed, 1 << 23)
     )
-    engine.step(itertools.repeat(replace(loader.batch(0), view=view), settings.accumulation), 0.0)
+    batch = replace(loader.batch(0), view=view, seed=0)  # of no micro-batch that will come: its targets are not kept
+    engine.step(itertools.repeat(batch, settings.accumulation), 0.0)
     for fragment in engine.fragments():
         fragment.reset()
 
