@@ -208,6 +208,20 @@ def test_a_class_label_of_another_name_is_found_with_its_names(tmp_path):
     assert shards.index(where).names == {"label": "animal"} and chosen(where, classes=["bee"]) == [0, 3]
 
 
+def test_what_is_no_table_of_images_is_refused(tmp_path):
+    twice = pa.Table.from_arrays([pa.array([b"x"]), pa.array([0]), pa.array([1])], ["image", "label", "label"])
+    (tmp_path / "twice").mkdir()
+    pq.write_table(twice, tmp_path / "twice/a.parquet")
+    with pytest.raises(DataError, match="several columns called 'label'"):
+        shards.index(str(tmp_path / "twice"))
+    (tmp_path / "twice/a.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(DataError, match="a.parquet is a pointer of git-lfs, not the file itself"):
+        shards.index(str(tmp_path / "twice"))
+    pq.write_table(twice.slice(0, 0).select([0, 1]), tmp_path / "twice/a.parquet")
+    with pytest.raises(DataError, match="its Parquet files hold no row"):
+        shards.index(str(tmp_path / "twice"))
+
+
 def test_labels_are_not_needed_where_rows_are_chosen_by_id_or_subject(tmp_path):
     where = put(tmp_path, id=WORDS, subject=["p", "p", "q", "q"])
     assert shards.index(where).columns == ["image", "id", "subject"]

@@ -87,6 +87,7 @@ def test_a_layout_that_is_named_is_taken(tmp_path):
     "names, options",
     [
         (["val/ILSVRC2012_val_00000001.JPEG", "val/ILSVRC2012_val_00000002.JPEG"], {}),
+        (["train2017/000000000009.jpg"], {}),
         (["val_256/Places365_val_00000001.jpg"], {}),
         (["any/Places365_val_00000001.jpg"], {}),
         (["ILSVRC2012_val_00000001.JPEG"], {}),
@@ -107,6 +108,7 @@ def test_flat_folders_are_never_a_class(tmp_path, names, options):
     "text, classes, labels",
     [
         ("7\n3\n7\n", None, [7, 3, 7]),
+        ("\ufeffv_1.JPEG 7\nv_2.JPEG 3\nv_3.JPEG 7\n", None, [7, 3, 7]),
         ("n01443537\nn01440764\nn01443537\n", None, ["n01443537", "n01440764", "n01443537"]),
         ("v_3.JPEG 0\nv_1.JPEG 1\nv_2.JPEG 0\n", ["ant", "bee"], ["bee", "ant", "ant"]),
         ("/val/v_1.JPEG 5\n/val/v_2.JPEG 5\n/val/v_3.JPEG 6\nv_4.JPEG 6\n", None, [5, 5, 6]),
@@ -133,6 +135,9 @@ def test_flat_folders_take_their_labels_from_a_list(tmp_path, text, classes, lab
     "text, classes, message",
     [
         ("1\n2\n", None, "labels.txt: 2 labels for 3 images"),
+        ("-1\n-1\n-1\n", None, "label -1: labels are whole numbers from 0"),
+        ("9" * 30 + "\n1\n2\n", None, "label 9+: labels are whole numbers from 0"),
+        ("a.jpg 1\na.jpg 2\nb.jpg 2\nc.jpg 3\n", None, "gives a.jpg the labels 1 and 2"),
         ("a.jpg 1\nb.jpg 2\nx.jpg 3", None, "1 of 3 images are not in this list, for example val/c.jpg"),
         ("1\n2\n3\n", ["x", "y"], "label 3, and there are 2 class names"),
         ("x\ny\nz\n", ["x", "y"], "class 'z' is not among the given class names"),

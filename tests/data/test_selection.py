@@ -125,21 +125,30 @@ def test_retain_is_the_rest_and_a_proxy_stands_in_its_role(tiny_shards, no_ids):
     [
         (
             {"forget": {"classes": [0, 1]}, "retain": {"classes": ["bee"]}},
-            "overlap in 12 image.* for example img-012, img-013",
+            "overlap in 12 image.* for example row 4 of row group 1 of shard-0.parquet",
         ),
         (
             {"forget": {"subjects": ["person-1"]}, "proxy": {"classes": ["ant"]}},
-            "overlap in 3 image.* img-001, img-006, img-011",
+            "overlap in 3 image.* for example row 1 of row group 0 of shard-0.parquet",
         ),
         ({"forget": {}}, "selects every image: nothing is left to retain"),
         ({"forget": {"classes": []}}, "the forget set is empty"),
         ({"forget": {"classes": ["ant"], "subjects": ["person-0"], "exclude_classes": [0]}}, "forget"),
         ({"forget": {"classes": ["cow"]}}, "data.forget.classes: no class 'cow'.*it has ant, bee, cat, dog"),
         ({"retain": {"exclude_classes": [9]}}, "data.retain.exclude_classes: no class 9.*from 0 to 3"),
-        ({"forget": {"ids": ["img-001", "img-1"]}}, "data.forget.ids: 1 of 2 not found, for example 'img-1'"),
-        ({"forget": {"classes": [], "ids": ["img-001"]}}, "data.forget.ids: 1 of 1 not found, for example 'img-001'"),
+        (
+            {"forget": {"ids": ["img-001", "img-1"]}},
+            "data.forget.ids: 1 of 2 not found, for example number 2 of the list",
+        ),
+        (
+            {"forget": {"classes": [], "ids": ["img-001"]}},
+            "data.forget.ids: 1 of 1 not found, for example number 1 of the list",
+        ),
         ({"forget": {"classes": [], "subjects": ["person-1"]}}, "data.forget.subjects: 1 of 1 not found"),
-        ({"forget": {"subjects": ["nobody"]}}, "data.forget.subjects: 1 of 1 not found, for example 'nobody'"),
+        (
+            {"forget": {"subjects": ["nobody"]}},
+            "data.forget.subjects: 1 of 1 not found, for example number 1 of the list",
+        ),
     ],
 )
 def test_a_selection_that_cannot_be_is_told(tiny_shards, roles, message):

@@ -100,11 +100,12 @@ def test_other_metadata_gives_no_names(tmp_path, about):
     assert shards.index(str(tmp_path)).classes == []
 
 
-def test_only_columns_that_every_shard_has_are_promised(tmp_path):
+def test_only_columns_that_every_shard_has_are_promised(tmp_path, caplog):
     put(Storage(tmp_path), labelled([0], id=["x"], subject=["s"]), "a.parquet")
     put(Storage(tmp_path), labelled([0], subject=["s"]), "b.parquet")
     put(Storage(tmp_path), labelled([0], id=["y"], subject=["s"]), "c.parquet")
     assert shards.index(str(tmp_path)).columns == ["image", "label", "subject"]
+    assert "b.parquet: has no id, and files beside it have: no row of the folder will be found by it" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -299,6 +300,15 @@ def test_splits_of_one_folder_are_never_one_set(place, names):
     }
     run = config.parse(tree | {"evaluation": {"split": "test"}})
     assert held_out.sets(run, selection.sets(run.data, 0))["retain"].manifest == test
+
+
+def test_versions_of_one_set_on_a_hub_are_told(tmp_path, caplog):
+    """Each subset, and what the hub converts by itself, has a folder with the same numbered files."""
+    for name in ("en/train-00000-of-00001.parquet", "fr/train-00000-of-00001.parquet", "en/partial-test/0000.parquet"):
+        put(Storage(str(tmp_path)), labelled([0]), name)
+    assert shards.index(str(tmp_path), split="train").rows == 2
+    assert "en, fr hold files of the same names, and are taken as one set" in caplog.text
+    assert shards.index(str(tmp_path), split="test").rows == 1
 
 
 def test_a_folder_of_one_split_is_a_set(tmp_path):

@@ -1,8 +1,9 @@
 """The columns of Parquet files from any source: which one holds the image, label, id and subject, and their values.
 
-    image     bytes: binary of every kind, dictionary-encoded, or a struct with `bytes` label     whole numbers, also as
-    floats, decimals, booleans or lists of one; or text, which names the class id, subject   text; whole numbers are
-    written in decimal, UUIDs as UUIDs, fixed-size binary in hexadecimal, other binary is UTF-8
+    image        bytes: binary of every kind, dictionary-encoded, or a struct with `bytes`
+    label        whole numbers, also as floats, decimals, booleans or lists of one; or text, which names the class
+    id, subject  text; whole numbers are written in decimal, UUIDs as UUIDs, fixed-size binary in hexadecimal, other
+                 binary is UTF-8
 
 A label, an id or a subject may also be a part of the path, as in `label=3/part-0.parquet` (hive partitions).
 """
@@ -24,10 +25,11 @@ from unlearn.errors import DataError
 
 ROLES = ("image", "label", "id", "subject")
 NONE = "none"  # in place of a column name: the role has no column
-# Names accepted for the label where there is no `label`, if exactly one of them is there.
-LABELS = ("labels", "class", "class_id", "class_idx", "class_label", "class_name", "classes", "target", "category",
-    "cls", "y",
-          "fine_label", "coarse_label")  # fmt: skip
+# Names accepted for the label where there is no `label`, in any case, if exactly one of them is there.
+LABELS = (
+    "label", "labels", "class", "class_id", "class_idx", "class_label", "class_name", "classes", "target", "category",
+    "cls", "y", "fine_label", "coarse_label",
+)  # fmt: skip
 # Signatures of encoded images, at the first or the fifth byte: JPEG, PNG, GIF, WebP, BMP, TIFF, JPEG 2000, AVIF.
 _SIGNATURES = (
     b"\xff\xd8\xff",
@@ -57,6 +59,9 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
     meant.
     """
     schema, parts = parquet.schema_arrow, partitions(path)
+    if len(set(schema.names)) < len(schema.names):
+        twice = next(name for name in schema.names if schema.names.count(name) > 1)
+        raise DataError(f"{where}: has several columns called {twice!r}: write each under a name of its own")
     there = [*schema.names, *(key for key in parts if key not in schema.names)]
     for role, column in given.items():
         if column not in there and column != NONE:
@@ -66,7 +71,7 @@ def find(parquet: pq.ParquetFile, path: str, given: dict[str, str], where: str) 
         columns["image"] = column
     if "label" not in columns and given.get("label") != NONE:
         named = [name for name, feature in _features(schema).items() if name in there and _names(feature)]
-        likely = named or [name for name in there if name in LABELS and name not in columns.values()]
+        likely = named or [name for name in there if name.lower() in LABELS and name not in columns.values()]
         if len(likely) > 1:
             raise DataError(f"{where}: {' or '.join(likely)} may be the label; say which with --label-column")
         if likely:
@@ -128,6 +133,8 @@ def of_path(path: str, column: str, role: str, rows: int, where: str) -> pa.Chun
     if value is None or value == "__HIVE_DEFAULT_PARTITION__":
         raise DataError(f"{where}: no value of `{column}` in its path")
     if role == "label" and value.isascii() and value.isdigit():
+        if int(value[:20]) >= 1 << 63:
+            raise DataError(f"{where}: its path gives a label over 2^63 - 1")
         return pa.chunked_array([np.full(rows, int(value))])
     return pa.chunked_array([pa.array([value] * rows, pa.string())])
 

@@ -27,7 +27,7 @@ Layout = Literal["folder", "imagenet", "places365", "webdataset"]
 ABOUT = {".cls", ".json"}  # suffixes of label files in a WebDataset
 LARGEST = 1 << 20  # bytes of a label file
 _SPLIT = re.compile(
-    r"(ilsvrc\d+_img_)?(train|training|val|valid|validation|test|testing)([_-](\d+|large|standard|challenge|images?|img|set|data))*",
+    r"(ilsvrc\d+_img_)?(train|training|val|valid|validation|test|testing)(\d{4})?([_-](\d+|large|standard|challenge|images?|img|set|data))*",
     re.I,
 )
 _IMAGES = {"images", "image", "imgs", "img"}  # folder names that are not classes
@@ -55,12 +55,14 @@ def arrange(
     """
     if labels is not None:
         class_of = _listed(images, Path(labels))
-    elif layout == "webdataset" or (layout is None and any(n.endswith(".cls") for n in about)):
+    elif layout == "webdataset" or (layout is None and _has_labels_beside(images, about)):
         class_of = _beside(images, about, read, src)
     else:
         class_of = _folders(images, src, layout, split)
     loose = len(images) - sum(name in class_of for name in images)
     values = set(class_of.values())
+    if wrong := sorted(v for v in values if (labels or about) and re.fullmatch(r"-\d+|\d{19,}", v)):
+        raise DataError(f"{src}: label {wrong[0]}: labels are whole numbers from 0 to 10^18 - 1, or names")
     if (
         values
         and all(re.fullmatch(r"\d{1,18}", value) for value in values)
@@ -85,6 +87,9 @@ def _folders(images: Sequence[str], src: str, layout: Layout | None, split: str 
     below = {folder: _below_split(folder, split) for folder in set(folders.values())}
     holding = {folder for folder, rest in below.items() if rest}
     _no_flat(folders, below, holding, src)
+    splits = sorted({"/".join(f[: len(f) - len(below[f])]) for f in holding if len(below[f]) < len(f)})
+    if split is None and len(splits) > 1:
+        log.warning("%s: %s are packed as one set: choose one with --split", src, ", ".join(splits[:8]))
     wrapper, ending = _shared(sorted({below[folder] for folder in holding}))
     paths = {folder: below[folder][wrapper : len(below[folder]) - ending] for folder in holding}
     last: dict[str, set] = {}
@@ -165,7 +170,7 @@ def _letter(path: Sequence[str]) -> bool:
 def _listed(images: Sequence[str], path: Path) -> dict[str, str]:
     """{image: label} of a list."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(
             f"{path}: cannot be read as a list of labels ({getattr(e, 'strerror', None) or 'not UTF-8'})"
@@ -180,7 +185,10 @@ def _listed(images: Sequence[str], path: Path) -> dict[str, str]:
             name: line[0]
             for name, line in zip(sorted(images, key=lambda n: (PurePosixPath(n).name, n)), lines, strict=True)
         }
-    known: dict[str, str] = {line[0].lstrip("/"): line[1] for line in lines if len(line) > 1}
+    known: dict[str, str] = {}
+    for name, value in ((line[0].lstrip("/"), line[1]) for line in lines if len(line) > 1):
+        if known.setdefault(name, value) != value:
+            raise DataError(f"{path}: gives {name} the labels {known[name]} and {value}")
     label_of = {}
     for name in images:
         # Lists name an image by its whole path, the end of it, or its name without a suffix.
@@ -194,6 +202,14 @@ def _listed(images: Sequence[str], path: Path) -> dict[str, str]:
             f"{path}: {len(missing)} of {len(images)} images are not in this list, for example {missing[0]}"
         )
     return label_of
+
+
+def _has_labels_beside(images: Sequence[str], about: Sequence[str]) -> bool:
+    """Whether this is a WebDataset: there are .cls, or images without folders have a .json each."""
+    if any(name.endswith(".cls") for name in about):
+        return True
+    keys = {_key(name) for name in about}
+    return all(len(_parts(name)) == 1 and _key(name) in keys for name in images)
 
 
 def _beside(images: Sequence[str], about: Sequence[str], read: Callable[[str], bytes], src: str) -> dict[str, str]:

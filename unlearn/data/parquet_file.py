@@ -10,6 +10,7 @@ from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 
 FOOTERS = 64 << 20  # bytes of memory for the footers that are kept
+LFS = b"version https://git-lfs"  # how a pointer begins
 PARSED = 11  # bytes of memory for one of a footer as it is stored
 _footers = Recent(FOOTERS)
 
@@ -43,6 +44,11 @@ def opened(
     try:
         return pq.ParquetFile(file, metadata=metadata, pre_buffer=pre_buffer)
     except (pa.ArrowException, OSError) as e:
+        file.seek(0)
+        if file.read(len(LFS)) == LFS:
+            raise DataError(
+                f"{where} is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`"
+            ) from None
         raise DataError(f"{where}: truncated, or not Parquet ({short(e)}); restore the shard") from None
 
 

@@ -218,16 +218,22 @@ def name_row(manifest: shards.Manifest, row: int) -> str:
     return identity(manifest, table)[row - int(manifest.starts[group])]
 
 
+def _place(manifest: shards.Manifest, row: int) -> str:
+    """Where a row lies, for messages that may be logged: unlike its id it tells nothing of a person."""
+    group = int(manifest.group_of(np.array([row]))[0])
+    s, g = manifest.groups[group]
+    return f"row {row - int(manifest.starts[group])} of row group {g} of {manifest.shards[s].path}"
+
+
 def _no_overlap(row_sets: dict[str, RowSet]) -> None:
     if len(row_sets) < 2 or row_sets["forget"].manifest.hash != row_sets["retain"].manifest.hash:
         return
     both = np.intersect1d(row_sets["forget"].rows, row_sets["retain"].rows)
     if len(both):
         manifest = row_sets["forget"].manifest
-        names = ", ".join(name_row(manifest, int(r)) for r in both[:3])
         raise ConfigError(
-            f"data: forget and retain overlap in {len(both)} image(s), for example {names}; an image can only be in "
-            "one of them"
+            f"data: forget and retain overlap in {len(both)} image(s), for example {_place(manifest, int(both[0]))}; "
+            "an image can only be in one of them"
         )
 
 
@@ -236,9 +242,12 @@ def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
         return table
     matching = table.filter(pc.is_in(table[column], pa.array(sorted(values), table[column].type)))
     if where:
-        missing = sorted(set(values) - set(matching[column].to_pylist()))
-        if missing:
-            raise ConfigError(f"{where}: {len(missing)} of {len(values)} not found, for example {missing[0]!r}")
+        found = set(matching[column].to_pylist())
+        # Ids and subjects are personal, and a message may be logged: which of the list it is, not what it says.
+        if missing := [place for place, value in enumerate(values, 1) if value not in found]:
+            raise ConfigError(
+                f"{where}: {len(missing)} of {len(values)} not found, for example number {missing[0]} of the list"
+            )
     return matching
 
 

@@ -6,6 +6,7 @@ A shard is a Parquet file in the usual form of published image data sets: `image
 several splits has a manifest for each.
 """
 
+import logging
 import os
 import re
 import threading
@@ -30,7 +31,10 @@ __all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "
     "index", "is_indexed",
            "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
+log = logging.getLogger(__name__)
+
 COUNTED = 1 << 16  # classes whose rows a manifest counts
+_HUB = re.compile(r"(.+)-\d{5,}-of-\d{5,}")
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"}
 
 
@@ -89,6 +93,8 @@ def look(
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
+    if not any(len(d.images) for d in described):
+        raise DataError(f"{storage.uri}: its Parquet files hold no row")
     manifest, rows = collect(storage.uri, described, classes)
     return replace(manifest, split=split), rows
 
@@ -141,13 +147,16 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
                 f"{uri}: the {role} is column `{one}` of {first} and `{other}` of {second}: write them alike, or "
                 "index them apart"
             )
-    columns = [role for role in roles.ROLES if all(role in d.columns for d in described)]
     filled = [d for d in described if len(d.images)]
-    if "label" not in columns and any("label" in d.columns for d in filled):
-        lacking = next(d for d in filled if "label" not in d.columns)
-        raise DataError(
-            f"{uri}/{lacking.shard.path}: has no label, and files beside it have: write them alike, or index them apart"
-        )
+    columns = [role for role in roles.ROLES if all(role in d.columns for d in described)]
+    for role in ("label", "id", "subject"):
+        lacking = next((d for d in filled if role not in d.columns), None)
+        if role in columns or lacking is None or not any(role in d.columns for d in filled):
+            continue
+        what = f"{uri}/{lacking.shard.path}: has no {role}, and files beside it have"
+        if role == "label":
+            raise DataError(f"{what}: write them alike, or index them apart")
+        log.warning("%s: no row of the folder will be found by it; write them alike, or index them apart", what)
     names = {role: d.columns[role] for d in described for role in columns if d.columns[role] != role}
     classes = classes or None
     lists = {f"{uri}/{d.shard.path}": d.classes if classes is None or d.text else classes for d in filled}
@@ -183,12 +192,13 @@ def split_of(name: str) -> str | None:
     """The split that a file belongs to by its name (`train-00000-of-00002.parquet`) or its folder (`train/`,
     `split=train/`)."""
     *folders, file = name.split("/")
-    if hub := re.match(r"(.+)-\d{5,}-of-\d{5,}", file):
+    if hub := _HUB.match(file):
         return hub[1]
     first = re.split(r"[-_.]", file)[0].lower()
-    inner = next(
-        (f.removeprefix("split=") for f in reversed(folders) if f.lower().removeprefix("split=") in SPLITS), None
-    )
+    below = [
+        re.sub(r"^(split=|partial-)", "", f, flags=re.I) for f in folders
+    ]  # partial-: where the hub converts a part
+    inner = next((f for f in reversed(below) if f.lower() in SPLITS), None)
     return inner or (first if first in SPLITS else None)
 
 
@@ -214,10 +224,25 @@ def _of_split(storage: Storage, split: str | None) -> list[str]:
     if split is not None:
         if split not in there:
             raise DataError(f"{storage.uri}: no files of a split {split}; there are {', '.join(there)}")
-        return [n for n in names if split_of(n) == split]
-    if len(there) > 1:
+        names = [n for n in names if split_of(n) == split]
+    elif len(there) > 1:
         raise DataError(
             f"{storage.uri}: holds several splits: {', '.join(there)}; choose one with --split, or index a folder of "
             "one split"
         )
+    _tell_configs(storage.uri, names)
     return names
+
+
+def _tell_configs(uri: str, names: list[str]) -> None:
+    """Warn where the same numbered file stands in several folders: a hub keeps versions of one data set so."""
+    folders: dict[str, list[str]] = {}
+    for folder, _, file in (name.rpartition("/") for name in names if not roles.partitions(name)):
+        if _HUB.match(file):
+            folders.setdefault(file, []).append(folder or ".")
+    if several := next((found for found in folders.values() if len(found) > 1), None):
+        log.warning(
+            "%s: %s hold files of the same names, and are taken as one set: where they are versions of one set, index "
+            "one folder of them",
+            uri, ", ".join(several[:4]),
+        )  # fmt: skip
