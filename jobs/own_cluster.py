@@ -85,6 +85,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback, FOLDER: str(folder),
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        # A process that asks whether this machine is to be taken away: nobody says so to Ray here.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         # Ray sets these and leaves them behind.
         "RAY_USAGE_STATS_ENABLED": "0", "PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT", ""),
     }  # fmt: skip

@@ -17,6 +17,12 @@ from unlearn import config
 from unlearn.registry import METHODS
 from unlearn.run import Run, resolve
 
+# What is slow to import, the last one by DeepSpeed at its first step. Workers are forked from a process that has them.
+SLOW = [
+    "deepspeed", "unlearn.training.loop", "unlearn.models.mae", "tensorboardX",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]  # fmt: skip
+
 
 def together(
     runs: list[config.RunConfig], workers: int, kill_at: int | None = None, kill_in: str = "report",
@@ -46,8 +52,7 @@ def in_group(call: Callable, workers: int, *arguments, timeout: float = 600) -> 
     timeout: seconds that a collective operation may take.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"
-    # Forked from a process that has imported what is slow to import.
-    multiprocessing.set_forkserver_preload(["deepspeed", "unlearn.training.loop", "tensorboardX"])
+    multiprocessing.set_forkserver_preload(SLOW)
     # Configurations are read where they are unpickled: after the methods of this test are known.
     methods, pickled = dict(METHODS.entries), pickle.dumps((call, arguments))
     with tempfile.TemporaryDirectory() as folder:

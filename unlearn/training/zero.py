@@ -24,8 +24,9 @@ def initialize(**options: Any) -> tuple[Any, Any, Callable]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # It would be compiled, and gloo is enough.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its own operations: the one for messages would be compiled, and gloo is enough. Left to itself it looks for
+    # what each of them needs, with a compiler, in every worker.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     with linear(nn.functional.linear):
         engine, optimizer, _, _ = deepspeed.initialize(**options, dist_init_required=False)
         return engine, optimizer, nn.functional.linear
