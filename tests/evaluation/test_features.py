@@ -49,6 +49,21 @@ def test_an_image_does_not_depend_on_its_batch(lite0):
     torch.testing.assert_close(lite0(pixels)[0][-1:], lite0(pixels[-1:])[0], rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_folded_computes_the_same(lite0):
+    """As the network of the package, whose weights are the pinned ones, before anything is folded."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    whole = EfficientNet.from_name("efficientnet-lite0")
+    whole.load_state_dict(torch.load(features.file("efficientnet_lite0", None), weights_only=True))
+    images = torch.rand(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        vectors, classes = lite0(images)
+        expected = whole.eval()((images - 127 / 255) / (128 / 255))
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in lite0.modules())
+    assert float((classes - expected).norm() / expected.norm()) < 1e-5
+    assert vectors.shape == (3, 1280)
+
+
 def test_features_tell_kinds_of_pictures_apart(lite0):
     table = (
         shards.load("embedded:fashion-test").read(0, ["image"]).take([0, 1, 2, 3, 100, 101, 102, 103])
