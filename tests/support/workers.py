@@ -1,5 +1,6 @@
 """Run the workers of several runs in real processes over gloo, without Ray: quick enough to do it often."""
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -67,6 +68,7 @@ def in_group(call: Callable, workers: int, *arguments, timeout: float = 600) -> 
 def _process(rank: int, workers: int, meeting: str, methods: dict[str, str], pickled: bytes, timeout: float) -> None:
     import torch.distributed as dist
 
+    gc.freeze()  # DeepSpeed collects garbage with every engine, and need not look through all that is imported
     METHODS.entries.update(methods)
     call, arguments = pickle.loads(pickled)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}

@@ -24,8 +24,8 @@ def initialize(**options: Any) -> tuple[Any, Any, Callable]:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # None of its own operations: the one for messages would be compiled, and gloo is enough. Left to itself it looks for
-    # what each of them needs, with a compiler, in every worker.
+    # None of its own operations: the one for messages would be compiled, and gloo is enough. Left to itself it looks
+    # for what each of them needs, with a compiler, in every worker.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     with linear(nn.functional.linear):
         engine, optimizer, _, _ = deepspeed.initialize(**options, dist_init_required=False)
