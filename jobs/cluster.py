@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
     try:
         yield
     finally:
-        ray.shutdown()
+        with signals.kept(signal.SIGINT):
+            ray.shutdown()
 
 
 def _on_loopback_alone(address: str) -> bool:

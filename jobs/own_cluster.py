@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -47,7 +48,7 @@ def started(runtime_env: dict) -> Iterator[None]:
                 )  # fmt: skip
             yield
         finally:
-            with _no_process_left():
+            with signals.kept(signal.SIGINT), _no_process_left():
                 ray.shutdown(wait_for_processes=True)
             from unlearn.data import pixels
 

@@ -64,6 +64,7 @@ def pool(
         finally:
             for actor in actors:
                 ray.kill(actor)
+            actors.clear()  # while the cluster is there: an exception on its way keeps this frame until after its end
 
 
 def on_cluster(cluster: config.Cluster) -> bool:

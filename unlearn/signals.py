@@ -6,14 +6,19 @@ SIGINT (Ctrl-C) and SIGTERM (Kubernetes, Slurm, a spot node) do the same: `Stopp
 
 import contextlib
 import faulthandler
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 
+# Seconds in which a second signal is the first one again: whoever stops a job (`timeout`, Slurm) sends it to the
+# process and to its group.
+AGAIN = 2.0
 # The environment variable that holds the id of the submitted job that this process is.
 JOB = "UNLEARN_JOB"
+_last = -math.inf  # when this process was asked to stop
 
 
 class Stopped(SystemExit):
@@ -63,15 +68,16 @@ def _print_stacks(asked: int) -> None:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
-    """Around what starts processes, and sets a handler for SIGTERM of its own: ray.init does both.
+def kept(*others: signal.Signals) -> Iterator[None]:
+    """Around what starts or ends processes, and takes the handler for SIGTERM away: ray.init sets one of its own, and
+    ray.shutdown the system's, which ends this process without a word.
 
     The processes get no SIGTERM, as Ray sees to it for SIGINT: one that is sent to all of a job, as Slurm does, would
-    end them before this process can stop them in order. One that comes meanwhile is answered behind the block, by the
-    handler from before.
+    end them before this process can stop them in order. One that comes meanwhile, or one of `others`, is answered
+    behind the block, by the handler from before.
     """
     before = signal.getsignal(signal.SIGTERM)
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *others})
     try:
         yield
     finally:
@@ -81,4 +87,7 @@ def kept() -> Iterator[None]:
 
 
 def _raise(number: int, frame: object) -> None:
-    raise Stopped(number)
+    global _last
+    before, _last = _last, time.monotonic()
+    if _last - before > AGAIN:
+        raise Stopped(number)

@@ -2,6 +2,7 @@
 behind."""
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from support.driver import Driver
 from support.ray_nodes import TOKEN, Cluster, until
 from support.runs import tiny_config
 
-from unlearn import config
+from unlearn import config, signals
 from unlearn.training.checkpoint import Checkpoints
 
 RAY = [
@@ -87,6 +88,17 @@ def test_in_a_job_and_with_sigint_ignored(written_to, tmp_path):
         and "go on with: unlearn jobs resume half-1234" in line
         and '"job": "half-1234"' in line
     )
+
+
+def test_a_signal_that_comes_twice_is_one(monkeypatch):
+    """As `timeout` sends it, to the process and to its group; later it is a second wish."""
+    monkeypatch.setattr(signals, "_last", -math.inf)
+    with pytest.raises(signals.Stopped):
+        signals._raise(signal.SIGTERM, None)
+    signals._raise(signal.SIGTERM, None)
+    monkeypatch.setattr(signals, "_last", signals._last - 2 * signals.AGAIN)
+    with pytest.raises(signals.Stopped):
+        signals._raise(signal.SIGTERM, None)
 
 
 @pytest.mark.slow

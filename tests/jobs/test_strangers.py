@@ -184,6 +184,7 @@ def test_a_cluster_leaves_the_process_as_it_was_and_says_what_is_waited_for(monk
         before = dict(os.environ)
         cpus = os.cpu_count()
         mine = config.Cluster(workers=cpus)
+        handler = signal.signal(signal.SIGTERM, lambda *_: None)
         with connected(mine, cpus):
             inside = dict(os.environ)
             assert waiting_for(mine) is None
@@ -207,6 +208,9 @@ def test_a_cluster_leaves_the_process_as_it_was_and_says_what_is_waited_for(monk
             )
             assert "min_workers" not in waiting_for(config.Cluster(workers=999, min_workers=998))
         assert dict(os.environ) == before and not list(Path(parent).iterdir())
+        [caught] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("SigCgt")]
+        assert int(caught.split()[1], 16) >> signal.SIGTERM - 1 & 1, "Ray has taken the handler of SIGTERM away"
+        signal.signal(signal.SIGTERM, handler)
         assert inside["RAY_AUTH_MODE"] == "token" and inside["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.3"
         from ray._raylet import AuthenticationMode, get_authentication_mode
 
