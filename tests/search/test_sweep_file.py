@@ -90,20 +90,20 @@ def test_every_mistake_is_told_before_anything_starts(mistake):
 
 
 def test_tied_and_conditional_keys_and_equal_points_once():
-    """An option of one method alone; what is not set for a method gives equal points, each of which is there once."""
+    """Options of one method alone, searched or given by the run: where they are not set, equal points are one."""
     sweep = parse(made({
-        "method.name": {"grid": ["encoder_l2", "max_loss"]},
+        "method.name": {"grid": ["encoder_l2", "decoupling"]},
         "method.noise": {"grid": ["standard", "batch"], "when": {"method.name": "encoder_l2"}},
         "data.forget.limit": {"grid": [4, 8]},
         "data.retain.limit": {"same_as": "data.forget.limit", "times": 2},
-    }))  # fmt: skip
+    }, {"method.alpha": 0.5}))  # fmt: skip
     points = sweep.grid()
     assert len(points) == sweep.size == 6
     assert all(point["data.retain.limit"] == 2 * point["data.forget.limit"] for point in points)
     assert all(("method.noise" in point) == (point["method.name"] == "encoder_l2") for point in points)
     runs = [sweep.of(point, *sweep.pairs()[0], "x") for point in points]
     assert {(run.method.name, run.data.retain.limit) for run in runs} == {
-        (name, limit) for name in ("encoder_l2", "max_loss") for limit in (8, 16)
+        (name, limit) for name in ("encoder_l2", "decoupling") for limit in (8, 16)
     }
 
 

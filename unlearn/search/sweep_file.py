@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from unlearn import config, run_files
+from unlearn import config, method_options, run_files
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
@@ -93,9 +93,7 @@ def _check(sweep: Sweep, source: str) -> None:
 def _check_key(sweep: Sweep, key: str, where: str) -> None:
     """Raise ConfigError for a key that the run cannot have, with any of the methods that the sweep may give it."""
     domain = sweep.search.get("method.name")
-    own = sweep.run.get("method")
-    own = own.get("name", config.Method().name) if isinstance(own, dict) else config.Method().name
-    names = domain.values if domain and domain.values else [own]
+    names = domain.values if domain and domain.values else [method_options.name_in(sweep.run)]
     faults = [fault for name in names if (fault := config.unknown_key(key, str(name)))]
     if len(faults) == len(names):
         raise ConfigError(f"{where}: {faults[0]}")
