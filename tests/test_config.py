@@ -152,3 +152,25 @@ def test_a_file_that_is_no_config_is_told(tmp_path, text, message):
 def test_nothing_can_be_changed_after_validation():
     with pytest.raises(ValueError, match="frozen"):
         parse().seed = 5
+
+
+def test_another_method_leaves_the_options_of_the_former_behind(caplog):
+    """Those that a file gave it, and that the new one lacks; never one that the user gives, or that no method has."""
+    former = BASE | {"method": {"name": "encoder_l2", "alpha": 0.5, "noise": "batch", "saliency": 0.5}}
+
+    def changed(*overrides: str, tree: dict = former) -> config.RunConfig:
+        return config.parse(config.override(yaml.safe_load(yaml.safe_dump(tree)), list(overrides)))
+
+    caplog.clear()
+    run, again = (changed("method.name=decoupling", "method.threshold=2") for _ in range(2))
+    assert run == again and run.method.model_dump() == {"name": "decoupling", "saliency": 0.5, "threshold": 2}
+    told = "method.name is decoupling now: left out method.alpha, method.noise, which was given for encoder_l2"
+    assert caplog.messages == [told]
+    written = BASE | {"method": {"name": "decoupling", "saliency": 0.5, "threshold": 2}}
+    assert run.hash() == config.parse(written).hash()
+    with pytest.raises(ConfigError, match="method.alpha: unknown key"):
+        changed("method.name=decoupling", "method.alpha=0.1")
+    with pytest.raises(ConfigError, match="method.alfa: unknown key"):
+        changed("method.name=decoupling", tree=BASE | {"method": {"alfa": 1}})
+    with pytest.raises(ConfigError, match="method.name: no method 'decuple'; known"):
+        changed("method.name=decuple")

@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from unlearn import config_hash, documents
+from unlearn import config_hash, documents, method_options
 from unlearn.aliases import renamed
 from unlearn.config_checks import contradictions
 from unlearn.config_parts import (
@@ -154,7 +154,9 @@ def yaml_tree(text: str, what: str) -> dict[str, Any]:
 
 
 def override(tree: dict, overrides: Sequence[str]) -> dict:
-    """`tree` with each `a.b=value` set, parts made where they are missing."""
+    """`tree` with each `a.b=value` set, parts made where they are missing. With another method, options of the former
+    one go."""
+    former = method_options.name_in(tree)
     for item in overrides:
         key, equals, text = item.partition("=")
         if not equals or not key:
@@ -170,6 +172,7 @@ def override(tree: dict, overrides: Sequence[str]) -> dict:
             node[path[-1]] = documents.from_yaml(text)
         except ValueError as e:
             raise ConfigError(f"--set {item[:80]}: the value is not YAML ({e})") from None
+    method_options.drop_former(tree, former, [item.partition("=")[0] for item in overrides])
     return tree
 
 
@@ -177,10 +180,7 @@ def parse(tree: dict, source: str = "config") -> RunConfig:
     """Validate a tree of plain values, the options of its method among them. Raises ConfigError with every mistake, one
     a line."""
     tree = renamed(tree, source)
-    method = tree.get("method")
-    name = method.get("name", "encoder_l2") if isinstance(method, dict) else "encoder_l2"
-    kind = _kind(str(name))
-    return validated(kind, tree, source)
+    return validated(_kind(method_options.name_in(tree)), tree, source)
 
 
 def _unpickled(method: str, state: dict[str, Any]) -> RunConfig:

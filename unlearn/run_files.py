@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unlearn import config
+from unlearn import config, method_options
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 
@@ -41,8 +41,10 @@ def with_run(tree: dict[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: run: give a run's configuration, or the path of one")
     if not isinstance(changes, dict):
         raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
+    former = method_options.name_in(run)
     for key, value in changes.items():
         put(run, key, value)
+    method_options.drop_former(run, former, changes)
     return tree | {"run": run}
 
 

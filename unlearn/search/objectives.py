@@ -1,9 +1,11 @@
 """Figures of a trial by name, which of them a sweep wants smaller or larger, and which bounds it keeps.
 
-SET.METRIC          of the trained model under the first view, as in metrics.json: forget.cosine, retain.fid,
-retain.psnr SET[VIEW].METRIC    under another view: forget[random 0.5].cosine FIGURE.drop, .rise  how much smaller, or
-larger, it is than the original's: retain.cosine.drop FIGURE.to_oracle    how far it is from the oracle's, on either
-side: forget.cosine.to_oracle cost.flops, cost.seconds, cost.steps    of the training
+SET.METRIC          of the trained model under the first view, as in metrics.json: forget.cosine, retain.fid, and
+                    with evaluation.lpips_weights retain.lpips
+SET[VIEW].METRIC    under another view: forget[random 0.5].cosine
+FIGURE.drop, .rise  how much smaller, or larger, it is than the original's: retain.cosine.drop
+FIGURE.to_oracle    how far it is from the oracle's, on either side: forget.cosine.to_oracle
+cost.flops, cost.seconds, cost.steps    of the training
 """
 
 import math
@@ -20,7 +22,7 @@ Figures = dict[str, float]
 Direction = Literal["minimise", "maximise"]
 
 SETS = ("forget", "retain")
-METRICS = ("cosine", "psnr", "fid", "is")
+METRICS = ("cosine", "psnr", "ssim", "lpips", "fid", "kid", "is")
 DERIVED = ("drop", "rise", "to_oracle")
 COSTS = ("cost.flops", "cost.seconds", "cost.steps")
 
@@ -44,6 +46,10 @@ def check_name(name: str, settings: RunConfig, where: str) -> None:
     views = [view.name for view in settings.evaluation.views]
     if found["view"] and found["view"] not in views:
         raise ConfigError(f"{where}: {name} names a view that is not measured; measured are: {', '.join(views)}")
+    if found["metric"] == "lpips" and not settings.evaluation.lpips_weights:
+        raise ConfigError(
+            f"{where}: {name} needs evaluation.lpips_weights in the run: the network that compares images"
+        )
     if found["derived"] == "to_oracle" and not settings.evaluation.oracle:
         raise ConfigError(
             f"{where}: {name} needs evaluation.oracle in the run: the weights of a model trained without the forget set"
@@ -58,8 +64,9 @@ def of_document(document: Mapping[str, Any], generator: str) -> Figures:
         if row["generator"] != generator:
             continue
         names = [f"{row['set']}[{row['view']}]"] + ([row["set"]] if row["view"] == document["views"][0] else [])
-        values = {metric: row[metric] for metric in METRICS if row[metric] is not None and math.isfinite(row[metric])}
-        figures |= {f"{name}.{metric}": float(value) for name in names for metric, value in values.items()}
+        measured = ((metric, row.get(metric)) for metric in METRICS)
+        values = {metric: float(value) for metric, value in measured if value is not None and math.isfinite(value)}
+        figures |= {f"{name}.{metric}": value for name in names for metric, value in values.items()}
     return figures
 
 

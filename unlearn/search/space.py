@@ -26,7 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from unlearn import config
+from unlearn import config, method_options
 from unlearn.config import Location, Part, Positive, RunConfig
 from unlearn.data.storage import Storage
 from unlearn.run_files import put
@@ -210,8 +210,10 @@ class Sweep(Part):
     def tree(self, parameters: Parameters, seed: int, model: str | None, id: str) -> dict[str, Any]:
         """The same as plain values, not yet validated."""
         tree = config.override(copy.deepcopy(self.run), [])
+        former = method_options.name_in(tree)
         for key, value in parameters.items():
             put(tree, key, copy.deepcopy(value))
+        method_options.drop_former(tree, former, parameters)
         put(tree, "seed", seed)
         if model is not None:
             put(tree, "model.weights", model)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from unlearn import config, run_files
+from unlearn import config, method_options, run_files
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
@@ -57,6 +57,16 @@ def dump(sweep: Sweep) -> str:
 
 def _check(sweep: Sweep, source: str) -> None:
     """Raises ConfigError where the run is not valid, and for keys, values, figures and bounds that cannot be."""
+    for key, domain in sweep.search.items():
+        where = f"{source}: search.{key}"
+        for apart, why in SET_APART.items():
+            if key == apart or key.startswith(f"{apart}."):
+                raise ConfigError(f"{where}: not to be searched: {why}")
+        _check_key(sweep, key, where)
+        for other in domain.when:
+            if other not in sweep.search:
+                _check_key(sweep, other, f"{where}.when")
+        _check_values(sweep, key, domain, where)
     held_out, tune_on = sweep.run.get("evaluation") or {}, sweep.tune_on
     if (tune_on.data or tune_on.split) and held_out.get("split") == tune_on.split:
         if (config.location(held_out["data"]) if held_out.get("data") else None) == tune_on.data:
@@ -70,16 +80,6 @@ def _check(sweep: Sweep, source: str) -> None:
         )
     if sweep.search_by == "pbt" and settings.training.lr_changes:
         raise ConfigError(f"{source}: run.training.lr_changes: search_by pbt finds them; leave them out")
-    for key, domain in sweep.search.items():
-        where = f"{source}: search.{key}"
-        for apart, why in SET_APART.items():
-            if key == apart or key.startswith(f"{apart}."):
-                raise ConfigError(f"{where}: not to be searched: {why}")
-        _check_key(sweep, key, where)
-        for other in domain.when:
-            if other not in sweep.search:
-                _check_key(sweep, other, f"{where}.when")
-        _check_values(sweep, key, domain, where)
     for objective in sweep.wanted:
         check_name(objective.figure, settings, f"{source}: objectives")
     try:
@@ -93,7 +93,7 @@ def _check(sweep: Sweep, source: str) -> None:
 def _check_key(sweep: Sweep, key: str, where: str) -> None:
     """Raise ConfigError for a key that the run cannot have, with any of the methods that the sweep may give it."""
     domain = sweep.search.get("method.name")
-    names = domain.values if domain and domain.values else [sweep.settings.method.name]
+    names = domain.values if domain and domain.values else [method_options.name_in(sweep.run)]
     faults = [fault for name in names if (fault := config.unknown_key(key, str(name)))]
     if len(faults) == len(names):
         raise ConfigError(f"{where}: {faults[0]}")
