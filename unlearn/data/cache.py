@@ -196,7 +196,7 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers:
     images = sum(map(len, sets.values()))
     manifests = {rows.manifest.uri: rows.manifest for rows in sets.values()}
     if data.cache == "none":  # row groups are kept whole, and once for all sets
-        touched = {(rows.manifest.uri, group) for rows in sets.values() for group in np.unique(rows.groups).tolist()}
+        touched = {(rows.manifest.uri, group) for rows in sets.values() for group in rows.touched.tolist()}
         row_groups = [_row_group(manifests[uri], group) for uri, group in touched]
         return sum(each.bytes + ENTRY * each.rows for each in row_groups)
     stored = sum(map(stored_bytes, sets.values())) + ENTRY * images
@@ -213,7 +213,7 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers:
 def in_use(sets: dict[str, RowSet], data: config.Data) -> int:
     """About how many bytes the row groups have that are read from at one time: reading ahead starts the next shuffle
     window before the current one is done."""
-    touched = ((_row_group_bytes(rows)[np.unique(rows.groups)].sum(), len(rows)) for rows in sets.values())
+    touched = ((_row_group_bytes(rows)[rows.touched].sum(), len(rows)) for rows in sets.values())
     return int(sum(size * min(1, 2 * data.shuffle_rows / count) for size, count in touched))
 
 

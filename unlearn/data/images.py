@@ -98,7 +98,8 @@ class Images:
         Copies, since a view into the row group would keep all of it in memory.
         """
         first = int(self.set.manifest.starts[group])
-        low, high = np.searchsorted(self.set.rows, (first, first + len(stored)))
+        # Numbers of the rows' own type: else all of them would be copied into a wider one.
+        low, high = np.searchsorted(self.set.rows, np.array((first, first + len(stored)), self.set.rows.dtype))
         with self._shelf.lock:
             rows = self.set.rows[low:high].tolist()
             kept = all(self.cache.keep(self._shelf, row, stored[row - first]) for row in rows)
