@@ -122,6 +122,10 @@ class Manifest:
                     del part[key]
         return tree
 
+    def row_group(self, group: int) -> RowGroup:
+        s, g = self.groups[group]
+        return self.shards[s].row_groups[g]
+
     def group_of(self, rows: np.ndarray) -> np.ndarray:
         """The row group of each row."""
         return np.searchsorted(self.starts, rows, side="right") - 1
