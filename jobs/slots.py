@@ -170,7 +170,7 @@ class SlotWorker:
             [run.origin.get("weights"), sorted(run.measured)],
         ], sort_keys=True).encode())  # fmt: skip
         for name in sorted(run.measured):
-            digest.update(run.measured[name].manifest.hash.encode() + run.measured[name].rows.tobytes())
+            digest.update(run.measured[name].manifest.hash.encode() + run.measured[name].rows.astype("<i8").tobytes())
         key = digest.hexdigest()
         self._known.setdefault(key, measure.Known())
         self._known.move_to_end(key)

@@ -7,6 +7,7 @@ Each trial is a process group of one process, as a slot of a sweep with `cluster
 """
 
 import hashlib
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ ALPHAS = (0.1, 1.0)
 def trial(rank: int, settings: list[config.RunConfig], folder: str) -> None:
     """What a process does: train one of the runs in a group of its own."""
     mine = settings[rank]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}  # DeepSpeed looks for them
     file = Path(folder, f"group-{rank}").as_uri()
     dist.init_process_group(_backend(), init_method=file, rank=0, world_size=1)
     began: list[float] = []

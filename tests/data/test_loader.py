@@ -3,6 +3,7 @@
 import io
 import sys
 import threading
+import time
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -75,6 +76,30 @@ def test_batches_come_from_s3(tiny_run, tiny_shards, s3):
         Storage(s3).write(name, Storage(tiny_shards).read(name))
     here, there = load(tiny_run()), load(tiny_run(f"data.train={s3}"))
     assert all(same(a, b) for a, b in zip(there.batches(range(6)), map(here.batch, range(6)), strict=True))
+
+
+@pytest.mark.parametrize("cache", ["none", "decoded"])
+@pytest.mark.parametrize("limit, together", [("1GiB", True), ("10KB", False)])
+def test_the_row_groups_of_a_batch_are_read_from_s3_several_at_a_time_where_there_is_room(
+    tiny_run, tiny_shards, s3, monkeypatch, cache, limit, together
+):
+    for name in Storage(tiny_shards).files():
+        Storage(s3).write(name, Storage(tiny_shards).read(name))
+    here = load(tiny_run())
+    expected, read, reading, most = [here.batch(n) for n in range(3)], Images._row_group, set(), 0
+
+    def slowly(images: Images, group: int):
+        nonlocal most
+        reading.add(group)
+        most = max(most, len(reading))
+        time.sleep(0.1)
+        reading.remove(group)
+        return read(images, group)
+
+    monkeypatch.setattr(Images, "_row_group", slowly)
+    there = load(tiny_run(f"data.train={s3}", f"data.cache={cache}", f"data.cache_bytes={limit}"))
+    assert all(same(there.batch(n), batch) for n, batch in enumerate(expected))
+    assert (most > 1) == together
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (23, 37, 3), np.uint8)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.images import tiny_table
-from support.memory import peak
+from support.memory import counted
 
 from unlearn import config
 from unlearn.data import checking, selection, shards
@@ -226,7 +226,7 @@ def test_sets_are_the_same_in_another_process_and_small_on_the_way(tiny_shards):
     for name, rows in found.items():
         assert copy[name].rows.tolist() == rows.rows.tolist() and copy[name].labels.tolist() == rows.labels.tolist()
         assert (
-            copy[name].rows.dtype == copy[name].labels.dtype == np.int64 and copy[name].groups.tolist() == groups[name]
+            copy[name].rows.dtype == copy[name].labels.dtype == np.int32 and copy[name].groups.tolist() == groups[name]
         )
     manifest = found["retain"].manifest
     many = selection.RowSet(manifest, np.arange(5, 1_000_005), np.arange(1_000_000) % 200)
@@ -278,8 +278,9 @@ def test_shards_that_are_not_those_of_the_manifest_are_told_before_they_are_read
         select(many, ids=["img-007"])
 
 
-def test_memory_of_a_large_set_is_its_row_numbers_and_columns(tmp_path):
-    """By class and by a thousand ids: under 100 bytes a row, all in all, so 1.3 million rows take under 130 MB."""
+def test_memory_of_a_large_set_is_its_row_numbers_and_labels(tmp_path):
+    """By class, by a thousand ids, and by a list of them: 8 bytes a row stay, under 32 are taken meanwhile, and the
+    columns are read in pieces of one size whatever the rows."""
     count = 400_000
     numbers = np.arange(count)
     columns = {
@@ -288,11 +289,15 @@ def test_memory_of_a_large_set_is_its_row_numbers_and_columns(tmp_path):
         "id": [f"image-{i:09d}" for i in range(count)],
     }
     pq.write_table(pa.table(columns), tmp_path / "a.parquet", row_group_size=1000)
+    ids = columns["id"][::400]
     del columns
+    (tmp_path / "ids.txt").write_text("\n".join(ids))
     shards.index(str(tmp_path))
-    sets(str(tmp_path), forget=config.Rows(classes=[7]))  # what the first call of a process takes once
-    for chosen in (config.Rows(classes=[7]), config.Rows(ids=[f"image-{i:09d}" for i in range(0, count, 400)])):
-        data = config.Data(train=str(tmp_path), forget=chosen)
-        found, grown = peak(lambda data=data: selection.sets(data, 0))
-        assert len(found["forget"]) == 1000 and len(found["retain"]) == count - 1000
-        assert grown < 100 * count, f"{grown / count:.0f} bytes a row"
+    for chosen in ({"classes": [7]}, {"ids": ids}, {"ids_from": f"{tmp_path}/ids.txt"}):
+        data = config.Data(train=str(tmp_path), forget=config.Rows(**chosen))
+        found, buffers, objects = counted(lambda data=data: selection.sets(data, 0))
+        retain = found["retain"]
+        assert len(found["forget"]) == 1000 and len(retain) == count - 1000
+        assert retain.rows.nbytes + retain.labels.nbytes == 8 * len(retain)
+        assert objects < 32 * count, f"{objects / count:.0f} bytes a row"
+        assert buffers < 12 << 20, f"{buffers >> 20} MiB"

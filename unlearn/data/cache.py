@@ -11,7 +11,7 @@ from unlearn.data import pixels
 from unlearn.data.pixels import Pixels
 from unlearn.data.recent import Recent
 from unlearn.data.selection import RowSet
-from unlearn.data.shards import Manifest, RowGroup
+from unlearn.data.shards import Manifest
 
 # What a worker's caches take at most where the configuration does not say: leaves room for several runs on one machine.
 DEFAULT = 2 << 30
@@ -108,7 +108,7 @@ class ImageCache:
 
     def keep(self, shelf: "Shelf", row: int, stored: memoryview) -> bool:
         """Keep a copy of an image as it is stored; whether the row is cached now. `shelf.lock` is held."""
-        if row in shelf.images or shelf.ready(row):
+        if shelf.holds(row):
             return True
         if self._admit(ENTRY + len(stored)):
             shelf.images[row] = bytes(stored)
@@ -170,6 +170,10 @@ class Shelf:
         image = None if shared is None else shared.get(row)
         return self.images.get(row) if image is None else image
 
+    def holds(self, row: int) -> bool:
+        """Whether there is anything of the row."""
+        return row in self.images or self.ready(row)
+
     def ready(self, row: int) -> bool:
         """Whether the row is decoded."""
         shared = self.pixels
@@ -196,8 +200,8 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers:
     images = sum(map(len, sets.values()))
     manifests = {rows.manifest.uri: rows.manifest for rows in sets.values()}
     if data.cache == "none":  # row groups are kept whole, and once for all sets
-        touched = {(rows.manifest.uri, group) for rows in sets.values() for group in np.unique(rows.groups).tolist()}
-        row_groups = [_row_group(manifests[uri], group) for uri, group in touched]
+        touched = {(rows.manifest.uri, group) for rows in sets.values() for group in rows.touched.tolist()}
+        row_groups = [manifests[uri].row_group(group) for uri, group in touched]
         return sum(each.bytes + ENTRY * each.rows for each in row_groups)
     stored = sum(map(stored_bytes, sets.values())) + ENTRY * images
     if data.cache == "encoded":
@@ -213,15 +217,10 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers:
 def in_use(sets: dict[str, RowSet], data: config.Data) -> int:
     """About how many bytes the row groups have that are read from at one time: reading ahead starts the next shuffle
     window before the current one is done."""
-    touched = ((_row_group_bytes(rows)[np.unique(rows.groups)].sum(), len(rows)) for rows in sets.values())
+    touched = ((_row_group_bytes(rows)[rows.touched].sum(), len(rows)) for rows in sets.values())
     return int(sum(size * min(1, 2 * data.shuffle_rows / count) for size, count in touched))
 
 
 def _row_group_bytes(rows: RowSet) -> np.ndarray:
     """Bytes of every row group of the manifest."""
-    return np.array([_row_group(rows.manifest, group).bytes for group in range(len(rows.manifest.groups))])
-
-
-def _row_group(manifest: Manifest, group: int) -> RowGroup:
-    shard, within = manifest.groups[group]
-    return manifest.shards[shard].row_groups[within]
+    return np.array([rows.manifest.row_group(group).bytes for group in range(len(rows.manifest.groups))])

@@ -14,6 +14,8 @@ from unlearn.data.manifest import Manifest
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 
+PIECE = 1 << 17  # rows that are compared at a time
+
 log = logging.getLogger(__name__)
 
 
@@ -57,5 +59,11 @@ def in_both(forget: tuple[Manifest, np.ndarray], retain: tuple[Manifest, np.ndar
         log.info("%s: its manifest holds no checksums of images, so equal images in forget and retain are not looked "
                  "for; `unlearn shards index` adds them", lacking.uri)  # fmt: skip
         return np.zeros(len(retain[1]), bool)
-    sums = retained[retain[1]]
-    return np.isin(sums, forgotten[forget[1]]) & (sums != 0)
+    wanted, found = np.unique(forgotten[forget[1]]), np.zeros(len(retain[1]), bool)
+    if not len(wanted):
+        return found
+    for start in range(0, len(found), PIECE):
+        sums = retained[retain[1][start : start + PIECE]]
+        place = np.searchsorted(wanted, sums).clip(max=len(wanted) - 1)
+        found[start : start + PIECE] = (wanted[place] == sums) & (sums != 0)
+    return found

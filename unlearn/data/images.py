@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Hashable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -11,7 +12,10 @@ from unlearn.data.cache import ENTRY, ImageCache
 from unlearn.data.decode import decode
 from unlearn.data.scaling import fit
 from unlearn.data.selection import RowSet
+from unlearn.data.storage import Storage
 from unlearn.errors import DataError, ImageError
+
+READS = 8  # row groups of S3 that a set reads at the same time
 
 
 class Images:
@@ -32,6 +36,8 @@ class Images:
         self._offered: set[int] = set()  # row groups whose images were offered to the cache
         self._locks = [threading.Lock() for _ in rows.manifest.groups]
         self._lock = threading.Lock()
+        # A thread of it ends with it.
+        self._remote = None if Storage(rows.manifest.uri).is_local() else ThreadPoolExecutor(READS, "fetch")
 
     @staticmethod
     def shelf(rows: RowSet, data: config.Data, size: int | None) -> Hashable:
@@ -67,6 +73,7 @@ class Images:
         """Put the images of `rows`, or their replacements, into `made`, (rows, size, size, 3) uint8."""
         shared = self._shelf.pixels
         if shared is None or not shared.gather(rows, made):
+            self.fetch(rows)
             for place, row in enumerate(rows.tolist()):
                 made[place] = self.sound(row)
 
@@ -81,10 +88,35 @@ class Images:
             entry = self._shelf.get(row)
             if entry is not None:  # kept by another thread while this one waited for the lock
                 return entry
-            stored = self.cache.row_groups.get((manifest.uri, group), lambda: self._row_group(group))
-            if self.data.cache != "none" and group not in self._offered:
-                self._offer(group, stored)
-            return stored[row - int(manifest.starts[group])]
+            return self._stored(group)[row - int(manifest.starts[group])]
+
+    def fetch(self, rows: np.ndarray) -> None:
+        """Read the row groups of these rows from S3, several at a time: one after another, each would wait for the
+        answers to the one before. No more than this thread's part of what the cache may take for row groups; the others
+        are read when they are needed. Raises DataError, StorageError."""
+        manifest = self.set.manifest
+        if self._remote is None:
+            return
+        missing = [row for row in rows.tolist() if not self._shelf.holds(row)]
+        room, groups = self.cache.row_groups.limit // (2 * self.data.decode_threads), []
+        for group in dict.fromkeys(manifest.group_of(np.array(missing, np.int64)).tolist()):
+            if (manifest.uri, group) not in self.cache.row_groups:
+                room -= manifest.row_group(group).bytes
+                groups += [group] if room >= 0 else []
+        if len(groups) > 1:
+            for _ in self._remote.map(self._fetched, groups):
+                pass
+
+    def _fetched(self, group: int) -> None:
+        with self._locks[group]:
+            self._stored(group)
+
+    def _stored(self, group: int) -> list[memoryview]:
+        """The stored images of a row group, read where they are not at hand; its lock is held."""
+        stored = self.cache.row_groups.get((self.set.manifest.uri, group), lambda: self._row_group(group))
+        if self.data.cache != "none" and group not in self._offered:
+            self._offer(group, stored)
+        return stored
 
     def _row_group(self, group: int) -> tuple[list[memoryview], int]:
         """(the stored images of a row group, bytes of memory that they take)."""
@@ -98,7 +130,8 @@ class Images:
         Copies, since a view into the row group would keep all of it in memory.
         """
         first = int(self.set.manifest.starts[group])
-        low, high = np.searchsorted(self.set.rows, (first, first + len(stored)))
+        # Numbers of the rows' own type: else all of them would be copied into a wider one.
+        low, high = np.searchsorted(self.set.rows, np.array((first, first + len(stored)), self.set.rows.dtype))
         with self._shelf.lock:
             rows = self.set.rows[low:high].tolist()
             kept = all(self.cache.keep(self._shelf, row, stored[row - first]) for row in rows)

@@ -90,6 +90,7 @@ class Loader:
             if self.settings.data.augment == "none":
                 self.images[name].gather(rows, part)
                 continue
+            self.images[name].fetch(rows)
             for to, row in zip(part, rows.tolist(), strict=True):
                 to[:] = crop_flip(self.images[name].sound(row), self.size, rng)
         # The channels stay last in memory, as decoders give them: no pixel is moved once more.

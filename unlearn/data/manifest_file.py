@@ -47,16 +47,20 @@ def load(uri: str, split: str | None = None) -> Manifest:
             f"images: `unlearn shards build SRC {uri}`"
         )
     data = storage.read(name)
-    if not is_ours(data):
-        raise DataError(f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`")
     try:
         tree = documents.from_json(data)
+        if not _is_manifest(tree):
+            raise ValueError("it is another document")
         known = _MANIFEST.validate_python(tree | {"uri": storage.uri, "split": split})
         _check(known)
         if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
         return known
     except (ValueError, KeyError, TypeError, AttributeError) as e:
+        if not is_ours(data):
+            raise DataError(
+                f"{uri}/{name} is not of this program: rename it, then run `unlearn shards index {uri}`"
+            ) from None
         raise DataError(
             f"{uri}/{name} is damaged ({short(e)}): make it anew with `unlearn shards index {uri}`"
         ) from None
@@ -92,10 +96,13 @@ def is_ours(data: bytes) -> bool:
     """Whether this program wrote a manifest, intact or damaged. An empty file counts as its own: it can be
     overwritten."""
     try:
-        tree = documents.from_json(data or b'{"shards": 0, "columns": 0}')
-        return isinstance(tree, dict) and "shards" in tree and "columns" in tree
+        return not data or _is_manifest(documents.from_json(data))
     except ValueError:
         return data.lstrip().startswith(b'{\n "columns": [')
+
+
+def _is_manifest(tree: object) -> bool:
+    return isinstance(tree, dict) and "shards" in tree and "columns" in tree
 
 
 def _check(manifest: Manifest) -> None:

@@ -32,6 +32,15 @@ class Recent:
                 self._evict()
             return value
 
+    def __contains__(self, key: Hashable) -> bool:
+        with self._lock:
+            return key in self._held
+
+    @property
+    def limit(self) -> int:
+        with self._lock:
+            return self._limit
+
     @property
     def bytes(self) -> int:
         """Bytes held now."""

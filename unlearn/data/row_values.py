@@ -10,10 +10,12 @@ import hashlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from unlearn.data.parquet_file import short
 from unlearn.data.storage import Storage
-from unlearn.errors import DataError
+from unlearn.errors import DataError, StorageError
 
 GROUP = 1 << 17  # rows
+_CHUNK = 1 << 20  # bytes that are compared at a time
 
 
 def write(storage: Storage, split: str | None, table: pa.Table) -> str:
@@ -30,13 +32,42 @@ def write(storage: Storage, split: str | None, table: pa.Table) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read(uri: str, split: str | None, sha256: str, columns: list[str]) -> pa.Table:
-    """Some columns of all rows. Raises DataError where the file is missing or damaged."""
+def opened(uri: str, split: str | None, sha256: str) -> pq.ParquetFile:
+    """The file, which is that of the manifest: on a disk it is compared piece by piece and stays there, on S3 it is
+    fetched at once. Raises DataError where it is missing or damaged, StorageError."""
     storage, name = Storage(uri), file_name(split)
-    found = storage.read_version(name)
-    if found is None or hashlib.sha256(found[0]).hexdigest() != sha256:
-        raise DataError(f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {uri}`")
-    return pq.read_table(pa.BufferReader(found[0]), columns=columns)
+    digest = hashlib.sha256()
+    try:
+        if storage.is_local():
+            file = storage.open(name)  # what is read of it later is of this file, also where another takes its name
+            for chunk in iter(lambda: file.read(_CHUNK), b""):
+                digest.update(chunk)
+        else:
+            data = storage.read(name)
+            digest.update(data)
+            file = pa.BufferReader(data)
+        if digest.hexdigest() == sha256:
+            return pq.ParquetFile(file)
+    except StorageError:
+        if storage.is_file(name):
+            raise
+    raise DataError(f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {uri}`")
+
+
+def read(uri: str, split: str | None, sha256: str, columns: list[str]) -> pa.Table:
+    """Some columns of all rows. Raises DataError and StorageError."""
+    file = opened(uri, split, sha256)
+    parts = [piece(file, group, columns, uri) for group in range(file.num_row_groups)]
+    return pa.concat_tables(parts) if parts else file.schema_arrow.empty_table().select(columns)
+
+
+def piece(file: pq.ParquetFile, group: int, columns: list[str], uri: str) -> pa.Table:
+    """Some columns of GROUP rows, or of the last rows. Raises DataError, which names `uri`, where they cannot be
+    read."""
+    try:
+        return file.read_row_group(group, columns=columns, use_threads=False).select(columns)
+    except (pa.ArrowException, OSError) as e:
+        raise DataError(f"{uri}: its file of values cannot be read ({short(e)}); try again") from None
 
 
 def file_name(split: str | None) -> str:

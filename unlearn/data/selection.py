@@ -4,33 +4,21 @@
 # pyright: reportAttributeAccessIssue=false
 
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from unlearn import config
-from unlearn.data import classes, duplicates, id_file, order, shards
+from unlearn.data import classes, duplicates, id_file, shards
+from unlearn.data.conditions import Choosing, Wanted, identity
+from unlearn.data.row_batches import RowBatches
 from unlearn.data.row_set import RowSet
 from unlearn.errors import ConfigError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """One set to be selected. labels, unwanted: of classes (labels None: any); columns, groups: what to read for it;
-    listed: the ids of its file, where it is given by one."""
-
-    manifest: shards.Manifest
-    conditions: config.Rows
-    what: str
-    labels: set[int] | None
-    unwanted: set[int]
-    columns: set[str]
-    groups: set[int]
-    listed: id_file.Ids | None
 
 
 def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -> RowSet:
@@ -38,17 +26,18 @@ def select(manifest: shards.Manifest, rows: config.Rows, seed: int, what: str) -
 
     Raises ConfigError for a class, id or subject that the shards do not have, and for an empty set.
     """
-    return _select([_wanted(manifest, rows, what)], seed)[0][0]
+    return _select({what: _wanted(manifest, rows, what)}, _batches([manifest]), seed)[what]
 
 
 def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
     """{"retain": ..., "forget": ...} as training takes them; a proxy set takes the retain role.
 
-    A config without `retain` and `proxy` retains every row that is not forgotten. Each shard is opened once at most.
+    A config without `retain` and `proxy` retains every row that is not forgotten. No shard is opened where the manifest
+    has a file of all values.
     Raises ConfigError on an overlap.
     """
     manifest = shards.load(data.train, data.split)
-    wanted: dict[str, _Wanted] = {}
+    wanted: dict[str, Wanted] = {}
     if data.forget is not None:
         wanted["forget"] = _wanted(manifest, data.forget, "forget")
     if data.proxy is not None:
@@ -58,34 +47,34 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
         wanted["retain"] = _wanted(other, data.proxy, "proxy")
     else:
         wanted["retain"] = _wanted(manifest, data.retain or config.Rows(), "retain")
-    if "forget" in wanted and all("id" in one.manifest.columns for one in wanted.values()):
-        for one in wanted.values():  # to find images that are in both sets
-            one.columns.add("id")
-    chosen = _select(list(wanted.values()), seed)
-    row_sets = {name: rows for name, (rows, _) in zip(wanted, chosen, strict=True)}
-    ids = {name: column for name, (_, column) in zip(wanted, chosen, strict=True)}
+    batches = _batches(one.manifest for one in wanted.values())
+    row_sets = _select(wanted, batches, seed)
     if data.forget is not None and data.proxy is None and data.retain is None:
-        every = row_sets["retain"]
-        keep = ~np.isin(every.rows, row_sets["forget"].rows)
-        if not keep.any():
-            raise ConfigError(
-                "data.forget selects every image: nothing is left to retain; give data.retain or data.proxy"
-            )
-        row_sets["retain"] = replace(every, rows=every.rows[keep], labels=every.labels[keep])
-        ids["retain"] = ids["retain"].filter(pa.array(keep)) if ids["retain"] is not None else None
-    _no_overlap(row_sets)
+        row_sets["retain"] = _rest(row_sets["retain"], row_sets["forget"])
+    else:
+        _no_overlap(row_sets)
     if "forget" in row_sets:
-        row_sets["retain"] = _without_forgotten(row_sets, ids)
+        row_sets["retain"] = _without_forgotten(row_sets["forget"], row_sets["retain"], batches)
     return row_sets
 
 
-def _without_forgotten(row_sets: dict[str, RowSet], ids: dict[str, pa.ChunkedArray | None]) -> RowSet:
+def _rest(every: RowSet, forget: RowSet) -> RowSet:
+    """All rows but those of the forget set. Raises ConfigError where none is left."""
+    keep = np.ones(len(every), bool)
+    keep[np.searchsorted(every.rows, forget.rows)] = False
+    if not keep.any():
+        raise ConfigError("data.forget selects every image: nothing is left to retain; give data.retain or data.proxy")
+    return replace(every, rows=every.rows[keep], labels=every.labels[keep])
+
+
+def _without_forgotten(forget: RowSet, retain: RowSet, batches: dict[int, RowBatches]) -> RowSet:
     """The retain set without images that are also in the forget set under another row number, compared by id and by
     bytes."""
-    forget, retain = row_sets["forget"], row_sets["retain"]
     twice = np.zeros(len(retain), bool)
-    if ids["forget"] is not None and ids["retain"] is not None:
-        twice = pc.is_in(ids["retain"], ids["forget"].combine_chunks()).to_numpy().astype(bool)
+    if "id" in forget.manifest.columns and "id" in retain.manifest.columns:
+        ids = pa.chunked_array((own for _, own in _ids(forget, batches)), pa.string()).combine_chunks()
+        for place, own in _ids(retain, batches):
+            twice[place] = pc.is_in(own, ids).to_numpy(zero_copy_only=False)
     by_id = int(twice.sum())
     twice |= duplicates.in_both((forget.manifest, forget.rows), (retain.manifest, retain.rows))
     if not twice.any():
@@ -101,6 +90,17 @@ def _without_forgotten(row_sets: dict[str, RowSet], ids: dict[str, pa.ChunkedArr
     return replace(retain, rows=retain.rows[~twice], labels=retain.labels[~twice])
 
 
+def _ids(rows: RowSet, batches: dict[int, RowBatches]) -> Iterator[tuple[slice, pa.Array]]:
+    """(places in the set, their ids) piece by piece."""
+    start = 0
+    for table in batches[id(rows.manifest)].read(["id"], rows.touched):
+        numbers = table["row"].to_numpy()
+        stop = int(np.searchsorted(rows.rows, rows.rows.dtype.type(numbers[-1]), side="right"))
+        mine = np.isin(numbers, rows.rows[start:stop], assume_unique=True)
+        yield slice(start, stop), table["id"].filter(pa.array(mine)).combine_chunks()
+        start = stop
+
+
 def _no_foreign_number(rows: config.Rows, other: shards.Manifest, train: shards.Manifest) -> None:
     """Raises ConfigError where a proxy class is given by a number that means another class in `train`."""
     for number in (c for c in (*(rows.classes or ()), *(rows.exclude_classes or ())) if not isinstance(c, str)):
@@ -111,7 +111,7 @@ def _no_foreign_number(rows: config.Rows, other: shards.Manifest, train: shards.
             )
 
 
-def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
+def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> Wanted:
     """Checks the conditions against the manifest; reads no shard. Raises ConfigError."""
     spans = _spans(manifest)
     span = _span(spans)
@@ -138,7 +138,7 @@ def _wanted(manifest: shards.Manifest, rows: config.Rows, what: str) -> _Wanted:
         ordered = np.array(sorted(labels))
         low, high = np.searchsorted(ordered, spans[:, 0]), np.searchsorted(ordered, spans[:, 1], side="right")
         groups = groups[low < high]
-    return _Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()), listed)
+    return Wanted(manifest, rows, what, labels, unwanted, columns, set(groups.tolist()), listed)
 
 
 def label(manifest: shards.Manifest, value: int | str, where: str) -> int:
@@ -156,59 +156,21 @@ def _span(spans: np.ndarray) -> tuple[int, int]:
     return (int(spans[:, 0].min()), int(spans[:, 1].max())) if len(spans) else (0, -1)
 
 
-def _select(wanted: list[_Wanted], seed: int) -> list[tuple[RowSet, pa.ChunkedArray | None]]:
-    """(rows, their ids where the set needs that column) for each set; sets of the same manifest are read together."""
-    columns: dict[int, set[str]] = {}
-    groups: dict[int, set[int]] = {}
-    for one in wanted:
-        columns.setdefault(id(one.manifest), set()).update(one.columns)
-        groups.setdefault(id(one.manifest), set()).update(one.groups)
-    manifests = {id(one.manifest): one.manifest for one in wanted}
-    tables = {key: manifest.table(sorted(columns[key]), sorted(groups[key])) for key, manifest in manifests.items()}
-    return [_chosen(one, tables[id(one.manifest)], seed) for one in wanted]
+def _batches(manifests: Iterable[shards.Manifest]) -> dict[int, RowBatches]:
+    """By the identity of each manifest."""
+    return {id(manifest): RowBatches(manifest) for manifest in manifests}
 
 
-def _chosen(wanted: _Wanted, table: pa.Table, seed: int) -> tuple[RowSet, pa.ChunkedArray | None]:
-    """The rows of a table that meet the conditions; it may hold rows of other labels, and more columns."""
-    rows, what = wanted.conditions, wanted.what
-    if "label" not in table.column_names:
-        table = table.append_column("label", pa.array(np.full(len(table), -1)))
-    if rows.ids is not None or wanted.listed:
-        own = table["id"] if "id" in table.column_names else pa.array(identity(wanted.manifest, table), pa.string())
-        table = table.append_column("key", own)
-    table = _only(table, "label", wanted.labels, None)
-    if wanted.unwanted:
-        table = table.filter(pc.invert(pc.is_in(table["label"], pa.array(sorted(wanted.unwanted)))))
-    table = _only(table, "key", rows.ids, f"data.{what}.ids")
-    if wanted.listed:
-        table = _of_list(table, wanted.listed.values, f"data.{what}.ids_from: {rows.ids_from}")
-    table = _only(table, "subject", rows.subjects, f"data.{what}.subjects")
-    chosen, labels = table["row"].to_numpy(), table["label"].to_numpy()
-    if rows.per_class is not None:
-        keep = [_draw(np.flatnonzero(labels == c), rows.per_class, seed, int(c)) for c in np.unique(labels)]
-        index = np.sort(np.concatenate(keep)) if keep else np.arange(0)
-        table, chosen, labels = table.take(index), chosen[index], labels[index]
-    if rows.limit is not None:
-        index = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
-        table, chosen, labels = table.take(index), chosen[index], labels[index]
-    if not len(chosen):
-        raise ConfigError(
-            f"data.{what} selects no image of {wanted.manifest.uri}: the {what} set is empty; widen its conditions"
-        )
-    ids = table["id"] if "id" in wanted.columns else None
-    ids_file = wanted.listed.sha256 if wanted.listed else ""
-    return RowSet(wanted.manifest, chosen.astype(np.int64), labels.astype(np.int64), ids_file), ids
-
-
-def identity(manifest: shards.Manifest, table: pa.Table) -> list[str]:
-    """The id of each row of a table that has `row`: its `id`, else `shard:row within the shard`."""
-    if "id" in table.column_names:
-        return table["id"].to_pylist()
-    rows = table["row"].to_numpy()
-    # A shard may have no row group at all, so the shard of a row is found through its row group, never by counting.
-    firsts = {s: int(manifest.starts[i]) for i, (s, g) in enumerate(manifest.groups) if g == 0}
-    which = [manifest.groups[i][0] for i in manifest.group_of(rows)]
-    return [f"{manifest.shards[s].path}:{row - firsts[s]}" for s, row in zip(which, rows.tolist(), strict=True)]
+def _select(wanted: dict[str, Wanted], batches: dict[int, RowBatches], seed: int) -> dict[str, RowSet]:
+    """The rows of each set; sets of the same manifest are chosen in one reading."""
+    choosing = {name: Choosing(one) for name, one in wanted.items()}
+    for key, source in batches.items():
+        mine = [name for name, one in wanted.items() if id(one.manifest) == key]
+        columns = sorted(set().union(*(wanted[name].columns for name in mine)))
+        for table in source.read(columns, sorted(set().union(*(wanted[name].groups for name in mine)))):
+            for name in mine:
+                choosing[name].take(table)
+    return {name: one.chosen(seed) for name, one in choosing.items()}
 
 
 def name_row(manifest: shards.Manifest, row: int) -> str:
@@ -228,48 +190,14 @@ def _place(manifest: shards.Manifest, row: int) -> str:
 def _no_overlap(row_sets: dict[str, RowSet]) -> None:
     if len(row_sets) < 2 or row_sets["forget"].manifest.hash != row_sets["retain"].manifest.hash:
         return
-    both = np.intersect1d(row_sets["forget"].rows, row_sets["retain"].rows)
+    forget = row_sets["forget"].rows
+    both = forget[np.isin(forget, row_sets["retain"].rows)]
     if len(both):
         manifest = row_sets["forget"].manifest
         raise ConfigError(
             f"data: forget and retain overlap in {len(both)} image(s), for example {_place(manifest, int(both[0]))}; "
             "an image can only be in one of them"
         )
-
-
-def _only(table: pa.Table, column: str, values, where: str | None) -> pa.Table:
-    if values is None:
-        return table
-    matching = table.filter(pc.is_in(table[column], pa.array(sorted(values), table[column].type)))
-    if where:
-        found = set(matching[column].to_pylist())
-        # Ids and subjects are personal, and a message may be logged: which of the list it is, not what it says.
-        if missing := [place for place, value in enumerate(values, 1) if value not in found]:
-            raise ConfigError(
-                f"{where}: {len(missing)} of {len(values)} not found, for example number {missing[0]} of the list"
-            )
-    return matching
-
-
-def _of_list(table: pa.Table, ids: pa.Array, where: str) -> pa.Table:
-    """The rows whose `key` is one of a file's ids; what matches nothing is counted, and none of it told: it is
-    personal."""
-    matching = table.filter(pc.is_in(table["key"], ids))
-    found = len(pc.unique(matching["key"]))
-    if not found:
-        raise ConfigError(
-            f"{where}: none of its {len(ids)} ids is a row of these shards and conditions: check ids_column, and that "
-            "the ids are written as the shards have them"
-        )
-    if found < len(ids):
-        log.warning("%s: %d of %d ids match no row, and are left out", where, len(ids) - found, len(ids))
-    return matching
-
-
-def _draw(index: np.ndarray, count: int, seed: int, name: int) -> np.ndarray:
-    if len(index) <= count:
-        return index
-    return np.sort(order.generator(seed, 7, name & 0xFFFFFFFF).permutation(index)[:count])
 
 
 def describe(row_sets: dict[str, RowSet]) -> dict[str, dict]:

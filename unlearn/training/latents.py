@@ -58,7 +58,7 @@ class LatentCache:
         self.storage = Storage(f"{settings.data.latent_cache}/{digest[:16]}")
         rngs = [order.generator(1 << 24, number) for number in range(settings.data.latent_views)]
         self.views = [views.draw(settings.train_views, model.grid, 1, rng) for rng in rngs]
-        self._files = {int(group): self._file(int(group)) for group in np.unique(rows.groups)}
+        self._files = {int(group): self._file(int(group)) for group in rows.touched}
         self._loaded = _recent(settings) if loaded is None else loaded
         self.images = self._images()  # counts the damaged ones
 
@@ -67,11 +67,12 @@ class LatentCache:
         return Images(self.set, self.settings.data.model_copy(update={"cache": "none"}), ImageCache(0), self.size)
 
     def _rows(self, group: int) -> np.ndarray:
-        start, stop = (np.searchsorted(self.set.groups, group, side=side) for side in ("left", "right"))
-        return self.set.rows[start:stop]
+        starts, rows = self.set.manifest.starts, self.set.rows
+        start, stop = np.searchsorted(rows, starts[group : group + 2].astype(rows.dtype))
+        return rows[start:stop]
 
     def _file(self, group: int) -> str:
-        return f"{group:06d}-{hashlib.sha256(self._rows(group).tobytes()).hexdigest()[:16]}.safetensors"
+        return f"{group:06d}-{hashlib.sha256(self._rows(group).astype('<i8').tobytes()).hexdigest()[:16]}.safetensors"
 
     def fill(self, device: torch.device, rank: int, workers: int, progress: Callable[[int, int], None]) -> None:
         """Make what is missing of this worker's share. Raises DataError as the loader does on damaged images."""

@@ -102,6 +102,8 @@ def _device(cluster: config.Cluster) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.set_per_process_memory_fraction(min(1.0, cluster.gpus_per_worker), device)
+    # Its backward pass gives NaN for some shapes on Hopper (pytorch issue 196678); the other kernels do not.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return device
 
 
