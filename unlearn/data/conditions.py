@@ -96,7 +96,7 @@ class _Named:
     """Values of which a row is to have one, and which of them a row has had."""
 
     def __init__(self, values: Iterable[str] | pa.Array):
-        self.values = values if isinstance(values, pa.Array) else pa.array(sorted(set(values)), pa.string())
+        self.values: pa.Array = values if isinstance(values, pa.Array) else pa.array(sorted(set(values)), pa.string())
         self.met = np.zeros(len(self.values), bool)
 
     def only(self, table: pa.Table, own: pa.ChunkedArray | list[str]) -> pa.Table:

@@ -144,7 +144,8 @@ def _fold(net: nn.Module) -> None:
     for module in net.modules():
         padding = getattr(module, "static_padding", None)
         if isinstance(padding, nn.ZeroPad2d) and padding.padding[0::2] == padding.padding[1::2]:
-            module.padding, module.static_padding = padding.padding[2::-2], nn.Identity()
+            module.padding = padding.padding[2::-2]  # pyright: ignore[reportArgumentType]  it is a convolution
+            module.static_padding = nn.Identity()
         elif isinstance(module, nn.ReLU6):
             module.inplace = True
 

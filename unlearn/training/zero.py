@@ -20,13 +20,14 @@ def initialize(**options: Any) -> tuple[Any, Any, Callable]:
     ZeRO-3 puts a linear function of its own, which keeps less and rounds differently, in the place of torch's, for all
     that follows in this process. It is taken back here, and in its place only in a block of `linear`.
     """
-    if not torch.cuda.is_available():
+    if not (cuda := torch.cuda.is_available()):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    # None of its own operations: the one for messages would be compiled, and gloo is enough. Left to itself it looks
-    # for what each of them needs, with a compiler, in every worker.
-    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    if not cuda:
+        # None of its own operations: the one for messages would be compiled, and gloo is enough. Left to itself it
+        # looks for what each of them needs, with a compiler, in every worker.
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     with linear(nn.functional.linear):
         engine, optimizer, _, _ = deepspeed.initialize(**options, dist_init_required=False)
         return engine, optimizer, nn.functional.linear
