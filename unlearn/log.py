@@ -2,7 +2,7 @@
 collector.
 
     UNLEARN_LOG=info,json      a level (debug, info, warning) and a format (text, json), in any order, each may be left
-    out
+                               out
 
 By default sentences from `warning` on, with `--verbose` from `info` on; in a submitted job JSON from `info` on. The
 workers of a Ray cluster write JSON whatever the format, since what they write ends in Ray's own log files; the level is

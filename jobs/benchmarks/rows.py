@@ -3,7 +3,9 @@
 index        makes the manifest of the shards, which are made first where FOLDER holds none: images of some 700 bytes in
              rows that are sorted by 1,000 classes, 256 in a row group
 check        `unlearn config check` with a forget set by class, by 1,000 ids, by a file of 1,000 ids, and drawn by
-default first        the first batch, with nothing known of the set before inspect      `unlearn shards inspect`
+             default
+first        the first batch, with nothing known of the set before
+inspect      `unlearn shards inspect`
 
 Told are seconds by the clock and of processor time, MiB by which the memory of the process has grown at most, and on S3
 requests and MiB of the answers.

@@ -5,9 +5,10 @@ A test measures pieces of work, each with one generator, in any worker; from all
 intervals for every generator. A figure with a rule is judged: the difference of the unlearned model to a reference (the
 oracle, else a value known beforehand) must lie within a margin, and so must its interval.
 
-    PASS        the whole interval lies within the margin, and the original model would have failed FAIL        the
-    whole interval lies beyond it NOT SHOWN   neither: the interval crosses the margin, there is no reference, or the
-    original passes too, so that passing says nothing
+    PASS        the whole interval lies within the margin, and the original model would have failed
+    FAIL        the whole interval lies beyond it
+    NOT SHOWN   neither: the interval crosses the margin, there is no reference, or the original passes too, so that
+                passing says nothing
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,9 +1,11 @@
 """Probes: what does the encoder still say, whatever the decoder makes of it?
 
-class               a linear probe for the class, in closed form on pooled embeddings forget or not       another, for
-whether an image is of the forget set original decoder    the decoder of the original model on the encoder that is
-audited fresh decoder       a decoder of random weights, trained on the frozen encoder with half of the forget images,
-tested on the other retrieval           whether the hole of an output leads to its own original among others
+class               a linear probe for the class, in closed form on pooled embeddings
+forget or not       another, for whether an image is of the forget set
+original decoder    the decoder of the original model on the encoder that is audited
+fresh decoder       a decoder of random weights, trained on the frozen encoder with half of the forget images, tested on
+                    the other
+retrieval           whether the hole of an output leads to its own original among others
 """
 
 import numpy as np

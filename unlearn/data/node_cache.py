@@ -2,9 +2,10 @@
 fetch weights once.
 
     $TMPDIR/unlearn-UID/copies/KEY/NAME    the copy; KEY: hash of URI, sizes and ETags (a changed object gets a new
-    copy)
+                                           copy)
                                KEY.lock    a file lock: shared by every process that uses the copy, exclusive to fetch
-                               or delete KEY.part/   being fetched, or deleted
+                                           or delete
+                               KEY.part/   being fetched, or deleted
 
 The kernel releases the lock of a process however it ends. The copy of a killed process is used by the next process that
 needs the same files, and deleted by the next that needs other files.

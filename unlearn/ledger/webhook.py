@@ -1,8 +1,9 @@
 """Tell another service how requests stand, by HTTP: signed as Standard Webhooks has it, and tried again where it is not
 taken.
 
-    webhook-id: UUID    webhook-timestamp: Unix time    webhook-signature: v1,base64(HMAC-SHA256(secret,
-    "ID.TIMESTAMP.BODY"))
+    webhook-id: UUID
+    webhook-timestamp: Unix time
+    webhook-signature: v1,base64(HMAC-SHA256(secret, "ID.TIMESTAMP.BODY"))
 
 No name and no image id is in it.
 """

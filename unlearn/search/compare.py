@@ -1,7 +1,8 @@
 """COMPARE.yaml: methods side by side, each with the same budget, the same seeds and originals, and the same tuning.
 
-compare_dir: runs/compare run: demo_fashion.yaml                        # or the configuration itself; its evaluation
-names held-out images and oracles set: {training.steps: 100}                    # keys of it that are other here
+compare_dir: runs/compare
+run: demo_fashion.yaml          # or the configuration itself; its evaluation names held-out images and oracles
+set: {training.steps: 100}      # keys of it that are other here
 methods:
   paper: {method: {name: encoder_l2}, tune: {method.alpha: [0.1, 1.0]}}
   retain label: {method: {name: retain_label}, tune: {method.alpha: [0.25, 1.0]}}

@@ -2,11 +2,11 @@
 
 leaderboard.json holds
 
-    software, name, seeds, originals, oracles    what was compared; oracles: of each original, how many view
-    under which the figures are; the run's first tuned                                        how many settings of each
-    method were tried on training images; 1: none distance                                     "oracle spreads": of the
-    oracles' own spread; "cosine": distance in cosine from the one
-                                                 oracle; null without one
+    software, name, seeds, originals, oracles    what was compared; oracles: of each original, how many
+    view                                         under which the figures are; the run's first
+    tuned                                        how many settings of each method were tried on training images; 1: none
+    distance                                     "oracle spreads": of the oracles' own spread; "cosine": distance in
+                                                 cosine from the one oracle; null without one
     chance                                       within which 19 of 20 further oracles are; null without a spread
     reference                                    {"original" | "oracle": {figure: mean}}
     rows                                         [{method, options, done, of, failed, audits, figures: {figure: {mean,
