@@ -1,6 +1,7 @@
 """What the test files share: one thread, small images, a small model and run, and a real S3 server on loopback."""
 
 import dataclasses
+import gc
 import logging
 import os
 import uuid
@@ -78,6 +79,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return long, FOLDERS.index(folder) if folder in FOLDERS else len(FOLDERS)
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: looking through it for garbage took a tenth of the time of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
