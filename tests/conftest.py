@@ -48,9 +48,9 @@ TOGETHER = {
 # The files that take longest, longest first; the others follow, those of FOLDERS, which wait for processes, before the
 # rest.
 LONGEST = [
-    "test_sweep", "test_demo", "test_submit_ray", "test_strangers", "test_stop", "test_plan", "test_ray", "test_resume",
-    "test_families", "kubernetes", "test_engines", "test_owner", "test_apart", "test_evaluation", "test_heartbeat",
-    "test_method_training",
+    "test_sweep", "test_submit_ray", "test_demo", "test_stop", "test_plan", "test_ray", "test_lease", "test_strangers",
+    "test_s3", "kubernetes", "test_families", "test_owner", "test_heartbeat", "test_resume", "test_shape",
+    "test_evaluation", "test_engines", "test_submit_local", "test_cli", "test_local_ray",
 ]  # fmt: skip
 FOLDERS = ["jobs", "training", "cycles", "cli"]
 
