@@ -110,7 +110,7 @@ def test_what_is_kept_is_counted_and_within_the_limit_under_many_threads(tiny_ru
     wrong = []
 
     def read(seed: int) -> None:
-        for row in np.random.default_rng(seed).integers(0, 48, 300).tolist():
+        for row in np.random.default_rng(seed).integers(0, 48, 100).tolist():
             if not np.array_equal(found[row], expected[row]):
                 wrong.append(row)
             if found.cache.bytes > limit + row_group:

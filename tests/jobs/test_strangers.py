@@ -65,6 +65,13 @@ class Training:
                     found[process.pid] = process
         return found
 
+    def signal_workers(self, sign: signal.Signals) -> None:
+        """What is stopped keeps its sockets and its memory, and takes no core from other tests."""
+        for process in self.processes().values():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "RayTrainWorker" in process.name():
+                    process.send_signal(sign)
+
     def token(self) -> str:
         return next(p.environ()["RAY_AUTH_TOKEN"] for p in self.processes().values() if p.name() == "raylet")
 
@@ -105,9 +112,12 @@ def training(tiny_shards, tiny_model, tmp_path_factory) -> Iterator[Training]:
         try:
             until(lambda: driver.poll() is not None or metrics.read(run.run_dir))
             assert driver.poll() is None, driver.communicate()[1]
-            yield Training(driver, Path(parent), folder)
+            found = Training(driver, Path(parent), folder)
+            found.signal_workers(signal.SIGSTOP)
+            yield found
         finally:
             if driver.poll() is None:
+                Training(driver, Path(parent), folder).signal_workers(signal.SIGCONT)
                 driver.terminate()
                 driver.communicate(timeout=600)
 
@@ -162,6 +172,7 @@ def test_the_token_is_in_no_file_and_on_no_command_line_and_nobody_else_can_ente
 def test_sigterm_to_all_of_its_processes_ends_it_as_to_the_driver_alone(training):
     """As Slurm does it. The last test that looks at this run: no process and no folder of it is left."""
     checkpoints = Checkpoints(str(training.home / "run"), 2)
+    training.signal_workers(signal.SIGCONT)
     until(lambda: training.driver.poll() is not None or checkpoints.steps())
     left = [p for p in training.processes().values() if p.pid != training.driver.pid]
     os.killpg(training.driver.pid, signal.SIGTERM)

@@ -180,9 +180,10 @@ def scalars(folder: Path, tag: str) -> dict[int, float]:
     return found
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster():
-    """A Ray cluster of this machine for several sweeps."""
+    """A Ray cluster of this machine for several sweeps that train nothing. The other one of the file starts its own,
+    with the S3 server's variables, and comes first."""
     with connected(config.Cluster(), 1):
         yield
 

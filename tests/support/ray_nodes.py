@@ -19,7 +19,7 @@ def until(condition, seconds: float = 600):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
+        time.sleep(0.1)
     return found
 
 
