@@ -37,6 +37,7 @@ def parse(*overrides: str) -> config.RunConfig:
         (["method.alpha=-1"], "method.alpha: Input should be greater than or equal to 0 (given: -1)"),
         (["training.lr=.nan"], "training.lr: Input should be a finite number"),
         (["training.betas=[0.9, 1.5]"], "training.betas.1: Input should be less than 1"),
+        (["data.train='s3://'"], "data.train: name the bucket, as in s3://bucket/prefix"),
         (["name=a b"], "name: String should match pattern"),
         (["run_dir=null"], "run_dir: Input should be a valid string"),
     ],

@@ -23,7 +23,8 @@ ALIASES = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
      ("a: " + "9" * 6000, "whole number of 6,000 characters"), ("a: 0x" + "f" * 6000, "whole number of 6,002"),
      ("a: 0x" + "f" * 20, "64 bits"),
      ("a: 2024-99-99", "month must be"), ("a: !!bool x", "its tag does not allow"),
-     ("a: !!python/object/apply:os.system [x]", "constructor"), ("a: [", "expected")],
+     ("a: !!python/object/apply:os.system [x]", "constructor"), ("a: [", "expected"),
+     ("a: {b: 1, c: 2, b: 3}", "the key 'b' stands twice")],
 )  # fmt: skip
 def test_yaml_beyond_the_bounds_is_refused(text, why):
     tracemalloc.start()

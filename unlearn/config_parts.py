@@ -18,6 +18,8 @@ def location(uri: str) -> str:
     if uri.startswith("embedded:"):
         return uri
     if "://" in uri and not uri.startswith("file://"):
+        if not uri.partition("://")[2].strip("/"):
+            raise ValueError("name the bucket, as in s3://bucket/prefix")
         return uri.rstrip("/")  # one folder has one name
     return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
 

@@ -66,6 +66,8 @@ class _Loader(yaml.SafeLoader):
         if isinstance(node, yaml.ScalarNode):
             self._sizes[id(node)] = 1 + len(node.value)
         elif isinstance(node, yaml.CollectionNode):
+            if isinstance(node, yaml.MappingNode):
+                _check_keys(node)
             parts = (part for each in node.value for part in (each if isinstance(each, tuple) else (each,)))
             self._sizes[id(node)] = 1 + sum(self._sizes[id(part)] for part in parts)
         return node
@@ -74,6 +76,15 @@ class _Loader(yaml.SafeLoader):
         if len(node.value) > DIGITS:
             raise ValueError(f"a whole number of {len(node.value):,} characters")
         return self.construct_yaml_int(node)
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    """PyYAML takes the last of several values of one key."""
+    seen: set[str] = set()
+    for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        if key in seen and key != "<<":
+            raise ValueError(f"the key {key[:40]!r} stands twice in one part")
+        seen.add(key)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.whole_number)

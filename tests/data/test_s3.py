@@ -408,6 +408,10 @@ def test_variables_that_make_no_sense_are_told(s3, monkeypatch, lost_user, s3_se
     lost_user(AWS_ENDPOINT_URL=s3_server, UNLEARN_S3_SSE="", UNLEARN_S3_HEDGE="-1")
     with pytest.raises(ConfigError, match="UNLEARN_S3_HEDGE='-1': give seconds"):
         Storage(s3).read("x")
+    lost_user(AWS_ENDPOINT_URL=s3_server, UNLEARN_S3_HEDGE="", AWS_SESSION_TOKEN="to\nken")
+    with pytest.raises(ConfigError, match="AWS_SESSION_TOKEN holds a line end, a space or") as e:
+        Storage(s3).read("x")
+    assert "ken" not in str(e.value).replace("TOKEN", "")
     for wrong in ("soon", "-1", "inf", "nan"):
         monkeypatch.setenv(patience.VARIABLE, wrong)
         with pytest.raises(ConfigError, match=f"{patience.VARIABLE}='{wrong}'"):

@@ -97,6 +97,16 @@ def test_names_mapped_by_hand_say_nothing_of_gamma_so_it_is_asked(public, tmp_pa
     assert "set model.options.conditioning to timestep or gamma" in logged.text
 
 
+def test_a_schedule_that_is_missing_or_none_is_told(public, logged):
+    base.tell.cache_clear()
+    told = {name: tensor for name, tensor in public.items() if name != "gammas"}
+    assert palette.options(told)["scheduler"] == palette.LINEAR and "without its `gammas`" in logged.text
+    assert palette.options(told | {"gammas": public["gammas"].half()})["scheduler"] == palette.LINEAR
+    for gammas in (public["gammas"] * float("nan"), public["gammas"].flip(0), public["gammas"][None]):
+        with pytest.raises(WeightsError, match="`gammas` of this Palette file are no schedule"):
+            palette.options(told | {"gammas": gammas})
+
+
 def test_half_a_file_is_told(public, tmp_path):
     torch.save({n: t for n, t in public.items() if "input_blocks.0.0" not in n}, tmp_path / "a_Network.pth")
     with pytest.raises(WeightsError, match="lacks a part of its network"):

@@ -119,6 +119,9 @@ def test_a_file_without_tensors_is_told(tmp_path):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(WeightsError, match="holds no dictionary of tensors"):
             build(tmp_path / "w.pth", options=TINY)
+    torch.save({"params_ema": {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="tensors: its keys are params_ema, epoch; save the one of the weights"):
+        build(tmp_path / "w.pth", options=TINY)
 
 
 @pytest.mark.parametrize("card", ["{", "[]", '{"family": "mae", "options": 3}', "\udcff"])

@@ -83,6 +83,7 @@ def client(anonymous: bool = False) -> Any:
         "retries": {"mode": "standard", "total_max_attempts": 2},  # what comes twice is waited out by patience.py
         "connect_timeout": 10, "read_timeout": timeout or None, "max_pool_connections": 64,
     }  # fmt: skip
+    _check_keys()
     extra = _encryption()
     if anonymous:
         common["signature_version"] = botocore.UNSIGNED
@@ -130,6 +131,13 @@ def _completed(extra: dict[str, str], timeout: float, params: dict, model: Any, 
 def _count(request: Any, **_) -> None:
     with _lock:
         requests[request.method] += 1
+
+
+def _check_keys() -> None:
+    """Keys that cannot be sent fail like a broken connection. Raises ConfigError, which names the variable alone."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if re.search(r"[^!-~]", os.environ.get(name, "")):
+            raise ConfigError(f"{name} holds a line end, a space or a letter that no key has: set it without")
 
 
 def _encryption() -> dict[str, str]:

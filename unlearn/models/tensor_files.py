@@ -66,7 +66,9 @@ def read(path: Path, uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]
     arguments = tensors.get("args") if isinstance(tensors, dict) else None
     tensors = _chosen(tensors, uri)
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise WeightsError(f"{uri} holds no dictionary of tensors")
+        keys = ", ".join(str(key)[:40] for key in list(tensors)[:8]) if isinstance(tensors, dict) else ""
+        there = f": its keys are {keys}; save the one of the weights alone" if keys else ""
+        raise WeightsError(f"{uri} holds no dictionary of tensors{there}")
     return _unwrapped(tensors, uri), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
 
 

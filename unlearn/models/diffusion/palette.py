@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import WeightsError
+from unlearn.models.base import tell
 from unlearn.models.diffusion.shapes import LINEAR
 
 FILE = "palette_Network.pth"  # what `write` makes; Palette is given the name before `_Network` as `resume_state`
@@ -154,12 +155,18 @@ def _schedule(gammas: torch.Tensor | None) -> dict[str, Any]:
     """The config of a scheduler with these products of 1 - beta; the one that Palette trains with where the file has
     none."""
     if gammas is None:
+        tell(
+            "a Palette file without its `gammas`: the schedule that Palette trains with by default is taken (2,000 "
+            "steps, beta from 1e-6 to 0.01); model.options.scheduler names another"
+        )
         return LINEAR
-    kept = gammas.double()
+    kept, tolerance = gammas.double(), 1e-3 if gammas.dtype == torch.float16 else 1e-4
     if len(kept) == LINEAR["num_train_timesteps"] and torch.allclose(
-        kept, _betas(LINEAR).neg().add(1).cumprod(0), 1e-4
+        kept, _betas(LINEAR).neg().add(1).cumprod(0), tolerance
     ):
         return LINEAR
+    if kept.ndim != 1 or not len(kept) or not ((kept > 0) & (kept < 1)).all() or (kept.diff() > 0).any():
+        raise WeightsError("the `gammas` of this Palette file are no schedule: they must fall, between 1 and 0")
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "epsilon"}
 
