@@ -1,6 +1,7 @@
 """Ray's trainer, made so that its run can be stopped. To be imported where Ray is needed."""
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -10,9 +11,13 @@ import ray
 from ray._raylet import RAY_NODE_ID_KEY  # pyright: ignore[reportAttributeAccessIssue]  not in Ray's stub
 from ray.exceptions import RayError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.result import Result
+
+from jobs.own_cluster import FOLDER
 
 PATIENCE = 8  # seconds that the controller has to end its workers: Kubernetes and Slurm allow 30 in all
 
@@ -48,6 +53,12 @@ class StoppableTrainer(TorchTrainer):
             self._stop()
             for thread in threads:
                 thread.join(PATIENCE)  # Ray aborts a process that leaves while one of its threads waits for Ray
+
+    def _create_default_callbacks(self) -> list:
+        """Without those that start a process for each worker group which has nothing to do here: one hands out Ray's
+        data sets, one tidies up in a cluster that outlives the driver."""
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if os.environ.get(FOLDER) else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, idle)]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs) -> Result:
         with self._lock:

@@ -20,12 +20,10 @@ import numpy as np
 import torch
 from torch import nn
 
-import unlearn.torchvision_cpu  # noqa: F401  torchmetrics imports torchvision
+import unlearn.torchvision_cpu  # noqa: F401  before torchmetrics, which imports torchvision
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.models import tensor_files, weights
-
-from torchmetrics.functional.image import lpips  # isort: skip
 
 CPU_BATCH = 16  # images computed at once on a CPU
 LARGEST = 1 << 30  # bytes of a pickle
@@ -67,6 +65,8 @@ class Perceptual(nn.Module):
 
 def build(uri: str) -> Perceptual:
     """The measure with the trunk in that file, on CPU in float32. Raises WeightsError, StorageError."""
+    from torchmetrics.functional.image import lpips  # takes seconds, and few runs want it
+
     trunk, tensors = _read(uri)
     heads = tensor_files.load(Path(lpips.__file__).parent / f"lpips_models/{trunk.key}.pth", "the heads of LPIPS")
     heads |= {name.replace("lin", "lins.", 1): tensor for name, tensor in heads.items()}  # each has two names
