@@ -31,7 +31,7 @@ LONGEST = 22  # characters of the path above it: a socket's path has 107 at most
 
 
 @contextlib.contextmanager
-def started(environment: Mapping[str, str]) -> Iterator[None]:
+def started(environment: dict[str, str]) -> Iterator[None]:
     """The cluster, with all CPUs and GPUs of this machine, and a connection to it. Raises ClusterError.
 
     environment: of its workers, which inherit it: for a runtime environment Ray would start each of them anew, and the
