@@ -35,7 +35,7 @@ def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
         yield
         return
     warnings.filterwarnings("ignore", module="ray")
-    environment = {"env_vars": WORKER_ENV | ({} if cluster.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})}
+    environment = WORKER_ENV | ({} if cluster.gpus_per_worker else {"DS_ACCELERATOR": "cpu"})
     address = _address(cluster)
     if not address:
         check_machine(cluster, workers)
@@ -48,7 +48,7 @@ def connected(cluster: config.Cluster, workers: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(address: str, runtime_env: dict) -> Iterator[None]:
+def _named(address: str, environment: dict[str, str]) -> Iterator[None]:
     """A connection to the cluster that the user names."""
     import ray
     from ray.exceptions import AuthenticationError
@@ -58,7 +58,10 @@ def _named(address: str, runtime_env: dict) -> Iterator[None]:
         token.read()  # one that cannot be sent makes Ray abort this process
     try:
         with loopback_as_it_is() if _on_loopback_alone(address) else contextlib.nullcontext(), signals.kept():
-            ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(
+                address=address, runtime_env={"env_vars": environment}, log_to_driver=False,
+                logging_level=logging.ERROR,
+            )  # fmt: skip
     except AuthenticationError:
         raise ClusterError(
             f"{address} wants a token, and none was found: set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to its file"

@@ -156,3 +156,10 @@ class Desk:
                 await asyncio.wait_for(self.changed.wait_for(ready), MOMENT)
             except TimeoutError:
                 pass
+
+
+def serve(settings: dict) -> None:
+    """What each worker of a slot runs; it is named here, so that the driver need not import what only workers use."""
+    from jobs.slots import work
+
+    work(settings)

@@ -32,16 +32,19 @@ LONGEST = 22  # characters of the path above it: a socket's path has 107 at most
 
 
 @contextlib.contextmanager
-def started(runtime_env: dict) -> Iterator[None]:
-    """The cluster, with all CPUs and GPUs of this machine, and a connection to it. Raises ClusterError."""
+def started(environment: dict[str, str]) -> Iterator[None]:
+    """The cluster, with all CPUs and GPUs of this machine, and a connection to it. Raises ClusterError.
+
+    environment: of its workers, which inherit it: for a runtime environment Ray would start each of them anew, and the
+    two that it starts at once would be of no use.
+    """
     import ray
 
-    with _folder() as folder, _authenticated(_environment(folder)):
+    with _folder() as folder, _authenticated(_environment(folder) | environment):
         try:
             with loopback_as_it_is(), signals.kept():
                 ray.init(
                     address="local", num_cpus=max(os.cpu_count() or 1, 1), include_dashboard=False,
-                    runtime_env=runtime_env,
                     object_store_memory=256 * 2**20, log_to_driver=False, logging_level=logging.ERROR,
                     configure_logging=True,
                     _node_ip_address="127.0.0.1", _temp_dir=str(folder / "ray"),

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +17,8 @@ from jobs.own_cluster import variables
 from jobs.sweep_state import Progress, SweepState
 from unlearn import log as logs
 from unlearn.data.storage import Storage
-from unlearn.errors import ClusterError, ConfigError
+from unlearn.errors import ClusterError, ConfigError, UnlearnError
+from unlearn.run import Run
 from unlearn.search import records, sweep_file
 from unlearn.search.records import Trial
 from unlearn.search.space import FREE, Sweep
@@ -30,6 +31,7 @@ TUNE = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",  # no report of a slot waits for it
     # MLflow: nothing is told to its makers, and a server that is gone does not hold up the sweep for minutes.
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }  # fmt: skip
@@ -67,16 +69,29 @@ def sweep(
         tempfile.TemporaryDirectory(prefix="unlearn-sweep-") as scratch,
     ):
         callbacks = _callbacks(sweep, Path(scratch))
+        state = SweepState(sweep, _put, retry_failed)
+        stack.enter_context(ThreadPoolExecutor(1)).submit(_check_models, state)  # while Ray starts
         stack.enter_context(connected(cluster, least * sweep.concurrent))
         import ray
 
         from jobs.desk import Desk
 
-        state = SweepState(sweep, lambda run: ray.put(run), retry_failed)
         desk = cast(Any, ray.remote(Desk)).options(num_cpus=0, max_concurrency=1000).remote(cluster.max_failures)
         with _slots(sweep, desk, scratch) as slots, _tuned(sweep, state, desk, Path(scratch), callbacks) as tuned:
             _follow(sweep, state, desk, slots, tuned, progress, check)
     return list(state.trials.values())
+
+
+def _put(run: Run) -> object:
+    import ray
+
+    return ray.put(run)
+
+
+def _check_models(state: SweepState) -> None:
+    """Ask what all trials have in common; a point that it is not good for is told so when its turn comes."""
+    with contextlib.suppress(UnlearnError):
+        state.limits.check(state.sweep.settings)
 
 
 def _callbacks(sweep: Sweep, scratch: Path) -> list:
@@ -143,8 +158,8 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
     import ray
     import ray.train
 
+    from jobs.desk import serve
     from jobs.rendezvous import torch_config
-    from jobs.slots import work
     from jobs.train import resources
     from jobs.trainer import StoppableTrainer
 
@@ -153,7 +168,7 @@ def _slots(sweep: Sweep, desk: Any, scratch: str) -> Iterator[list[Future]]:
         slots = []
         for number in range(sweep.concurrent):
             trainer = StoppableTrainer(
-                work,
+                serve,
                 train_loop_config={"desk": desk, "slot": number, "log": logs.level()},
                 torch_config=torch_config("nccl" if cluster.gpus_per_worker else "gloo", cluster.timeout),
                 scaling_config=ray.train.ScalingConfig(

@@ -1,5 +1,7 @@
 """What no trial of a sweep may exceed, asked once for what its trials have in common."""
 
+import threading
+
 from jobs import train
 from unlearn import config
 from unlearn.errors import ConfigError
@@ -16,10 +18,15 @@ class Limits:
         self.device = planning.device(sweep.settings)
         self.models: set[str] = set()
         self.needed: dict[str, tuple[bool, float]] = {}
+        self.lock = threading.Lock()
 
     def check(self, settings: config.RunConfig) -> None:
         """Raises UnlearnError where the models cannot be had, and ConfigError where the run does not fit a worker's
-        memory."""
+        memory. What another thread is asking already is waited for."""
+        with self.lock:
+            self._check(settings)
+
+    def _check(self, settings: config.RunConfig) -> None:
         training, evaluation = settings.training, settings.evaluation
         looking = evaluation.features, evaluation.features_weights, evaluation.lpips_weights
         key = repr((settings.model, evaluation.oracle, looking, settings.data.augment))
