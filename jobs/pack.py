@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from unlearn.data.node_cache import node_copy
 from unlearn.data.pack_file import QUALITY, Packing
 from unlearn.data.recode import recoded
 from unlearn.data.storage import Storage, local_copy
+from unlearn.data.unpacked import plain
 from unlearn.documents import from_json
 from unlearn.errors import DataError, ImageError, UnlearnError
 
@@ -79,9 +81,12 @@ def _arranged(found: Packing) -> tuple[list[tuple[str, int]], list[str]]:
 
 
 def _near(source: str) -> str:
-    """The source, or the copy of an archive on S3 that all processes of a machine share: it is fetched once."""
+    """The source, or the copy of an archive that all processes of a machine share: it is fetched from S3 once, and a
+    compressed tar is unpacked once."""
     storage = Storage(source)
-    return source if storage.is_local() or not storage.is_file() else str(node_copy(source))
+    if not storage.is_local():
+        return str(plain(node_copy(source))) if storage.is_file() else source
+    return str(plain(Path(storage.uri)))
 
 
 def _own(storage: Storage, about: dict[str, str]) -> None:

@@ -102,9 +102,9 @@ class TimedImages(Images):
         with self.stages.stage("decode"):
             return super()._decode(stored)
 
-    def _fit(self, image: np.ndarray) -> np.ndarray:
+    def _fit(self, image: np.ndarray, out: np.ndarray | None) -> np.ndarray:
         with self.stages.stage("scale"):
-            return super()._fit(image)
+            return super()._fit(image, out)
 
 
 class TimedLoader(Loader):

@@ -77,6 +77,36 @@ def test_what_a_stopped_index_has_found_is_of_that_file_and_of_that_question(tin
     assert shards.index(place).rows == 48 and not (tmp_path / "place" / "_index").exists()
 
 
+@pytest.mark.parametrize("text", [False, True], ids=["labels", "names"])
+def test_an_index_that_was_stopped_within_a_file_goes_on_with_its_row_groups(read, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(described, "TOGETHER", 4)
+    monkeypatch.setattr(described, "PART", 0)
+    (tmp_path / "place").mkdir()
+    table = tiny_table(0, 48)
+    if text:
+        names = [f"class {label}" for label in table["label"].to_pylist()]
+        table = table.set_column(table.column_names.index("label"), "label", [names])
+    pq.write_table(table, tmp_path / "place" / "one.parquet", row_group_size=2)
+    expected, rows = shards.look(str(tmp_path / "place"))
+
+    def stop(done: int, total: int) -> None:
+        if len(read) == 11:  # in the third part of six
+            raise KeyboardInterrupt
+
+    read.clear()
+    with pytest.raises(KeyboardInterrupt):
+        shards.index(str(tmp_path / "place"), progress=stop, threads=1)
+    read.clear()
+    found, same = shards.look(str(tmp_path / "place"), keep=True, threads=1)
+    again = {group for _, group in read}  # the fourth part may have been read to its end while the third was stopped
+    assert {*range(8, 12)} <= again and not again & {*range(8)}
+    assert found == expected and np.array_equal(same.images, rows.images) and same.values.equals(rows.values)
+    pq.write_table(table, tmp_path / "place" / "one.parquet", row_group_size=3)
+    read.clear()
+    assert len(shards.index(str(tmp_path / "place")).groups) == 16 and len(read) == 16
+    assert not (tmp_path / "place" / "_index").exists()
+
+
 def test_threads_change_nothing(tmp_path):
     """One file of many row groups is read by several threads, and so are several files."""
     (tmp_path / "a").mkdir()

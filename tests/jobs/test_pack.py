@@ -1,6 +1,7 @@
 """Packing by many workers: the same shards for any number of them, scaled as training scales, and gone on with behind a
 kill."""
 
+import gzip
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from support.images import encode
 from jobs import pack as job
 from jobs import submit
 from jobs.backends import base
-from unlearn.data import pack_file, scaling, shards
+from unlearn.data import node_cache, pack_file, scaling, shards, tars
 from unlearn.data.decode import decode
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, DataError, UnlearnError
@@ -120,6 +121,25 @@ def test_it_goes_on_with_what_is_missing_and_refuses_shards_of_another_packing(p
     ):
         with pytest.raises(ConfigError, match=why):
             packing(photographs, tmp_path, **keys)
+
+
+def test_a_compressed_tar_is_unpacked_once_and_packed_as_a_plain_one(photographs, tmp_path, monkeypatch):
+    source = tmp_path / "photographs.tar.gz"
+    source.write_bytes(gzip.compress(photographs.read_bytes()))
+    unpacking, unpacked = tars.unpacking, []
+    monkeypatch.setattr(tars, "unpacking", lambda path: unpacked.append(path) or unpacking(path))
+    found = packing(source, tmp_path / "shards", size=32)
+    job.pack(found)
+    job.pack(packing(photographs, tmp_path / "plain", size=32))
+    assert unpacked == [source] and content(tmp_path / "shards") == content(tmp_path / "plain")
+    another, piece = job.ShardPacker(found, ["ant", "bee"]), {"names": ["ant/01.jpg"], "labels": [0]}
+    assert another({"shard": "more.parquet", **piece})["error"] == "" and unpacked == [source]
+    node_cache.release(Path(job._near(found.source)))
+    assert not list(node_cache.private("unpacked").iterdir()), "the last process deletes it"
+
+    source.write_bytes(source.read_bytes()[:-300])
+    with pytest.raises(DataError, match="photographs.tar.gz: not a tar file, or cut short"):
+        job.pack(packing(source, tmp_path / "damaged"))
 
 
 def test_damaged_images_end_it_or_are_left_out_and_counted(photographs, tmp_path, caplog):

@@ -22,7 +22,10 @@ from unlearn.data.parquet_file import extent, opened, short
 from unlearn.data.storage import told
 from unlearn.errors import DataError
 
-TOGETHER = 16  # row groups of a file that one thread reads in turn
+# Row groups of a file that one thread reads in turn: at least so many, and more where they are small.
+TOGETHER, PART = 16, 64 << 20
+# Row group with labels still unknown, its distinct labels, checksum of each image, the other values.
+Found = tuple[RowGroup, np.ndarray, np.ndarray, pa.Table]
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,29 @@ def describe(
     path: Path, name: str, where: str, given: dict[str, str] | None = None, before: dict[str, str] | None = None,
     threads: int = 1,
     read: Callable[[int], object] = lambda size: None,
+    kept: Callable[[range], list[Found] | None] = lambda groups: None,
+    keep: Callable[[range, list[Found]], object] = lambda groups, found: None,
 ) -> Described:  # fmt: skip
     """The description of the local Parquet file `path`; `where` names it in messages. Raises DataError.
 
     given: {role: column} that the user names; before: those of an earlier manifest, used where the file has such
     columns. threads: row groups that are in memory at the same time; read: told the bytes of each that is done.
+    kept, keep: gives what a reading that was stopped has found in some row groups, and is told what this one has found,
+    where the file is read in several parts.
     """
 
-    def part(groups: range) -> list[tuple]:
+    def part(groups: range) -> list[Found]:
+        if (found := kept(groups)) is not None:
+            read(sum(group.bytes for group, *_ in found))
+            return found
         with pa.OSFile(str(path), "rb") as file, opened(file, where, footer) as parquet:
             found = []
             for g in groups:
                 found.append(_describe_group(parquet, file, g, columns, name, where))
                 read(found[-1][0].bytes)
-            return found
+        if len(groups) < count:
+            keep(groups, found)
+        return found
 
     def digest() -> str:
         with open(path, "rb") as whole:
@@ -84,7 +96,8 @@ def describe(
                 raise DataError(f"{where}: unreadable ({short(e)}); restore the shard") from None
         with ThreadPoolExecutor(threads) as pool:
             sha256 = pool.submit(digest)
-            parts = pool.map(part, [range(g, min(g + TOGETHER, count)) for g in range(0, count, TOGETHER)])
+            step = max(TOGETHER, PART * count // max(1, path.stat().st_size))
+            parts = pool.map(part, [range(g, min(g + step, count)) for g in range(0, count, step)])
             row_groups = [one for found in parts for one in found]
             shard = Shard(name, path.stat().st_size, sha256.result(), [group for group, *_ in row_groups])
     labels = [distinct for _, distinct, _, _ in row_groups]
@@ -108,8 +121,7 @@ def describe(
 
 def _describe_group(
     parquet: pq.ParquetFile, file: pa.NativeFile, g: int, columns: dict[str, str], name: str, where: str
-) -> tuple[RowGroup, np.ndarray, np.ndarray, pa.Table]:  # fmt: skip
-    """(row group with labels still unknown, its distinct labels, checksum of each image, the other values)."""
+) -> Found:
     rows, offset, size = extent(parquet, g)
     at = f"{where}, row group {g}"
     inside = [column for column in columns.values() if column in parquet.schema_arrow.names]

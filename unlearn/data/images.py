@@ -47,10 +47,14 @@ class Images:
     def __getitem__(self, row: int) -> np.ndarray:
         """The decoded image of a row, (size, size, 3) or (H, W, 3) uint8, read-only where it is cached. Raises
         ImageError if it is damaged."""
+        return self._image(row, None)
+
+    def _image(self, row: int, out: np.ndarray | None) -> np.ndarray:
+        """As above. out: (size, size, 3), to which an image that is decoded now is written."""
         entry = self.read(row)
         if isinstance(entry, np.ndarray):
             return entry
-        image = self._fit(self._decode(entry))
+        image = self._fit(self._decode(entry), out)
         if self.data.cache == "decoded":
             self.cache.keep_decoded(self._shelf, row, image)
         return image
@@ -58,14 +62,15 @@ class Images:
     def _decode(self, stored: bytes | memoryview) -> np.ndarray:
         return decode(stored, self.data.orientation)
 
-    def _fit(self, image: np.ndarray) -> np.ndarray:
-        return image if self.size is None else fit(image, self.size)
+    def _fit(self, image: np.ndarray, out: np.ndarray | None) -> np.ndarray:
+        return image if self.size is None else fit(image, self.size, out)
 
-    def sound(self, row: int) -> np.ndarray:
-        """The decoded image of a row, or of its replacement row where it is damaged."""
+    def sound(self, row: int, out: np.ndarray | None = None) -> np.ndarray:
+        """The decoded image of a row, or of its replacement row where it is damaged; `out` itself, (size, size, 3),
+        where it is written there already."""
         while True:
             try:
-                return self[row]
+                return self._image(row, out)
             except ImageError as e:
                 row = self.skip(row, e)
 
@@ -75,7 +80,9 @@ class Images:
         if shared is None or not shared.gather(rows, made):
             self.fetch(rows)
             for place, row in enumerate(rows.tolist()):
-                made[place] = self.sound(row)
+                to = made[place]
+                if (image := self.sound(row, to)) is not to:
+                    to[:] = image
 
     def read(self, row: int) -> bytes | memoryview | np.ndarray:
         """The decoded image of a row where the cache has it, else its bytes as they are stored."""

@@ -11,21 +11,30 @@ from PIL import Image
 NARROW = 16  # longer side / shorter side from which an image is cut before it is scaled
 
 
-def fit(image: np.ndarray, size: int) -> np.ndarray:
-    """(size, size, 3) of (H, W, 3) uint8: the shorter side is scaled to `size`, and the middle is cut out."""
+def fit(image: np.ndarray, size: int, out: np.ndarray | None = None) -> np.ndarray:
+    """(size, size, 3) of (H, W, 3) uint8: the shorter side is scaled to `size`, and the middle is cut out.
+
+    out: (size, size, 3) uint8 to write to, where it is wanted at a place of its own.
+    """
     height, width = image.shape[:2]
-    if height == width == size:
+    if height == width == size and out is None:
         return image
+    made = np.empty((size, size, 3), np.uint8) if out is None else out
     scale = size / min(height, width)
     wide, high = max(round(width * scale), size), max(round(height * scale), size)
     left, top = (wide - size) // 2, (high - size) // 2
-    if max(wide, high) <= NARROW * size:
-        middle = scaled(image, high, wide)[top : top + size, left : left + size]
-        return middle if wide == high else middle.copy()  # a view would keep all of it in memory
-    # The whole of a narrow image would be large, once scaled. PIL scales a part that begins between two pixels.
-    x, y = width / wide, height / high
-    box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
+    if height == width == size:
+        made[:] = image
+    elif wide == high:
+        scaled(image, size, size, made)
+    elif max(wide, high) <= NARROW * size:
+        made[:] = scaled(image, high, wide)[top : top + size, left : left + size]
+    else:
+        # The whole of a narrow image would be large, once scaled. PIL scales a part that begins between two pixels.
+        x, y = width / wide, height / high
+        box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+        made[:] = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return made
 
 
 def crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -41,9 +50,9 @@ def crop_flip(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndar
     return cropped[:, ::-1] if rng.random() < 0.5 else cropped
 
 
-def scaled(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8 of (H, W, 3) uint8."""
-    made = np.empty((height, width, 3), np.uint8)
+def scaled(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
+    """(height, width, 3) uint8 of (H, W, 3) uint8; out: of that shape, to write to."""
+    made = np.empty((height, width, 3), np.uint8) if out is None else out
     # torch takes arrays that may be written to. Written where it is wanted, the channels last: interpolate() would give
     # them first, and they would be moved once more.
     whole = np.require(image, requirements=["C", "W"])

@@ -6,6 +6,7 @@ A shard is a Parquet file in the usual form of published image data sets: `image
 several splits has a manifest for each.
 """
 
+import functools
 import logging
 import os
 import re
@@ -122,7 +123,11 @@ def _described(
             read(facts[name].size)
             return known
         with local_copy(storage.where(name)) as path:
-            found = describe(path, name, storage.where(name), columns, before, threads // files, read)
+            parts = {}
+            if journal:
+                parts["kept"] = functools.partial(journal.part, name, facts[name])
+                parts["keep"] = functools.partial(journal.put_part, name, facts[name])
+            found = describe(path, name, storage.where(name), columns, before, threads // files, read, **parts)
         if journal:
             journal.put(found, facts[name])
         return found

@@ -77,7 +77,7 @@ def source(path: Path, wanted: Wanted) -> Iterator[Source]:
     with contextlib.ExitStack() as stack:
         scan = _Scan(wanted)
         with told_as_tar(path):
-            if _is_plain(path):
+            if is_plain(path):
                 file = stack.enter_context(open(path, "rb"))
                 tar = stack.enter_context(_open(fileobj=file, mode="r:"))
                 scan.run(tar, lambda m: (m.offset_data, m.size), file)
@@ -238,18 +238,24 @@ def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO
             file.flush()
         return place, member.size
 
+    with unpacking(path) as stream, _open(fileobj=stream, mode="r|") as tar:
+        if first:
+            scan.run(tar, write, file)
+        else:
+            for member in _members(tar):
+                if member.isfile() and (place := write(member)):
+                    scan.others[posixpath.normpath(member.name)] = place
+
+
+@contextlib.contextmanager
+def unpacking(path: Path) -> Iterator[_Limited]:
+    """The stream of a compressed tar; it is read to the end, so that the checksum there is verified."""
     decompressor = _decompressor(path)
     assert decompressor is not None, "a tar that is not plain"
-    with decompressor(path) as unpacking:
-        stream = _Limited(unpacking, path.stat().st_size)
-        with _open(fileobj=stream, mode="r|") as tar:
-            if first:
-                scan.run(tar, write, file)
-            else:
-                for member in _members(tar):
-                    if member.isfile() and (place := write(member)):
-                        scan.others[posixpath.normpath(member.name)] = place
-        while stream.read(1 << 20):  # read to the end, so that the checksum there is verified
+    with decompressor(path) as unpacked:
+        stream = _Limited(unpacked, path.stat().st_size)
+        yield stream
+        while stream.read(1 << 20):
             pass
 
 
@@ -259,7 +265,7 @@ def piece(file: BinaryIO, place: Place, name: str) -> bytes:
     return data
 
 
-def _is_plain(path: Path) -> bool:
+def is_plain(path: Path) -> bool:
     try:
         _open(name=path, mode="r:").close()
         return True
