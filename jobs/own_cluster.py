@@ -91,6 +91,8 @@ def _environment(folder: Path) -> dict[str, str]:
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # A process that asks whether this machine is to be taken away: nobody says so to Ray here.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        # An idle process for each core, which the workers, with variables of their own, could not use.
+        "RAY_prestart_worker_first_driver": "0",
         # Ray sets these and leaves them behind.
         "RAY_USAGE_STATS_ENABLED": "0", "PYTHONBREAKPOINT": os.environ.get("PYTHONBREAKPOINT", ""),
     }  # fmt: skip

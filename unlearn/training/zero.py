@@ -27,7 +27,7 @@ def initialize(**options: Any) -> tuple[Any, Any, Callable]:
     if not cuda:
         # None of its own operations: the one for messages would be compiled, and gloo is enough. Left to itself it
         # looks for what each of them needs, with a compiler, in every worker.
-        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
+        deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]  made when it is asked for
     with linear(nn.functional.linear):
         engine, optimizer, _, _ = deepspeed.initialize(**options, dist_init_required=False)
         return engine, optimizer, nn.functional.linear
