@@ -18,6 +18,7 @@ from jobs.sweep_state import Progress, SweepState
 from unlearn import log as logs
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, ConfigError, UnlearnError
+from unlearn.models import weights
 from unlearn.run import Run
 from unlearn.search import records, sweep_file
 from unlearn.search.records import Trial
@@ -40,7 +41,9 @@ PATIENCE = 60  # seconds without a slot that has started, after which it is told
 
 
 def prepare(sweep: Sweep) -> None:
-    """Write the sweep to its folder. Raises ConfigError where another sweep is there."""
+    """Write the sweep to its folder. Raises ConfigError where another sweep is there, WeightsError and StorageError for
+    originals that are not to be had."""
+    weights.located(sweep.models or ())
     storage = Storage(sweep.sweep_dir)
     if storage.is_file(records.SWEEP):
         former = sweep_file.load(storage.where(records.SWEEP))

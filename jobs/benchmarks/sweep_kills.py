@@ -30,7 +30,7 @@ def made(settings: config.RunConfig, folder: Path, trials: int) -> space.Sweep:
     """The sweep, in `folder`."""
     return sweep_file.parse({
         "sweep_dir": str(folder), "run": settings.model_dump(mode="json", exclude_defaults=True),
-        "set": {"cluster.workers": 1, "cluster.max_failures": -1},
+        "set": {"cluster.max_failures": -1},
         "search": {"method.alpha": {"loguniform": [0.01, 1]}, "training.lr": {"loguniform": [1e-4, 1e-2]}},
         "objectives": {"retain.cosine.drop": "minimise", "forget.cosine.drop": "maximise"}, "search_by": "random",
         "budget": {"points": trials}, "concurrent": 2, "tune_on": {"limit": settings.evaluation.limit},
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     parser.add_argument("--here", action="store_true")
     options = parser.parse_args()
     few = [
-        *(["training.engine=torch", "cluster.workers=1"] if options.here else []),
+        *(["training.engine=torch"] if options.here else []), "cluster.workers=1",
         "evaluation.limit=10", "evaluation.views=[{size: 0.5}]", "training.steps=20", "training.checkpoint_every=5",
         "training.warmup_steps=2",
     ]  # fmt: skip

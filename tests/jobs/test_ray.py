@@ -9,12 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+import ray.train
 import yaml
 from support.ray_nodes import until
 from support.runs import tiny_config, train
 from support.workers import together
 
+from jobs import own_cluster
 from jobs.cluster import connected
+from jobs.trainer import StoppableTrainer
 from unlearn import config
 from unlearn.errors import ClusterError, TrainingError
 from unlearn.training import metrics
@@ -131,3 +134,14 @@ def test_a_mistake_in_a_worker_is_told_once(cluster, tiny_run):
     with pytest.raises(TrainingError, match="loss is not finite; stopped before the update") as told:
         train(run)
     assert str(told.value).count("not finite") == 1
+
+
+def test_ray_train_starts_no_process_that_has_nothing_to_do(tmp_path, monkeypatch):
+    """Neither for Ray's data sets, nor, on a cluster that ends with its driver, to tidy up behind it."""
+    trainer = StoppableTrainer(lambda: None, run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)))
+    monkeypatch.delenv(own_cluster.FOLDER, raising=False)
+    shared = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    monkeypatch.setenv(own_cluster.FOLDER, str(tmp_path))
+    own = {type(callback).__name__ for callback in trainer._create_default_callbacks()}
+    assert shared - own == {"PlacementGroupCleanerCallback"} and "DatasetsCallback" not in shared
+    assert "BackendSetupCallback" in own

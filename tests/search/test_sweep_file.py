@@ -4,9 +4,11 @@ import copy
 import itertools
 
 import pytest
+import yaml
 
+from jobs.sweep import prepare
 from unlearn import config
-from unlearn.errors import ConfigError
+from unlearn.errors import ConfigError, WeightsError
 from unlearn.search import objectives, sweep_file
 from unlearn.search.sweep_file import parse
 
@@ -59,6 +61,7 @@ MISTAKES = {
     "a circle": (
         made({"method.alpha": {"choice": [1], "when": {"training.lr": 1}},
               "training.lr": {"choice": [1], "when": {"method.alpha": 1}}}), "name each other in a circle"),
+    "no such method": (made({"method.name": {"choice": ["encoder_l3"]}}), "search.method.name: .*no method"),
     "no such key": (made({"method.alfa": {"choice": [1]}}), "search.method.alfa: no such key .*; did you mean alpha?"),
     "a key of no part": (made({"training.lr.x": {"choice": [1]}}), "search.training.lr.x: no such key"),
     "a condition on nothing": (
@@ -87,6 +90,23 @@ def test_every_mistake_is_told_before_anything_starts(mistake):
     tree, message = MISTAKES[mistake]
     with pytest.raises(ConfigError, match=message):
         parse(tree, "sweep.yaml")
+
+
+def test_an_original_that_is_not_there_is_told_at_once(tiny_model, tmp_path):
+    sweep = parse(made(models=[tiny_model, str(tmp_path / "nowhere")], sweep_dir=str(tmp_path / "sweep")))
+    with pytest.raises(WeightsError, match="no weights at .*nowhere"):
+        prepare(sweep)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_keys_with_dots_can_be_overridden():
+    text, overrides = yaml.safe_dump(SWEEP), ["search.method.alpha={choice: [1, 2, 3]}", "run.training.lr=0.5"]
+    overrides += ["search.training.warmup_steps={choice: [0, 1]}", "objectives.retain.fid=minimise"]
+    sweep = sweep_file.read(text, "sweep.yaml", overrides)
+    assert sweep.size == 6 and list(sweep.objectives) == ["retain.cosine.drop", "retain.fid"]
+    assert sweep.settings.training.lr == 0.5
+    with pytest.raises(ConfigError, match="search.method.alpha.choice: Input should be a valid list"):
+        sweep_file.read(text, "sweep.yaml", ["search.method.alpha={choice: 3}"])
 
 
 def test_tied_and_conditional_keys_and_equal_points_once():

@@ -24,6 +24,8 @@ SET_APART = {
     "training.engine": "every trial runs on the engine that the run names",
     "training.lr_changes": "search_by: pbt finds them",
 }
+# Parts whose own keys have dots.
+DOTTED = ("search.", "objectives.")
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
@@ -40,7 +42,14 @@ def load(source: str, overrides: Sequence[str] = ()) -> Sweep:
 
 def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     """The same from the text of a file; `source` names it in messages."""
-    return parse(run_files.overridden(config.yaml_tree(text, f"sweep {source}"), overrides), source)
+    tree = config.yaml_tree(text, f"sweep {source}")
+    dotted = [item for item in overrides if item.startswith(DOTTED)]
+    tree = run_files.overridden(tree, [item for item in overrides if item not in dotted])
+    for item in dotted:
+        part, _, rest = item.partition(".")
+        key, _, value = rest.partition("=")
+        tree[part] = (tree.get(part) or {}) | {key: config.override({}, [f"value={value}"])["value"]}
+    return parse(tree, source)
 
 
 def parse(tree: dict, source: str = "sweep") -> Sweep:
@@ -94,7 +103,10 @@ def _check_key(sweep: Sweep, key: str, where: str) -> None:
     """Raise ConfigError for a key that the run cannot have, with any of the methods that the sweep may give it."""
     domain = sweep.search.get("method.name")
     names = domain.values if domain and domain.values else [method_options.name_in(sweep.run)]
-    faults = [fault for name in names if (fault := config.unknown_key(key, str(name)))]
+    try:
+        faults = [fault for name in names if (fault := config.unknown_key(key, str(name)))]
+    except ConfigError as e:  # there is no such method
+        raise ConfigError(f"{where}: {e}") from None
     if len(faults) == len(names):
         raise ConfigError(f"{where}: {faults[0]}")
 
