@@ -81,6 +81,8 @@ def test_lists_that_cannot_be_joined_are_told(tmp_path):
     with pytest.raises(DataError, match="y.parquet: its labels have no names, and files beside it name theirs"):
         shards.index(str(tmp_path))
     assert shards.index(str(tmp_path), classes=["c", "d"]).classes == ["c", "d"]
+    with pytest.raises(DataError, match="label 1, and 1 class names are given: name them all"):
+        shards.index(str(tmp_path), classes=["c"])
     put(tmp_path, [0, 1, 2], ["crane", "b", "crane"], name="y.parquet")
     with pytest.raises(
         DataError, match="y.parquet: two classes are called 'crane', and files beside it have other class lists"

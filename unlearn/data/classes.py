@@ -116,7 +116,7 @@ def read(path: str) -> list[str]:
     """Class names from a text file: one a line in the order of the labels, or NAME NUMBER, or a WordNet id followed by
     its words."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in Path(path).read_text("utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(
             f"{path}: cannot be read as a list of class names ({getattr(e, 'strerror', None) or 'not UTF-8'})"

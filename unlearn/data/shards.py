@@ -84,7 +84,7 @@ def look(
 
     keep: write beside the shards what is found in each, and take what stands there.
     """
-    storage = Storage(uri)
+    storage, given = Storage(uri), classes
     names = _of_split(storage, split)
     try:
         before = load(uri, split)
@@ -94,6 +94,9 @@ def look(
     if classes is None and before and {s.sha256 for s in before.shards} & {d.shard.sha256 for d in described}:
         if not any(d.classes for d in described):
             classes = before.classes  # earlier versions wrote the names in the manifest alone
+    numbers = [int(labels.max()) for d in described if not d.text for labels in d.labels if len(labels)]
+    if given and max(numbers, default=0) >= len(given):
+        raise DataError(f"{storage.uri}: label {max(numbers)}, and {len(given)} class names are given: name them all")
     if not any(len(d.images) for d in described):
         raise DataError(f"{storage.uri}: its Parquet files hold no row")
     manifest, rows = collect(storage.uri, described, classes)
