@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from unlearn import lease, signals
+from unlearn.errors import StorageError
 
 log = logging.getLogger(__name__)
 
@@ -17,7 +18,12 @@ def owned(run_dir: str, command: str) -> Iterator[lease.Lease]:
     job = os.environ.get(signals.JOB)
     what = f"unlearn {command}" + (f" (job {job})" if job else "")
     with lease.held(run_dir, what, say=lambda text: log.warning("%s", text)) as held:
-        yield held
+        try:
+            yield held
+        except StorageError:
+            if held.lost == lease.DELETED:  # whatever is not there is gone with the folder
+                held.check()
+            raise
 
 
 def how_to_go_on() -> str:

@@ -18,7 +18,7 @@ from jobs import owner, submit
 from jobs.backends.local import Local
 from unlearn import config, lease
 from unlearn.data.storage import Storage, local_copy
-from unlearn.errors import ClusterError
+from unlearn.errors import ClusterError, LeaseError
 from unlearn.training.checkpoint import Checkpoints
 
 
@@ -88,6 +88,13 @@ def test_training_stops_where_the_lease_is_lost(told, written, tmp_path, monkeyp
     monkeypatch.setattr(lease.Lease, "lost", property(lambda self: "another has taken it over"))
     err = refused(told, "pretrain", written("method.name=pretrain"))
     assert "no longer owned by this process: another has taken it over" in err and not (tmp_path / "run/model").exists()
+
+
+def test_a_file_that_is_gone_with_the_folder_is_told_so(tmp_path):
+    with pytest.raises(LeaseError, match="run was deleted while it was written to"):
+        with owner.owned(str(tmp_path / "run"), "run"):
+            shutil.rmtree(tmp_path / "run")
+            Storage(tmp_path / "run").read("config.yaml")
 
 
 def test_a_run_folder_that_is_deleted_meanwhile_is_a_failure_with_one_message(told, written, tmp_path, monkeypatch):
