@@ -10,13 +10,14 @@ pyarrow      Parquet, row groups read by pyarrow in a DataLoader
 
 Usual is PIL's decode and bicubic resize by torchvision's transforms, where nothing else is said. ours: `cache: none`,
 and `decoded`, which the second epoch reads; bare: decode and resize alone, on bytes in memory, in one thread. Making
-a loader is not counted, starting its processes is.
+a loader is not counted, starting its processes is. With --at s3://bucket/prefix ours are measured from there too.
 
 The peers are no dependencies. Those that are not there are left out:
 
 pip install --target peers --no-deps webdataset mosaicml-streaming datasets spdl spdl-core spdl-io braceexpand \\
     xxhash dill multiprocess catalogue brotli python-snappy cramjam zstd
-PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 3] [--images 1536] [--only ours,bare]
+PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 3] [--images 1536] [--only ours,bare] \\
+    [--at s3://bucket/prefix]
 """
 
 # The peers are no dependencies.
@@ -38,6 +39,7 @@ from jobs.benchmarks.peer_loaders import BATCH, PEERS, WORKERS, Epochs, Ours, To
 from unlearn import config
 from unlearn.data import shards
 from unlearn.data.loader import Loader
+from unlearn.data.storage import Storage
 from unlearn.models import weights
 from unlearn.run import resolve
 
@@ -95,11 +97,18 @@ def prepare(settings: config.RunConfig, folder: Path, images: int) -> None:
         pass
 
 
+def sent(source: Storage, to: Storage) -> str:
+    """The same files at another place; where."""
+    for name in source.files():
+        to.write(name, source.read(name))
+    return to.uri
+
+
 def measure(settings: config.RunConfig, name: str, way: str, folder: Path) -> list[tuple[float, float]]:
     """(images a second of processor time, by the clock) of the first two epochs."""
     size = weights.build(settings.model, settings.seed).options.image_size
     to = Usual(size) if way == "usual" else Ours(size)
-    epochs = ours(settings, way) if name == "ours" else {**PEERS, "bare": bare}[name](folder, to)
+    epochs = ours(settings, way) if name in ("ours", "ours-s3") else {**PEERS, "bare": bare}[name](folder, to)
     rates = []
     for _ in range(2):
         began, used = time.perf_counter(), _processor_time()
@@ -130,6 +139,8 @@ def compare(settings: config.RunConfig, options: argparse.Namespace) -> None:
         ("ours", "decoded"),
         *((p, w) for p in PEERS for w in ("usual", "ours")),
     ]
+    if options.at:
+        cases += [("ours-s3", "none"), ("ours-s3", "decoded")]
     cases = [case for case in cases if options.only is None or case[0] in options.only.split(",")]
     # Ray comes last: processes are forked for the others, and it leaves threads behind.
     turns = [
@@ -139,10 +150,14 @@ def compare(settings: config.RunConfig, options: argparse.Namespace) -> None:
     left_out: set[tuple[str, str]] = set()
     with tempfile.TemporaryDirectory() as folder:
         prepare(settings, Path(folder), options.images)
-        here = settings.model_copy(update={"data": settings.data.model_copy(update={"train": f"{folder}/parquet"})})
+        shards_of = {name: f"{folder}/parquet" for name, _ in cases}
+        if options.at:
+            shards_of["ours-s3"] = sent(Storage(f"{folder}/parquet"), Storage(options.at))
         for case in turns:
             if case in left_out:
                 continue
+            data = settings.data.model_copy(update={"train": shards_of[case[0]]})
+            here = settings.model_copy(update={"data": data})
             try:
                 rates.setdefault(case, []).append(measure(here, case[0], case[1], Path(folder)))
                 print(*case, *(f"{rate:,.0f}" for epoch in rates[case][-1] for rate in epoch), flush=True)
@@ -161,13 +176,14 @@ def tell(rates: dict[tuple[str, str], list]) -> None:
     for (name, way), ((one, clock_one), (two, clock_two)) in middle.items():
         print(f"{name:10} {way:6} {one:9,.0f} {two:9,.0f} {clock_one:9,.0f} {clock_two:9,.0f}")
     mine, plain, bare_rate = middle.get(("ours", "decoded")), middle.get(("ours", "none")), middle.get(("bare", "ours"))
+    remote = {way: middle.get(("ours-s3", way)) for way in ("none", "decoded")}
     usual = {case: found for case, found in middle.items() if case[1] == "usual" and case[0] != "bare"}
     if mine is not None and usual:
         for epoch in (0, 1):
             best = max(usual, key=lambda case: usual[case][epoch][0])
             ratio = mine[epoch][0] / usual[best][epoch][0]
             print(f"epoch {epoch + 1}: ours / the best in its usual way ({best[0]}), processor time: {ratio:.2f}")
-    for name, found in (("decoded", mine), ("none", plain)):
+    for name, found in (("decoded", mine), ("none", plain), *((f"{way}, S3", one) for way, one in remote.items())):
         if found is not None and bare_rate is not None:
             ratio = found[0][0] / bare_rate[0][0]
             print(f"epoch 1, cache {name}: ours / bare decode and resize, processor time: {ratio:.2f}")
@@ -177,5 +193,6 @@ if __name__ == "__main__":
     parser = command.parser(__doc__)
     parser.add_argument("--images", type=int, default=1536)
     parser.add_argument("--only")
+    parser.add_argument("--at", help="s3:// where the same shards are put")
     options = parser.parse_args()
     command.main("jobs.benchmarks.peers", lambda: compare(command.settings(options), options))
