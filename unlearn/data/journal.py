@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -106,8 +106,8 @@ class Journal:
         self._storage.delete(FOLDER)
 
 
-def _row_group(told: dict) -> RowGroup:
-    return RowGroup(**told | {"labels": tuple(told["labels"])})
+def _row_group(told: dict[str, Any]) -> RowGroup:
+    return RowGroup(**{**told, "labels": tuple(told["labels"])})
 
 
 def _entry(key: str) -> str:

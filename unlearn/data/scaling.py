@@ -33,7 +33,7 @@ def fit(image: np.ndarray, size: int, out: np.ndarray | None = None) -> np.ndarr
         # The whole of a narrow image would be large, once scaled. PIL scales a part that begins between two pixels.
         x, y = width / wide, height / high
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-        made[:] = Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box)
+        made[:] = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
     return made
 
 
