@@ -21,9 +21,12 @@ def name_in(tree: dict[str, Any]) -> str:
 
 def drop_former(tree: dict[str, Any], former: str, changed: Collection[str]) -> None:
     """Drop the options that `tree` has for the former method, where `changed`, the keys that were set since, gave it
-    another one that lacks them; what is dropped is told once. Raises ConfigError for an unknown method."""
+    another one that lacks them; what is dropped is told once. An unknown method is told later, with all other
+    mistakes."""
     name, method = name_in(tree), tree.get("method")
-    if "method.name" not in changed or name == former or former not in METHODS or not isinstance(method, dict):
+    if "method.name" not in changed or name == former or not {name, former} <= set(METHODS.entries):
+        return
+    if not isinstance(method, dict):
         return
     lacking = set(METHODS.load(former).Options.model_fields) - set(METHODS.load(name).Options.model_fields)
     dropped = tuple(key for key in method if key in lacking and f"method.{key}" not in changed)
