@@ -13,6 +13,11 @@ ALIASES = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
 )
 
 
+def test_yaml_that_would_take_minutes_is_refused_at_once():
+    with pytest.raises(ConfigError, match="17,825,795 characters, and 16,777,216 are the most: long lists belong in"):
+        config.read("a: " + "x" * (17 << 20), "run.yaml")
+
+
 @pytest.mark.parametrize(
     "text, why",
     [(ALIASES, "aliases repeat more than"), ("a: &a " + "x" * 70_000 + "\nb: *a", "aliases repeat more than"),

@@ -1,5 +1,5 @@
-"""YAML and JSON from outside, within bounds: neither depth, nor aliases that multiply, nor numbers without end exhaust
-memory or the stack."""
+"""YAML and JSON from outside, within bounds: neither length, nor depth, nor aliases that multiply, nor numbers without
+end exhaust memory, the stack or patience."""
 
 import json
 from typing import Any
@@ -9,10 +9,13 @@ import yaml
 DEPTH = 32  # parts within parts
 REPEATED = 64 << 10  # characters and values that all aliases of a document may repeat together
 DIGITS = 64  # characters of a whole number
+LONGEST = 16 << 20  # characters of YAML, which takes about two seconds a MiB
 
 
 def from_yaml(text: str) -> Any:
     """Plain values. Raises ValueError, in one line, for what is no YAML or goes beyond the bounds."""
+    if len(text) > LONGEST:
+        raise ValueError(f"{len(text):,} characters, and {LONGEST:,} are the most: long lists belong in files")
     try:
         return bounded(yaml.load(text, Loader=_Loader))
     except Exception as e:  # PyYAML raises what its constructors meet in a value that is wrong

@@ -44,5 +44,5 @@ def tell_ratio(what: str, mine: list[float], base: list[float]) -> None:
     """Print the median of the ratios of each round, and their range."""
     ratios = sorted(a / b for a, b in zip(mine, base, strict=True))
     print(
-        f"{what}: {statistics.median(ratios):.2f} (median of {len(ratios)} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})"
+        f"{what}: {statistics.median(ratios):.3g} (median of {len(ratios)} rounds, {ratios[0]:.3g} to {ratios[-1]:.3g})"
     )

@@ -3,6 +3,7 @@ the same rows a second of processor time, which other work on the machine does n
 
 first   an epoch that reads and decodes (data.cache none)    cached   one whose images are kept decoded and cut to size
 bare    decoding and scaling alone; pil   the same, scaled by PIL
+crc     the checksum by which stored images are compared with the manifest: first / crc is its share of an epoch
 
 With --cached, instead: how many images a second a step could be given at most, in the epoch that fills the cache of
 decoded images and in those from it, and how long each stage took, of which it waited for the disk, the network, a lock
@@ -19,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from jobs.benchmarks import command
 from unlearn import config
 from unlearn.data import cache
+from unlearn.data.columns import checksum
 from unlearn.data.decode import decode
 from unlearn.data.images import Images
 from unlearn.data.loader import Batch, Loader, cut
@@ -42,24 +45,26 @@ def loader(settings: config.RunConfig, rounds: int, images: int = 3000) -> None:
         changed = settings.model_copy(update={"data": data})
         return Loader(changed, resolve(changed).sets, model.grid, size)
 
-    kept, rates = made("decoded"), {"first": [], "cached": [], "bare": [], "pil": []}
+    kept, rates = made("decoded"), {"first": [], "cached": [], "bare": [], "pil": [], "crc": []}
     _rate(lambda: kept.batches(batches))
     for round in range(rounds + 1):
         source = made("none")
         encoded = [
             [source.images[name].read(row) for name, row in source.rows(number)] for number in batches
         ]  # as many at a time as the loader hands to a thread
+        chunks = [pa.array(map(bytes, batch), pa.large_binary()) for batch in encoded]
         rate = {
             "first": _rate(lambda source=source: source.batches(batches)),
             "cached": _rate(lambda: kept.batches(batches)),
             "bare": _rate(lambda encoded=encoded: _decoded(settings, encoded, lambda image: fit(image, size))),
             "pil": _rate(lambda encoded=encoded: _decoded(settings, encoded, lambda image: _by_pil(image, size))),
+            "crc": _rate(lambda chunks=chunks: [[checksum([chunk])] * len(chunk) for chunk in chunks]),
         }
         if round:
             for name, value in rate.items():
                 rates[name].append(value)
             print(f"round {round}  " + "  ".join(f"{name} {value:,.0f}" for name, value in rate.items()))
-    for one, other in (("first", "bare"), ("first", "pil"), ("cached", "pil")):
+    for one, other in (("first", "bare"), ("first", "pil"), ("cached", "pil"), ("first", "crc")):
         command.tell_ratio(f"{one} / {other}", rates[one], rates[other])
 
 

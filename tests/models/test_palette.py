@@ -107,6 +107,17 @@ def test_a_schedule_that_is_missing_or_none_is_told(public, logged):
             palette.options(told | {"gammas": gammas})
 
 
+def test_the_network_alone_is_the_same(public, tmp_path, logged):
+    base.tell.cache_clear()
+    alone = {name.removeprefix(palette.ROOT): t for name, t in public.items() if name.startswith(palette.ROOT)}
+    for name, tensors in {"alone": alone, "with_schedule": alone | {"gammas": public["gammas"]}}.items():
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / f"{name}.safetensors")
+        model, whole = build(tmp_path / f"{name}.safetensors"), build()
+        assert model.options.conditioning == "gamma"
+        assert all(torch.equal(t, whole.state_dict()[n]) for n, t in model.state_dict().items())
+    assert logged.text.count("without its `gammas`") == 1
+
+
 def test_half_a_file_is_told(public, tmp_path):
     torch.save({n: t for n, t in public.items() if "input_blocks.0.0" not in n}, tmp_path / "a_Network.pth")
     with pytest.raises(WeightsError, match="lacks a part of its network"):

@@ -32,8 +32,8 @@ _QKV, _ATTENTION = "middle_block.1.qkv", "mid_block.attentions.0"
 
 
 def is_palette(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether these are the tensors of such a file."""
-    return any(name.startswith(ROOT) for name in tensors)
+    """Whether these are the tensors of such a file, or of its network alone."""
+    return any(name.startswith(ROOT) for name in tensors) or {"cond_embed.0.weight", "out.2.weight"} <= set(tensors)
 
 
 def without_schedule(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -45,7 +45,7 @@ def without_schedule(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """The options of the model in such a file: its network and the schedule that it was trained with. Raises
     WeightsError."""
-    network = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
+    network = _network(tensors)
     levels, blocks = _shape(network)
     widths = [
         network[f"input_blocks.{1 + level * (blocks + 1)}.0.out_layers.3.weight"].shape[0] for level in range(levels)
@@ -67,7 +67,7 @@ def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 def to_diffusers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of such a file by diffusers' names; those of its schedule, which are no weights, are left out. Raises
     WeightsError."""
-    network = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
+    network = _network(tensors)
     places = _places(*_shape(network))
     renamed = {}
     for name, tensor in network.items():
@@ -116,6 +116,12 @@ def from_diffusers(tensors: dict[str, torch.Tensor], scheduler: dict[str, Any]) 
         joined = torch.stack(parts, dim=1).flatten(0, 2)
         renamed[f"{ROOT}{_QKV}.{kind}"] = joined[..., None] if kind == "weight" else joined
     return renamed | _buffers(_betas(scheduler))
+
+
+def _network(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The network's tensors. Where it was saved alone they have no prefix."""
+    named = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
+    return named or without_schedule(tensors)
 
 
 def _shape(network: dict[str, torch.Tensor]) -> tuple[int, int]:
