@@ -30,16 +30,16 @@ class Group:
     """Trials that are looked at on the same images with the same seed, after the same original. run: of one of them."""
 
     run: Run
-    front: list[Trial]
+    judged: list[Trial]
     others: list[Trial]
 
 
 def report(
     sweep: Sweep, show_forget: bool = False, progress: Callable[[int, int], None] = lambda done, total: None,
-    check: Callable[[], None] = lambda: None, again: bool = False,
+    check: Callable[[], None] = lambda: None, again: bool = False, whole: bool = False,
 ) -> str:  # fmt: skip
-    """Measure the front on held-out images, make the pictures of every point, and write report.html and report.json;
-    the page's URI.
+    """Measure the front, or all points (`whole`), on held-out images, make the pictures of every point, and write
+    report.html and report.json; the page's URI.
 
     A trial that was measured before is not measured again unless `again`. show_forget: whether the page holds pictures
     of forget images; check: asked with every progress; what it raises ends the report. Raises UnlearnError.
@@ -50,9 +50,10 @@ def report(
     every = points(trials.values(), sweep.bounds)
     if not any(trial.status == "done" for trial in trials.values()):
         raise UnlearnError(f"{sweep.sweep_dir}: no trial is done yet, so there is nothing to report")
-    best = {point.id for point in front.of_points(every, sweep.wanted)} if page.held_out_named(sweep) else set()
+    chosen = every if whole else front.of_points(every, sweep.wanted)
+    judged = {point.id for point in chosen} if page.held_out_named(sweep) else set()
     grids: page.Grids = {}
-    groups = list(_groups(sweep, every, best, again))
+    groups = list(_groups(sweep, every, judged, again))
     for number, group in enumerate(groups):
 
         def told(done: int, total: int, number: int = number) -> None:
@@ -69,13 +70,13 @@ def report(
     return page.write(sweep, list(trials.values()), grids)
 
 
-def _groups(sweep: Sweep, every: list[Point], best: set[str], again: bool) -> Iterator[Group]:
-    """What there is to do: trials of the front that are to be measured, and of each other point one that is to be
-    pictured."""
+def _groups(sweep: Sweep, every: list[Point], judged: set[str], again: bool) -> Iterator[Group]:
+    """What there is to do: trials of the points `judged` that are to be measured, and of each other point one that is
+    to be pictured."""
     made: dict[tuple, Group] = {}
     for point in every:
         done = [trial for trial in point.trials if trial.status == "done"]
-        measured = [trial for trial in done if again or trial.held_out is None] if point.id in best else []
+        measured = [trial for trial in done if again or trial.held_out is None] if point.id in judged else []
         pictured = [trial for trial in done[:1] if trial not in measured]
         for trial in [*measured, *pictured]:
             settings = alone.settings(sweep, trial)
@@ -87,7 +88,7 @@ def _groups(sweep: Sweep, every: list[Point], best: set[str], again: bool) -> It
             rows = tuple((name, rows.manifest.hash, rows.rows.tobytes()) for name, rows in sorted(run.measured.items()))
             key = (trial.seed, settings.model.model_dump_json(), settings.evaluation.model_dump_json(), rows)
             group = made.setdefault(key, Group(run, [], []))
-            (group.front if trial in measured else group.others).append(trial)
+            (group.judged if trial in measured else group.others).append(trial)
     yield from made.values()
 
 
@@ -99,12 +100,12 @@ def _looked_at(
     pictured = [name for name in group.run.measured if name == "retain" or show_forget]
     beside = {name: model for name, model in comparison.generators(settings).items() if name != "unlearned"}
     measured, shown = {}, {}
-    if group.front:
-        models = beside | _models(sweep, settings, group.front)
+    if group.judged:
+        models = beside | _models(sweep, settings, group.judged)
         with _workers(group.run, models, looks=True) as (run, mapped):
             document, grids = measure.evaluate(run, models, mapped, pictured, progress)
         original, oracle = of_document(document, "original"), of_document(document, "oracle")
-        for trial in group.front:
+        for trial in group.judged:
             measured[trial.id] = derived(of_document(document, trial.id), original, oracle)
             shown[trial.id] = _grids_of(trial, grids, beside)
     if group.others:

@@ -173,6 +173,10 @@ def test_report_measures_the_front_on_held_out_images(told, swept):
     assert told("sweep", "report", "--dir", swept, "--show-forget")[0] == 0
     assert known.read("p001-s4-m0").held_out["retain.cosine.drop"] == 0.5
     assert Storage(swept).read("report.html").decode().count('alt="forget image') == 3 * 2 * 4
+    assert "The points of the front were then" in html
+    assert told("sweep", "report", "--dir", swept, "--all")[0] == 0
+    assert all(trial.held_out for trial in known.all() if trial.status == "done")
+    assert "All points were then measured once more" in Storage(swept).read("report.html").decode()
 
 
 def test_a_sweep_that_runs_is_shown(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """What Optuna makes of the records, and the curves of an ablation."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support import sweeps
@@ -58,6 +60,21 @@ def test_a_curve_holds_all_other_parameters_still():
     assert len(curves[1].at[1].values) == 2  # without the trial that failed
     drawn = [sweeps.trial(f"p{n:03d}", 0, {"method.alpha": n / 7, "training.steps": n}, 0.5, 0.5) for n in range(6)]
     assert list(ablation.parameters(points(drawn))) == []
+
+
+def test_curves_are_on_held_out_images_where_every_trial_was_measured_there():
+    sweep, trials = sweeps.grid_sweep("unused"), sweeps.grid_trials()
+    held_out = [replace(t, held_out={name: value + 1 for name, value in t.figures.items()}) for t in trials]
+
+    def drawn(trials):
+        every = points(trials, sweep.bounds)
+        charted = charts.charts(every, sweep.wanted, sweep.bounds)["ablations"][0]
+        return charted.caption, [line for line in charted.figure.data if line.mode == "lines+markers"][0].y
+
+    caption, tuned = drawn([*held_out[:-1], trials[-1]])
+    assert caption.startswith("On the images that were searched with")
+    caption, judged = drawn(held_out)
+    assert caption.startswith("On held-out images") and judged == pytest.approx([y + 1 for y in tuned])
 
 
 def test_the_interval_is_students():

@@ -217,6 +217,8 @@ def promote(
 def report(
     folder: Dir = None, show_forget: ShowForget = False,
     again: Annotated[bool, typer.Option("--again", help="measure also what was measured there before")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="measure all points, so that ablations are on held-out images")]
+    = False,
 ):  # fmt: skip
     """Measure the points of the front once more, on held-out images, and write the sweep's page.
 
@@ -228,8 +230,9 @@ def report(
     from unlearn.cli.sweep_table import both
 
     sweep, _ = _opened(folder)
-    with owned(sweep.sweep_dir, "sweep report") as lease, progress("measuring the front") as advance:
-        uri = job.report(sweep, show_forget, lambda done, total: advance(done, total, ""), lease.check, again)
+    what = f"measuring {'all points' if whole else 'the front'}"
+    with owned(sweep.sweep_dir, "sweep report") as lease, progress(what) as advance:
+        uri = job.report(sweep, show_forget, lambda done, total: advance(done, total, ""), lease.check, again, whole)
     _, trials = _opened(sweep.sweep_dir)
     if any(trial.held_out for trial in trials):
         out.print(both(sweep, trials))

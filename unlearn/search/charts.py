@@ -255,7 +255,11 @@ def _importances(points: Sequence[Point], objectives: Sequence[Objective]) -> Ch
 
 
 def _ablations(points: Sequence[Point], objectives: Sequence[Objective]) -> Iterator[Chart]:
-    """Each objective over each parameter while all others stay, a curve for each of their values."""
+    """Each objective over each parameter while all others stay, a curve for each of their values; on held-out images
+    where all points were measured there."""
+    held_out = means.all_held_out(points)
+    points = held_out or points
+    where = "On held-out images. " if held_out else "On the images that were searched with. "
     names = study.labels(key for point in points for key in point.parameters)
     for key in ablation.parameters(points):
         for objective in objectives:
@@ -280,8 +284,8 @@ def _ablations(points: Sequence[Point], objectives: Sequence[Objective]) -> Iter
             figure.update_layout(height=340, xaxis_title=key, yaxis_title=objective.figure)
             yield Chart(
                 f"ablation-{key}-{objective.figure}", f"{objective.figure} over {names[key]}",
-                "Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t; cut where "
-                "the trials are few and it is far wider than they are).",
+                f"{where}Mean, each trial as a dot, and the 95 % interval of the mean over the trials (Student's t; "
+                "cut where the trials are few and it is far wider than they are).",
                 figure, wide=False,
             )  # fmt: skip
 

@@ -136,9 +136,9 @@ def _sentences(sweep: Sweep, trials: Sequence[Trial]) -> Iterator[str]:
     limit = f", {sweep.tune_on.limit:,} of each set at most" if sweep.tune_on.limit else ""
     yield f"Searched for {wanted}{bounds}, measured on {images}{limit}."
     if any(trial.held_out for trial in trials):
+        judged = "All points" if means.all_held_out(points(trials)) else "The points of the front"
         yield (
-            "The points of the front were then measured once more on held-out images, which the search has not seen: "
-            "judge by those."
+            f"{judged} were then measured once more on held-out images, which the search has not seen: judge by those."
         )
     elif held_out_named(sweep):
         yield "Nothing here is measured on held-out images: a search picks what is good by chance too."
