@@ -114,7 +114,10 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     assert all(0.85 <= count / 150 <= 0.99 for count in inside.values()), inside
 
 
-def test_ssim_is_of_the_hole_alone():
+def test_ssim_is_of_the_hole_alone_and_torchmetrics_at_the_edges_too():
+    import unlearn.torchvision_cpu  # noqa: F401
+    from torchmetrics.functional.image import structural_similarity_index_measure  # isort: skip
+
     real = torch.rand(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     made = (real + 0.2 * normal(2, 3, 24, 24)).clamp(0, 1)
     hidden = torch.zeros(2, 1, 24, 24, dtype=torch.bool)
@@ -129,3 +132,8 @@ def test_ssim_is_of_the_hole_alone():
     expected = (2 * mx * my + c) * (2 * both + d) / ((mx**2 + my**2 + c) * (vx + vy + d))
     assert float(metrics.hole_ssim(made, real, hidden)[0]) == pytest.approx(expected.mean(), rel=1e-6)
     assert metrics.hole_ssim(real, real, hidden).tolist() == [pytest.approx(1)] * 2
+    _, every = structural_similarity_index_measure(
+        made.double(), real.double(), data_range=1.0, reduction="none", return_full_image=True
+    )
+    whole = metrics.hole_ssim(made, real, torch.ones_like(hidden))
+    assert whole.tolist() == pytest.approx(every.mean((1, 2, 3)).tolist(), rel=1e-12)
