@@ -22,7 +22,7 @@ SHAPE = {
 }  # fmt: skip
 AUDIT = [
     "limit=500", "resamples=200", "membership.views=2", "probes.images=24", "probes.steps=60", "relearning.steps=20",
-    "relearning.watched=100",
+    "relearning.watched=100", "relearning.draws=1",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from support import models as small
 
 from unlearn import config, views
-from unlearn.audit import linear, membership, poisoning, probes, shadows, statistics, streisand, tuning
+from unlearn.audit import linear, membership, poisoning, probes, relearning, shadows, statistics, streisand, tuning
 from unlearn.audit.base import Piece
 from unlearn.audit.bench import pooled
 from unlearn.data import selection
@@ -99,6 +99,25 @@ def test_a_fresh_decoder_is_all_that_is_trained(shape):
 
 def test_steps_are_about_even_on_a_logarithmic_scale():
     assert tuning.rounds(100) == [0, 1, 2, 5, 10, 20, 50, 100] and tuning.rounds(30) == [0, 1, 2, 5, 10, 20, 30]
+
+
+def test_a_lead_holds_the_chance_of_which_images_were_drawn():
+    """Two draws: after one the model is 3 dB ahead of its oracle, after the other it is level with it."""
+    level = np.random.default_rng(0).exponential(0.1, (2, 40, 3))
+    ahead = np.stack([level[0], level[1] / 10 ** np.array([0, 0.1, 0.3])])
+    subject = SimpleNamespace(
+        models=["unlearned", "oracle"],
+        estimate=lambda statistic, *samples: statistics.bootstrap(statistic, *samples, resamples=300, seed=0),
+    )
+    test = relearning.Relearning(relearning.RelearningOptions(on=["forget"], steps=2, images=8))
+    measured = {("oracle", "forget"): {"errors": level}, ("unlearned", "forget"): {"errors": ahead}}
+    lead, *_ = test.figures(measured, subject)
+    low, high = lead.estimates["unlearned"].interval(0.9)
+    assert low == pytest.approx(0, abs=0.1) and high == pytest.approx(3, abs=0.1)
+    assert low < lead.estimates["unlearned"].value < high
+    subject.sets = {"forget": range(20), "forget_new": range(9), "retain": range(50)}
+    rows = [(p.generator, p.start, p.stop) for p in test.pieces(subject)]
+    assert rows == [(name, *draw) for name in subject.models for draw in ((0, 8), (8, 16))], "no image in two draws"
 
 
 def test_pairs_of_shadows_divide_the_forget_images():

@@ -26,6 +26,10 @@ class RelearningOptions(Part):
         description="what is trained on: retain images, or `images` forget images",
     )
     images: Positive = Field(default=64, description="forget images that an attacker has")
+    draws: Positive = Field(
+        default=3,
+        description="how often other forget images are drawn, where there are as many: which they are matters much",
+    )
     steps: Positive = 100
     batch_size: Positive = 32
     lr: float = Field(default=3e-4, gt=0, description="of AdamW, over encoder and decoder")
@@ -48,22 +52,34 @@ class Relearning(AuditTest):
         "never knew it."
     )
     hides = (
-        "Other training (other images, learning rates, more steps) may bring back more; one seed of training is "
-        "shown, and its chance is in no interval."
+        "Other training (other learning rates, more steps) may bring back more; on retain images one seed of training "
+        "is shown, and its chance is in no interval."
     )
-    cost = "2 x steps of training"
+    cost = "(1 + draws) x steps of training"
     needs = ("forget", "forget_new", "retain")
     Options = RelearningOptions
     options: RelearningOptions
 
     def pieces(self, subject: Subject) -> list[Piece]:
-        return [Piece(self.name, generator, what) for generator in subject.models for what in self.options.on]
+        return [
+            Piece(self.name, generator, what, start, stop)
+            for generator in subject.models
+            for what in self.options.on
+            for start, stop in self._draws(what, len(subject.sets[what]))
+        ]
+
+    def _draws(self, what: str, count: int) -> list[tuple[int, int]]:
+        """The images that are trained on, as rows start .. stop of the set: all retain images once, other forget images
+        in every draw."""
+        if what == "retain":
+            return [(0, count)]
+        size = min(self.options.images, count)
+        return [(n * size, (n + 1) * size) for n in range(min(self.options.draws, count // size))]
 
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
-        """errors: (images, points) squared errors in the hole after each number of steps."""
+        """errors: (1, images, points) squared errors in the hole after each number of steps."""
         options, seed = self.options, bench.subject.settings.seed
-        count = min(options.images, len(bench.subject.sets["forget"])) if piece.what == "forget" else None
-        _, shown = bench.pixels(piece.what, 0, count or len(bench.subject.sets[piece.what]))
+        _, shown = bench.pixels(piece.what, piece.start, piece.stop)
         kept, pixels = bench.pixels("forget_new", 0, min(options.watched, len(bench.subject.sets["forget_new"])))
         real, view = pixels.float() / 255, bench.view(options.view, 0, "forget_new", kept)
         model, columns = tuning.copied(bench.generator(piece.generator)), []
@@ -74,21 +90,24 @@ class Relearning(AuditTest):
             columns.append(hole_errors(made, real, view.pixel_mask(bench.size)).cpu().numpy())
 
         tuning.tune(
-            model, shown, bench.subject.run.settings.train_views, options.steps, options.batch_size, options.lr, seed,
-            tuning.rounds(options.steps), watch,
+            model, shown, bench.subject.run.settings.train_views, options.steps, options.batch_size, options.lr,
+            seed + piece.start, tuning.rounds(options.steps), watch,
         )  # fmt: skip
-        return {"errors": np.stack(columns, 1)}
+        return {"errors": np.stack(columns, 1)[None]}
 
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
         points, figures = tuning.rounds(self.options.steps), []
         for what in self.options.on:
-            errors = {generator: measured[generator, what]["errors"] for generator in subject.models}
-            lines = {generator: [statistics.psnr(column) for column in e.T] for generator, e in errors.items()}
+            # (images, points, draws): whatever is estimated below is drawn anew over the images and over the draws.
+            errors = {g: measured[g, what]["errors"].transpose(1, 2, 0) for g in subject.models}
+            lines = {g: [statistics.psnr(e[:, point]) for point in range(len(points))] for g, e in errors.items()}
+            draws = np.arange(errors[next(iter(errors))].shape[2])
             known = oracles(errors)
             if known:
                 reference = np.stack([errors[name] for name in known], 2)
                 leads = {
-                    g: subject.estimate(_lead, np.concatenate([e[:, :, None], reference], 2)) for g, e in errors.items()
+                    g: subject.estimate(_lead, np.concatenate([e[:, :, None], reference], 2), draws)
+                    for g, e in errors.items()
                 }
                 curves = {g: list(zip(map(float, points), line, strict=True)) for g, line in lines.items()}
                 title = f"trained on {what} images: largest lead over the oracle's curve, dB"
@@ -104,26 +123,29 @@ class Relearning(AuditTest):
                 )
                 title = f"trained on {what} images: steps until the forget images are back"
                 steps = {
-                    g: subject.estimate(lambda rows, level=level: _steps(rows, points, level), e)
+                    g: subject.estimate(lambda rows, chosen, level=level: _steps(rows, chosen, points, level), e, draws)
                     for g, e in errors.items()
                 }
                 figures.append(Figure(f"steps_{what}", title, steps, None, 0, note=note))
         return figures
 
 
-def _lead(errors: np.ndarray) -> float:
+def _lead(errors: np.ndarray, draws: np.ndarray) -> float:
     """By how many dB a curve is above the mean of the oracles' where it leads most, after the first step of training.
 
-    errors: (images, points, 1 + oracles), the curve first.
+    errors: (images, points, 1 + oracles, draws), the curve first; draws: those that count, of training images.
     """
+    errors = errors[..., draws].mean(3)
     curves = np.array(
         [[statistics.psnr(errors[:, point, one]) for one in range(errors.shape[2])] for point in range(errors.shape[1])]
     )
     return float((curves[1:, 0] - curves[1:, 1:].mean(1)).max())
 
 
-def _steps(errors: np.ndarray, points: list[int], level: float) -> float:
-    """The first point at which the PSNR reaches a level; twice the last where none does."""
+def _steps(errors: np.ndarray, draws: np.ndarray, points: list[int], level: float) -> float:
+    """The first point at which the PSNR reaches a level; twice the last where none does. errors: (images, points,
+    draws)."""
+    errors = errors[..., draws].mean(2)
     return float(
         next(
             (step for step, column in zip(points, errors.T, strict=True) if statistics.psnr(column) >= level),
