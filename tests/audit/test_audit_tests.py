@@ -8,7 +8,19 @@ import torch
 from support import models as small
 
 from unlearn import config, views
-from unlearn.audit import linear, membership, poisoning, probes, relearning, shadows, statistics, streisand, tuning
+from unlearn.audit import (
+    base,
+    linear,
+    membership,
+    poisoning,
+    probes,
+    relearning,
+    shadows,
+    statistics,
+    streisand,
+    transfer,
+    tuning,
+)
 from unlearn.audit.base import Piece
 from unlearn.audit.bench import pooled
 from unlearn.data import selection
@@ -99,6 +111,30 @@ def test_a_fresh_decoder_is_all_that_is_trained(shape):
 
 def test_steps_are_about_even_on_a_logarithmic_scale():
     assert tuning.rounds(100) == [0, 1, 2, 5, 10, 20, 50, 100] and tuning.rounds(30) == [0, 1, 2, 5, 10, 20, 30]
+
+
+def test_transfer_allows_neither_traces_nor_outputs_that_no_oracle_would_give():
+    errors = np.random.default_rng(0).exponential(0.1, (200, 1))
+    subject = SimpleNamespace(
+        models=["original", "unlearned", "oracle"],
+        estimate=lambda statistic, *samples: statistics.bootstrap(statistic, *samples, resamples=50, seed=0),
+    )
+    test = transfer.Transfer(transfer.TransferOptions())
+    embeddings = np.random.default_rng(1).normal(size=(200, 4))
+
+    def verdicts(db: float) -> dict[str, str]:
+        """db: of the unlearned model on forget images, above the oracle; the original is 5 dB above it."""
+        measured = {("original", f"near:{name}"): {"embeddings": embeddings} for name in ("forget", "retain_new")}
+        for model, lead in {"original": 5, "unlearned": db, "oracle": 0}.items():
+            for name in ("forget", "forget_new"):
+                measured[model, name] = {"errors": errors / 10 ** (lead / 10)}
+            measured[model, "retain_new"] = {"errors": errors}
+        judged = {f.name: base.judge(f, 0.95) for f in test.figures(measured, subject)}
+        return {name: told.verdict for name, told in judged.items() if told}
+
+    passed = {"views": "PASS", "images": "PASS", "beyond": "PASS", "bystanders": "PASS"}
+    assert verdicts(0.5) == verdicts(-2.5) == passed
+    assert verdicts(2) == passed | {"views": "FAIL", "images": "FAIL"} and verdicts(-6) == passed | {"beyond": "FAIL"}
 
 
 def test_a_lead_holds_the_chance_of_which_images_were_drawn():
