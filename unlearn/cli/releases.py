@@ -85,7 +85,10 @@ def publish(
     from unlearn.releases.store import Store
 
     signer, rules = certificate.private_key(key), gates.load(gate) if gate else None
-    served = [*request, *(Storage(requests).read().decode(errors="replace").split() if requests else ())]
+    listed = Storage(requests).read().decode(errors="replace").split() if requests else []
+    if requests and not listed:
+        raise ReleaseError(f"--requests {requests}: holds no commitment; leave it out where no request is served")
+    served = [*request, *listed]
     outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws, model_key=model_signing)
     if as_json:
         typer.echo(
