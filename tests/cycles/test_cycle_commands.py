@@ -102,6 +102,7 @@ def test_a_missing_key_is_told_before_anything_is_trained(cycle, told, monkeypat
     ("changes", "told"),
     [
         ({"ledger": "postgresql://unlearn:hush@db/ledger"}, "ledger: a password does not belong here"),
+        ({"ledger": "postgresql://db/ledger?user=u&password=hush"}, "ledger: a password does not belong here"),
         ({"ladders": []}, "unknown key; did you mean ladder"),
         ({"run": {"data": {"train": "x"}, "training": {"steps": 1}}}, "run: model.weights is missing"),
         ({"set": {"data.retain": {"limit": 5}}}, "data.retain is not to be set"),

@@ -40,7 +40,8 @@ def parse(tree: dict[str, Any], source: str = "cycle") -> Cycle:
     if isinstance(run.get("data"), dict):
         run["data"].pop("forget", None)
     run.pop("run_dir", None)
-    if re.match(r"[^/]*//[^/@]*:[^/]*@", str(tree.get("ledger"))):  # checked here, where no message repeats it
+    # Checked here, where no message repeats it.
+    if re.match(r"[^/]*//([^/@]*:[^/]*@|.*[?&](ssl)?password=)", str(tree.get("ledger"))):
         raise ConfigError(f"{source}: ledger: a password does not belong here: give it by PGPASSWORD or ~/.pgpass")
     tree |= {key: run_files.inline(tree.get(key), source, key) for key in ("gate", "audit")}
     cycle = config.validated(Cycle, tree, source)
