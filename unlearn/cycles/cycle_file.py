@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from unlearn import config, run_files
+from unlearn.cycles import gate_check
 from unlearn.cycles.cycle import Cycle
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
@@ -85,4 +86,4 @@ def _check(cycle: Cycle, source: str) -> None:
         if (before := keys.index(key)) < number:
             same = f"rung {before}" if before else "the run as it stands"
             raise ConfigError(f"{source}: ladder, rung {number}: it would make the same model as {same}")
-    cycle.rules  # noqa: B018  raises where it is no gate
+    gate_check.check(cycle, source)
