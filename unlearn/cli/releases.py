@@ -286,7 +286,9 @@ def promote(
 def push(
     version: Version,
     store: Where,
-    to: Annotated[str, typer.Option("--to", metavar="URL", help="of Kubeflow's Model Registry")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="URL", help="of Kubeflow's Model Registry; mlflow:URI is MLflow's")
+    ],
     name: Annotated[str, typer.Option("--name", metavar="MODEL", help="of the registered model there")],
     key: Annotated[
         str | None, typer.Option("--key", metavar="PUB", help="verify the release with this public key first")
@@ -303,19 +305,30 @@ def push(
         str, typer.Option("--ca", metavar="FILE", help="certificates to trust, PEM; default: those of the web")
     ] = "",
 ):
-    """Register a release in Kubeflow's Model Registry: where it is and how to check it. The same again changes nothing.
+    """Register a release in Kubeflow's Model Registry, or in MLflow's: where it is and how to check it. The same again
+    changes nothing.
 
     Example: `unlearn release push v3 --store s3://bucket/releases --to https://registry.example.com --name faces`
     """
     from unlearn import tokens
     from unlearn.cli.console import out
-    from unlearn.releases import registry
+    from unlearn.errors import ConfigError
+    from unlearn.releases import mlflow_registry, registry
     from unlearn.releases.store import Store
+
+    if to.startswith(mlflow_registry.SCHEME):
+        if token_file or authority:
+            raise ConfigError(
+                "--token-file and --ca are for Kubeflow's registry: MLflow reads MLFLOW_TRACKING_TOKEN and "
+                "MLFLOW_TRACKING_SERVER_CERT_PATH"
+            )
+        server = mlflow_registry.registry(to)
+    else:
+        server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
 
     opened = Store(store)
     if key:
         shown.verified(opened, version, key)
-    server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
     id, new = server.push(opened, version, name)
     out.print(f"{version}: {'registered' if new else 'is registered already'} as {name}, id {id}", soft_wrap=True)
 
