@@ -1,5 +1,6 @@
 """`unlearn cycle`: what it says, how it exits, and what it shows."""
 
+import base64
 import json
 import re
 import signal
@@ -7,6 +8,7 @@ import signal
 import pytest
 import yaml
 from support.cycles import LIMIT, ask, standing, written
+from support.webhooks import receiving
 
 from jobs import cycle as job
 from jobs.owner import owned
@@ -64,6 +66,24 @@ def test_it_exits_with_3_where_retraining_is_due(due, told):
     assert all(
         re.fullmatch(r'[a-z_]+(\{[a-z]+="[^"]*"(,[a-z]+="[^"]*")*\})? [0-9.]+', f"{k} {v}") for k, v in samples.items()
     )
+
+
+def test_a_webhook_tells_of_the_last_cycle_and_its_verdicts(due, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "secret").write_text(base64.b64encode(bytes(32)).decode())
+    with receiving() as (url, _, came):
+        assert (
+            told("cycle", "notify", written(due), url, "--secret-file", tmp_path / "secret")[1] == "sent at attempt 1\n"
+        )
+    [(headers, body)] = came
+    content = json.loads(body)
+    assert headers["webhook-signature"].startswith("v1,") and b"person-1" not in body
+    assert (content["type"], content["cycle"], content["pending"]) == ("cycle", "cycle", 1)
+    last = content["last"]
+    assert last["retraining_due"] and last["release"] is None and last["requests"] == [1] and last["ended"]
+    [verdict] = last["verdicts"]
+    assert (verdict["rung"], verdict["passed"], verdict["parent"]) == (0, False, None)
+    assert verdict["reasons"][0].startswith(LIMIT) and "below min 2" in verdict["reasons"][0]
 
 
 def test_of_two_at_once_the_second_yields(cycle, told):
