@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import rfc8785
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -28,6 +29,10 @@ from securesystemslib.signer import CryptoSigner, SSlibKey
 from unlearn import documents
 from unlearn.errors import CertificateError
 
+# What cryptography raises for a file that is no key, one with a passphrase, and one of a kind that it does not know.
+UNREADABLE = (ValueError, TypeError, UnsupportedAlgorithm)
+# What securesystemslib raises for a document that is no envelope: a part is missing, of another type, or no base64.
+DAMAGE = (ValueError, KeyError, TypeError, AttributeError)
 STATEMENT, PAYLOAD = "https://in-toto.io/Statement/v1", "application/vnd.in-toto+json"
 
 
@@ -77,11 +82,10 @@ def generate(name: str) -> tuple[str, SSlibKey]:
 
 def private_key(path: str) -> CryptoSigner:
     """The key that signs. Raises CertificateError."""
+    data = _bytes(path)
     try:
-        key = load_pem_private_key(_bytes(path), None)
-    except Exception as e:
-        if isinstance(e, CertificateError):
-            raise
+        key = load_pem_private_key(data, None)
+    except UNREADABLE:
         key = None  # never what is in the file, nor what the parser says of it
     if not isinstance(key, Ed25519PrivateKey):
         raise CertificateError(
@@ -92,11 +96,10 @@ def private_key(path: str) -> CryptoSigner:
 
 def public_key(path: str) -> SSlibKey:
     """The key that checks. Raises CertificateError."""
+    data = _bytes(path)
     try:
-        key = load_pem_public_key(_bytes(path))
-    except Exception as e:
-        if isinstance(e, CertificateError):
-            raise
+        key = load_pem_public_key(data)
+    except UNREADABLE:
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise CertificateError(
@@ -142,7 +145,7 @@ def _envelope(data: bytes, where: str) -> Envelope:
         if len(envelope.signatures) != 1 or _stored(envelope) != data or envelope.payload_type != PAYLOAD:
             raise ValueError
         return envelope
-    except Exception:  # the library raises whatever it meets in a damaged file
+    except DAMAGE:
         raise CertificateError(f"{where} is damaged: it is no certificate as it was written") from None
 
 

@@ -81,6 +81,9 @@ def test_old_requests_are_measured_apart_from_new_ones(served):
         ["forget", "retain", "forget_new", "forget_old"],
     ]
     assert metrics[1]["sets"]["forget_new"]["classes"] == ["cat"]
+    measured = set(metrics[1]["rows"][0]) - {"generator", "set", "view"}
+    # What a gate may name, which is checked before anything is measured.
+    assert measured == {name for name in figures.FIGURES if not name.startswith("lpips")}
 
 
 def test_a_part_of_the_forget_set_changes_no_view_of_the_others(served):

@@ -1,5 +1,6 @@
 """`unlearn cycle`: what it says, how it exits, and what it shows."""
 
+import base64
 import json
 import re
 import signal
@@ -7,6 +8,7 @@ import signal
 import pytest
 import yaml
 from support.cycles import LIMIT, ask, standing, written
+from support.webhooks import receiving
 
 from jobs import cycle as job
 from jobs.owner import owned
@@ -66,6 +68,24 @@ def test_it_exits_with_3_where_retraining_is_due(due, told):
     )
 
 
+def test_a_webhook_tells_of_the_last_cycle_and_its_verdicts(due, told, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    (tmp_path / "secret").write_text(base64.b64encode(bytes(32)).decode())
+    with receiving() as (url, _, came):
+        assert (
+            told("cycle", "notify", written(due), url, "--secret-file", tmp_path / "secret")[1] == "sent at attempt 1\n"
+        )
+    [(headers, body)] = came
+    content = json.loads(body)
+    assert headers["webhook-signature"].startswith("v1,") and b"person-1" not in body
+    assert (content["type"], content["cycle"], content["pending"]) == ("cycle", "cycle", 1)
+    last = content["last"]
+    assert last["retraining_due"] and last["release"] is None and last["requests"] == [1] and last["ended"]
+    [verdict] = last["verdicts"]
+    assert (verdict["rung"], verdict["passed"], verdict["parent"]) == (0, False, None)
+    assert verdict["reasons"][0].startswith(LIMIT) and "below min 2" in verdict["reasons"][0]
+
+
 def test_of_two_at_once_the_second_yields(cycle, told):
     with owned(cycle.cycle_dir, "cycle"):
         code, _, err = told("cycle", written(cycle))
@@ -102,6 +122,7 @@ def test_a_missing_key_is_told_before_anything_is_trained(cycle, told, monkeypat
     ("changes", "told"),
     [
         ({"ledger": "postgresql://unlearn:hush@db/ledger"}, "ledger: a password does not belong here"),
+        ({"ledger": "postgresql://db/ledger?user=u&password=hush"}, "ledger: a password does not belong here"),
         ({"ladders": []}, "unknown key; did you mean ladder"),
         ({"run": {"data": {"train": "x"}, "training": {"steps": 1}}}, "run: model.weights is missing"),
         ({"set": {"data.retain": {"limit": 5}}}, "data.retain is not to be set"),
@@ -114,6 +135,19 @@ def test_a_missing_key_is_told_before_anything_is_trained(cycle, told, monkeypat
         ({"ladder": [{"data": {"forget": {}}}]}, "rung 1: data is not to be set"),
         ({"ladder": [{"method.alpha": "x"}]}, "ladder, rung 1: method.alpha: "),
         ({"gate": {"metrics.x": {"mix": 1}}}, "metrics.x.mix: unknown key"),
+        ({"gate": {"metrics.unlearned.retain.cosin": {"min": 0}}}, "did you mean metrics.unlearned.retain.cosine?"),
+        (
+            {"gate": {"metrics.unlearned.forgt.psnr": {"min": 0, "optional": True}}},
+            "no cycle measures this; did you mean",
+        ),
+        (
+            {"gate": {"metrics.oracle.retain.cosine": {"min": 0}}},
+            "metrics.oracle.retain.cosine: no cycle measures this",
+        ),
+        ({"gate": {LIMIT: {"oracle": {"min": 0}}}}, f"{LIMIT}: oracle: no oracle knows what a cycle forgets"),
+        ({"gate": {"metrics.unlearned.forget_old.psnr": {"max": 9}}}, "no requests from before: add `optional: true`"),
+        ({"gate": {"metrics.unlearned.retain.lpips": {"max": 9}}}, "LPIPS is not measured"),
+        ({"gate": {LIMIT: 0.5}}, f"{LIMIT}: expected limits, as in {{max: 0.6}}"),
         ({"gate": "nowhere.yaml"}, "gate: there is no file nowhere.yaml"),
         ({"run": "nowhere.yaml"}, "run: there is no file nowhere.yaml"),
     ],

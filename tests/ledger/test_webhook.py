@@ -4,11 +4,10 @@ import base64
 import hashlib
 import hmac
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from support.command import refused
+from support.webhooks import receiving
 
 from unlearn.ledger import webhook
 from unlearn.ledger.ledger import Ledger
@@ -18,32 +17,10 @@ KEY = bytes(range(32))
 
 @pytest.fixture
 def server(monkeypatch):
-    """(its URL, the statuses that it answers with, the requests that came)."""
-    statuses, came = [], []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self):
-            came.append(
-                (
-                    {name.lower(): value for name, value in self.headers.items()},
-                    self.rfile.read(int(self.headers["content-length"])),
-                )
-            )
-            self.send_response(statuses.pop(0) if statuses else 200)
-            self.end_headers()
-
-        def log_message(self, *_):
-            pass
-
     monkeypatch.setattr(webhook, "PAUSES", (0, 0))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}/hook", statuses, came
-    http.shutdown()
-    thread.join()
-    http.server_close()
+    with receiving() as (url, statuses, came):
+        yield url, statuses, came
 
 
 def test_it_is_signed_and_tried_again(told, server, sqlite, tmp_path):

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 from support.command import refused
 from support.releases import finished
 from support.runs import evaluate, tiny_config, train
@@ -80,6 +82,14 @@ def test_the_life_of_a_release(commands, tmp_path):
     out = commands("withdraw", "v1", "--reason", "x", "--force")[1]
     assert "v2 came from it (follows v1): look whether it must go too" in out and "current: none" in out
     assert "has no release v7" in refused(commands, "show", "v7")
+    (tmp_path / "none.txt").touch()
+    for option, value, why in (
+        ("--parent", "v7", "has no release v7"),
+        ("--requests", "none.txt", "holds no commitment"),
+    ):
+        assert why in refused(
+            commands, "publish", tmp_path / "run-2", option, str(tmp_path / value) if "." in value else value
+        )
 
 
 def test_what_the_gate_refuses_is_told_with_its_reasons(commands, tmp_path):
@@ -98,6 +108,11 @@ def test_keys_and_mistakes(told, tmp_path, monkeypatch):
     code, out, _ = told("release", "keygen", "mine")
     assert code == 0 and "keep it secret" in out and Path("mine.pub").is_file()
     assert "never overwritten" in refused(told, "release", "keygen", "mine")
-    assert "no private Ed25519 key" in refused(told, "release", "publish", "run", "--store", "s", "--key", "mine.pub")
+    Path("void.key").touch()
+    key = Ed25519PrivateKey.generate()
+    locked = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"hush"))
+    Path("locked.key").write_bytes(locked)
+    for wrong in ("mine.pub", "void.key", "locked.key"):
+        assert "no private Ed25519 key" in refused(told, "release", "publish", "run", "--store", "s", "--key", wrong)
     assert "no trained model there" in refused(told, "release", "publish", "run", "--store", "s", "--key", "mine.key")
     assert "no such file or folder" in refused(told, "release", "verify", "nothing", "--key", "mine.pub")

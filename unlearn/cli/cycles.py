@@ -1,5 +1,5 @@
-"""The commands that serve deletion requests: `unlearn cycle CYCLE.yaml`, and `show`, `report`, `metrics` of what it
-did."""
+"""The commands that serve deletion requests: `unlearn cycle CYCLE.yaml`, and `show`, `report`, `metrics`, `notify` of
+what it did."""
 
 import contextlib
 import json
@@ -143,6 +143,27 @@ def metrics(source: Source):
     with Ledger(cycle.ledger) as ledger:
         out.print(requests.text(ledger), soft_wrap=True)
     out.print(prometheus.text(cycle), soft_wrap=True)
+
+
+@app.command()
+def notify(
+    source: Source,
+    url: Annotated[str, typer.Argument(metavar="URL", help="http(s), where the webhook is to go")],
+    secret: Annotated[str, typer.Option("--secret-file", metavar="FILE", help="the key it is signed with, base64")],
+):
+    """Send requests, the last cycle and the gate's verdicts as a signed webhook; tried again for 15 seconds.
+
+    Example: `unlearn cycle notify cycle.yaml https://desk.example/hook --secret-file webhook.secret`
+    """
+    from unlearn.cli.console import out
+    from unlearn.cycles import cycle_file, notice
+    from unlearn.ledger import webhook
+    from unlearn.ledger.ledger import Ledger
+
+    key, cycle = webhook.secret(secret), cycle_file.load(source)
+    with Ledger(cycle.ledger) as ledger:
+        attempts = webhook.send(url, key, notice.event(cycle, ledger))
+    out.print(f"sent at attempt {attempts}")
 
 
 def told(selection: "Selection", outcome: "Outcome | None") -> Iterator[str]:

@@ -32,6 +32,11 @@ def verify(
     with opened(ledger) as book:
         report = verification.verify(book, checkpoints, certificate.public_key(key) if key else None)
         report.check(book.name)
+    if checkpoints and not (report.holding or report.resealed):
+        raise LedgerError(
+            f"{checkpoints}: no checkpoint is there, so nothing was proved; is it the right place? `unlearn request "
+            "checkpoint` writes the first one"
+        )
     size = report.walk.tree.size
     out.print(f"{size} entries, every one is good; root {report.walk.tree.root()}", soft_wrap=True)
     for checkpoint, reseal in reversed(report.resealed):
@@ -45,8 +50,6 @@ def verify(
     if report.holding:
         since = size - report.holding[-1].size
         out.print(f"{len(report.holding)} checkpoints hold; {since} entries are newer than the last", soft_wrap=True)
-    elif checkpoints:
-        warn(f"{checkpoints}: there is no checkpoint yet; see `unlearn request checkpoint`")
     else:
         warn("not held against any checkpoint: a history that was rewritten from some entry on, or cut, is not found")
 

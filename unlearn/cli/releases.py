@@ -85,7 +85,10 @@ def publish(
     from unlearn.releases.store import Store
 
     signer, rules = certificate.private_key(key), gates.load(gate) if gate else None
-    served = [*request, *(Storage(requests).read().decode(errors="replace").split() if requests else ())]
+    listed = Storage(requests).read().decode(errors="replace").split() if requests else []
+    if requests and not listed:
+        raise ReleaseError(f"--requests {requests}: holds no commitment; leave it out where no request is served")
+    served = [*request, *listed]
     outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws, model_key=model_signing)
     if as_json:
         typer.echo(
@@ -283,7 +286,9 @@ def promote(
 def push(
     version: Version,
     store: Where,
-    to: Annotated[str, typer.Option("--to", metavar="URL", help="of Kubeflow's Model Registry")],
+    to: Annotated[
+        str, typer.Option("--to", metavar="URL", help="of Kubeflow's Model Registry; mlflow:URI is MLflow's")
+    ],
     name: Annotated[str, typer.Option("--name", metavar="MODEL", help="of the registered model there")],
     key: Annotated[
         str | None, typer.Option("--key", metavar="PUB", help="verify the release with this public key first")
@@ -300,19 +305,30 @@ def push(
         str, typer.Option("--ca", metavar="FILE", help="certificates to trust, PEM; default: those of the web")
     ] = "",
 ):
-    """Register a release in Kubeflow's Model Registry: where it is and how to check it. The same again changes nothing.
+    """Register a release in Kubeflow's Model Registry, or in MLflow's: where it is and how to check it. The same again
+    changes nothing.
 
     Example: `unlearn release push v3 --store s3://bucket/releases --to https://registry.example.com --name faces`
     """
     from unlearn import tokens
     from unlearn.cli.console import out
-    from unlearn.releases import registry
+    from unlearn.errors import ConfigError
+    from unlearn.releases import mlflow_registry, registry
     from unlearn.releases.store import Store
+
+    if to.startswith(mlflow_registry.SCHEME):
+        if token_file or authority:
+            raise ConfigError(
+                "--token-file and --ca are for Kubeflow's registry: MLflow reads MLFLOW_TRACKING_TOKEN and "
+                "MLFLOW_TRACKING_SERVER_CERT_PATH"
+            )
+        server = mlflow_registry.registry(to)
+    else:
+        server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
 
     opened = Store(store)
     if key:
         shown.verified(opened, version, key)
-    server = registry.Registry(to, tokens.source(registry.TOKEN, token_file), authority)
     id, new = server.push(opened, version, name)
     out.print(f"{version}: {'registered' if new else 'is registered already'} as {name}, id {id}", soft_wrap=True)
 

@@ -33,7 +33,7 @@ def add(
 
     Example: `unlearn request add --subject alice --within 30d --reason "withdrew consent"`
     """
-    from unlearn.cli.console import out
+    from unlearn.cli.console import out, warn
     from unlearn.ledger import dates, importing
     from unlearn.ledger.request import wanted
 
@@ -42,7 +42,9 @@ def add(
     request = {"forget": wanted(named), "due": dates.due(due, within), "reason": reason}
     with opened(ledger, create=True) as book:
         (number,) = book.add([request], by)
-        out.print(f"request {number}: received, due {request['due']}")
+    out.print(f"request {number}: received, due {request['due']}")
+    if dates.parse(request["due"], "due") < dates.today():
+        warn(f"request {number} is overdue from the start: {request['due']} has passed")
 
 
 @app.command("list")
@@ -123,6 +125,8 @@ def reject(
 
     Example: `unlearn request reject 7 --reason "no image of this person is in the data"`
     """
+    if not reason.strip():
+        raise LedgerError("--reason: say why; it is in the letter to the person")
     _close(ids, "rejected", reason, by, ledger)
 
 
@@ -254,7 +258,7 @@ def _lines(path: str | None) -> list[str] | None:
     if path is None:
         return None
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             ids = [line.strip() for line in f if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
         raise LedgerError(f"--ids {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from unlearn import config, run_files
+from unlearn.cycles import gate_check
 from unlearn.cycles.cycle import Cycle
 from unlearn.errors import ConfigError
 from unlearn.registry import METHODS
@@ -40,7 +41,8 @@ def parse(tree: dict[str, Any], source: str = "cycle") -> Cycle:
     if isinstance(run.get("data"), dict):
         run["data"].pop("forget", None)
     run.pop("run_dir", None)
-    if re.match(r"[^/]*//[^/@]*:[^/]*@", str(tree.get("ledger"))):  # checked here, where no message repeats it
+    # Checked here, where no message repeats it.
+    if re.match(r"[^/]*//([^/@]*:[^/]*@|.*[?&](ssl)?password=)", str(tree.get("ledger"))):
         raise ConfigError(f"{source}: ledger: a password does not belong here: give it by PGPASSWORD or ~/.pgpass")
     tree |= {key: run_files.inline(tree.get(key), source, key) for key in ("gate", "audit")}
     cycle = config.validated(Cycle, tree, source)
@@ -84,4 +86,4 @@ def _check(cycle: Cycle, source: str) -> None:
         if (before := keys.index(key)) < number:
             same = f"rung {before}" if before else "the run as it stands"
             raise ConfigError(f"{source}: ladder, rung {number}: it would make the same model as {same}")
-    cycle.rules  # noqa: B018  raises where it is no gate
+    gate_check.check(cycle, source)

@@ -15,7 +15,7 @@ from securesystemslib.dsse import Envelope
 from securesystemslib.exceptions import VerificationError
 from securesystemslib.signer import CryptoSigner, Key
 
-from unlearn import documents
+from unlearn import certificate, documents
 from unlearn.data.storage import Storage
 from unlearn.errors import StorageError
 from unlearn.ledger import entry
@@ -95,15 +95,14 @@ class Checkpoints:
         return checkpoint
 
     def _read(self, name: str, key: Key) -> Checkpoint | None:
+        data = self.storage.read(name)
         try:
-            envelope = Envelope.from_dict(documents.from_json(self.storage.read(name)))
+            envelope = Envelope.from_dict(documents.from_json(data))
             envelope.verify([key], 1)
         except VerificationError:
             self.wrong.append(f"{name}: not signed with this key, or changed since")
             return None
-        except Exception as e:  # whatever the envelope's parts can be
-            if isinstance(e, StorageError):
-                raise
+        except certificate.DAMAGE:
             self.wrong.append(f"{name}: damaged, it cannot be read")
             return None
         if envelope.payload_type != TYPE:

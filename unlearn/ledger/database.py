@@ -20,6 +20,7 @@ VARIABLE = "UNLEARN_LEDGER"
 HEAD = "0001"  # the last migration
 VERSIONS = "ledger_version"  # Alembic's table
 PATIENCE = 60  # seconds that a writer waits for the others
+SECRET = ("password", "sslpassword")  # parameters of a URL that are in no message and no file
 _LOCK = 0x756E6C6561726E  # of PostgreSQL's advisory locks: "unlearn"
 
 
@@ -47,6 +48,13 @@ def place(url: str | None = None) -> sa.URL:
     return parsed.set(drivername="postgresql+psycopg")
 
 
+def _shown(url: sa.URL) -> str:
+    """The ledger in messages: without a password, wherever in the URL it is."""
+    if url.get_backend_name() == "sqlite":
+        return str(url.database)
+    return url.set(drivername="postgresql").difference_update_query(SECRET).render_as_string(hide_password=True)
+
+
 def _default() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share", "unlearn", "ledger.sqlite")
 
@@ -60,7 +68,7 @@ class Database:
     def __init__(self, url: str | None = None, create: bool = False):
         self.url = place(url)
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
-        self.name = str(self.url.database) if self.is_sqlite else self.url.render_as_string(hide_password=True)
+        self.name = _shown(self.url)
         if self.is_sqlite:
             self._file(create)
         self.engine = _engine(self.url, self.is_sqlite)

@@ -9,7 +9,9 @@ that is all digits is a label.
 """
 
 import csv
+import difflib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
@@ -55,8 +57,7 @@ def label(text: str) -> int | str:
 def _csv(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        if unknown := sorted(set(reader.fieldnames or ()) - set(COLUMNS)):
-            raise LedgerError(f"{uri}: column {unknown[0]!r} is not known; the columns are {', '.join(COLUMNS)}")
+        _check_header(uri, list(reader.fieldnames or ()))
         for row in reader:
             if None in row or None in row.values():
                 raise LedgerError(
@@ -72,12 +73,28 @@ def _csv(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         raise LedgerError(f"{uri} line {reader.line_num}: {e}; nothing was imported") from None
 
 
+def _check_header(uri: str, names: list[str]) -> None:
+    """Raises LedgerError. A cell is repeated only where it is like a column: the first line of a file without a header
+    names a person."""
+    for place, name in enumerate(names, 1):
+        if name not in COLUMNS:
+            near = difflib.get_close_matches(name.strip().lower(), COLUMNS, n=1)
+            hint = f" ({name!r}; did you mean {near[0]}?)" if near else ""
+            raise LedgerError(
+                f"{uri} line 1: column {place}{hint} is not known; the first line names the columns, with commas "
+                f"between: {', '.join(COLUMNS)}"
+            )
+        if name in names[: place - 1]:
+            raise LedgerError(f"{uri} line 1: column {name!r} is there twice; nothing was imported")
+
+
 def _json(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = documents.from_json(line)
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is no text
         except ValueError:
             row = None
         if not isinstance(row, dict) or not set(row) <= set(COLUMNS):
@@ -90,7 +107,7 @@ def _json(uri: str, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _request(row: dict[str, Any], due: str) -> dict[str, Any]:
     given = {"subjects": _list(row.get("subject")), "ids": row.get("ids"), "classes": _list(row.get("class"))}
     for name in ("due", "reason", "by"):
-        if not isinstance(row.get(name, ""), str):
+        if not isinstance(row.get(name) or "", str):
             raise LedgerError(f"{name}: not a text")
     day = dates.parse(row["due"], "due").isoformat() if row.get("due") else due
     return {"forget": wanted(given), "due": day, "reason": row.get("reason"), "by": row.get("by")}

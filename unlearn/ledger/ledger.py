@@ -24,6 +24,7 @@ from unlearn.ledger.request import Request, wanted
 from unlearn.ledger.tables import disclosures, entries
 
 CHUNK = 5000  # rows of one statement, numbers of one condition
+HIGHEST = 2**63 - 1  # number that a database can hold
 
 
 class Ledger:
@@ -255,7 +256,7 @@ def _latest(ids: Collection[int] | None = None) -> sa.Subquery:
 def _requests(
     connection: sa.Connection, of: Collection[str] | None = None, ids: Sequence[int] | None = None
 ) -> Iterator[Request]:
-    for some in [None] if ids is None else _chunks(sorted(ids)):
+    for some in [None] if ids is None else _chunks(sorted(number for number in ids if 0 < number <= HIGHEST)):
         latest, first, last = _latest(some), entries.alias(), entries.alias()
         query = (
             sa.select(latest.c.request, first.c.position, first.c.document, last.c.document.label("current"))

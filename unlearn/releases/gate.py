@@ -136,6 +136,8 @@ def parse(tree: dict[Any, Any], source: str = "gate") -> Gate:
             for error in e.errors():
                 where = ".".join([name, *map(str, error["loc"])])
                 message = error["msg"].removeprefix("Value error, ")
+                if error["type"] == "model_type":
+                    message = "expected limits, as in {max: 0.6}"
                 wrong.append(f"{where}: {message}".replace("Extra inputs are not permitted", "unknown key"))
             continue
         if (gate[name].base or gate[name].oracle) and figures.UNLEARNED not in name.split("."):

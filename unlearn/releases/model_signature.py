@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from unlearn.certificate import UNREADABLE
 from unlearn.errors import CertificateError, MissingExtra
 from unlearn.releases.release import CARD, WEIGHTS, File
 
@@ -28,7 +29,7 @@ def check(path: str) -> None:
         key = load_pem_private_key(Path(path).read_bytes(), None)
     except OSError as e:
         raise CertificateError(f"{path}: {e.strerror}; give the file of a key") from None
-    except Exception:  # never what is in the file, nor what the parser says of it
+    except UNREADABLE:  # never what is in the file, nor what the parser says of it
         key = None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.curve.name not in CURVES:
         raise CertificateError(

@@ -53,6 +53,8 @@ def publish(
     candidate, requests = candidates.read(run), _commitments(requests)
     known, state = store.releases(), pointer.read(store)
     withdraws = sorted({store.release(version).version for version in withdraws})
+    if parent and parent not in (release.version for release in known):
+        store.release(parent)  # which says what is wrong with it
     content = _content(candidate, requests, withdraws)
     if same := next((release for release in known if release.content == content), None):
         return _again(store, same, state)

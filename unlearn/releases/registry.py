@@ -6,7 +6,6 @@ is named. Each part is looked for before it is made, so that a push can be repea
 """
 
 import functools
-import hashlib
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from unlearn.errors import ConfigError, ReleaseError
-from unlearn.releases import pointer
+from unlearn.releases import registered
 from unlearn.releases.release import Release
 from unlearn.releases.store import Store
 
@@ -43,12 +42,8 @@ class Registry:
         Raises ReleaseError: it was withdrawn, the registry holds another model by this name and version, or it refuses;
         ConfigError.
         """
-        release = store.release(version)
-        if withdrawn := pointer.read(store).withdrawn.get(version):
-            raise ReleaseError(f"{version} was withdrawn, and is not pushed: {withdrawn.reason}")
-        store.complete(release)
-        properties, uri = _properties(store, release), store.folder(release).where("model")
-        uri = uri if "://" in uri else f"file://{uri}"
+        release = registered.ready(store, version)
+        properties, uri = _properties(store, release), registered.location(store, release)
         model, _ = self._made("registered_model", {"name": name})
         wanted = {"name": version, "registeredModelId": model["id"], "customProperties": properties}
         found, new = self._made("model_version", wanted, parentResourceId=model["id"])
@@ -153,13 +148,7 @@ class Registry:
 
 
 def _properties(store: Store, release: Release) -> dict[str, dict[str, str]]:
-    """What a reader of the registry can hold against the release."""
-    about = {
-        "weights_sha256": release.weights, "certificate_sha256": hashlib.sha256(store.certificate(release)).hexdigest(),
-        "family": release.family, "config_hash": release.config_hash, "published": release.published,
-        "software": release.software, "gate": "passed" if release.gate else "none",
-        "requests_served": str(len(release.requests)), "release": store.folder(release).uri,
-    }  # fmt: skip
+    about = registered.facts(store, release)
     return {name: {"metadataType": "MetadataStringValue", "string_value": value} for name, value in about.items()}
 
 
