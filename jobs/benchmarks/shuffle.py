@@ -20,7 +20,7 @@ WINDOWS = (256, 4096, 65_536, config.Data.model_fields["shuffle_rows"].default)
 
 def quality(rows: int, classes: int, group: int, window: int, batch: int, seed: int = 0) -> tuple[float, float]:
     """(mean distance as a share of the set, mean number of classes in a batch) of one epoch."""
-    taken = order.Stream(np.arange(rows), np.arange(rows) // group, seed, 0, window).take(0, rows)
+    taken = order.Stream(np.arange(rows), np.arange(0, rows, group), seed, 0, window).take(0, rows)
     distance = np.abs(taken - np.arange(rows)).mean() / rows
     labels = taken[: rows // batch * batch].reshape(-1, batch) * classes // rows
     ordered = np.sort(labels, axis=1)

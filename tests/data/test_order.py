@@ -11,7 +11,7 @@ from unlearn.data import order
 
 
 def stream(n: int, group: int = 3, seed: int = 0, name: int = 0, window: int = 1 << 20) -> order.Stream:
-    return order.Stream(np.arange(n) * 2, np.arange(n) // group, seed, name, window)
+    return order.Stream(np.arange(n) * 2, np.arange(0, n, group), seed, name, window)
 
 
 def global_batches(s: order.Stream, start: int, stop: int, workers: int, per_step: int, count: int) -> list[list[int]]:
@@ -65,7 +65,7 @@ def test_passes_seeds_and_sets_are_shuffled_differently():
 @given(st.integers(1, 40), st.integers(1, 30), st.integers(1, 500), st.integers(0, 99))
 def test_a_windowed_shuffle_touches_few_row_groups_at_a_time(groups, size, window, seed):
     of_row = np.repeat(np.arange(groups), size)
-    shuffled = of_row[order.shuffle(of_row, window, np.random.default_rng(seed))]
+    shuffled = of_row[order.shuffle(np.arange(0, len(of_row), size), len(of_row), window, np.random.default_rng(seed))]
     # A run of whole row groups is about a window, so any stretch of one window lies in at most two neighbouring runs.
     most = 2 * (-(-window // size) + 1)
     for start in range(0, len(shuffled), max(1, window // 2)):
@@ -74,7 +74,7 @@ def test_a_windowed_shuffle_touches_few_row_groups_at_a_time(groups, size, windo
 
 def test_a_window_of_one_row_group_reads_each_row_group_once():
     of_row = np.repeat(np.arange(20), 8)
-    shuffled = of_row[order.shuffle(of_row, 8, np.random.default_rng(0))]
+    shuffled = of_row[order.shuffle(np.arange(0, 160, 8), 160, 8, np.random.default_rng(0))]
     assert len(list(itertools.groupby(shuffled))) == 20 and list(dict.fromkeys(shuffled)) != list(range(20))
 
 

@@ -98,7 +98,10 @@ def test_seeds_draw_other_rows_and_labels_go_with_them(tiny_shards):
     draws = {tuple(select(tiny_shards, seed, per_class=3)) for seed in range(20)}
     assert len(draws) == 20 and set().union(*draws) == set(range(48))
     found = selection.select(shards.load(tiny_shards), config.Rows(per_class=3, limit=7), 1, "retain")
-    assert found.labels.tolist() == (found.rows // 12).tolist() and found.groups.tolist() == (found.rows // 8).tolist()
+    assert (
+        found.labels.tolist() == (found.rows // 12).tolist()
+        and np.repeat(found.touched, found.counts[found.touched]).tolist() == (found.rows // 8).tolist()
+    )
 
 
 def test_only_row_groups_that_can_hold_the_class_are_read(tiny_shards, tmp_path):
@@ -192,9 +195,12 @@ def test_without_a_file_of_values_each_shard_is_opened_once_at_most(s3, proxied,
     shards.save(dataclasses.replace(shards.load(s3), values=""))
     expected = sets(tiny_shards, **roles | ({"proxy_data": tiny_shards} if "proxy_data" in roles else {}))
     proxied.requests.clear()
+    proxied.headers.clear()
     assert sets(s3, **roles | ({"proxy_data": s3} if "proxy_data" in roles else {})) == expected
-    # The size of a file is asked for whenever it is opened.
-    assert [proxied.count("HEAD", f"shard-{i}.parquet") for i in range(3)] == [int(str(i) in opened) for i in range(3)]
+    # One request for the end of a file tells its size and its footer; none asks for its size alone.
+    ends = [p for (_, p), h in zip(proxied.requests, proxied.headers, strict=True) if h.get("Range") == "bytes=-65536"]
+    assert "".join(str(i) for i in range(3) if any(f"shard-{i}.parquet" in path for path in ends)) == opened
+    assert len(ends) == len(opened) and not proxied.count("HEAD", ".parquet")
     assert proxied.count("GET", "manifest.json") == 1
 
 
@@ -219,18 +225,20 @@ def test_verifying_downloads_each_shard_once(s3, proxied, tiny_shards):
 
 def test_sets_are_the_same_in_another_process_and_small_on_the_way(tiny_shards):
     found = selection.sets(config.Data(train=tiny_shards, forget={"subjects": ["person-1"]}), 0)
-    groups = {name: rows.groups.tolist() for name, rows in found.items()}
+    starts = {name: rows.starts.tolist() for name, rows in found.items()}
     copy = pickle.loads(pickle.dumps(found))
     assert copy["retain"].manifest is copy["forget"].manifest and copy["retain"].manifest == found["retain"].manifest
     assert copy["retain"].manifest.__dict__["hash"] == shards.load(tiny_shards).hash  # not computed again
     for name, rows in found.items():
         assert copy[name].rows.tolist() == rows.rows.tolist() and copy[name].labels.tolist() == rows.labels.tolist()
         assert (
-            copy[name].rows.dtype == copy[name].labels.dtype == np.int32 and copy[name].groups.tolist() == groups[name]
+            copy[name].rows.dtype == np.int32
+            and copy[name].labels.dtype == rows.labels.dtype == np.int8
+            and copy[name].starts.tolist() == starts[name]
         )
     manifest = found["retain"].manifest
     many = selection.RowSet(manifest, np.arange(5, 1_000_005), np.arange(1_000_000) % 200)
-    assert len(many.groups) and len(pickle.dumps(many)) < 2_010_000 + len(pickle.dumps(manifest))
+    assert len(many.starts) and len(pickle.dumps(many)) < 2_010_000 + len(pickle.dumps(manifest))
 
 
 @given(st.lists(st.integers(0, 1 << 40), min_size=1, unique=True), st.integers(-(1 << 40), 1 << 40))
@@ -279,8 +287,8 @@ def test_shards_that_are_not_those_of_the_manifest_are_told_before_they_are_read
 
 
 def test_memory_of_a_large_set_is_its_row_numbers_and_labels(tmp_path):
-    """By class, by a thousand ids, and by a list of them: 8 bytes a row stay, under 32 are taken meanwhile, and the
-    columns are read in pieces of one size whatever the rows."""
+    """By class, by a thousand ids, by a list of them, and drawn: 6 bytes a row stay, under 12 are taken meanwhile, and
+    the columns are read in pieces of one size whatever the rows."""
     count = 400_000
     numbers = np.arange(count)
     columns = {
@@ -293,11 +301,11 @@ def test_memory_of_a_large_set_is_its_row_numbers_and_labels(tmp_path):
     del columns
     (tmp_path / "ids.txt").write_text("\n".join(ids))
     shards.index(str(tmp_path))
-    for chosen in ({"classes": [7]}, {"ids": ids}, {"ids_from": f"{tmp_path}/ids.txt"}):
+    for chosen in ({"classes": [7]}, {"ids": ids}, {"ids_from": f"{tmp_path}/ids.txt"}, {"limit": 1000}):
         data = config.Data(train=str(tmp_path), forget=config.Rows(**chosen))
         found, buffers, objects = counted(lambda data=data: selection.sets(data, 0))
         retain = found["retain"]
         assert len(found["forget"]) == 1000 and len(retain) == count - 1000
-        assert retain.rows.nbytes + retain.labels.nbytes == 8 * len(retain)
-        assert objects < 32 * count, f"{objects / count:.0f} bytes a row"
+        assert retain.rows.nbytes + retain.labels.nbytes == 6 * len(retain)
+        assert objects < 12 * count + (5 << 20), f"{objects / count:.0f} bytes a row"
         assert buffers < 12 << 20, f"{buffers >> 20} MiB"

@@ -187,8 +187,7 @@ def entry_bytes(stored: bytes | None) -> int:
 
 def stored_bytes(rows: RowSet) -> int:
     """About how many bytes the chosen rows take as they are stored: each has an equal share of its row group."""
-    chosen = np.bincount(rows.groups, minlength=len(rows.manifest.groups))
-    return int((_row_group_bytes(rows) * chosen / np.diff(rows.manifest.starts).clip(1)).sum())
+    return int((_row_group_bytes(rows) * rows.counts / np.diff(rows.manifest.starts).clip(1)).sum())
 
 
 def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers: int = 1) -> int | None:

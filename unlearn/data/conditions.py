@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from unlearn import config
 from unlearn.data import id_file, order
 from unlearn.data.manifest import Manifest
-from unlearn.data.row_set import RowSet, small
+from unlearn.data.row_set import RowSet, narrow
 from unlearn.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -35,12 +35,27 @@ class Wanted:
     listed: id_file.Ids | None
 
 
+class Labels:
+    """The labels of a manifest's rows, put together from pieces: -1 of rows that were in none, or have none."""
+
+    def __init__(self, manifest: Manifest):
+        self.values = np.full(manifest.rows, -1, np.int8)
+
+    def take(self, table: pa.Table) -> None:
+        """A piece that may have labels."""
+        if "label" in table.column_names and len(table):
+            labels = narrow(table["label"].to_numpy())
+            self.values = self.values.astype(np.promote_types(self.values.dtype, labels.dtype), copy=False)
+            self.values[table["row"].to_numpy()] = labels
+
+
 class Choosing:
-    """Takes the rows that meet every condition out of each piece."""
+    """Takes the rows that meet every condition out of each piece: a bit of each row of the manifest says whether it is
+    one of them, so that millions take little memory until the set is made."""
 
     def __init__(self, wanted: Wanted):
         rows = wanted.conditions
-        self.wanted, self._rows, self._labels = wanted, [], []
+        self.wanted, self._met = wanted, np.zeros(wanted.manifest.rows, bool)
         self._labelled = None if wanted.labels is None else pa.array(sorted(wanted.labels), pa.int64())
         self._unwanted = pa.array(sorted(wanted.unwanted), pa.int64())
         self._ids = _Named(rows.ids) if rows.ids is not None else None
@@ -49,8 +64,6 @@ class Choosing:
 
     def take(self, table: pa.Table) -> None:
         """A piece, in the order of the rows. It may hold rows of other labels, and more columns."""
-        if "label" not in table.column_names:
-            table = table.append_column("label", pa.array(np.full(len(table), -1)))
         if self._labelled is not None:
             table = table.filter(pc.is_in(table["label"], self._labelled))
         if len(self._unwanted):
@@ -61,11 +74,15 @@ class Choosing:
                 table = named.only(table, ids)
         if self._subjects is not None:
             table = self._subjects.only(table, table["subject"])
-        self._rows.append(small(table["row"].to_numpy()))
-        self._labels.append(small(table["label"].to_numpy()))
+        self._met[table["row"].to_numpy()] = True
 
-    def chosen(self, seed: int) -> RowSet:
-        """The rows of all pieces, once; `per_class` and `limit` are drawn by the seed. Raises ConfigError for an id or
+    def leave_out(self, rows: RowSet) -> bool:
+        """Take the rows of another set, of the same manifest, out of this one; whether any row is left."""
+        self._met[rows.rows] = False
+        return bool(self._met.any())
+
+    def chosen(self, labels: Labels, seed: int) -> RowSet:
+        """The rows of all pieces; `per_class` and `limit` are drawn by the seed. Raises ConfigError for an id or
         subject that no row has, and where no row is left."""
         wanted, where = self.wanted, f"data.{self.wanted.what}"
         rows = wanted.conditions
@@ -73,23 +90,26 @@ class Choosing:
         if self._listed is not None:
             _some_met(self._listed, f"{where}.ids_from: {rows.ids_from}")
         _all_met(self._subjects, rows.subjects, f"{where}.subjects")
-        chosen, labels = _joined(self._rows), _joined(self._labels)
+        chosen = numbers(len(self._met))[self._met]
         if rows.per_class is not None:
-            by_label = np.argsort(labels, kind="stable")
-            found, counts = np.unique(labels, return_counts=True)
+            labels_of = labels.values[self._met]
+            by_label = np.argsort(labels_of, kind="stable")
+            classes, counts = np.unique(labels_of, return_counts=True)
             places = np.split(by_label, np.cumsum(counts)[:-1])
-            keep = [_draw(p, rows.per_class, seed, int(c)) for c, p in zip(found, places, strict=False)]
-            index = np.sort(np.concatenate(keep)) if keep else np.arange(0)
-            chosen, labels = chosen[index], labels[index]
+            keep = [_draw(p, rows.per_class, seed, int(c)) for c, p in zip(classes, places, strict=False)]
+            chosen = chosen[np.sort(np.concatenate(keep))] if keep else chosen
         if rows.limit is not None:
-            index = _draw(np.arange(len(chosen)), rows.limit, seed, -1)
-            chosen, labels = chosen[index], labels[index]
+            chosen = chosen[_draw(numbers(len(chosen)), rows.limit, seed, -1)]
         if not len(chosen):
             raise ConfigError(
                 f"{where} selects no image of {wanted.manifest.uri}: the {wanted.what} set is empty; widen its "
                 "conditions"
             )
-        return RowSet(wanted.manifest, chosen, labels, wanted.listed.sha256 if wanted.listed else "")
+        self._met[:] = False
+        self._met[chosen] = True
+        return RowSet(
+            wanted.manifest, chosen, narrow(labels.values[self._met]), wanted.listed.sha256 if wanted.listed else ""
+        )
 
 
 class _Named:
@@ -140,14 +160,14 @@ def _some_met(named: _Named, where: str) -> None:
         log.warning("%s: %d of %d ids match no row, and are left out", where, given - found, given)
 
 
-def _joined(parts: list[np.ndarray]) -> np.ndarray:
-    """All of them as one; the parts are let go of."""
-    whole = small(np.concatenate(parts)) if parts else np.empty(0, np.int32)
-    parts.clear()
-    return whole
+def numbers(count: int) -> np.ndarray:
+    """0, 1, ... count - 1."""
+    return np.arange(count, dtype=np.int32 if count < 1 << 31 else np.int64)
 
 
 def _draw(index: np.ndarray, count: int, seed: int, name: int) -> np.ndarray:
+    """So many of `index`, ascending; it may be shuffled in place."""
     if len(index) <= count:
         return index
-    return np.sort(order.generator(seed, 7, name & 0xFFFFFFFF).permutation(index)[:count])
+    order.generator(seed, 7, name & 0xFFFFFFFF).shuffle(index)
+    return np.sort(index[:count])

@@ -5,23 +5,28 @@ digest as little-endian numbers. Images of equal checksums are taken for equal. 
 counts as the same too.
 """
 
+import contextlib
 import hashlib
+import io
 import logging
+from collections.abc import Iterator
+from typing import BinaryIO
 
 import numpy as np
 
 from unlearn.data.manifest import Manifest
-from unlearn.data.storage import Storage
-from unlearn.errors import DataError
+from unlearn.data.storage import Storage, local_copy
+from unlearn.errors import DataError, StorageError
 
 PIECE = 1 << 17  # rows that are compared at a time
+SIZE = 8  # bytes of a checksum
 
 log = logging.getLogger(__name__)
 
 
 def checksum(image: memoryview | bytes) -> int:
     """Of one encoded image; 0 where there is none."""
-    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest(), "little") if len(image) else 0
+    return int.from_bytes(hashlib.blake2b(image, digest_size=SIZE).digest(), "little") if len(image) else 0
 
 
 def write(storage: Storage, split: str | None, checksums: np.ndarray) -> str:
@@ -31,17 +36,37 @@ def write(storage: Storage, split: str | None, checksums: np.ndarray) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def read(manifest: Manifest) -> np.ndarray | None:
-    """(rows,) uint64; None where the manifest was made without. Raises DataError where the file is damaged."""
+@contextlib.contextmanager
+def _opened(manifest: Manifest) -> Iterator[BinaryIO | None]:
+    """The file of checksums, compared with the manifest; None where that was made without. It is read piece by piece:
+    of millions of images it is as large as all that is kept of them."""
     if not manifest.images:
-        return None
+        yield None
+        return
     storage, name = Storage(manifest.uri), file_name(manifest.split)
-    data = storage.read(name) if storage.is_file(name) else b""
-    if hashlib.sha256(data).hexdigest() != manifest.images:
-        raise DataError(
-            f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {manifest.uri}`"
-        )
-    return np.frombuffer(data, "<u8")
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(stack.enter_context(local_copy(storage.where(name))), "rb"))
+        except StorageError:
+            if storage.is_file(name):
+                raise
+            file = io.BytesIO()
+        if hashlib.file_digest(file, "sha256").hexdigest() != manifest.images:
+            raise DataError(
+                f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {manifest.uri}`"
+            )
+        yield file
+
+
+def _checksums(file: BinaryIO, manifest: Manifest, rows: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """(places in `rows`, which ascend, checksums of their images) piece by piece."""
+    for first in range(0, manifest.rows, PIECE):
+        span = np.array([first, first + PIECE]).clip(max=np.iinfo(rows.dtype).max).astype(rows.dtype)
+        start, stop = np.searchsorted(rows, span).tolist()
+        if start < stop:
+            file.seek(SIZE * first)
+            piece = np.frombuffer(file.read(SIZE * PIECE), "<u8")
+            yield slice(start, stop), piece[rows[start:stop] - first]
 
 
 def file_name(split: str | None) -> str:
@@ -51,19 +76,18 @@ def file_name(split: str | None) -> str:
 def in_both(forget: tuple[Manifest, np.ndarray], retain: tuple[Manifest, np.ndarray]) -> np.ndarray:
     """Which rows of a retain set (manifest, rows) hold an image whose bytes stand in the forget set too: bool
     (rows,)."""
-    manifests = {id(manifest): manifest for manifest, _ in (forget, retain)}  # one that is in both is read once
-    there = {key: read(manifest) for key, manifest in manifests.items()}
-    forgotten, retained = there[id(forget[0])], there[id(retain[0])]
-    if forgotten is None or retained is None:
-        lacking = forget[0] if forgotten is None else retain[0]
-        log.info("%s: its manifest holds no checksums of images, so equal images in forget and retain are not looked "
-                 "for; `unlearn shards index` adds them", lacking.uri)  # fmt: skip
-        return np.zeros(len(retain[1]), bool)
-    wanted, found = np.unique(forgotten[forget[1]]), np.zeros(len(retain[1]), bool)
-    if not len(wanted):
-        return found
-    for start in range(0, len(found), PIECE):
-        sums = retained[retain[1][start : start + PIECE]]
-        place = np.searchsorted(wanted, sums).clip(max=len(wanted) - 1)
-        found[start : start + PIECE] = (wanted[place] == sums) & (sums != 0)
-    return found
+    twice = np.zeros(len(retain[1]), bool)
+    with contextlib.ExitStack() as stack:
+        manifests = {id(manifest): manifest for manifest, _ in (forget, retain)}  # one that is in both is read once
+        files = {key: stack.enter_context(_opened(manifest)) for key, manifest in manifests.items()}
+        forgotten, retained = files[id(forget[0])], files[id(retain[0])]
+        if forgotten is None or retained is None:
+            lacking = forget[0] if forgotten is None else retain[0]
+            log.info("%s: its manifest holds no checksums of images, so equal images in forget and retain are not "
+                     "looked for; `unlearn shards index` adds them", lacking.uri)  # fmt: skip
+            return twice
+        wanted = np.unique(np.concatenate([np.empty(0, "<u8"), *(s for _, s in _checksums(forgotten, *forget))]))
+        for place, sums in _checksums(retained, *retain) if len(wanted) else ():
+            nearest = np.searchsorted(wanted, sums).clip(max=len(wanted) - 1)
+            twice[place] = (wanted[nearest] == sums) & (sums != 0)
+    return twice

@@ -61,7 +61,7 @@ class Loader:
                 name: Images(rows, settings.data, kept, cut(settings.data, size)) for name, rows in sets.items()
             }
         self.streams = {
-            name: order.Stream(rows.rows, rows.groups, settings.seed, number, settings.data.shuffle_rows)
+            name: order.Stream(rows.rows, rows.starts, settings.seed, number, settings.data.shuffle_rows)
             for number, (name, rows) in enumerate(sorted(sets.items()))
         }
 

@@ -32,21 +32,24 @@ class RowFacts:
 def load(uri: str, split: str | None = None) -> Manifest:
     """Read the manifest of a folder, or of one split of it. Raises DataError, StorageError."""
     storage = Storage(uri)
-    if split is None and not storage.is_file(MANIFEST):
+    name = manifest_name(split)
+    found = storage.read_version(name)
+    if split is None and found is None:
         there = [
             n[len("manifest-") : -len(".json")] for n in storage.files() if re.fullmatch(r"manifest-[\w.-]+\.json", n)
         ]
         if len(there) > 1:
             raise DataError(f"{uri}: holds several splits: {', '.join(there)}; say which with `split`")
         split = there[0] if there else None
-    name = manifest_name(split)
-    if not storage.is_file(name):
+        name = manifest_name(split)
+        found = storage.read_version(name) if there else None
+    if found is None:
         option = f" --split {split}" if split else ""
         raise DataError(
             f"{uri}: no {name} there. Shards you already have: `unlearn shards index {uri}{option}`; "
             f"images: `unlearn shards build SRC {uri}`"
         )
-    data = storage.read(name)
+    data, _ = found
     try:
         tree = documents.from_json(data)
         if not _is_manifest(tree):

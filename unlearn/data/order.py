@@ -5,8 +5,10 @@ positions, and a global batch is a run of consecutive micro-batches dealt to the
 are the same for any number of workers, and a run goes on anywhere from its step alone.
 """
 
-import functools
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -16,50 +18,59 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
-def shuffle(groups: np.ndarray, window: int, rng: np.random.Generator) -> np.ndarray:
-    """A permutation of range(len(groups)) that touches few row groups at a time.
+def shuffle(starts: np.ndarray, count: int, window: int, rng: np.random.Generator) -> np.ndarray:
+    """A permutation of range(count) that touches few row groups at a time: (count,) int32, or int64 where that is too
+    small.
 
-    groups: the row group of each row, ascending. Row groups come in random order, and rows are shuffled within runs of
-    whole row groups of about `window` rows; a window of all rows is a full shuffle.
+    starts: place of the first row of each row group, ascending from 0. Row groups come in random order, and rows are
+    shuffled within runs of whole row groups of about `window` rows; a window of all rows is a full shuffle.
     """
-    if window >= len(groups):
-        return rng.permutation(len(groups))
-    starts = np.flatnonzero(np.r_[True, groups[1:] != groups[:-1]])
-    blocks = np.split(np.arange(len(groups)), starts[1:])
-    blocks = [blocks[i] for i in rng.permutation(len(blocks))]
-    ends = np.cumsum([len(b) for b in blocks])
-    runs = np.split(np.concatenate(blocks), ends[np.flatnonzero(np.diff(ends // window, prepend=0))])
-    return np.concatenate([rng.permutation(run) for run in runs])
+    # In place and in small numbers: a set of millions of rows is shuffled with nothing else of its length in memory.
+    kind = np.int32 if count < 1 << 31 else np.int64
+    places = np.arange(count, dtype=kind)
+    if window >= count:
+        rng.shuffle(places)
+        return places
+    turn = rng.permutation(len(starts))
+    lengths = np.diff(starts, append=count)[turn]
+    ends = np.cumsum(lengths)
+    places += np.repeat((starts[turn] - ends + lengths).astype(kind), lengths)
+    runs = ends[np.flatnonzero(np.diff(ends // window, prepend=0))]
+    for first, last in zip([0, *runs], [*runs, count], strict=True):
+        rng.shuffle(places[first:last])
+    return places
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stream:
-    """The endless sequence of one set. rows: (n,) ascending; groups: (n,) the row group of each; name: mixes into the
-    seed."""
+    """The endless sequence of one set. rows: (n,) ascending; starts: place in it of the first row of each row group;
+    name: mixes into the seed."""
 
     rows: np.ndarray
-    groups: np.ndarray
+    starts: np.ndarray
     seed: int
     name: int
     window: int
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Rows at positions start .. start + count."""
         n, parts = len(self.rows), []
         while count:
             epoch, offset = divmod(start, n)
-            part = _permutation(self, epoch)[offset : offset + count]
+            with self._lock:  # threads that begin an epoch together shuffle it once
+                permutation = self._permutation(epoch)
+            part = permutation[offset : offset + count]
             parts.append(self.rows[part])
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else self.rows[:0]
 
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
-
-@functools.lru_cache(maxsize=8)
-def _permutation(stream: Stream, epoch: int) -> np.ndarray:
-    return shuffle(stream.groups, stream.window, generator(stream.seed, stream.name, epoch))
+    @cached_property
+    def _permutation(self) -> Callable[[int], np.ndarray]:
+        """(epoch) -> its permutation. The last two are kept: batches are made ahead over the end of an epoch."""
+        return lru_cache(2)(
+            lambda epoch: shuffle(self.starts, len(self.rows), self.window, generator(self.seed, self.name, epoch))
+        )
 
 
 def micro_batches(step: int, rank: int, workers: int, per_step: int) -> range:

@@ -11,6 +11,7 @@ from unlearn.errors import DataError
 
 FOOTERS = 64 << 20  # bytes of memory for the footers that are kept
 LFS = b"version https://git-lfs"  # how a pointer begins
+END = 64 << 10  # bytes that Arrow reads for a footer before it knows how long that is
 PARSED = 11  # bytes of memory for one of a footer as it is stored
 _footers = Recent(FOOTERS)
 
@@ -21,8 +22,8 @@ def parquet(storage: Storage, name: str, sha256: str = "", versions: dict[str, s
     where = storage.where(name)
 
     def read() -> tuple[tuple[Facts, pq.FileMetaData], int]:
-        facts = storage.facts(name)
-        metadata = opened(storage.open(name, versions, facts), where).metadata
+        facts, file = storage.open_from_end(name, END, versions)
+        metadata = opened(file, where).metadata
         return (facts, metadata), metadata.serialized_size * PARSED
 
     facts, metadata = _footers.get((where, sha256), read)

@@ -55,4 +55,6 @@ class RowBatches:
             if ((starts < first + count) & (ends > first)).any():
                 table = row_values.piece(self._file, g, columns, manifest.uri)
                 yield table.append_column("row", pa.array(np.arange(first, first + count)))
+                del table
+                pa.default_memory_pool().release_unused()  # else the pool grows by a piece each time
             first += count

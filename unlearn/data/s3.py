@@ -137,11 +137,35 @@ class Bucket:
             for _ in pool.map(lambda start: self._outlast(name, lambda: piece(file, start)), pieces):
                 pass
 
-    def open(self, name: str, facts: Facts, versions: dict[str, str] | None = None) -> pa.NativeFile:
-        """For random access; all of it is of one version, that of `facts`, and of `versions` where it is in there."""
+    def end(self, name: str, most: int) -> tuple[Facts, bytes]:
+        """(size and version of an object, its last `most` bytes or all of fewer), by one request. Raises
+        FileNotFoundError."""
+
+        def ask() -> tuple[Facts, bytes]:
+            response = self.client.get_object(Bucket=self.name, Key=self.key(name), Range=f"bytes=-{most}")
+            length = response["ContentLength"]
+            size = response.get("ContentRange", "").rpartition("/")[2] or ("" if length else "0")
+            if not size.isdecimal() or length != min(int(size), most):
+                raise StorageError(f"s3://{self.name}/{self.key(name)}: the server does not know ranges")
+            return Facts(int(size), response["ETag"]), response["Body"].read()
+
+        try:
+            return self._read(name, ask, most)
+        except self.client.exceptions.ClientError as e:
+            if s3_errors.code(e) in ("404", "NoSuchKey"):
+                raise FileNotFoundError(name) from None
+            if s3_errors.code(e) not in ("416", "InvalidRange"):
+                raise
+        if (facts := self.head(name)) is None:  # an empty object has no last bytes
+            raise FileNotFoundError(name)
+        return facts, b""
+
+    def open(self, name: str, facts: Facts, versions: dict[str, str] | None = None, end: bytes = b"") -> pa.NativeFile:
+        """For random access; all of it is of one version, that of `facts`, and of `versions` where it is in there.
+        end: its last bytes, where they are known."""
         if versions is not None and versions.setdefault(name, facts.etag) != facts.etag:
             raise StorageError(f"s3://{self.name}/{self.key(name)}: {s3_errors.hint('PreconditionFailed')}")
-        return pa.PythonFile(Object(facts.size, self._ranges(name, facts)), mode="r")
+        return pa.PythonFile(Object(facts.size, self._ranges(name, facts), end), mode="r")
 
     def _ranges(self, name: str, facts: Facts) -> Callable[[int, int], bytes]:
         """fetch(start, stop) -> those bytes of this version of an object. It raises StorageError for every error."""

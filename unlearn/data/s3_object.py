@@ -12,10 +12,11 @@ PIECE, THREADS = 8 << 20, 8
 
 
 class Object(io.RawIOBase):
-    """size: bytes. fetch(start, stop) -> those bytes; it is called in several threads."""
+    """size: bytes. fetch(start, stop) -> those bytes; it is called in several threads. end: its last bytes, where they
+    are known."""
 
-    def __init__(self, size: int, fetch: Callable[[int, int], bytes]):
-        self.size, self._fetch, self._at = size, fetch, 0
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes], end: bytes = b""):
+        self.size, self._fetch, self._end, self._at = size, fetch, end, 0
 
     def readable(self) -> bool:
         return True
@@ -34,6 +35,8 @@ class Object(io.RawIOBase):
         start = self._at
         stop = self.size if size is None or size < 0 else min(self.size, start + size)
         self._at = max(start, stop)
+        if (first := start - self.size + len(self._end)) >= 0:
+            return self._end[first : first + stop - start] if stop > start else b""
         if stop - start <= PIECE:
             return self._fetch(start, stop) if stop > start else b""
         data = bytearray(stop - start)

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from unlearn import config
 from unlearn.data import classes, duplicates, id_file, shards
-from unlearn.data.conditions import Choosing, Wanted, identity
+from unlearn.data.conditions import Choosing, Labels, Wanted, identity
 from unlearn.data.row_batches import RowBatches
 from unlearn.data.row_set import RowSet
 from unlearn.errors import ConfigError
@@ -48,23 +48,13 @@ def sets(data: config.Data, seed: int) -> dict[str, RowSet]:
     else:
         wanted["retain"] = _wanted(manifest, data.retain or config.Rows(), "retain")
     batches = _batches(one.manifest for one in wanted.values())
-    row_sets = _select(wanted, batches, seed)
-    if data.forget is not None and data.proxy is None and data.retain is None:
-        row_sets["retain"] = _rest(row_sets["retain"], row_sets["forget"])
-    else:
+    rest = data.forget is not None and data.proxy is None and data.retain is None
+    row_sets = _select(wanted, batches, seed, rest)
+    if not rest:
         _no_overlap(row_sets)
     if "forget" in row_sets:
         row_sets["retain"] = _without_forgotten(row_sets["forget"], row_sets["retain"], batches)
     return row_sets
-
-
-def _rest(every: RowSet, forget: RowSet) -> RowSet:
-    """All rows but those of the forget set. Raises ConfigError where none is left."""
-    keep = np.ones(len(every), bool)
-    keep[np.searchsorted(every.rows, forget.rows)] = False
-    if not keep.any():
-        raise ConfigError("data.forget selects every image: nothing is left to retain; give data.retain or data.proxy")
-    return replace(every, rows=every.rows[keep], labels=every.labels[keep])
 
 
 def _without_forgotten(forget: RowSet, retain: RowSet, batches: dict[int, RowBatches]) -> RowSet:
@@ -161,16 +151,31 @@ def _batches(manifests: Iterable[shards.Manifest]) -> dict[int, RowBatches]:
     return {id(manifest): RowBatches(manifest) for manifest in manifests}
 
 
-def _select(wanted: dict[str, Wanted], batches: dict[int, RowBatches], seed: int) -> dict[str, RowSet]:
-    """The rows of each set; sets of the same manifest are chosen in one reading."""
+def _select(
+    wanted: dict[str, Wanted], batches: dict[int, RowBatches], seed: int, rest: bool = False
+) -> dict[str, RowSet]:
+    """The rows of each set; sets of the same manifest are chosen in one reading.
+
+    rest: the retain set, of the same manifest, is without the forget set. Raises ConfigError where nothing is left.
+    """
     choosing = {name: Choosing(one) for name, one in wanted.items()}
+    labels = {key: Labels(source.manifest) for key, source in batches.items()}
     for key, source in batches.items():
         mine = [name for name, one in wanted.items() if id(one.manifest) == key]
         columns = sorted(set().union(*(wanted[name].columns for name in mine)))
         for table in source.read(columns, sorted(set().union(*(wanted[name].groups for name in mine)))):
+            labels[key].take(table)
             for name in mine:
                 choosing[name].take(table)
-    return {name: one.chosen(seed) for name, one in choosing.items()}
+    row_sets: dict[str, RowSet] = {}
+    for name in wanted:
+        chosen = choosing.pop(name)  # let go of as soon as its set is made
+        if rest and name == "retain" and not chosen.leave_out(row_sets["forget"]):
+            raise ConfigError(
+                "data.forget selects every image: nothing is left to retain; give data.retain or data.proxy"
+            )
+        row_sets[name] = chosen.chosen(labels[id(wanted[name].manifest)], seed)
+    return row_sets
 
 
 def name_row(manifest: shards.Manifest, row: int) -> str:

@@ -69,7 +69,7 @@ class Storage:
         with told(self.where(name)):
             try:
                 return self.folder.read(name) if self.bucket is None else self.bucket.get(name)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return None
             except Exception as e:
                 if s3_errors.code(e) == "NoSuchKey":
@@ -152,7 +152,8 @@ class Storage:
         there."""
         if self.bucket is None or len(names) < 3:
             return {name: self.facts(name).size for name in names}
-        there = self.objects()
+        with told(self.uri):
+            there = self.bucket.listing("")
         for name in names:
             if name not in there:
                 raise StorageError(f"{self.where(name)}: there is no such file or folder")
@@ -169,6 +170,17 @@ class Storage:
             if self.bucket is None:
                 return self.folder.open(name)
             return self.bucket.open(name, facts or self.facts(name), versions)
+
+    def open_from_end(
+        self, name: str, most: int, versions: dict[str, str] | None = None
+    ) -> tuple[Facts, pa.NativeFile]:
+        """(size and version of a file, the file as from `open`), for a reader that begins with the last `most` bytes:
+        of an S3 object one request tells all of it."""
+        with told(self.where(name)):
+            if self.bucket is None:
+                return self.folder.facts(name), self.folder.open(name)
+            facts, end = self.bucket.end(name, most)
+            return facts, self.bucket.open(name, facts, versions, end)
 
     def files(self, name: str = "") -> list[str]:
         """Names of all files below `name`, relative to the root, sorted."""
