@@ -1,6 +1,7 @@
 """Checkpoints as others save them: what is taken, what is refused, and what is said."""
 
 import argparse
+import gzip
 import json
 import pathlib
 import pickle
@@ -33,7 +34,9 @@ def public(model) -> dict[str, torch.Tensor]:
     return {names[n]: t for n, t in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.module.", "backbone.", "encoder."]
+)
 def test_what_wrappers_put_before_names_is_taken_off(prefix, model, tmp_path):
     tensors = {f"{prefix}{n}": t for n, t in public(model).items()}
     tensors = {n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in tensors.items()}
@@ -56,6 +59,70 @@ def test_a_moving_average_beside_the_weights_is_told(model, tmp_path, logged):
     assert "flat.pth: the moving average in it (model_ema.*) is left out" in logged.text
     save_file(zeros, tmp_path / "alone.safetensors")
     assert not load(tmp_path / "alone.safetensors").encoder.cls_token.any()
+
+
+def test_of_two_copies_the_one_that_is_trained_is_taken(model, tmp_path, logged):
+    tensors, zeros = public(model), {n: torch.zeros_like(t) for n, t in public(model).items()}
+    copies = {f"online.{n}": t for n, t in tensors.items()} | {f"ema_model.{n}": t for n, t in zeros.items()}
+    save_file(copies | {"step": torch.tensor(3)}, tmp_path / "w.safetensors")
+    assert load(tmp_path / "w.safetensors").encoder.cls_token.any()
+    assert "of two copies in it, online.* is taken and ema_model.* left out" in logged.text
+    save_file({n.replace("ema_model", "other"): t for n, t in copies.items()}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"holds two copies of a model, \w+\.\* and \w+\.\*: save one of them"):
+        load(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {n: x.to(torch.float8_e4m3fn) for n, x in t.items()}, "has numbers of the type float8_e4m3fn"),
+    (lambda t: t | {"norm.weight": torch.ones(16, dtype=torch.int8)}, "norm.weight has numbers of the type int8"),
+    (lambda t: t | {"blocks.0.attn.qkv.weight_scale": torch.ones(1)}, "quantised, as its .*qkv.weight_scale"),
+    (lambda t: t | {"norm.weight": torch.ones(16).to_sparse()}, "encoder.norm.weight is no plain tensor"),
+])  # fmt: skip
+def test_numbers_that_are_no_weights_as_they_stand_are_refused(change, message, model, tmp_path):
+    torch.save(change(public(model)), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=f"{message}.*of 16 or 32 bits"):
+        load(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("content, message", [
+    (lambda b: b[:-100], "it is cut short: [0-9,]+ of [0-9,]+ bytes are there"),
+    (lambda b: b[:200], "it is cut short: 200 bytes are there, its header alone has"),
+    (lambda b: b"", "it is empty"),
+    (lambda b: b"<!DOCTYPE html><html>404</html>", "it is a web page"),
+    (lambda b: gzip.compress(b), "it is compressed by gzip: unpack it first"),
+    (lambda b: b"GGUF" + b, "it is of GGUF, whose numbers are quantised"),
+])  # fmt: skip
+def test_what_a_file_is_instead_of_weights_is_told(content, message, model, tmp_path):
+    save_file(public(model), tmp_path / "w.bin")
+    load(tmp_path / "w.bin")  # by its first bytes, not by its name
+    (tmp_path / "w.bin").write_bytes(content((tmp_path / "w.bin").read_bytes()))
+    with pytest.raises(WeightsError, match=f"w.bin cannot be read as weights .*{message}"):
+        load(tmp_path / "w.bin")
+
+
+def test_archives_of_something_else_are_told(model, tmp_path):
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="it is a TorchScript program"):
+        load(tmp_path / "w.pth")
+    np.savez(tmp_path / "w.npz", a=np.zeros(2))
+    with pytest.raises(WeightsError, match=r"it is a zip archive of other files \(a.npy\)"):
+        load(tmp_path / "w.npz")
+
+
+def test_what_to_give_in_place_of_a_path_without_weights_is_told(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("one", "hub/snapshots/abc"):
+        (tmp_path / folder).mkdir(parents=True)
+        save_file(public(model), tmp_path / folder / "model.safetensors")
+    (tmp_path / "link.pth").symlink_to("nowhere.pth")
+    for path, message in (
+        ("one", "give the file itself: .*/one/model.safetensors"),
+        ("hub", r"a hub's cache: give one of its snapshots \(snapshots/abc in it\)"),
+        ("facebook/vit-mae-base", "nothing is downloaded here, so fetch it .`hf download facebook/vit-mae-base"),
+        ("link.pth", "it is a link to nowhere.pth, which is not there"),
+    ):
+        with pytest.raises(WeightsError, match=message):
+            load(path)
 
 
 @pytest.mark.parametrize(
@@ -100,6 +167,8 @@ def test_whether_pixels_were_normalised_is_read_or_asked(model, tmp_path, logged
     torch.save({"model": public(model), "args": arguments}, tmp_path / "trained.pth")
     assert load(tmp_path / "trained.pth").options.norm_pix_loss
     assert not load(tmp_path / "trained.pth", norm_pix_loss=False).options.norm_pix_loss
+    torch.save({"state_dict": public(model), "hyper_parameters": {"norm_pix_loss": True}}, tmp_path / "lightning.ckpt")
+    assert load(tmp_path / "lightning.ckpt").options.norm_pix_loss
     torch.save({"model": public(model)}, tmp_path / "released.pth")
     load(tmp_path / "released.pth", norm_pix_loss=False)
     assert "norm_pix_loss" not in logged.text

@@ -12,7 +12,7 @@ from support.pipelines import KL, UNET, XL, made
 from unlearn import config
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.models import base, weights
-from unlearn.models.diffusion import autoencoder, prompts, unet_condition
+from unlearn.models.diffusion import autoencoder, noising, pipeline, prompts, unet_condition
 
 import diffusers  # isort: skip  after the cure of torchvision
 import transformers  # isort: skip
@@ -79,6 +79,63 @@ def test_a_pipeline_that_does_something_else_is_refused(tmp_path):
         WeightsError, match="is a LDMSuperResolutionPipeline, which has a vqvae: give a pipeline that fills"
     ):
         build(tmp_path)
+
+
+@pytest.mark.parametrize("change", [
+    {"low_res_scheduler": ["diffusers", "DDPMScheduler"]}, {"motion_adapter": ["diffusers", "MotionAdapter"]},
+    {"requires_aesthetics_score": True},
+    {"image_encoder": ["x", "y"], "text_encoder": [None, None], "tokenizer": [None, None]},
+])  # fmt: skip
+def test_a_latent_pipeline_with_parts_of_another_task_is_refused(change, theirs, tmp_path):
+    index = json.loads((theirs / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | change))
+    with pytest.raises(WeightsError, match=f"which has a {next(iter(change))}.*: give a pipeline that fills in holes"):
+        pipeline.is_latent(tmp_path)
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert pipeline.is_latent(tmp_path)
+
+
+def test_a_scheduler_that_adds_noise_in_another_way_is_refused(tmp_path):
+    for name in ("DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep"):
+        getattr(diffusers, f"{name}Scheduler")(prediction_type="v_prediction").save_pretrained(tmp_path)
+        read = noising.DiscreteNoising(noising.read(tmp_path, noising.DISCRETE))
+        expected = getattr(diffusers, f"{name}Scheduler")().alphas_cumprod
+        assert read.prediction == "v_prediction" and torch.equal(read._kept(torch.arange(1000)), expected)
+    for name in ("EDMEuler", "FlowMatchEulerDiscrete", "ScoreSdeVe", "CogVideoXDDIM"):
+        getattr(diffusers, f"{name}Scheduler")().save_pretrained(tmp_path)
+        with pytest.raises(WeightsError, match=f"holds a {name}Scheduler, which adds noise in another way"):
+            noising.read(tmp_path, noising.DISCRETE)
+    (tmp_path / "scheduler_config.json").write_text('{"_class_name": "LCMScheduler"}')  # it says nothing of its betas
+    found = noising.DiscreteNoising(noising.read(tmp_path, noising.DISCRETE))._kept(torch.arange(1000))
+    assert torch.equal(found, diffusers.LCMScheduler().alphas_cumprod)
+
+
+@pytest.mark.parametrize("config, message", [
+    ({"rescale_betas_zero_snr": True}, "epsilon does not go with rescale_betas_zero_snr"),
+    ({"trained_betas": [0.1] * 9}, "trained_betas has 9 values for 1000 timesteps"),
+    ({"trained_betas": [-0.1] * 1000}, "no schedule"), ({"beta_end": 3.0}, "no schedule"),
+    ({"beta_end": float("nan")}, "no schedule"), ({"num_train_timesteps": "1000"}, "'1000' is no whole number"),
+])  # fmt: skip
+def test_what_is_no_schedule_of_noise_is_refused(config, message):
+    with pytest.raises(ValueError, match=message):
+        noising.DiscreteNoising(config)
+
+
+def test_samplers_are_certain_and_know_every_schedule():
+    config = {"beta_schedule": "sigmoid", "algorithm_type": "sde-dpmsolver++"}
+    expected = diffusers.DDPMScheduler(beta_schedule="sigmoid").alphas_cumprod
+    for kind in ("DDIMScheduler", "DPMSolverMultistepScheduler"):
+        sampler = noising.DiscreteNoising(config).sampler(kind, 5, torch.device("cpu"))
+        torch.testing.assert_close(sampler.alphas_cumprod, expected)
+        assert getattr(sampler.config, "algorithm_type", "dpmsolver++") == "dpmsolver++"
+
+
+@pytest.mark.parametrize("lost", ["tokenizer/tokenizer_config.json", "text_encoder/config.json"])
+def test_a_text_encoder_or_tokenizer_without_its_config_is_told(lost, theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    (folder / lost).unlink()
+    with pytest.raises(WeightsError, match=f"lacks {lost}, without which a prompt cannot be embedded"):
+        prompts.embedding(folder, {"class": "UNet2DConditionModel"}, {})
 
 
 def test_a_text_encoder_that_is_missing_is_no_empty_prompt(theirs, tmp_path):

@@ -111,6 +111,13 @@ def test_the_image_processors_statistics_are_taken(folder):
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
     )
     assert build(folder).options.mean == (0.1, 0.2, 0.3) and build(folder).options.std == (0.4, 0.5, 0.6)
+    # (pixel / 127.5 - 1) / 1, as some processors write it
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": [1.0, 1.0, 1.0]})
+    )
+    assert build(folder).options.mean == build(folder).options.std == (0.5, 0.5, 0.5)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"do_normalize": False, "image_mean": [0.1, 0.2, 0.3]}))
+    assert build(folder).options.mean == (0, 0, 0) and build(folder).options.std == (1, 1, 1)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -151,6 +158,24 @@ def test_folders_in_parts_of_half_precision_and_of_old_versions(theirs, folder, 
     next((tmp_path / "parts").glob("model-00002-of-*")).unlink()
     with pytest.raises(WeightsError, match="lacks model-00002-of-.*give a whole folder"):
         build(tmp_path / "parts")
+
+
+def test_of_parts_the_index_says_which_holds_what(theirs, tmp_path):
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB", variant="bf16")
+    index = next(tmp_path.glob("*index*"))
+    kept = json.loads(index.read_text())
+    first, second = (tmp_path / name for name in sorted(set(kept["weight_map"].values()))[:2])
+    name = next(n for n, part in kept["weight_map"].items() if part == first.name)
+    stale = torch.zeros_like(load_file(first)[name])
+    save_file(load_file(second) | {name: stale}, second)  # left behind in another part
+    compare(theirs, build(tmp_path))
+    for change, message in (
+        ({"extra": first.name}, f"its index says that {first.name} holds extra, which is not there"),
+        ({"extra": "../../elsewhere.safetensors"}, "its weight_map names no files of its folder"),
+    ):
+        index.write_text(json.dumps(kept | {"weight_map": kept["weight_map"] | change}))
+        with pytest.raises(WeightsError, match=message):
+            build(tmp_path)
 
 
 def test_an_encoder_alone_is_told(theirs, tmp_path):

@@ -119,8 +119,11 @@ def test_a_file_without_tensors_is_told(tmp_path):
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(WeightsError, match="holds no dictionary of tensors"):
             build(tmp_path / "w.pth", options=TINY)
-    torch.save({"params_ema": {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match="tensors: its keys are params_ema, epoch; save the one of the weights"):
+    torch.save({"gen": {"a": torch.ones(1)}, "disc": {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="holds several models: gen, disc; save one of them alone"):
+        build(tmp_path / "w.pth", options=TINY)
+    torch.save({"gen": {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"holds other tensors \(such as encoder.a\) than this model.* another kind"):
         build(tmp_path / "w.pth", options=TINY)
 
 

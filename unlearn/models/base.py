@@ -293,7 +293,7 @@ def options(model: config.Model, recorded: dict[str, Any] | None = None) -> Mode
     except ValidationError as e:
         error = e.errors()[0]
         raise ConfigError(
-            f"model.options.{'.'.join(map(str, error['loc']))}: {error['msg'].removeprefix('Value error, ')}"
+            f"{'.'.join(['model.options', *map(str, error['loc'])])}: {error['msg'].removeprefix('Value error, ')}"
         ) from None
     except (TypeError, ArithmeticError, LookupError, AttributeError) as e:  # a check met a value of another kind
         raise ConfigError(

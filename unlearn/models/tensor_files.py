@@ -7,9 +7,9 @@ import argparse
 import contextlib
 import hashlib
 import json
-import logging
 import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,18 +22,17 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from unlearn.aliases import tensor_name
 from unlearn.errors import WeightsError
+from unlearn.models import file_formats, wrappers
 
 # Torch aligns its tensors to so many bytes. With another alignment, products of the same numbers may round differently.
 ALIGNED = 64
-logger = logging.getLogger(__name__)
-
-# Where a training checkpoint keeps its weights, and where the moving average of them.
-_WEIGHTS, _AVERAGES = ("model", "state_dict", "model_state_dict", "module"), ("model_ema", "state_dict_ema", "ema")
-# What wrappers put before every name: DistributedDataParallel, torch.compile, Lightning, a moving average.
-_WRAPPERS = ("module.", "_orig_mod.", "model.", "model_ema.")
-_GLOBAL = re.compile(r"(?:Unsupported global: GLOBAL|Unsupported class) ([\w.]+)")
-_LFS = b"version https://git-lfs"
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+# Types of numbers that weights may have.
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# How the names of tensors end that say how others were quantised.
+_QUANTISED = re.compile(
+    r"(?:^|[._])(?:weight_scale(?:_inv)?|scale_weight|input_scale|scale_input|scaled_fp8|absmax|quant_map|SCB|qweight|"
+    r"qzeros|g_idx|zero_point|weight_format|quant_state\..+)$"
+)
 # What safetensors calls the types of numbers.
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -42,72 +41,34 @@ _TYPES = {
 
 
 def load(path: Path, uri: str) -> dict[str, torch.Tensor]:
-    """The tensors of a local .safetensors or .pth file, mapped: they take memory where they are written to.
+    """The tensors of a local file, by the names they have there, mapped: they take memory where they are written to.
 
     uri: names the file in messages. Raises WeightsError.
     """
-    return read(path, uri)[0]
+    return _stored(path, uri)[0]
 
 
 def read(path: Path, uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(what `load` gives, the arguments that the program which wrote the file was called with, where it says them)."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(len(_LFS)) == _LFS:
-            raise WeightsError(f"{uri} is a pointer of git-lfs, not the file itself: fetch that with `git lfs pull`")
+    """(the tensors of a public checkpoint, by the names of the model itself; the arguments that the program which wrote
+    it was called with, where it says them). Raises WeightsError."""
+    tensors, arguments = _stored(path, uri)
+    return wrappers.unwrapped(tensors, uri), arguments
+
+
+def _stored(path: Path, uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors of a file, whatever its name ends with, and the arguments beside them."""
+    safe = file_formats.is_safetensors(path, uri)
     try:
-        if path.suffix == ".safetensors":
-            return {tensor_name(name): tensor for name, tensor in _unwrapped(load_file(path), uri).items()}, {}
+        if safe:
+            return {tensor_name(name): tensor for name, tensor in load_file(path).items()}, {}
         # Public training checkpoints keep their argparse options beside the weights: plain data, allowed by name.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles in protocols that torch does not write
             # Files of torch before 1.6 are no zip files, and cannot be mapped.
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged pickle can raise any exception
-        raise WeightsError(f"{uri} cannot be read as weights (safe formats only): {_why(e)}") from None
-    arguments = tensors.get("args") if isinstance(tensors, dict) else None
-    tensors = _chosen(tensors, uri)
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        keys = ", ".join(str(key)[:40] for key in list(tensors)[:8]) if isinstance(tensors, dict) else ""
-        there = f": its keys are {keys}; save the one of the weights alone" if keys else ""
-        raise WeightsError(f"{uri} holds no dictionary of tensors{there}")
-    return _unwrapped(tensors, uri), vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
-
-
-def _chosen(content: Any, uri: str) -> Any:
-    """Of a training checkpoint the weights; their moving average where it has nothing else."""
-    for key in (*_WEIGHTS, *_AVERAGES):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            also = [name for name in _AVERAGES if name != key and isinstance(content.get(name), dict)]
-            if also:
-                logger.info("%s: its %s is taken; it holds %s too, which can be saved alone", uri, key, ", ".join(also))
-            content = content[key]
-    return content
-
-
-def _unwrapped(tensors: dict[str, torch.Tensor], uri: str) -> dict[str, torch.Tensor]:
-    """The tensors without what wrappers of the model have put before every name, and without an average beside them."""
-    if averages := [name for name in tensors if name.startswith("model_ema.")]:
-        if len(averages) < len(tensors):
-            logger.info("%s: the moving average in it (model_ema.*) is left out; save it alone to take it", uri)
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model_ema.")}
-    while tensors:
-        prefix = next((p for p in _WRAPPERS if all(name.startswith(p) for name in tensors)), None)
-        # In the files of Stable Diffusion this is the network's own name.
-        if prefix is None or any(name.startswith("model.diffusion_model.") for name in tensors):
-            break
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}
-
-
-def _why(error: Exception) -> str:
-    """Why a file cannot be read, in one line, with the way out where it holds more than plain data."""
-    text = _ANSI.sub("", str(error))
-    if found := _GLOBAL.search(text):
-        return (
-            f"it holds {found[1]}, which is no plain data. If you trust it, open it with torch.load(FILE, "
-            "weights_only=False) and save its dictionary of tensors alone"
-        )
-    text = text.partition("WeightsUnpickler error: ")[2] or text
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+        raise file_formats.unreadable(uri, file_formats.why(e)) from None
+    return wrappers.chosen(content, uri), wrappers.arguments(content)
 
 
 def save(
@@ -167,6 +128,13 @@ def without_data() -> Iterator[None]:
 def check(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> None:
     """Raise WeightsError that names every tensor missing, extra or misshapen; source: where they come from."""
     own = module.state_dict()
+    _check_numbers(own, tensors, source)
+    if not own.keys() & tensors.keys():
+        there = f"such as {next(iter(tensors))}" if tensors else "none at all"
+        raise WeightsError(
+            f"{source} holds other tensors ({there}) than this model, whose first is {next(iter(own))}: it is of "
+            "another kind. Is model.family the right one?"
+        )
     wrong = [f"missing {n}" for n in own if n not in tensors]
     wrong += [f"unexpected {n}" for n in tensors if n not in own]
     wrong += [
@@ -180,6 +148,17 @@ def check(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -
             f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}. "
             "Give the model.variant or model.options of these weights."
         )
+
+
+def _check_numbers(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise WeightsError for numbers that are no weights as they stand: quantised ones, whole or complex ones."""
+    plain = "give the weights with numbers of 16 or 32 bits (float16, bfloat16, float32)"
+    for name, t in tensors.items():
+        if _QUANTISED.search(name):
+            raise WeightsError(f"{source} is quantised, as its {name} says: {plain}")
+        if name in own and own[name].is_floating_point() and t.dtype not in FLOATS:
+            kind = str(t.dtype).removeprefix("torch.")
+            raise WeightsError(f"{source}: {name} has numbers of the type {kind}, as quantised weights have: {plain}")
 
 
 def assign(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

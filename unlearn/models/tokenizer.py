@@ -246,4 +246,4 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(TOKENIZER_TENSORS)}
     if path.is_dir():
         return from_public(folders.tensors(path))
-    return from_public(tensor_files.load(path, str(path)))
+    return from_public(tensor_files.read(path, str(path))[0])

@@ -52,18 +52,40 @@ def options(folder: Path) -> dict[str, Any]:
             f"{folder}: a ViTMAE without qkv_bias, with other than 3 channels or without GELU is not supported"
         )
     try:
-        values = {ours: settings[theirs] for ours, theirs in _OPTIONS.items()}
+        values = {ours: _side(settings[theirs]) for ours, theirs in _OPTIONS.items()}
         values["norm_pix_loss"] = bool(settings.get("norm_pix_loss"))
         values["mlp_ratio"] = settings["intermediate_size"] / settings["hidden_size"]
         decoder_ratio = settings["decoder_intermediate_size"] / settings["decoder_hidden_size"]
     except KeyError as e:
         raise WeightsError(f"{folder}/config.json has no {e}: save the model again with transformers") from None
+    except (TypeError, ZeroDivisionError):
+        raise WeightsError(f"{folder}/config.json is damaged: its sizes are no numbers above zero") from None
     if decoder_ratio != values["mlp_ratio"]:
         raise WeightsError(f"{folder}: encoder and decoder have different MLP ratios, which is not supported")
     if (folder / "preprocessor_config.json").is_file():
-        images = _json(folder / "preprocessor_config.json")
-        values |= {ours: images[f"image_{ours}"] for ours in ("mean", "std") if f"image_{ours}" in images}
+        values |= _pixels(_json(folder / "preprocessor_config.json"))
     return values
+
+
+def _side(value: Any) -> Any:
+    """One side of a square; some configs give both."""
+    return value[0] if isinstance(value, list) and len(set(map(str, value))) == 1 else value
+
+
+def _pixels(images: dict[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation of pixels in 0 .. 1, from the config of an image processor, which scales bytes by a factor of
+    its own before."""
+    if images.get("do_normalize") is False:
+        mean, std = [0.0] * 3, [1.0] * 3
+    elif "image_mean" in images and "image_std" in images:
+        mean, std = (
+            [v] * 3 if isinstance(v := images[f"image_{name}"], int | float) else v for name in ("mean", "std")
+        )
+    else:
+        return {}
+    factor = 255 * (images.get("rescale_factor") or 1 / 255) if images.get("do_rescale", True) else 255.0
+    factor = 1.0 if abs(factor - 1) < 1e-6 else factor
+    return {"mean": tuple(v / factor for v in mean), "std": tuple(v / factor for v in std)}
 
 
 def read(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -20,14 +20,13 @@ from unlearn.data.node_cache import node_copy
 from unlearn.data.s3 import Facts
 from unlearn.data.storage import Storage
 from unlearn.errors import StorageError, UnlearnError, WeightsError
-from unlearn.models import base, tensor_files
+from unlearn.models import base, misplaced, tensor_files
+from unlearn.models.misplaced import SUFFIXES
 from unlearn.registry import MODELS
 
 WEIGHTS, CARD = "weights.safetensors", "model.json"
 # What tells a folder of diffusers or transformers.
 FOREIGN = {"model_index.json", "config.json"}
-# How files end that hold tensors.
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 # Types that weights may be stored in.
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 SMALL = 16 << 20  # bytes: configs, and the embedding of a prompt
@@ -94,7 +93,7 @@ def _look(uri: str) -> Source:
     else:
         names = storage.files()
         if not any(name in FOREIGN or name.endswith(SUFFIXES) for name in names):
-            raise _no_weights(uri)
+            raise _no_weights(storage, names)
     if storage.is_local():
         paths = {name: Path(storage.uri, name) for name in names}
         files = {name: Facts(path.stat().st_size, "") for name, path in paths.items() if path.is_file()}
@@ -141,7 +140,8 @@ def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> b
         tensors = tensors | first_stage
     if model.weights:
         _check_values(tensors, model.weights)
-        if not any(n.startswith("decoder.") for n in tensors) and any(n.startswith("encoder.") for n in tensors):
+        encoder = {n for n in built.state_dict() if n.startswith("encoder.")}
+        if not any(n.startswith("decoder.") for n in tensors) and encoder <= tensors.keys():
             raise WeightsError(
                 f"{model.weights} holds an encoder alone, and the decoder is needed too: give the whole model "
                 "(of MAE mae_visualize_*.pth, not mae_pretrain_*.pth)"
@@ -163,9 +163,13 @@ def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> b
 def _check_values(tensors: Mapping[str, torch.Tensor], uri: str) -> None:
     """Raise WeightsError for a number that is not finite, which would spread through every figure."""
     for name, t in tensors.items():
-        if not t.is_floating_point() or not t.numel():
+        if t.is_meta or t.is_quantized or t.layout is not torch.strided:
+            raise WeightsError(
+                f"{uri}: {name} is no plain tensor (it is sparse, quantised, or without its data): save the weights "
+                "with plain ones of 16 or 32 bits"
+            )
+        if t.dtype not in tensor_files.FLOATS or not t.numel():
             continue
-        t = t.float() if t.itemsize == 1 else t  # torch cannot compare numbers of 8 bits
         if not torch.isfinite(torch.stack(torch.aminmax(t))).all():
             raise WeightsError(f"{uri}: {name} holds numbers that are not finite (NaN or infinite)")
 
@@ -187,7 +191,7 @@ def start(
     source = sources.get(uri) or _look(uri)
     if source.kind == "folder":
         if not source.files.keys() & FOREIGN:
-            raise _no_weights(uri)
+            raise _no_weights(Storage(uri), sorted(source.files))
         first = (sources.get(model.first_stage) or _look(model.first_stage)).path() if model.first_stage else None
         return cls.from_folder(source.path(), dict(model.options), first)
     if source.card.get("family", cls.family) != cls.family:
@@ -201,16 +205,18 @@ def read(uri: str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """(tensors, card) of a folder of ours or of one file; the card is empty where there is none."""
     source = _look(uri)
     if source.kind == "folder":
-        raise _no_weights(uri)
+        raise _no_weights(Storage(uri), sorted(source.files))
     return _tensors(source), source.card
 
 
 def _tensors(source: Source) -> dict[str, torch.Tensor]:
-    return tensor_files.load(source.tensors(), source.uri if source.kind == "file" else f"{source.uri}/{WEIGHTS}")
+    if source.kind == "file":
+        return tensor_files.read(source.tensors(), source.uri)[0]
+    return tensor_files.load(source.tensors(), f"{source.uri}/{WEIGHTS}")
 
 
-def _no_weights(uri: str) -> WeightsError:
-    return WeightsError(f"no weights at {uri}: give a .safetensors or .pth file, or a folder with {WEIGHTS} and {CARD}")
+def _no_weights(storage: Storage, names: list[str]) -> WeightsError:
+    return misplaced.no_weights(storage.uri, names, f"a folder with {WEIGHTS} and {CARD}")
 
 
 def card(storage: Storage) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from unlearn.errors import ConfigError, WeightsError
 from unlearn.models import base, folders
@@ -61,11 +62,22 @@ class Diffusion(base.Adapter):
                 f"model.options.sampling_steps {options.sampling_steps} is more than the scheduler's "
                 f"{self.noising.count} timesteps"
             )
+        self._try_sampler()
         self.layout = networks.module(options.network["class"]).layout
         self.shared.requires_grad_(False)
         self._initialise()
         self._flops: int | None = None
         self.guidance: float | None = None
+
+    def _try_sampler(self):
+        """Raise ConfigError now where `reconstruct` could not sample, not after training."""
+        o, cpu = self.options, torch.device("cpu")
+        try:
+            with unset_fake_temporarily(), cpu:
+                self.noising.sampler(o.sampler, o.sampling_steps, cpu)
+        except (ValueError, TypeError, NotImplementedError, IndexError, ImportError) as e:
+            why = " ".join(str(e).split())[:200]
+            raise ConfigError(f"model.options: {o.sampler} cannot sample with this scheduler: {why}") from None
 
     def _initialise(self):
         # `shared` is never trained, not even in pretraining: random features of time, as large as activations are.
@@ -249,7 +261,7 @@ class Diffusion(base.Adapter):
             raise WeightsError(f"{_unet_folder(folder)}: {reason}")
         options = {"network": network}
         if (folder / "model_index.json").is_file():
-            options["scheduler"] = folders.public(folders.config(folder / "scheduler" / "scheduler_config.json"))
+            options["scheduler"] = noising.read(folder / "scheduler", noising.DISCRETE)
         elif "scheduler" not in chosen:
             raise WeightsError(
                 f"{folder} does not say how noise is added: give the pipeline's folder, or model.options.scheduler"

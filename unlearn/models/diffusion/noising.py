@@ -1,14 +1,54 @@
 """How noise is added to images and latents, and the sampler that removes it; both as diffusers' schedulers do."""
 
 import functools
+import inspect
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
+from unlearn.errors import WeightsError
+from unlearn.models import folders
 
 import diffusers  # isort: skip
+
+# diffusers' schedulers that add noise as DiscreteNoising does, and those that add it as flow.FlowMatching does.
+DISCRETE = (
+    "DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler", "DDIMInverseScheduler",
+    "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler", "DPMSolverMultistepInverseScheduler", "DPMSolverSinglestepScheduler",
+    "DPMSolverSDEScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler", "TCDScheduler",
+)  # fmt: skip
+FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+# What decides how noise is added, and the schedules of it that all of these classes know.
+_DECISIVE = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type", "rescale_betas_zero_snr",
+)  # fmt: skip
+_COMMON = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+def read(folder: Path, known: tuple[str, ...]) -> dict[str, Any]:
+    """The config of the scheduler in a folder of diffusers, with what its own class has where the file says nothing.
+
+    known: the classes that it may be of. Raises WeightsError.
+    """
+    named = folders.config(folder / "scheduler_config.json")
+    kind, config = named.get("_class_name"), folders.public(named)
+    if kind is not None and kind not in known:
+        raise WeightsError(
+            f"{folder} holds a {kind}, which adds noise in another way than is known here for such a network, or is "
+            f"unknown: give a model that was trained as for {known[0]}"
+        )
+    ours = inspect.signature(getattr(diffusers, known[0])).parameters
+    theirs = inspect.signature(getattr(diffusers, kind or known[0])).parameters
+    missing = {
+        name: theirs[name].default for name in _DECISIVE if name in theirs and name in ours and name not in config
+    }
+    return config | {name: value for name, value in missing.items() if value != ours[name].default}
 
 
 def scheduler(kind: str, config: dict[str, Any]) -> Any:
@@ -25,11 +65,8 @@ class DiscreteNoising:
 
     def __init__(self, config: dict[str, Any], bounded: bool = True):
         self.config, self.bounded = config, bounded
-        self.count, self.prediction, _ = _table(json.dumps(config, sort_keys=True))
-        if self.prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ValueError(
-                f"scheduler.prediction_type {self.prediction!r}: epsilon, v_prediction and sample are known"
-            )
+        table = _table(json.dumps(config, sort_keys=True))
+        self.count, self.prediction = table.count, table.prediction
 
     def times(self, rows: int, generator: torch.Generator) -> torch.Tensor:
         """Uniform timesteps (rows,)."""
@@ -60,7 +97,9 @@ class DiscreteNoising:
         """
         # "leading" spacing would start below the last timestep, where the model expects to see something of the image.
         unclipped = {} if self.bounded else {"clip_sample": False, "thresholding": False}
-        sampler = scheduler(kind, {**self.config, "timestep_spacing": "trailing", **unclipped})
+        solver = str(self.config.get("algorithm_type", ""))
+        certain = {"algorithm_type": solver.removeprefix("sde-")} if solver.startswith("sde-") else {}
+        sampler = scheduler(kind, spelled_out(self.config) | {"timestep_spacing": "trailing", **unclipped, **certain})
         sampler.set_timesteps(steps, device=device)
         return sampler
 
@@ -96,15 +135,53 @@ class GammaNoising(DiscreteNoising):
         return torch.lerp(super()._kept(low), super()._kept(high), (t - low).float())
 
 
+def spelled_out(config: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler's config with the betas themselves in it, where its schedule is one that only DDPM's class knows."""
+    if config.get("beta_schedule", "linear") in _COMMON or config.get("trained_betas") is not None:
+        return config
+    plain = {**config, "rescale_betas_zero_snr": False}
+    return {**config, "beta_schedule": "linear", "trained_betas": _ddpm(plain).betas.tolist()}
+
+
+class Table(NamedTuple):
+    """What a scheduler's config says of the noise. kept: alphas_cumprod, (count,)."""
+
+    count: int
+    prediction: str
+    kept: torch.Tensor
+
+
+def _ddpm(config: dict[str, Any]) -> Any:
+    # Results are cached, and the first caller may be building a model on the meta device, or of fake tensors.
+    with torch.device("cpu"), unset_fake_temporarily():
+        return scheduler("DDPMScheduler", config)
+
+
 @functools.cache
-def _table(config: str) -> tuple[int, str, torch.Tensor]:
-    """(timesteps, prediction type, alphas_cumprod) of a scheduler's config, as JSON."""
-    with torch.device("cpu"):  # the result is cached, and the first caller may be building a model on the meta device
-        ddpm = scheduler("DDPMScheduler", json.loads(config))
-    return ddpm.config.num_train_timesteps, ddpm.config.prediction_type, ddpm.alphas_cumprod
+def _table(config: str) -> Table:
+    """The table of a scheduler's config, given as JSON. Raises ValueError where it is none."""
+    settings = json.loads(config)
+    count = settings.get("num_train_timesteps", 1)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"scheduler.num_train_timesteps {count!r} is no whole number above zero")
+    ddpm = _ddpm(settings)
+    count, prediction, kept = ddpm.config.num_train_timesteps, ddpm.config.prediction_type, ddpm.alphas_cumprod
+    if prediction not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(f"scheduler.prediction_type {prediction!r}: epsilon, v_prediction and sample are known")
+    if kept.shape != (count,):
+        raise ValueError(f"scheduler.trained_betas has {kept.numel()} values for {count} timesteps")
+    with unset_fake_temporarily():  # which have no values
+        if not ((ddpm.betas >= 0) & (ddpm.betas <= 1)).all():
+            raise ValueError("scheduler: its betas are no schedule, each must lie between 0 and 1")
+        if prediction == "epsilon" and not kept[-1]:
+            raise ValueError(
+                "scheduler.prediction_type epsilon does not go with rescale_betas_zero_snr: nothing of the image is "
+                "left at the last timestep, so its noise says nothing of it; v_prediction and sample do"
+            )
+    return Table(count, prediction, kept)
 
 
 @functools.cache
 def _on(config: str, device: torch.device) -> torch.Tensor:
     """alphas_cumprod on a device; copied there once."""
-    return _table(config)[2].to(device)
+    return _table(config).kept.to(device)

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import folders
+from unlearn.models import base, folders
 from unlearn.models.diffusion import autoencoder, flow, networks, noising, prompts
 from unlearn.models.diffusion.networks import LATENT_NETWORKS, LATENT_UNET, NETWORKS, TRANSFORMER
 
 import diffusers  # isort: skip  after noising, which prepares torchvision
 
 INDEX = "model_index.json"
-# Parts of pipelines that do something else than to fill in holes, though their network looks alike.
-_OTHER_PARTS = ("vqvae", "bert", "mel", "prior", "movq", "controlnet")
+# Parts of a pipeline that works on pixels.
+_PIXEL_PARTS = ("unet", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,14 @@ def is_latent(folder: Path) -> bool:
     if not (folder / INDEX).is_file():
         return networks.described(folder)["class"] in LATENT_NETWORKS
     index = folders.config(folder / INDEX)
-    if strange := [name for name in _OTHER_PARTS if name in index]:
+    held = {name for name, value in index.items() if isinstance(value, list) and value and value[0]}
+    known = set(prompts.parts() if "vae" in held else _PIXEL_PARTS)
+    if not held & set(prompts.TEXT):  # with an image encoder alone it is told by a picture what to paint
+        known.discard("image_encoder")
+    strange = sorted(held - known)
+    if index.get("requires_aesthetics_score"):
+        strange.append("requires_aesthetics_score, a network that is told how beautiful its image is")
+    if strange:
         raise WeightsError(
             f"{folder} is a {index.get('_class_name', 'pipeline')}, which has a {strange[0]}: give a pipeline that "
             "fills in holes"
@@ -98,7 +105,12 @@ def options(folder: Path, chosen: dict[str, Any], first_stage: Path | None = Non
     except ValueError as e:
         raise WeightsError(f"{found.vae}: {str(e).splitlines()[0]}") from None
     if found.scheduler is not None:
-        scheduler = folders.public(folders.config(found.scheduler / "scheduler_config.json"))
+        scheduler = noising.read(found.scheduler, noising.FLOW if kind == TRANSFORMER else noising.DISCRETE)
+        if scheduler.get("clip_sample"):
+            base.tell(
+                f"{found.scheduler} says clip_sample, which cuts latents off at -1 and 1: sampling here does not "
+                "follow it, and `convert` writes it as it is"
+            )
     elif "scheduler" in chosen:
         scheduler = chosen["scheduler"]
     else:
@@ -106,18 +118,23 @@ def options(folder: Path, chosen: dict[str, Any], first_stage: Path | None = Non
             f"{folder} and {first_stage} do not say how noise is added: give the folder of a pipeline as "
             "model.first_stage, or model.options.scheduler"
         )
+    side = _side(network)
+    if side is None and "image_size" not in chosen:
+        raise WeightsError(f"{found.network} was made for images that are no squares: give model.options.image_size")
     return {
         "network": network,
         "vae": vae,
         "scheduler": scheduler,
-        "image_size": factor * _side(network),
+        "image_size": factor * side if side else chosen["image_size"],
         "tokens": prompts.tokens(found.text, network),
     }
 
 
-def _side(network: dict[str, Any]) -> int:
-    """Latents along a side of the images that the network was trained on."""
+def _side(network: dict[str, Any]) -> int | None:
+    """Latents along a side of the images that the network was trained on; None where these are no squares."""
     side = network.get("sample_size")
+    if isinstance(side, list) and len(side) == 2:
+        return side[0] if side[0] == side[1] else None
     return side if isinstance(side, int) else 128 if network["class"] == TRANSFORMER else 64
 
 
@@ -142,7 +159,8 @@ def write(tensors: dict[str, torch.Tensor], options, folder: Path, origin: Path 
     if kind == TRANSFORMER:
         made["scheduler"] = noising.scheduler(flow.SCHEDULER, options.scheduler)
     else:  # one that does not name the key does not clip; diffusers' DDIM would clip latents to -1 .. 1
-        made["scheduler"] = noising.scheduler("DDIMScheduler", {"clip_sample": False, **options.scheduler})
+        named = {"clip_sample": False, **noising.spelled_out(options.scheduler)}
+        made["scheduler"] = noising.scheduler("DDIMScheduler", named)
     cls = prompts.pipeline_class(network)
     wanted = inspect.signature(cls).parameters
     if "safety_checker" in wanted:

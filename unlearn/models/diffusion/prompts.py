@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import inspect
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import base, folders, tensor_files
+from unlearn.models import base, file_formats, folders, tensor_files
 from unlearn.models.diffusion import networks
 from unlearn.models.diffusion.networks import PROMPT_TENSORS, TRANSFORMER
 
@@ -57,6 +58,7 @@ def embedding(folder: Path, network: dict[str, Any], chosen: dict[str, Any]) -> 
         )
     if importlib.util.find_spec("transformers") is None:
         raise MissingExtra("transformers", "text", "a prompt's embedding")
+    _check_complete(folder, pipeline_class(network))
     files = (f for part in TEXT for f in (folder / part).rglob("*"))
     changed = tuple((str(f), f.stat().st_mtime_ns) for f in files)
     made = _encoded(str(folder), changed, pipeline_class(network), (prompt, *others))
@@ -106,6 +108,32 @@ def pipeline_class(network: dict[str, Any]) -> Any:
     return diffusers.StableDiffusionXLInpaintPipeline if xl else diffusers.StableDiffusionInpaintPipeline
 
 
+def parts() -> set[str]:
+    """The parts that the pipelines of diffusers which fill in holes may have."""
+    xl = diffusers.StableDiffusionXLInpaintPipeline
+    pipelines = (diffusers.StableDiffusionInpaintPipeline, xl, diffusers.FluxFillPipeline)
+    return {name for cls in pipelines for name in inspect.signature(cls).parameters}
+
+
+def _check_complete(folder: Path, kind: Any) -> None:
+    """Raise WeightsError where a text encoder or its tokenizer is not there, or without its config."""
+    wanted = [name for name in TEXT if name in inspect.signature(kind).parameters]
+    there = [name for name in wanted if (folder / name).is_dir()]
+    if kind is diffusers.StableDiffusionXLInpaintPipeline and there == ["text_encoder_2", "tokenizer_2"]:
+        wanted = there  # as SDXL's refiner has it
+    lost = [name for name in wanted if name not in there]
+    files = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
+    lost += [
+        f"{name}/{file}" for name in there
+        if not (folder / name / (file := files[name.removesuffix("_2")])).is_file()
+    ]  # fmt: skip
+    if lost:
+        raise WeightsError(
+            f"{folder} lacks {', '.join(lost)}, without which a prompt cannot be embedded: give the whole folder, or "
+            "set model.options.prompt to null for zeros in its place"
+        )
+
+
 def _promised(folder: Path) -> list[str]:
     """The parts that turn a prompt into an embedding, as far as model_index.json names them."""
     index = folders.config(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
@@ -118,16 +146,33 @@ def _encoded(folder: str, files: tuple, kind: Any, prompts: Sequence[str]) -> di
     # None for every part that is not needed here; it would be loaded otherwise.
     wanted = (*TEXT, "force_zeros_for_empty_prompt")
     rest: dict[str, Any] = {name: None for name in inspect.signature(kind).parameters if name not in wanted}
-    plain, half = (list(Path(folder).glob(f"text_encoder*/model{end}.safetensors*")) for end in ("", ".fp16"))
+    variant = _variant(Path(folder))
     try:
         with torch.no_grad(), quiet():
-            rest |= {"variant": "fp16" if half and not plain else None}
-            rest |= {"dtype": torch.float32, "low_cpu_mem_usage": False}
+            rest |= {"variant": variant, "dtype": torch.float32, "low_cpu_mem_usage": False}
             pipeline = kind.from_pretrained(folder, **rest, local_files_only=True)
             rows = [_embedded(pipeline, prompt) for prompt in prompts]
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError) as e:
+    except pickle.UnpicklingError as e:
+        raise WeightsError(f"{folder}: its text encoders cannot be used: {file_formats.why(e)}") from None
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as e:
         raise WeightsError(f"{folder}: its text encoders cannot be used: {' '.join(str(e).split())[:300]}") from None
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+
+def _variant(folder: Path) -> str | None:
+    """The variant (fp16) of a text encoder's weights that has no others."""
+    for encoder in sorted(folder.glob("text_encoder*")):
+        names = [path.name for path in encoder.glob("*") if path.name.startswith(("model.", "pytorch_model."))]
+        plain = {
+            "model.safetensors",
+            "model.safetensors.index.json",
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+        }
+        variants = [name.split(".")[1] for name in names if name.count(".") == 2 and "-of-" not in name]
+        if variants and not plain & set(names):
+            return "fp16" if "fp16" in variants else variants[0]
+    return None
 
 
 @contextlib.contextmanager

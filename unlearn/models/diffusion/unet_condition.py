@@ -138,9 +138,11 @@ def split(
     whole = UNet2DConditionModel(**{**config, "dropout": 0.0})
     c = whole.config
     wrong = [f"{name} {c[name]!r}" for name, value in _PLAIN.items() if c[name] != value]
-    lacking = whole.mid_block is None or whole.conv_norm_out is None
-    if c["addition_embed_type"] not in (None, "text_time") or wrong or lacking:
-        wrong.append(f"addition_embed_type {c['addition_embed_type']!r}, mid_block_type {c['mid_block_type']!r}")
+    if c["addition_embed_type"] not in (None, "text_time"):
+        wrong.append(f"addition_embed_type {c['addition_embed_type']!r}")
+    if whole.mid_block is None or whole.conv_norm_out is None:
+        wrong.append(f"mid_block_type {c['mid_block_type']!r}, norm_num_groups {c['norm_num_groups']!r}")
+    if wrong:
         raise ValueError(
             f"only a UNet2DConditionModel of the Stable Diffusion 1, 2 and XL kinds is known, not {', '.join(wrong)}"
         )
