@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import ssl
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -50,6 +51,11 @@ class Kubeflow:
         required()
         if not self.host.startswith(("http://", "https://")):
             raise ConfigError(f"--host {self.host}: give a URL, as in https://kubeflow.example.com/pipeline")
+        if self.authority:
+            try:
+                ssl.create_default_context(cafile=self.authority)
+            except OSError:
+                raise ConfigError(f"--ca {self.authority}: no file of certificates in PEM") from None
         source = tokens.source(TOKEN, self.token_file)
         with self.told("reaching it"):
             return _client(self, source)
@@ -66,7 +72,7 @@ class Kubeflow:
     def told(self, doing: str) -> Iterator[None]:
         """What the server or the network refuses, as a ClusterError. The links that kfp prints are left out."""
         import kfp_server_api
-        from urllib3.exceptions import HTTPError
+        from urllib3.exceptions import HTTPError, SSLError
 
         try:
             with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -74,6 +80,10 @@ class Kubeflow:
         except kfp_server_api.ApiException as e:
             raise _Refused(f"{self.host}: {doing}: {_why(e)}", e.status) from None
         except (HTTPError, TimeoutError, OSError) as e:
+            if isinstance(getattr(e, "reason", e), SSLError):
+                raise ClusterError(
+                    f"{self.host}: {doing}: its certificate is not trusted: give the authority's with --ca"
+                ) from None
             raise ClusterError(
                 f"{self.host}: {doing}: nobody answers ({type(e).__name__}); is it the URL of Kubeflow Pipelines, and "
                 "reachable from here?"

@@ -1,6 +1,8 @@
 """What the pods of a pipeline's steps get."""
 
+import re
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from unlearn.errors import ConfigError
 
@@ -21,6 +23,23 @@ class Place:
     secrets: tuple[tuple[str, str, str], ...] = ()
     key: tuple[str, str] | None = None
     retries: int = RETRIES
+
+
+def memory(text: str) -> str:
+    """A size as kfp takes it for a pod. Raises ConfigError."""
+    if not re.fullmatch(r"[0-9]+([EPTGMK]i?)?", text):
+        raise ConfigError(f"--memory {text}: write a size as Kubernetes does, as in 16Gi")
+    return text
+
+
+def training(to: str) -> str:
+    """Where to train, as the pipeline's parameter `to` takes it. Raises ConfigError: a step would find it wrong only
+    when it runs."""
+    url = urlsplit(to)
+    if to not in ("here", "k8s") and not re.fullmatch("k8s:.+", to):
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise ConfigError(f"--to {to}: give k8s (a RayJob), http://HEAD:8265 (a Ray cluster) or here")
+    return to
 
 
 def secret(text: str) -> tuple[str, str, str]:

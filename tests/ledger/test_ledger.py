@@ -188,6 +188,13 @@ def test_the_file_is_its_owners_alone(sqlite):
         assert set(modes.values()) == {0o600} and "ledger.sqlite-wal" in modes
 
 
+def test_a_ledger_that_cannot_be_written_is_told(sqlite):
+    with Ledger(str(sqlite), create=True) as ledger:
+        with pytest.raises(LedgerError, match="this user cannot write there"), ledger.database.writing() as connection:
+            connection.exec_driver_sql("PRAGMA query_only = ON")  # as a file without the right to write; root has all
+            append(connection, [entry.Draft("received", 1, private={"by": "x"})])
+
+
 def test_which_ledger_is_meant(tmp_path, monkeypatch):
     monkeypatch.delenv(database.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from support.cycles import tiny_cycle
 from support.kubeflow_server import serving
+from support.tls import self_signed
 
 from pipelines import cron, schedule
 from pipelines.kubeflow import Kubeflow
@@ -119,6 +120,9 @@ def test_nothing_is_sent_that_a_cluster_could_not_serve(kubeflow, told, source):
     assert "give --image" in refused("run", source, "--mounted", *PLACE[3:])
     assert "private key" in refused("run", source, *PLACE[:3], *PLACE[5:])
     assert "no ledger" in refused("run", source, *PLACE[:5])
+    assert "--memory lots: write a size" in refused("run", source, *PLACE, "--memory", "lots")
+    assert "--to mars: give k8s" in refused("run", source, *PLACE, "--to", "mars")
+    assert "--ca nowhere: no file" in refused("run", source, *PLACE, "--ca", "nowhere")
     assert "--parameter x=1" in refused("run", source, *PLACE, "-p", "x=1")
     assert "goes backwards" in refused("schedule", source, *PLACE, "--cron", "0 0 5-3 * * *")
     assert "--timezone Mars" in refused("schedule", source, *PLACE, "--cron", "0 0 3 * * *", "--timezone", "Mars")
@@ -195,6 +199,15 @@ def test_tokens(kubeflow, told, monkeypatch, tmp_path):
     file.write_text("anew")
     assert schedule.schedules(server) == []
     assert "is empty" in told("pipeline", "schedules", "--host", kubeflow.url, "--token-file", "/dev/null")[2]
+
+
+def test_a_certificate_that_is_not_trusted_is_told(told, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    certificate = self_signed(tmp_path)
+    with serving(certificate=certificate) as server:
+        code, _, err = told("pipeline", "schedules", "--host", server.url)
+        assert code == 2 and "its certificate is not trusted: give the authority's with --ca" in err
+        assert told("pipeline", "schedules", "--host", server.url, "--ca", certificate[0])[0] == 0
 
 
 def test_nobody_answers(told):

@@ -9,6 +9,7 @@ where the description is missing.
 import functools
 import json
 import re
+import ssl
 import threading
 import uuid
 from collections.abc import Iterator
@@ -148,7 +149,8 @@ class Kubeflow:
 
 
 @contextmanager
-def serving(token: str | None = None) -> Iterator[Kubeflow]:
+def serving(token: str | None = None, certificate: tuple[str, str] | None = None) -> Iterator[Kubeflow]:
+    """certificate: (certificate, key), with which it speaks TLS."""
     if not DESCRIPTION.exists():
         pytest.skip(f"no description of Kubeflow Pipelines' API in {SHARED}: set UNLEARN_SHARED")
     state, lock = Kubeflow(token), threading.Lock()
@@ -170,8 +172,12 @@ def serving(token: str | None = None) -> Iterator[Kubeflow]:
         do_GET = do_POST = do_DELETE = handle_any
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    state.url = f"{'https' if certificate else 'http'}://127.0.0.1:{server.server_address[1]}"
     try:
         yield state
     finally:

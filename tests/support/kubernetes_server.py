@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support.programs import free_ports
+from support.programs import bound, free_ports
 
 SHARED = Path(os.environ.get("UNLEARN_SHARED", Path(__file__).parents[2] / "../shared/data")).resolve().parent
 BINARY = SHARED / "tools/crdserver/crdserver.xz"
@@ -151,7 +151,7 @@ def _process(command: list, folder: Path) -> Iterator[subprocess.Popen]:
     env = {"PATH": os.environ["PATH"], "HOME": str(folder), "GOMEMLIMIT": "500MiB"}
     with open(folder / "log", "ab") as log:
         process = subprocess.Popen(
-            [str(c) for c in command], stdout=log, stderr=log, env=env, cwd=folder, start_new_session=True
+            bound([str(c) for c in command]), stdout=log, stderr=log, env=env, cwd=folder, start_new_session=True
         )
     try:
         yield process

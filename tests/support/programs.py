@@ -17,6 +17,13 @@ def program(name: str) -> str:
     return found or pytest.skip(f"{name} is not installed")
 
 
+def bound(command: list[str]) -> list[str]:
+    """The same command, which the kernel (Linux) kills when the thread that starts it ends, however that ends: a test
+    run that is killed leaves no server behind."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", *command] if setpriv else command
+
+
 def free_ports(count: int) -> list[int]:
     """Ports that nobody listens on. They lie below those that the kernel hands out, so that no connection of another
     test takes one before the program listens there, and above those of Ray's workers."""

@@ -15,7 +15,7 @@ import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
-from support.programs import free_ports
+from support.programs import bound, free_ports
 
 ADMIN, READER = ("unlearn-admin-key", "unlearn-admin-secret"), ("unlearn-reader-key", "unlearn-reader-secret")
 BUCKET = "data"
@@ -54,7 +54,7 @@ def s3_serving(identities: list[dict], policies: list[dict]) -> Iterator[str]:
         ]  # fmt: skip
         env = {"PATH": os.environ["PATH"], "HOME": root, "GOMEMLIMIT": "300MiB"}
         server = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=root, start_new_session=True
+            bound(command), stdout=log, stderr=subprocess.STDOUT, env=env, cwd=root, start_new_session=True
         )
         try:
             url = f"http://127.0.0.1:{ports[-2]}"

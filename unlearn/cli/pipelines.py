@@ -79,12 +79,13 @@ def compile(
     place = _place(image, gpus, cpus, memory, secrets, key)
     from pipelines import compiling
     from pipelines.cycle import TO, pipeline
+    from pipelines.place import training
 
     # Where a file of this machine will lie for a cluster is known when it is sent.
     there = {"cycle": source} if source and "://" in source else {}
     cycle = _load(source) if source else None
     audited = cycle is not None and cycle.audit is not None
-    made = pipeline(cycle.rungs if cycle else rungs, place, audited=audited, to=to or TO, **there)
+    made = pipeline(cycle.rungs if cycle else rungs, place, audited=audited, to=training(to or TO), **there)
     compiling.compile(made, output, objects, namespace)
     say(f"written: {output}")
 
@@ -224,7 +225,8 @@ def _place(image: str | None, gpus: int, cpus: int, memory: str, secrets: list[s
 
     kubeflow.required()
     signs = places.key(key) if key else None
-    return places.Place(image or places.IMAGE, gpus, cpus, memory, tuple(map(places.secret, secrets)), signs)
+    chosen = tuple(map(places.secret, secrets))
+    return places.Place(image or places.IMAGE, gpus, cpus, places.memory(memory), chosen, signs)
 
 
 def _server(host: str, profile: str, token_file: str, authority: str) -> "Kubeflow":
@@ -247,13 +249,13 @@ def _run_here(
 
     from pipelines import kubeflow, sending
     from pipelines import local as runner
-    from pipelines.place import IMAGE
+    from pipelines.place import IMAGE, training
     from pipelines.steps import HERE
     from unlearn.cli.console import out
 
     kubeflow.required()
     where = source if "://" in source else str(Path(source).absolute())
-    now = runner.run(_load(source), where, to or HERE, sending.parameters(given), image or IMAGE, artifacts)
+    now = runner.run(_load(source), where, training(to or HERE), sending.parameters(given), image or IMAGE, artifacts)
     for what, value in now.told().items():
         out.print(f"{what}: {value}", soft_wrap=True)
     if now.outcome is not None and now.outcome.due:
@@ -267,12 +269,13 @@ def _sent(
     """(path of the compiled pipeline, its parameters), after a check that a cluster can serve this cycle."""
     from pipelines import compiling, sending
     from pipelines.cycle import TO, pipeline
+    from pipelines.place import training
 
-    parameters, cycle = sending.parameters(given), _load(source)
+    to, parameters, cycle = training(to or TO), sending.parameters(given), _load(source)
     sending.check(cycle, place, mounted)
-    made = pipeline(cycle.rungs, place, to=to or TO, audited=cycle.audit is not None)
+    made = pipeline(cycle.rungs, place, to=to, audited=cycle.audit is not None)
     with compiling.package(made) as path:
-        yield path, parameters | {"cycle": sending.source(cycle, source), "to": to or TO}
+        yield path, parameters | {"cycle": sending.source(cycle, source), "to": to}
 
 
 def _watch(server: "Kubeflow", run_id: str) -> None:

@@ -154,6 +154,11 @@ class Database:
             cause = " ".join(str(e.orig).split())
             if "locked" in cause or "lock timeout" in cause:
                 raise LedgerError(f"{self.name}: others have been writing for {PATIENCE} s; try again") from None
+            if "readonly database" in cause:
+                raise LedgerError(
+                    f"{self.name}: this user cannot write there, and SQLite does even to read: copy the ledger, with "
+                    "its -wal file where there is one, to a folder of yours"
+                ) from None
             # After DETAIL PostgreSQL tells the values of a row that it refuses, after CONTEXT where in its functions.
             cause = re.split(r" (?:DETAIL|CONTEXT):", cause)[0]
             raise LedgerError(f"{self.name}: {cause[:300]}") from None
