@@ -348,3 +348,23 @@ def test_no_credentials_are_told(s3, s3_user, monkeypatch):
 def test_a_place_that_cannot_be_is_told(uri, message):
     with pytest.raises(StorageError, match=message):
         Storage(uri)
+
+
+def test_a_reader_that_begins_at_the_end_needs_one_request_for_it(s3, proxied, tmp_path):
+    large, small = bytes(range(256)) * 800, b"PAR1"
+    for root in (s3, str(tmp_path)):
+        storage = Storage(root)
+        for name, data in (("large", large), ("small", small), ("empty", b"")):
+            storage.write(name, data)
+            proxied.requests.clear()
+            facts, file = storage.open_from_end(name, 1000)
+            file.seek(max(0, len(data) - 1000))
+            assert file.read() == data[-1000:] and facts == storage.facts(name)
+            if root == s3 and data:
+                assert [method for method, _ in proxied.requests] == ["GET", "HEAD"], "the latter is of `facts`"
+            file.seek(0)
+            assert file.read() == data
+            file.seek(max(0, len(data) - 1001))
+            assert file.read(2) == data[-1001:][:2]
+        with pytest.raises(StorageError, match="there is no such"):
+            storage.open_from_end("missing", 1000)
