@@ -101,10 +101,22 @@ def test_a_schedule_that_is_missing_or_none_is_told(public, logged):
     base.tell.cache_clear()
     told = {name: tensor for name, tensor in public.items() if name != "gammas"}
     assert palette.options(told)["scheduler"] == palette.LINEAR and "without its `gammas`" in logged.text
-    assert palette.options(told | {"gammas": public["gammas"].half()})["scheduler"] == palette.LINEAR
+    for dtype in (torch.float16, torch.bfloat16):
+        assert palette.options(told | {"gammas": public["gammas"].to(dtype)})["scheduler"] == palette.LINEAR
     for gammas in (public["gammas"] * float("nan"), public["gammas"].flip(0), public["gammas"][None]):
         with pytest.raises(WeightsError, match="`gammas` of this Palette file are no schedule"):
             palette.options(told | {"gammas": gammas})
+
+
+def test_another_schedule_is_read_to_all_digits(public):
+    expected = palette._buffers(torch.linspace(1e-6, 0.02, 1000, dtype=torch.float64))
+    scheduler = palette.options(public | expected)["scheduler"]
+    for name, tensor in palette._buffers(palette._betas(scheduler)).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-7)
+    rounded = {name: tensor.half() for name, tensor in (public | expected).items()}
+    with pytest.raises(WeightsError, match="rounded to 16 bits.*give the schedule as model.options.scheduler"):
+        palette.options(rounded)
+    assert palette.options(rounded, scheduled=True)["conditioning"] == "gamma"
 
 
 def test_the_network_alone_is_the_same(public, tmp_path, logged):
@@ -122,3 +134,8 @@ def test_half_a_file_is_told(public, tmp_path):
     torch.save({n: t for n, t in public.items() if "input_blocks.0.0" not in n}, tmp_path / "a_Network.pth")
     with pytest.raises(WeightsError, match="lacks a part of its network"):
         build(tmp_path / "a_Network.pth")
+    wrapped = {n.replace("denoise_fn.", "denoise_fn.module."): t for n, t in public.items()}
+    assert palette.to_diffusers(wrapped).keys() == palette.to_diffusers(public).keys()
+    del wrapped["denoise_fn.module.input_blocks.4.0.out_layers.3.weight"]
+    with pytest.raises(WeightsError, match="lacks a part of its network .'input_blocks.4"):
+        palette.options(wrapped)

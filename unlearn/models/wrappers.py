@@ -33,14 +33,16 @@ def chosen(content: Any, uri: str) -> dict[str, torch.Tensor]:
     while isinstance(content, dict):
         found = [key for key, value in content.items() if key in (*WEIGHTS, *AVERAGES) and isinstance(value, dict)]
         others = [key for key, value in content.items() if _is_model(value)]
-        if not found and len(others) > 1:
+        found += [key for key in others if key not in found and _is_average(key)]
+        others = [key for key in others if key not in found]
+        if not set(found) & set(WEIGHTS) and len(others) > 1:
             raise WeightsError(
                 f"{uri} holds several models: {', '.join(str(key)[:40] for key in others[:8])}; save one of them alone"
             )
-        key = next((key for key in (*WEIGHTS, *AVERAGES, *others) if key in found or key in others), None)
+        key = next((key for key in (*WEIGHTS, *others, *found) if key in found or key in others), None)
         if key is None:
             break
-        also = [name for name in found if name in AVERAGES and name != key]
+        also = [name for name in found if name != key and name not in WEIGHTS]
         if also:
             logger.info("%s: its %s is taken; it holds %s too, which can be saved alone", uri, key, ", ".join(also))
         content = content[key]
@@ -80,6 +82,10 @@ def unwrapped(tensors: dict[str, torch.Tensor], uri: str) -> dict[str, torch.Ten
             break
         tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
     return {name.replace("._orig_mod.", "."): tensor for name, tensor in tensors.items()}
+
+
+def _is_average(key: Any) -> bool:
+    return key in AVERAGES or (isinstance(key, str) and "ema" in key.lower().split("_"))
 
 
 def _is_model(value: Any) -> bool:

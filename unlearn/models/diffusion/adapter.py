@@ -214,7 +214,8 @@ class Diffusion(base.Adapter):
         if ldm.is_ldm(tensors):
             return ldm.read(tensors, chosen)
         if palette.is_palette(tensors):
-            return cls.from_public(palette.to_diffusers(tensors)), palette.options(tensors)
+            told = palette.options(tensors, scheduled="scheduler" in chosen)  # which says what is lacking
+            return cls.from_public(palette.to_diffusers(tensors)), told
         gamma, tensors = "gammas" in tensors, palette.without_schedule(tensors)
         if (
             not gamma

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import WeightsError
+from unlearn.models import wrappers
 from unlearn.models.base import tell
 from unlearn.models.diffusion.shapes import LINEAR
 
@@ -28,6 +29,7 @@ _SINGLE = {
     "out.0": "conv_norm_out", "out.2": "conv_out", "middle_block.1.norm": "mid_block.attentions.0.group_norm",
     "middle_block.1.proj_out": "mid_block.attentions.0.to_out.0",
 }  # fmt: skip
+_WHOLE = "give the whole *_Network.pth"
 _QKV, _ATTENTION = "middle_block.1.qkv", "mid_block.attentions.0"
 
 
@@ -42,18 +44,24 @@ def without_schedule(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
     return {name: tensor for name, tensor in tensors.items() if name not in buffers}
 
 
-def options(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+def options(tensors: dict[str, torch.Tensor], scheduled: bool = False) -> dict[str, Any]:
     """The options of the model in such a file: its network and the schedule that it was trained with. Raises
-    WeightsError."""
+    WeightsError. scheduled: whether the config names a schedule, so that the file need not."""
     network = _network(tensors)
     levels, blocks = _shape(network)
-    widths = [
-        network[f"input_blocks.{1 + level * (blocks + 1)}.0.out_layers.3.weight"].shape[0] for level in range(levels)
-    ]
-    stem = network["input_blocks.0.0.weight"]
+    try:
+        widths = [
+            network[f"input_blocks.{1 + level * (blocks + 1)}.0.out_layers.3.weight"].shape[0]
+            for level in range(levels)
+        ]
+        stem, told = network["input_blocks.0.0.weight"], network["cond_embed.0.weight"].shape[1]
+    except KeyError as e:
+        raise WeightsError(f"this Palette file lacks a part of its network ({e}): {_WHOLE}") from None
+    if not stem.shape[0] == widths[0] == told:
+        raise WeightsError("a Palette network whose first level is not as wide as its `inner_channel` is not supported")
     return {
         "conditioning": "gamma",
-        "scheduler": _schedule(tensors.get("gammas")),
+        "scheduler": LINEAR if scheduled else _schedule(tensors),
         "network": {
             "class": "UNet2DModel", "in_channels": stem.shape[1], "out_channels": network["out.2.weight"].shape[0],
             "block_out_channels": widths, "layers_per_block": blocks,
@@ -121,7 +129,7 @@ def from_diffusers(tensors: dict[str, torch.Tensor], scheduler: dict[str, Any]) 
 def _network(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The network's tensors. Where it was saved alone they have no prefix."""
     named = {name.removeprefix(ROOT): tensor for name, tensor in tensors.items() if name.startswith(ROOT)}
-    return named or without_schedule(tensors)
+    return wrappers.unwrapped(named, ROOT) or without_schedule(tensors)
 
 
 def _shape(network: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -129,7 +137,7 @@ def _shape(network: dict[str, torch.Tensor]) -> tuple[int, int]:
     up = {int(match[1]) for name in network if (match := re.match(r"output_blocks\.(\d+)\.", name))}
     levels = 1 + len({name.split(".")[1] for name in network if re.match(r"output_blocks\.\d+\.1\.in_layers", name)})
     if not up or len(up) % levels or "input_blocks.0.0.weight" not in network:
-        raise WeightsError("this Palette file lacks a part of its network: give the whole *_Network.pth")
+        raise WeightsError(f"this Palette file lacks a part of its network: {_WHOLE}")
     if any(re.match(r"(in|out)put_blocks\.\d+\.\d+\.qkv", name) for name in network):
         raise WeightsError("a Palette network with attention outside its middle is not supported")
     return levels, len(up) // levels - 1
@@ -157,23 +165,36 @@ def _places(levels: int, blocks: int) -> dict[str, str]:
     return layers | _SINGLE
 
 
-def _schedule(gammas: torch.Tensor | None) -> dict[str, Any]:
-    """The config of a scheduler with these products of 1 - beta; the one that Palette trains with where the file has
-    none."""
-    if gammas is None:
+def _schedule(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The config of a scheduler with the file's `gammas`, the products of 1 - beta; the one that Palette trains with
+    where the file has none."""
+    if (gammas := tensors.get("gammas")) is None:
         tell(
             "a Palette file without its `gammas`: the schedule that Palette trains with by default is taken (2,000 "
             "steps, beta from 1e-6 to 0.01); model.options.scheduler names another"
         )
         return LINEAR
-    kept, tolerance = gammas.double(), 1e-3 if gammas.dtype == torch.float16 else 1e-4
+    kept, coarse = gammas.double(), {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(gammas.dtype)
     if len(kept) == LINEAR["num_train_timesteps"] and torch.allclose(
-        kept, _betas(LINEAR).neg().add(1).cumprod(0), tolerance
+        kept, _betas(LINEAR).neg().add(1).cumprod(0), coarse or 1e-4
     ):
         return LINEAR
-    if kept.ndim != 1 or not len(kept) or not ((kept > 0) & (kept < 1)).all() or (kept.diff() > 0).any():
+    if kept.ndim != 1 or not len(kept) or not ((kept > 0) & (kept <= 1)).all() or (kept.diff() > 0).any():
         raise WeightsError("the `gammas` of this Palette file are no schedule: they must fall, between 1 and 0")
-    betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
+    if coarse:
+        raise WeightsError(
+            "the `gammas` of this Palette file were rounded to 16 bits, and are not those that Palette trains with by "
+            "default: give the schedule as model.options.scheduler, or the file in float32"
+        )
+    lost = 1 - kept
+    # Near 1 a gamma in float32 says little of 1 - gamma; sqrt(1 / gamma - 1) says it to all digits.
+    odds = tensors.get("sqrt_recipm1_gammas", torch.empty(0)).double().square()
+    if odds.shape == lost.shape and torch.allclose(odds / (1 + odds), lost, rtol=0, atol=1e-6):
+        lost = odds / (1 + odds)
+    former = torch.cat([torch.zeros(1, dtype=torch.float64), lost[:-1]])
+    betas = (lost - former) / (1 - former)
+    if not ((betas >= 0) & (betas < 1)).all():
+        raise WeightsError("the `gammas` of this Palette file are no schedule: they must fall, between 1 and 0")
     return {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "epsilon"}
 
 
