@@ -148,6 +148,16 @@ def test_nothing_is_computed_and_nothing_fake_is_left_behind(tmp_path):
     assert all(type(t) is torch.Tensor for t in base._statistics((0.5,) * 3, (0.5,) * 3, torch.device("cpu")))
 
 
+def test_what_this_process_has_computed_before_changes_no_measure(tmp_path):
+    run = run_for(tmp_path, "training.micro_batch_size=4", *TWO)
+    fresh = footprint.measure(run, 4, "fp32", False)
+    model = weights.build(run.model)
+    model.normalise(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))  # its constants are kept from now on
+    assert base._statistics.cache_info().currsize
+    again = footprint.measure(run, 4, "fp32", False)
+    assert again.curve.tolist() == fresh.curve.tolist()
+
+
 def test_two_sizes_of_micro_batch_tell_of_all(tmp_path):
     made = search.Search(run_for(tmp_path, "training.micro_batch_size=4", *TWO), 8 << 30, cuda=False)
     for rows in (2, 32):

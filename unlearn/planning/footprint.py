@@ -112,17 +112,21 @@ def measure(
 
 @contextlib.contextmanager
 def fake() -> Iterator[None]:
-    """Tensors made in here have no data. What the models' caches have kept of them is forgotten at the end."""
+    """Tensors made in here have no data. The models' caches are empty at first, so that operations are counted alike
+    whatever was computed before, and at the end, so that no tensor without data stays in them."""
+    _forget_caches()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), _Seedless():
             yield
     finally:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("unlearn.models.") or any(
-                where.startswith(f"{name}:") for where in MODELS.entries.values()
-            ):
-                for value in list(vars(module).values()):
-                    getattr(value, "cache_clear", int)()
+        _forget_caches()
+
+
+def _forget_caches() -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("unlearn.models.") or any(where.startswith(f"{name}:") for where in MODELS.entries.values()):
+            for value in list(vars(module).values()):
+                getattr(value, "cache_clear", int)()
 
 
 def models(settings: config.RunConfig, options: base.ModelOptions, method: methods.Method):
