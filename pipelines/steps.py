@@ -57,7 +57,7 @@ def _listen() -> None:
 def select(source: str, rungs: int, audited: str, requests: Any) -> Selected:
     """Take the open requests into a cycle; see `jobs.cycle.select`. requests: an artifact."""
     from jobs import cycle as steps
-    from unlearn.cycles import keys
+    from unlearn.cycles import gate_check, keys
 
     cycle = _cycle(source)
     if cycle.rungs != rungs:
@@ -70,6 +70,8 @@ def select(source: str, rungs: int, audited: str, requests: Any) -> Selected:
         selection = steps.select(cycle)
     if selection.status == "selected":
         steps.check_rungs(cycle)
+        for doubt in gate_check.doubts(cycle):
+            say(f"warning: {doubt}")
     counts = {
         "status": selection.status,
         "new": len(selection.new),

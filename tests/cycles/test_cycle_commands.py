@@ -26,7 +26,9 @@ def due(made):
 
 def test_it_says_what_was_served_and_shows_it(cycle, told):
     path = written(cycle)
-    assert told("cycle", path)[:2] == (0, "nothing to serve: no request is open\n")
+    unaudited = "gate={audit.membership.unlearned.auc: {max: 0.6}}"
+    code, out, err = told("cycle", path, "--set", unaudited)
+    assert (code, out) == (0, "nothing to serve: no request is open\n") and "the cycle has no `audit`" in err
     ask(cycle, {"subjects": ["person-1"]}, {"ids": ["img-003", "img-999"]}, {"subjects": ["nobody"]})
     code, out, err = told("cycle", path, "--delete-rows", str(cycle.cycle_dir) + "-kept")
     assert code == 0 and "person" not in out + err and "img-" not in out + err

@@ -51,14 +51,16 @@ def start(
     from jobs import cycle as job
     from jobs.owner import owned
     from unlearn import signals
-    from unlearn.cli.console import out
+    from unlearn.cli.console import out, warn
     from unlearn.cli.options import required, warned
-    from unlearn.cycles import cycle_file
+    from unlearn.cycles import cycle_file, gate_check
 
     required()
     changes = [*overrides, *([f"delete_rows={json.dumps(delete_rows)}"] if delete_rows else [])]
     cycle = cycle_file.load(source, changes)
     warned(cycle.settings(0))
+    for doubt in gate_check.doubts(cycle):
+        warn(doubt)
     with owned(cycle.cycle_dir, "cycle") as lease:
         try:
             ended = job.run(cycle, shown, lease.check)

@@ -33,3 +33,12 @@ def check(cycle: Cycle, source: str) -> None:
             why = "LPIPS is not measured: give evaluation.lpips_weights"
         if why:
             raise ConfigError(f"{source}: gate: {name}: {why}")
+
+
+def doubts(cycle: Cycle) -> list[str]:
+    """What the gate asks for that only somebody else can put into the run folder: a cycle without an audit is refused,
+    until there is one."""
+    if cycle.audit is not None:
+        return []
+    names = [name for name, rule in (cycle.rules or {}).items() if name.startswith("audit.") and not rule.optional]
+    return [f"gate: {name}: the cycle has no `audit`, so it is refused unless you audit its run" for name in names]

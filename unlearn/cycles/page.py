@@ -63,9 +63,11 @@ def _headline(requests: Sequence[Request], current: str | None) -> str:
 
 def _sentences(requests: Sequence[Request], every: Sequence[Told]) -> list[str]:
     late, open_ = sum(r.is_overdue for r in requests), sum(r.is_open for r in requests)
+    ended = sum(bool(told.ends) for told in every)
+    under_way = f", {len(every) - ended} not to its end" if ended < len(every) else ""
     sentences = [
         f"{len(requests)} request{'s' * (len(requests) != 1)} came in, {open_} {'is' if open_ == 1 else 'are'} open, "
-        f"{late} overdue. {len(every)} cycle{'s' * (len(every) != 1)} ran."
+        f"{late} overdue. {len(every)} cycle{'s' * (len(every) != 1)} ran{under_way}."
     ]
     if every:
         sentences.append(

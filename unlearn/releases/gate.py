@@ -183,9 +183,11 @@ def _absolute(name: str, rule: Rule, own: dict[str, float]) -> Check:
     check = Check(figure=name, value=own.get(name), min=rule.min, max=rule.max)
     if name in own:
         return _within(check, own[name])
+    if rule.optional:
+        return check.model_copy(update={"passed": None, "why": "no such figure, and it is optional"})
     near = difflib.get_close_matches(name, own, n=1)
     why = "no such figure" + (f"; did you mean {near[0]}?" if near else "")
-    return check.model_copy(update={"passed": None if rule.optional else False, "why": why})
+    return check.model_copy(update={"passed": False, "why": why})
 
 
 def _compared(check: Check, reference: float | None, optional: bool) -> Check:

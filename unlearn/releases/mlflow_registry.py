@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy import exc
 
 from unlearn.errors import ConfigError, MissingExtra, ReleaseError
 from unlearn.releases import registered
@@ -88,7 +88,7 @@ class Registry:
                 engine = sa.create_engine(self.uri)
                 sa.inspect(engine).get_table_names()
                 engine.dispose()
-            except (SQLAlchemyError, ImportError) as e:
+            except (exc.SQLAlchemyError, ImportError) as e:
                 raise ReleaseError(f"{self._where}: {self._said(getattr(e, 'orig', None) or e)}") from None
         return MlflowClient(self.uri, self.uri)
 
