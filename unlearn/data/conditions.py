@@ -34,6 +34,10 @@ class Wanted:
     groups: set[int]
     listed: id_file.Ids | None
 
+    @property
+    def listed_ids(self) -> int:
+        return len(self.listed.values) if self.listed else 0
+
 
 class Labels:
     """The labels of a manifest's rows, put together from pieces: -1 of rows that were in none, or have none."""
