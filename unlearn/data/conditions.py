@@ -54,8 +54,8 @@ class Labels:
 
 
 class Choosing:
-    """Takes the rows that meet every condition out of each piece: a bit of each row of the manifest says whether it is
-    one of them, so that millions take little memory until the set is made."""
+    """Takes the rows that meet every condition out of each piece: a flag of a byte for each row of the manifest says
+    whether it is one of them, so that millions take little memory until the set is made."""
 
     def __init__(self, wanted: Wanted):
         rows = wanted.conditions
