@@ -113,6 +113,8 @@ def measure(settings: config.RunConfig, name: str, way: str, folder: Path) -> li
     for _ in range(2):
         began, used = time.perf_counter(), _processor_time()
         count = sum(len(batch) for batch in epochs())
+        if not count:
+            raise RuntimeError("it gave no image")
         rates.append((count / (_processor_time() - used), count / (time.perf_counter() - began)))
     return rates
 

@@ -34,6 +34,10 @@ class Wanted:
     groups: set[int]
     listed: id_file.Ids | None
 
+    @property
+    def listed_ids(self) -> int:
+        return len(self.listed.values) if self.listed else 0
+
 
 class Labels:
     """The labels of a manifest's rows, put together from pieces: -1 of rows that were in none, or have none."""
@@ -50,8 +54,8 @@ class Labels:
 
 
 class Choosing:
-    """Takes the rows that meet every condition out of each piece: a bit of each row of the manifest says whether it is
-    one of them, so that millions take little memory until the set is made."""
+    """Takes the rows that meet every condition out of each piece: a flag of a byte for each row of the manifest says
+    whether it is one of them, so that millions take little memory until the set is made."""
 
     def __init__(self, wanted: Wanted):
         rows = wanted.conditions

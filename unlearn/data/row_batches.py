@@ -19,12 +19,24 @@ class RowBatches:
         self._file: pq.ParquetFile | None = None
         self._checked: set[int] = set()  # shards that have the size that the manifest says
 
-    def read(self, columns: list[str], groups: Iterable[int]) -> Iterator[pa.Table]:
+    def read(self, columns: list[str], groups: Iterable[int], listed: int = 0) -> Iterator[pa.Table]:
         """These columns, and the row's number in a column `row`, of these row groups, which ascend; rows of other row
         groups may be among them. The last piece may be the only one, and empty.
 
-        Raises DataError where a shard or the file of values does not match the manifest, StorageError.
+        listed: values in a list in which each piece is looked up. Each look-up goes through the whole list, so pieces
+        have at least a quarter as many rows. Raises DataError where a shard or the file of values does not match the
+        manifest, StorageError.
         """
+        together: list[pa.Table] = []
+        for table in self._pieces(columns, groups):
+            together.append(table)
+            if sum(map(len, together)) >= listed // 4:
+                yield pa.concat_tables(together, promote_options="permissive")
+                together = []
+        if together:
+            yield pa.concat_tables(together, promote_options="permissive")
+
+    def _pieces(self, columns: list[str], groups: Iterable[int]) -> Iterator[pa.Table]:
         manifest, wanted = self.manifest, np.fromiter(groups, np.int64)
         if manifest.values and columns and set(columns) <= set(manifest.columns) and len(wanted) > 1:
             yield from self._of_values(columns, wanted)

@@ -63,7 +63,7 @@ def _without_forgotten(forget: RowSet, retain: RowSet, batches: dict[int, RowBat
     twice = np.zeros(len(retain), bool)
     if "id" in forget.manifest.columns and "id" in retain.manifest.columns:
         ids = pa.chunked_array((own for _, own in _ids(forget, batches)), pa.string()).combine_chunks()
-        for place, own in _ids(retain, batches):
+        for place, own in _ids(retain, batches, len(ids)):
             twice[place] = pc.is_in(own, ids).to_numpy(zero_copy_only=False)
     by_id = int(twice.sum())
     twice |= duplicates.in_both((forget.manifest, forget.rows), (retain.manifest, retain.rows))
@@ -80,10 +80,10 @@ def _without_forgotten(forget: RowSet, retain: RowSet, batches: dict[int, RowBat
     return replace(retain, rows=retain.rows[~twice], labels=retain.labels[~twice])
 
 
-def _ids(rows: RowSet, batches: dict[int, RowBatches]) -> Iterator[tuple[slice, pa.Array]]:
-    """(places in the set, their ids) piece by piece."""
+def _ids(rows: RowSet, batches: dict[int, RowBatches], listed: int = 0) -> Iterator[tuple[slice, pa.Array]]:
+    """(places in the set, their ids) piece by piece; listed: as in RowBatches.read."""
     start = 0
-    for table in batches[id(rows.manifest)].read(["id"], rows.touched):
+    for table in batches[id(rows.manifest)].read(["id"], rows.touched, listed):
         numbers = table["row"].to_numpy()
         stop = int(np.searchsorted(rows.rows, rows.rows.dtype.type(numbers[-1]), side="right"))
         mine = np.isin(numbers, rows.rows[start:stop], assume_unique=True)
@@ -163,7 +163,8 @@ def _select(
     for key, source in batches.items():
         mine = [name for name, one in wanted.items() if id(one.manifest) == key]
         columns = sorted(set().union(*(wanted[name].columns for name in mine)))
-        for table in source.read(columns, sorted(set().union(*(wanted[name].groups for name in mine)))):
+        groups = sorted(set().union(*(wanted[name].groups for name in mine)))
+        for table in source.read(columns, groups, max(wanted[name].listed_ids for name in mine)):
             labels[key].take(table)
             for name in mine:
                 choosing[name].take(table)
