@@ -338,6 +338,14 @@ def test_a_single_file_of_stable_diffusions_own_code(kind, tmp_path):
     with pytest.raises(WeightsError, match="has no text encoder to embed even the empty prompt"):
         build(tmp_path / "pruned.ckpt", **options)
     assert not build(tmp_path / "pruned.ckpt", prompt=None, **options).shared.prompt.any()
+    # The network alone, behind another prefix, with an autoencoder in a file of its own.
+    torch.save({n.removeprefix("model."): t for n, t in ldm_network(pipeline.unet).items()}, tmp_path / "unet.pth")
+    torch.save({n.removeprefix("first_stage_model."): t for n, t in ldm_vae(pipeline.vae).items()}, tmp_path / "vae.pt")
+    apart = build(tmp_path / "unet.pth", tmp_path / "vae.pt", prompt=None, **options).state_dict()
+    assert all(torch.equal(t, apart[n]) for n, t in found.items() if n != "shared.prompt")
+    torch.save(tensors | {"model.diffusion_model.input_blocks.9.0.op.weight": torch.zeros(1)}, tmp_path / "more.ckpt")
+    with pytest.raises(WeightsError, match="has layers that the network of model.options.network has not"):
+        build(tmp_path / "more.ckpt", prompt=None, **options)
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(8, 4, 3, 3)
     torch.save(tensors, tmp_path / "text2img.ckpt")
     with pytest.raises(WeightsError, match="one that fills in holes takes 9 channels"):
@@ -352,6 +360,8 @@ def test_a_single_file_of_sdxls_own_code(tmp_path):
     save_file(tensors, tmp_path / "xl.safetensors")
     options = {"network": {"class": "UNet2DConditionModel", **XL}, "vae": KL}
     model = build(tmp_path / "xl.safetensors", **options)
+    save_file({n: t for n, t in tensors.items() if "conditioner" not in n}, tmp_path / "pruned.safetensors")
+    assert same(build(tmp_path / "pruned.safetensors", **options), model)
     assert not model.shared.prompt.any() and model.shared.prompt.shape == (1, 77, 32)
     found = unet_condition.to_public(model.state_dict())
     expected = pipeline.unet.state_dict()
