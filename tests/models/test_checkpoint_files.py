@@ -101,7 +101,7 @@ def test_what_a_file_is_instead_of_weights_is_told(content, message, model, tmp_
 
 
 def test_a_lora_and_an_average_without_its_weights_are_told(tmp_path):
-    torch.save({f"{n}.to_q.lora_A.weight": torch.ones(2, 2) for n in ("down", "up")}, tmp_path / "w.pth")
+    torch.save({f"{n}.lora_A.weight": torch.ones(2, 2) for n in ("down.to_q", "up.to_k")}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="holds changes to a model .LoRA.: give a model that they were merged into"):
         load(tmp_path / "w.pth")
     torch.save({"model_ema.diffusion_modelout2bias": torch.ones(2)}, tmp_path / "w.pth")

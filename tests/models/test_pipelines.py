@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -136,6 +137,23 @@ def test_a_text_encoder_or_tokenizer_without_its_config_is_told(lost, theirs, tm
     (folder / lost).unlink()
     with pytest.raises(WeightsError, match=f"lacks {lost}, without which a prompt cannot be embedded"):
         prompts.embedding(folder, {"class": "UNet2DConditionModel"}, {})
+
+
+def test_a_damaged_text_encoder_is_told(theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    path, file = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"
+    kept = path.read_text()
+    path.write_text(json.dumps(json.loads(kept) | {"vocab_size": "many"}))
+    with pytest.raises(WeightsError, match="its text encoders cannot be used: .*vocab_size"):
+        build(folder)
+    path.write_text(kept)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="its text encoders cannot be used: Error while deserializing header"):
+        build(folder)
+    file.unlink()
+    torch.save({"a": numpy.float64(3)}, file.with_name("pytorch_model.bin"))
+    with pytest.raises(WeightsError, match="its text encoders cannot be used: it holds numpy.*no plain data"):
+        build(folder)
 
 
 def test_a_text_encoder_that_is_missing_is_no_empty_prompt(theirs, tmp_path):

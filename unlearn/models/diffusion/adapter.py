@@ -53,7 +53,9 @@ class Diffusion(base.Adapter):
             if options.vae is not None:
                 self.first_stage, latent_decoder = autoencoder.split(options.vae)
                 self.decoder.add_module("back", latent_decoder)
-        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError, ImportError) as e:
+        except (
+            ValueError, TypeError, NotImplementedError, AttributeError, KeyError, ImportError, UnboundLocalError
+        ) as e:  # fmt: skip
             raise ConfigError(
                 f"model.options: diffusers cannot build this network and scheduler: {' '.join(str(e).split())[:300]}"
             ) from None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import base
+from unlearn.models import base, file_formats
 from unlearn.models.diffusion import autoencoder, prompts, unet_condition
 from unlearn.models.diffusion.shapes import VARIANTS
 
@@ -99,6 +99,7 @@ def _text(
 @torch.no_grad()
 def _empty_prompt(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """(1, T, D) by SD-1's text encoder, or SD-2's, of which all layers but the last are used. Raises WeightsError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig, CLIPTextModel
 
     open_clip = not any(name.startswith(CLIP) for name in tensors)
@@ -115,13 +116,17 @@ def _empty_prompt(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     except KeyError as e:
         raise WeightsError(f"this file of Stable Diffusion lacks a part of its text encoder: {e}") from None
     depth = len({n.removeprefix(prefix + layers).split(".")[0] for n in tensors if n.startswith(prefix + layers)})
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=inside, num_hidden_layers=depth - open_clip,
-            num_attention_heads=max(1, width // HEAD_WIDTH), max_position_embeddings=count,
-            hidden_act="gelu" if open_clip else "quick_gelu", bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
-        )
-    ).eval()  # fmt: skip
+    try:
+        model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary, hidden_size=width, intermediate_size=inside,
+                num_hidden_layers=depth - open_clip, num_attention_heads=max(1, width // HEAD_WIDTH),
+                max_position_embeddings=count, hidden_act="gelu" if open_clip else "quick_gelu",
+                bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
+            )
+        ).eval()  # fmt: skip
+    except (ValueError, TypeError, StrictDataclassError) as e:
+        raise WeightsError(f"this file's text encoder is of no shape that is known: {file_formats.why(e)}") from None
     if open_clip:
         found = theirs.convert_open_clip_checkpoint(model, tensors, OPEN_CLIP)
     else:
