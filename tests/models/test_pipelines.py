@@ -111,6 +111,16 @@ def test_a_scheduler_that_adds_noise_in_another_way_is_refused(tmp_path):
     assert torch.equal(found, diffusers.LCMScheduler().alphas_cumprod)
 
 
+def test_a_scheduler_of_the_config_that_leaves_part_of_another_out_is_told(theirs, logged):
+    base.tell.cache_clear()
+    chosen = {"scheduler": {"prediction_type": "v_prediction"}}
+    pipeline.options(theirs, chosen)
+    assert "beta_start, beta_end, beta_schedule, which it leaves out, have diffusers' defaults" in logged.text
+    logged.clear()
+    pipeline.options(theirs, {"scheduler": noising.read(theirs / "scheduler", noising.DISCRETE)})
+    assert not logged.text
+
+
 @pytest.mark.parametrize("config, message", [
     ({"rescale_betas_zero_snr": True}, "epsilon does not go with rescale_betas_zero_snr"),
     ({"trained_betas": [0.1] * 9}, "trained_betas has 9 values for 1000 timesteps"),

@@ -271,6 +271,7 @@ class Diffusion(base.Adapter):
         options = {"network": network}
         if (folder / "model_index.json").is_file():
             options["scheduler"] = noising.read(folder / "scheduler", noising.DISCRETE)
+            noising.tell_replaced(options["scheduler"], chosen, str(folder))
         elif "scheduler" not in chosen:
             raise WeightsError(
                 f"{folder} does not say how noise is added: give the pipeline's folder, or model.options.scheduler"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from unlearn.errors import MissingExtra, WeightsError
+from unlearn.errors import ConfigError, MissingExtra, WeightsError
 from unlearn.models import base, file_formats, folders, tensor_files
 from unlearn.models.diffusion import networks
 from unlearn.models.diffusion.networks import PROMPT_TENSORS, TRANSFORMER
@@ -35,12 +35,14 @@ def embedding(folder: Path, network: dict[str, Any], chosen: dict[str, Any]) -> 
     """What the folder's text encoders make of the prompts, (K, T, D) and pooled (K, P): with our names, in float32.
 
     chosen: the options that the config sets: the first row is of `prompt`, the others of `prompts`. Where `prompt` is
-    null it is zeros. Without text encoders it is the embedding that was written into the folder. Raises WeightsError
-    and MissingExtra.
+    null it is zeros. Without text encoders it is the embedding that was written into the folder. Raises WeightsError,
+    ConfigError and MissingExtra.
     """
     prompt, others = chosen.get("prompt", ""), tuple(chosen.get("prompts", ()))
     if prompt is None:
         return none(network)
+    if not all(isinstance(text, str) for text in (prompt, *others)):
+        raise ConfigError("model.options.prompt and prompts are texts: put them in quotes")
     if missing := [name for name in _promised(folder) if not (folder / name).is_dir()]:
         raise WeightsError(
             f"{folder} lacks {', '.join(missing)}, which its model_index.json names: give the whole folder, or set "
