@@ -115,6 +115,18 @@ def test_a_truncated_tar_is_told(folder, tmp_path, kind, share):
         packing.build(str(path), str(tmp_path / "out"))
 
 
+def test_a_tar_cut_within_a_header_is_told(folder, tmp_path):
+    """tarfile takes what is left of it for the end."""
+    path = tmp_path / "cut.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.add(folder / "train", "train")
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-1].offset
+    path.write_bytes(path.read_bytes()[: last + 100])
+    with pytest.raises(DataError, match="cut.tar: not whole: it is cut short within the header of a file"):
+        packing.build(str(path), str(tmp_path / "out"))
+
+
 def test_records_with_subjects_keep_them(tmp_path):
     records = (
         {"image": encode(np.full((8, 8), i, np.uint8)), "label": i % 2, "id": f"r{i}", "subject": f"s{i}"}

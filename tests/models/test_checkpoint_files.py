@@ -100,6 +100,15 @@ def test_what_a_file_is_instead_of_weights_is_told(content, message, model, tmp_
         load(tmp_path / "w.bin")
 
 
+def test_a_lora_and_an_average_without_its_weights_are_told(tmp_path):
+    torch.save({f"{n}.lora_A.weight": torch.ones(2, 2) for n in ("down.to_q", "up.to_k")}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="holds changes to a model .LoRA.: give a model that they were merged into"):
+        load(tmp_path / "w.pth")
+    torch.save({"model_ema.diffusion_modelout2bias": torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="moving average by names of its own .* without the weights that it is of"):
+        load(tmp_path / "w.pth")
+
+
 def test_archives_of_something_else_are_told(model, tmp_path):
     torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="it is a TorchScript program"):

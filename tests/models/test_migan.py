@@ -195,16 +195,24 @@ def test_the_file_of_its_own_code_holds_the_constants_of_resampling(public, load
     assert all(torch.equal(t, loaded(32).state_dict()[n]) for n, t in again.state_dict().items())
     torch.save(whole | {"encoder.b32.conv2.downsample.filter": low_pass}, tmp_path / "buffers.pt")
     weights.build(config.Model(family="migan", weights=str(tmp_path / "buffers.pt"), options=SMALL))
-    whole["encoder.b32.conv2.downsample.filter.weight"] = torch.ones(4, 1, 4, 4)
-    torch.save(whole, tmp_path / "other.pt")
-    with pytest.raises(WeightsError, match="downsample.filter.weight is another filter than MI-GAN's"):
-        weights.build(config.Model(family="migan", weights=str(tmp_path / "other.pt"), options=SMALL))
+    for other in (torch.ones(4, 1, 4, 4), 2 * whole["encoder.b32.conv2.downsample.filter.weight"]):
+        torch.save(whole | {"encoder.b32.conv2.downsample.filter.weight": other}, tmp_path / "other.pt")
+        with pytest.raises(WeightsError, match="downsample.filter.weight is another filter than MI-GAN's"):
+            weights.build(config.Model(family="migan", weights=str(tmp_path / "other.pt"), options=SMALL))
 
 
-def test_weights_of_another_size_are_refused_by_name(public, tmp_path):
+def test_a_file_tells_its_resolution_and_its_widths(public, loaded, tmp_path):
     save_file(public, tmp_path / "migan.safetensors")
-    with pytest.raises(WeightsError, match=r"missing encoder.b512.conv1.conv1.weight.*model.variant or model.options"):
-        weights.build(config.Model(family="migan", variant="migan_128", weights=str(tmp_path / "migan.safetensors")))
+    model = config.Model(family="migan", weights=str(tmp_path / "migan.safetensors"), options={"grid": 4})
+    found, expected = weights.build(model), loaded(32)
+    assert found.options.model_copy(update={"channel_max": 16}) == expected.options
+    assert all(torch.equal(t, expected.state_dict()[n]) for n, t in found.state_dict().items())
+    with pytest.raises(ConfigError, match="image_size 128 must be the resolution 32, half or a quarter of it"):
+        weights.build(model.model_copy(update={"variant": "migan_128", "options": {}}))
+    lacking = {n: t for n, t in public.items() if n != "encoder.b16.conv1.conv1.bias"}
+    save_file(lacking, tmp_path / "migan.safetensors")
+    with pytest.raises(WeightsError, match="missing encoder.b16.conv1.conv1.bias"):
+        weights.build(model)
 
 
 @pytest.mark.parametrize("options, message", [

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -110,6 +111,16 @@ def test_a_scheduler_that_adds_noise_in_another_way_is_refused(tmp_path):
     assert torch.equal(found, diffusers.LCMScheduler().alphas_cumprod)
 
 
+def test_a_scheduler_of_the_config_that_leaves_part_of_another_out_is_told(theirs, logged):
+    base.tell.cache_clear()
+    chosen = {"scheduler": {"prediction_type": "v_prediction"}}
+    pipeline.options(theirs, chosen)
+    assert "beta_start, beta_end, beta_schedule, which it leaves out, have diffusers' defaults" in logged.text
+    logged.clear()
+    pipeline.options(theirs, {"scheduler": noising.read(theirs / "scheduler", noising.DISCRETE)})
+    assert not logged.text
+
+
 @pytest.mark.parametrize("config, message", [
     ({"rescale_betas_zero_snr": True}, "epsilon does not go with rescale_betas_zero_snr"),
     ({"trained_betas": [0.1] * 9}, "trained_betas has 9 values for 1000 timesteps"),
@@ -136,6 +147,23 @@ def test_a_text_encoder_or_tokenizer_without_its_config_is_told(lost, theirs, tm
     (folder / lost).unlink()
     with pytest.raises(WeightsError, match=f"lacks {lost}, without which a prompt cannot be embedded"):
         prompts.embedding(folder, {"class": "UNet2DConditionModel"}, {})
+
+
+def test_a_damaged_text_encoder_is_told(theirs, tmp_path):
+    folder = copied(theirs, tmp_path)
+    path, file = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"
+    kept = path.read_text()
+    path.write_text(json.dumps(json.loads(kept) | {"vocab_size": "many"}))
+    with pytest.raises(WeightsError, match="its text encoders cannot be used: .*vocab_size"):
+        build(folder)
+    path.write_text(kept)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match="its text encoders cannot be used: Error while deserializing header"):
+        build(folder)
+    file.unlink()
+    torch.save({"a": numpy.float64(3)}, file.with_name("pytorch_model.bin"))
+    with pytest.raises(WeightsError, match="its text encoders cannot be used: it holds numpy.*no plain data"):
+        build(folder)
 
 
 def test_a_text_encoder_that_is_missing_is_no_empty_prompt(theirs, tmp_path):
@@ -338,6 +366,14 @@ def test_a_single_file_of_stable_diffusions_own_code(kind, tmp_path):
     with pytest.raises(WeightsError, match="has no text encoder to embed even the empty prompt"):
         build(tmp_path / "pruned.ckpt", **options)
     assert not build(tmp_path / "pruned.ckpt", prompt=None, **options).shared.prompt.any()
+    # The network alone, behind another prefix, with an autoencoder in a file of its own.
+    torch.save({n.removeprefix("model."): t for n, t in ldm_network(pipeline.unet).items()}, tmp_path / "unet.pth")
+    torch.save({n.removeprefix("first_stage_model."): t for n, t in ldm_vae(pipeline.vae).items()}, tmp_path / "vae.pt")
+    apart = build(tmp_path / "unet.pth", tmp_path / "vae.pt", prompt=None, **options).state_dict()
+    assert all(torch.equal(t, apart[n]) for n, t in found.items() if n != "shared.prompt")
+    torch.save(tensors | {"model.diffusion_model.input_blocks.9.0.op.weight": torch.zeros(1)}, tmp_path / "more.ckpt")
+    with pytest.raises(WeightsError, match="has layers that the network of model.options.network has not"):
+        build(tmp_path / "more.ckpt", prompt=None, **options)
     tensors["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(8, 4, 3, 3)
     torch.save(tensors, tmp_path / "text2img.ckpt")
     with pytest.raises(WeightsError, match="one that fills in holes takes 9 channels"):
@@ -352,6 +388,8 @@ def test_a_single_file_of_sdxls_own_code(tmp_path):
     save_file(tensors, tmp_path / "xl.safetensors")
     options = {"network": {"class": "UNet2DConditionModel", **XL}, "vae": KL}
     model = build(tmp_path / "xl.safetensors", **options)
+    save_file({n: t for n, t in tensors.items() if "conditioner" not in n}, tmp_path / "pruned.safetensors")
+    assert same(build(tmp_path / "pruned.safetensors", **options), model)
     assert not model.shared.prompt.any() and model.shared.prompt.shape == (1, 77, 32)
     found = unet_condition.to_public(model.state_dict())
     expected = pipeline.unet.state_dict()

@@ -362,3 +362,19 @@ def test_the_shape_is_told_without_the_tensors(proxied, s3):
     )
     named = config.Model(variant="vit_nano_patch4_32", weights="s3://nowhere/at/all")
     assert model_options(named)[0] == base.options(config.Model(variant="vit_nano_patch4_32"))
+
+
+def test_faults_of_the_program_and_of_the_machine_are_not_told_as_damage(tensors, tmp_path, monkeypatch):
+    save_file(tensors, tmp_path / "w.safetensors")
+    for fault in (NameError("name"), AssertionError(), MemoryError(), RuntimeError("can't allocate memory: 9 bytes")):
+
+        def broken(*_, fault=fault):
+            raise fault
+
+        monkeypatch.setattr(weights.tensor_files, "check", broken)
+        with pytest.raises(type(fault)) as e:
+            build(tmp_path / "w.safetensors", options=TINY)
+        assert e.value is fault
+    monkeypatch.setattr(weights.tensor_files, "check", lambda *_: {}["size"])
+    with pytest.raises(WeightsError, match="w.safetensors cannot be loaded: damaged, or of a kind .*KeyError: 'size'"):
+        build(tmp_path / "w.safetensors", options=TINY)

@@ -6,6 +6,7 @@ Sizes are checked before anything is read, since few bytes can stand for many: h
 import bz2
 import contextlib
 import gzip
+import io
 import lzma
 import os
 import posixpath
@@ -193,6 +194,11 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if member.issparse():
             raise _sparse(member.name)
         yield member
+    # tarfile takes half a header for the end of the archive.
+    if isinstance(file := tar.fileobj, io.IOBase):
+        file.seek(tar.offset)  # pyright: ignore[reportAttributeAccessIssue]
+        if 0 < len(file.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:  # pyright: ignore[reportAttributeAccessIssue]
+            raise Refused("not whole: it is cut short within the header of a file; fetch it again")
 
 
 def _sparse(name: str) -> Refused:

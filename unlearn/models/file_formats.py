@@ -105,7 +105,7 @@ def _check_archive(path: Path, uri: str) -> None:
 
 
 def why(error: Exception) -> str:
-    """Why a file of torch cannot be read, in one line, with the way out where it holds more than plain data."""
+    """Why a file of a library cannot be read, in one line, with the way out where it holds more than plain data."""
     text = _ANSI.sub("", str(error))
     if found := _GLOBAL.search(text):
         return (
@@ -118,4 +118,4 @@ def why(error: Exception) -> str:
             "dictionary of tensors with torch.save"
         )
     text = text.partition("WeightsUnpickler error: ")[2] or text
-    return (text.strip().splitlines() or [type(error).__name__])[0][:200]
+    return " ".join(text.split())[:300] or type(error).__name__

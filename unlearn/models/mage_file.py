@@ -58,7 +58,8 @@ def write(own: dict[str, torch.Tensor], options: "MAGEOptions", folder: Path) ->
         "decoder_pos_embed": (1, places, o.decoder_width), "decoder_pred.weight": (3 * patch**2, o.decoder_width),
         "decoder_pred.bias": (3 * patch**2,),
     }  # fmt: skip
-    tensors |= {name: torch.zeros(shape) for name, shape in unused.items()}
+    dtype = tensors["norm.weight"].dtype
+    tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in unused.items()}
     tensors["token_emb.position_ids"] = torch.arange(places)[None]
     torch.save({"model": {name: t.contiguous() for name, t in tensors.items()}}, folder / PUBLIC_FILE)
     return f"model.load_state_dict(torch.load(FOLDER + '/{PUBLIC_FILE}')['model'])"

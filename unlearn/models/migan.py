@@ -9,6 +9,7 @@ import functools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,10 @@ from unlearn.views import View
 PUBLIC_FILE, WHOLE_FILE = "migan.safetensors", "migan.pt"
 # MI-GAN's code keeps the constants of its resampling among the weights.
 _CONSTANT = re.compile(r"(?:down|up)sample\.(filter|insert_zeros)(?:\.weight)?|(?:.*\.)?(?:\w*_)?filter")
+
+
+# The layer whose output is the skip of a resolution.
+_SKIP = re.compile(r"encoder\.b(\d+)\.conv1\.conv2\.weight")
 
 
 class MIGANOptions(base.ModelOptions):
@@ -40,6 +45,14 @@ class MIGANOptions(base.ModelOptions):
     channel_base: int = 32768
     channel_max: int = 512
     grid: int = 16
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_images(cls, values: Any) -> Any:
+        """A smaller model is used at its own resolution, where nothing else is said."""
+        if isinstance(values, dict) and "image_size" not in values and isinstance(r := values.get("resolution"), int):
+            return values | {"image_size": r} if r < 512 else values
+        return values
 
     @model_validator(mode="after")
     def _fits(self):
@@ -271,6 +284,21 @@ class MIGAN(base.Adapter):
         learned = {name: tensor for name, tensor in tensors.items() if not _is_constant(name, tensor)}
         return {_swap(name, "synthesis.", "decoder."): tensor for name, tensor in learned.items()}
 
+    @classmethod
+    def from_file(
+        cls, tensors: dict[str, torch.Tensor], arguments: dict[str, Any], chosen: dict[str, Any]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
+        """A public file, whose blocks tell the resolution and the widths."""
+        renamed = cls.from_public(tensors)
+        widths = {int(m[1]): t.shape[0] for n, t in renamed.items() if (m := _SKIP.fullmatch(n)) and t.dim() == 4}
+        if not {4, 8} <= widths.keys():
+            return renamed, None
+        resolution, largest = max(widths), widths[4]
+        told = {"resolution": resolution, "channel_base": widths[resolution] * resolution}
+        if largest > 512 or largest * 4 != told["channel_base"]:
+            told["channel_max"] = largest
+        return renamed, told
+
     def to_folder(self, folder: Path, origin: Path | None = None) -> str:
         """Write PUBLIC_FILE and WHOLE_FILE."""
         tensors = {_swap(name, "decoder.", "synthesis."): t for name, t in self.state_dict().items()}
@@ -308,7 +336,8 @@ def _is_constant(name: str, tensor: torch.Tensor) -> bool:
     expected = STUFFING if match[1] == "insert_zeros" else LOW_PASS
     found = torch.outer(tensor, tensor) if tensor.dim() == 1 else tensor
     kernels = found.float().reshape(-1, *found.shape[-2:])
-    kernels = kernels / kernels.sum((1, 2), keepdim=True)
+    gain = {"downsample": 1, "upsample": 4}.get(stem.split(".")[-3] if match[1] == "filter" else "")
+    kernels = kernels / (gain or kernels.sum((1, 2), keepdim=True))
     if kernels.shape[1:] != expected.shape or not torch.allclose(kernels, expected.expand_as(kernels), atol=1e-3):
         raise WeightsError(f"{name} is another filter than MI-GAN's (1, 3, 3, 1): such a model is not supported")
     return True

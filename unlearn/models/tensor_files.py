@@ -129,12 +129,7 @@ def check(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -
     """Raise WeightsError that names every tensor missing, extra or misshapen; source: where they come from."""
     own = module.state_dict()
     _check_numbers(own, tensors, source)
-    if not own.keys() & tensors.keys():
-        there = f"such as {next(iter(tensors))}" if tensors else "none at all"
-        raise WeightsError(
-            f"{source} holds other tensors ({there}) than this model, whose first is {next(iter(own))}: it is of "
-            "another kind. Is model.family the right one?"
-        )
+    check_kind(own, tensors, source)
     wrong = [f"missing {n}" for n in own if n not in tensors]
     wrong += [f"unexpected {n}" for n in tensors if n not in own]
     wrong += [
@@ -147,6 +142,18 @@ def check(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -
         raise WeightsError(
             f"{source} does not fit the model: {'; '.join(wrong[:12])}{more}. "
             "Give the model.variant or model.options of these weights."
+        )
+
+
+def check_kind(own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str) -> None:
+    """Raise WeightsError where these are tensors of something else than the model that has `own`."""
+    if any("lora_" in name for name in tensors):
+        raise WeightsError(f"{source} holds changes to a model (LoRA): give a model that they were merged into")
+    if not own.keys() & tensors.keys():
+        there = f"such as {next(iter(tensors))}" if tensors else "none at all"
+        raise WeightsError(
+            f"{source} holds other tensors ({there}) than this model, whose first is {next(iter(own))}: it is of "
+            "another kind. Is model.family the right one?"
         )
 
 

@@ -246,4 +246,7 @@ def read(path: Path) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in tensors.items() if name.startswith(TOKENIZER_TENSORS)}
     if path.is_dir():
         return from_public(folders.tensors(path))
-    return from_public(tensor_files.read(path, str(path))[0])
+    tensors = tensor_files.read(path, str(path))[0]
+    # Within a file of MAGE it has a prefix.
+    inside = {name.removeprefix("vqgan."): tensor for name, tensor in tensors.items() if name.startswith("vqgan.")}
+    return from_public(inside or tensors)

@@ -29,6 +29,9 @@ WEIGHTS, CARD = "weights.safetensors", "model.json"
 FOREIGN = {"model_index.json", "config.json"}
 # Types that weights may be stored in.
 FLOATS = ("float64", "float32", "float16", "bfloat16")
+# What libraries raise where the values of a damaged or foreign config reach them. A name that is not defined, an
+# assertion or a package that is missing are faults of the program or the machine, and are raised as they are.
+FOREIGN_FAULTS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 SMALL = 16 << 20  # bytes: configs, and the embedding of a prompt
 
 
@@ -112,9 +115,10 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
     """
     try:
         return _built(model, seed, sources or {}, decoder)
-    except UnlearnError:
-        raise
-    except Exception as e:  # values of damaged or foreign configs reach libraries, which raise whatever they meet
+    except FOREIGN_FAULTS as e:
+        told = model.weights or model.first_stage or model.options
+        if isinstance(e, UnlearnError) or not told or "allocate memory" in str(e):
+            raise
         raise WeightsError(
             f"{model.weights or model.family} cannot be loaded: damaged, or of a kind that is not known here "
             f"({type(e).__name__}: {' '.join(str(e).split())[:200]})"
@@ -140,7 +144,10 @@ def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> b
         tensors = tensors | first_stage
     if model.weights:
         _check_values(tensors, model.weights)
-        encoder = {n for n in built.state_dict() if n.startswith("encoder.")}
+        own = built.state_dict()
+        ours = {n: t for n, t in own.items() if not n.startswith(cls.first_stage_names)} if model.first_stage else own
+        tensor_files.check_kind(ours, tensors, model.weights)
+        encoder = {n for n in own if n.startswith("encoder.")}
         if not any(n.startswith("decoder.") for n in tensors) and encoder <= tensors.keys():
             raise WeightsError(
                 f"{model.weights} holds an encoder alone, and the decoder is needed too: give the whole model "

@@ -95,8 +95,15 @@ def _is_model(value: Any) -> bool:
 def _one_copy(tensors: dict[str, torch.Tensor], uri: str) -> dict[str, torch.Tensor]:
     """Of two copies of a model, known by their first words, the one that is no average and no teacher."""
     averages = [name for name in tensors if name.startswith("model_ema.")]
+    mangled = [name for name in averages if name.startswith("model_ema.diffusion_model")]
+    if mangled and not any(name.startswith(_STABLE_DIFFUSION) for name in tensors):
+        raise WeightsError(
+            f"{uri} holds a moving average by names of its own ({mangled[0]}) without the weights that it is of: give "
+            "the whole file"
+        )
     if averages and len(averages) < len(tensors):
-        logger.info("%s: the moving average in it (model_ema.*) is left out; save it alone to take it", uri)
+        alone = "" if mangled else "; save it alone to take it"
+        logger.info("%s: the moving average in it (model_ema.*) is left out%s", uri, alone)
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("model_ema.")}
     copies: dict[str, set[str]] = {}
     for name in tensors:

@@ -53,9 +53,11 @@ class Diffusion(base.Adapter):
             if options.vae is not None:
                 self.first_stage, latent_decoder = autoencoder.split(options.vae)
                 self.decoder.add_module("back", latent_decoder)
-        except (ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as e:
+        except (
+            ValueError, TypeError, NotImplementedError, AttributeError, KeyError, ImportError, UnboundLocalError
+        ) as e:  # fmt: skip
             raise ConfigError(
-                f"model.options: diffusers cannot build this network and scheduler: {str(e).splitlines()[0]}"
+                f"model.options: diffusers cannot build this network and scheduler: {' '.join(str(e).split())[:300]}"
             ) from None
         if options.sampling_steps > self.noising.count:
             raise ConfigError(
@@ -216,6 +218,11 @@ class Diffusion(base.Adapter):
         if palette.is_palette(tensors):
             told = palette.options(tensors, scheduled="scheduler" in chosen)  # which says what is lacking
             return cls.from_public(palette.to_diffusers(tensors)), told
+        if "shared.prompt" not in tensors and any(".attn2.to_k." in name for name in tensors):
+            raise WeightsError(
+                "a network on latents alone in one file does not say what it is told of a prompt: give its folder, "
+                "with config.json, and the folder of its pipeline or VAE as model.first_stage"
+            )
         gamma, tensors = "gammas" in tensors, palette.without_schedule(tensors)
         if (
             not gamma
@@ -237,7 +244,8 @@ class Diffusion(base.Adapter):
 
     @classmethod
     def first_stage_from(cls, path: Path) -> dict[str, torch.Tensor]:
-        """An autoencoder: a pipeline's folder of diffusers, one of the autoencoder alone, or one with TAEF2's files."""
+        """An autoencoder: a pipeline's folder of diffusers, one of the autoencoder alone, or one with TAEF2's files; or
+        one file."""
         return autoencoder.first_stage_from(path)
 
     @classmethod
@@ -263,6 +271,7 @@ class Diffusion(base.Adapter):
         options = {"network": network}
         if (folder / "model_index.json").is_file():
             options["scheduler"] = noising.read(folder / "scheduler", noising.DISCRETE)
+            noising.tell_replaced(options["scheduler"], chosen, str(folder))
         elif "scheduler" not in chosen:
             raise WeightsError(
                 f"{folder} does not say how noise is added: give the pipeline's folder, or model.options.scheduler"

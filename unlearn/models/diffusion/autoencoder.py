@@ -7,6 +7,7 @@ halves are frozen.
 
 import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +216,10 @@ def to_public(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def first_stage_from(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of both halves, in our names, from a local folder: of a pipeline or an autoencoder of diffusers, or with
-    TAEF2's two files. Raises WeightsError."""
+    TAEF2's two files; or from one file, by diffusers' names or those of Stable Diffusion's code. Raises WeightsError.
+    """
+    if path.is_file():
+        return from_public(_by_their_names(tensor_files.read(path, str(path))[0]))
     halves = {half: path / name for half, name in TAEF2_FILES.items()}
     if any(file.is_file() for file in halves.values()):
         missing = [file.name for file in halves.values() if not file.is_file()]
@@ -232,3 +236,14 @@ def first_stage_from(path: Path) -> dict[str, torch.Tensor]:
             + " and ".join(TAEF2_FILES.values())
         )
     return from_public(folders.tensors(home))
+
+
+def _by_their_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of an autoencoder, or of a whole file of Stable Diffusion's code, by diffusers' names."""
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    levels = {match[1] for name in tensors if (match := re.search(r"(?:^|\.)encoder\.down\.(\d+)\.", name))}
+    kinds = [""] * len(levels)
+    return (
+        convert_ldm_vae_checkpoint(tensors, {"down_block_types": kinds, "up_block_types": kinds}) if levels else tensors
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unlearn.errors import MissingExtra, WeightsError
-from unlearn.models import base
+from unlearn.models import base, file_formats
 from unlearn.models.diffusion import autoencoder, prompts, unet_condition
 from unlearn.models.diffusion.shapes import VARIANTS
 
@@ -23,8 +23,13 @@ HEAD_WIDTH = 64  # channels of an attention head of both text encoders
 
 
 def is_ldm(tensors: dict[str, torch.Tensor]) -> bool:
-    """Whether these are the tensors of such a file."""
-    return any(name.startswith(f"{NETWORK}input_blocks.") for name in tensors)
+    """Whether these are the tensors of such a file, or of its network alone."""
+    return any(name.startswith(f"{NETWORK}input_blocks.") for name in tensors) or _is_network(tensors)
+
+
+def _is_network(tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether these are the tensors of the network alone, without its prefix: with layers that attend to a text."""
+    return {"input_blocks.0.0.weight", "time_embed.0.weight"} <= tensors.keys() and any(".attn2." in n for n in tensors)
 
 
 def read(tensors: dict[str, torch.Tensor], chosen: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -32,7 +37,13 @@ def read(tensors: dict[str, torch.Tensor], chosen: dict[str, Any]) -> tuple[dict
 
     chosen: the options that the config sets: `network` and `vae`, where they are not those of the released models.
     """
+    if _is_network(tensors):
+        tensors = {f"{NETWORK}{name}": tensor for name, tensor in tensors.items()}
     kind = theirs.infer_diffusers_model_type(tensors)
+    if kind == "inpainting" and f"{NETWORK}label_emb.0.0.weight" in tensors:
+        kind = "xl_inpaint"  # which is otherwise known by a text encoder that may have been left out
+    if any(name.startswith("control_model.") for name in tensors):
+        kind = "controlnet"
     if kind not in VARIANT:
         raise WeightsError(
             f"a file of Stable Diffusion of the kind {kind}: one that fills in holes takes 9 channels; known: "
@@ -41,11 +52,17 @@ def read(tensors: dict[str, torch.Tensor], chosen: dict[str, Any]) -> tuple[dict
     options = {**VARIANTS[VARIANT[kind]], **{name: chosen[name] for name in ("network", "vae") if name in chosen}}
     network, vae = options["network"], options["vae"]
     try:
-        found = unet_condition.from_public(theirs.convert_ldm_unet_checkpoint(tensors, _complete(network)))
+        converted = theirs.convert_ldm_unet_checkpoint(tensors, _complete(network))
+        found = unet_condition.from_public(converted)
         if any(name.startswith(tuple(theirs.LDM_VAE_KEYS)) for name in tensors):
             found |= autoencoder.from_public(theirs.convert_ldm_vae_checkpoint(tensors, vae))
     except (KeyError, AttributeError, IndexError) as e:
         raise WeightsError(f"this file of Stable Diffusion lacks a part of its network: {e}") from None
+    if len(converted) < sum(name.startswith(NETWORK) for name in tensors):
+        raise WeightsError(
+            "this file of Stable Diffusion has layers that the network of model.options.network has not: it is of "
+            "another shape, or of another kind"
+        )
     text = _text(tensors, kind, chosen, network)
     return found | text, options | {"tokens": text["shared.prompt"].shape[1]}
 
@@ -82,6 +99,7 @@ def _text(
 @torch.no_grad()
 def _empty_prompt(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     """(1, T, D) by SD-1's text encoder, or SD-2's, of which all layers but the last are used. Raises WeightsError."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CLIPTextConfig, CLIPTextModel
 
     open_clip = not any(name.startswith(CLIP) for name in tensors)
@@ -98,13 +116,17 @@ def _empty_prompt(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     except KeyError as e:
         raise WeightsError(f"this file of Stable Diffusion lacks a part of its text encoder: {e}") from None
     depth = len({n.removeprefix(prefix + layers).split(".")[0] for n in tensors if n.startswith(prefix + layers)})
-    model = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=inside, num_hidden_layers=depth - open_clip,
-            num_attention_heads=max(1, width // HEAD_WIDTH), max_position_embeddings=count,
-            hidden_act="gelu" if open_clip else "quick_gelu", bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
-        )
-    ).eval()  # fmt: skip
+    try:
+        model = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=vocabulary, hidden_size=width, intermediate_size=inside,
+                num_hidden_layers=depth - open_clip, num_attention_heads=max(1, width // HEAD_WIDTH),
+                max_position_embeddings=count, hidden_act="gelu" if open_clip else "quick_gelu",
+                bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1,
+            )
+        ).eval()  # fmt: skip
+    except (ValueError, TypeError, StrictDataclassError) as e:
+        raise WeightsError(f"this file's text encoder is of no shape that is known: {file_formats.why(e)}") from None
     if open_clip:
         found = theirs.convert_open_clip_checkpoint(model, tensors, OPEN_CLIP)
     else:

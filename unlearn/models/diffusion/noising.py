@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 import unlearn.torchvision_cpu  # noqa: F401  diffusers imports torchvision
 from unlearn.errors import WeightsError
-from unlearn.models import folders
+from unlearn.models import base, folders
 
 import diffusers  # isort: skip
 
@@ -49,6 +49,21 @@ def read(folder: Path, known: tuple[str, ...]) -> dict[str, Any]:
         name: theirs[name].default for name in _DECISIVE if name in theirs and name in ours and name not in config
     }
     return config | {name: value for name, value in missing.items() if value != ours[name].default}
+
+
+def tell_replaced(recorded: dict[str, Any], chosen: dict[str, Any], source: str) -> None:
+    """Warn where an option `scheduler` takes the place of the one that weights came with, and leaves part of it out."""
+    if isinstance(asked := chosen.get("scheduler"), dict):
+        known = inspect.signature(getattr(diffusers, DISCRETE[0])).parameters
+        lost = [
+            name for name in (*_DECISIVE, "trained_betas")
+            if name in recorded and name not in asked and name in known and recorded[name] != known[name].default
+        ]  # fmt: skip
+        if lost:
+            base.tell(
+                f"model.options.scheduler takes the place of the whole scheduler of {source}: {', '.join(lost)}, which "
+                "it leaves out, have diffusers' defaults"
+            )
 
 
 def scheduler(kind: str, config: dict[str, Any]) -> Any:

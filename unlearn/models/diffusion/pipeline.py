@@ -106,6 +106,7 @@ def options(folder: Path, chosen: dict[str, Any], first_stage: Path | None = Non
         raise WeightsError(f"{found.vae}: {str(e).splitlines()[0]}") from None
     if found.scheduler is not None:
         scheduler = noising.read(found.scheduler, noising.FLOW if kind == TRANSFORMER else noising.DISCRETE)
+        noising.tell_replaced(scheduler, chosen, str(folder))
         if scheduler.get("clip_sample"):
             base.tell(
                 f"{found.scheduler} says clip_sample, which cuts latents off at -1 and 1: sampling here does not "

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from unlearn.errors import MissingExtra, WeightsError
+from unlearn.errors import ConfigError, MissingExtra, WeightsError
 from unlearn.models import base, file_formats, folders, tensor_files
 from unlearn.models.diffusion import networks
 from unlearn.models.diffusion.networks import PROMPT_TENSORS, TRANSFORMER
@@ -36,12 +35,14 @@ def embedding(folder: Path, network: dict[str, Any], chosen: dict[str, Any]) -> 
     """What the folder's text encoders make of the prompts, (K, T, D) and pooled (K, P): with our names, in float32.
 
     chosen: the options that the config sets: the first row is of `prompt`, the others of `prompts`. Where `prompt` is
-    null it is zeros. Without text encoders it is the embedding that was written into the folder. Raises WeightsError
-    and MissingExtra.
+    null it is zeros. Without text encoders it is the embedding that was written into the folder. Raises WeightsError,
+    ConfigError and MissingExtra.
     """
     prompt, others = chosen.get("prompt", ""), tuple(chosen.get("prompts", ()))
     if prompt is None:
         return none(network)
+    if not all(isinstance(text, str) for text in (prompt, *others)):
+        raise ConfigError("model.options.prompt and prompts are texts: put them in quotes")
     if missing := [name for name in _promised(folder) if not (folder / name).is_dir()]:
         raise WeightsError(
             f"{folder} lacks {', '.join(missing)}, which its model_index.json names: give the whole folder, or set "
@@ -152,10 +153,8 @@ def _encoded(folder: str, files: tuple, kind: Any, prompts: Sequence[str]) -> di
             rest |= {"variant": variant, "dtype": torch.float32, "low_cpu_mem_usage": False}
             pipeline = kind.from_pretrained(folder, **rest, local_files_only=True)
             rows = [_embedded(pipeline, prompt) for prompt in prompts]
-    except pickle.UnpicklingError as e:
+    except Exception as e:  # transformers reads foreign files, and raises whatever it meets
         raise WeightsError(f"{folder}: its text encoders cannot be used: {file_formats.why(e)}") from None
-    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, LookupError, ArithmeticError) as e:
-        raise WeightsError(f"{folder}: its text encoders cannot be used: {' '.join(str(e).split())[:300]}") from None
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
 
