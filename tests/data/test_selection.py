@@ -14,7 +14,8 @@ from support.images import tiny_table
 from support.memory import counted
 
 from unlearn import config
-from unlearn.data import checking, selection, shards
+from unlearn.data import checking, row_values, selection, shards
+from unlearn.data.row_batches import RowBatches
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, DataError, StorageError
 
@@ -284,6 +285,14 @@ def test_shards_that_are_not_those_of_the_manifest_are_told_before_they_are_read
     Storage(many).write("manifest.rows", Storage(many).read("manifest.rows")[:-9])
     with pytest.raises(DataError, match=r"manifest.rows: missing or damaged; make it anew with `unlearn shards index"):
         select(many, ids=["img-007"])
+
+
+def test_pieces_are_larger_where_they_are_looked_up_in_a_long_list(tiny_shards, monkeypatch):
+    monkeypatch.setattr(row_values, "GROUP", 8)
+    batches = RowBatches(dataclasses.replace(shards.load(tiny_shards), values=""))
+    pieces, larger = (list(batches.read(["id", "label"], range(6), listed)) for listed in (0, 80))
+    assert [len(piece) for piece in pieces] == [8] * 6 and [len(piece) for piece in larger] == [24, 24]
+    assert pa.concat_tables(larger).equals(pa.concat_tables(pieces))
 
 
 def test_memory_of_a_large_set_is_its_row_numbers_and_labels(tmp_path):
