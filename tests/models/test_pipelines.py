@@ -201,6 +201,17 @@ def test_a_network_alone_takes_the_rest_from_another_folder(theirs, tmp_path):
     assert torch.equal(parts.first_stage.encoder.conv_in.weight, whole.first_stage.encoder.conv_in.weight)
 
 
+def test_another_autoencoder_must_scale_latents_alike(theirs, tmp_path):
+    shutil.copytree(theirs / "vae", tmp_path / "vae")
+    pipeline.options(theirs, {}, tmp_path / "vae")
+    path = tmp_path / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scaling_factor": 0.13025}))
+    with pytest.raises(
+        WeightsError, match="has a scaling_factor of 0.13025, the pipeline's own autoencoder one of 0.18"
+    ):
+        pipeline.options(theirs, {}, tmp_path / "vae")
+
+
 def test_a_tiny_autoencoder_in_a_pipeline(tmp_path):
     pipeline = made("sd")
     pipeline.vae = diffusers.AutoencoderTiny(

@@ -186,6 +186,11 @@ def test_an_encoder_alone_is_told(theirs, tmp_path):
         weights.build(config.Model(weights=str(tmp_path / "encoder")))
 
 
+def test_its_file_without_the_folder_is_told(folder):
+    with pytest.raises(WeightsError, match="names of transformers' ViTMAE: give their folder, with its config.json"):
+        weights.build(config.Model(weights=str(folder / "model.safetensors"), options=TINY))
+
+
 def test_a_tensor_that_is_missing_is_named(folder):
     held = load_file(folder / "model.safetensors")
     held.pop(next(n for n in held if "layer.1" in n and "query.weight" in n))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import nn
 
+from unlearn.errors import WeightsError
 from unlearn.models import base, vit, vitmae
 from unlearn.models.vit import take
 from unlearn.views import View
@@ -198,6 +199,10 @@ class MaskedAutoencoder(base.Adapter):
         cls, tensors: dict[str, torch.Tensor], arguments: dict[str, Any], chosen: dict[str, Any]
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any] | None]:
         """A file of facebookresearch/mae; those of its training say whether pixels were normalised by patch."""
+        if any(name.startswith("vit.embeddings.") for name in tensors):
+            raise WeightsError(
+                "these weights have the names of transformers' ViTMAE: give their folder, with its config.json"
+            )
         if "norm_pix_loss" in arguments:
             return cls.from_public(tensors), {"norm_pix_loss": bool(arguments["norm_pix_loss"])}
         if "norm_pix_loss" not in chosen and any(name.startswith("decoder_") for name in tensors):

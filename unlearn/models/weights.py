@@ -139,6 +139,7 @@ def _built(model: config.Model, seed: int, sources: Sources, decoder: bool) -> b
         if built.first_stage is None:
             raise WeightsError(f"model.first_stage: this {model.family} has no frozen first stage")
         first_stage = cls.first_stage_from((sources.get(model.first_stage) or _look(model.first_stage)).path())
+        _check_values(first_stage, model.first_stage)
         rest = {n: t for n, t in built.state_dict().items() if not n.startswith(cls.first_stage_names)}
         tensor_files.check(built, rest | first_stage, model.first_stage)
         tensors = tensors | first_stage

@@ -100,6 +100,8 @@ def options(folder: Path, chosen: dict[str, Any], first_stage: Path | None = Non
     vae = networks.described(found.vae) if found.vae else chosen.get("vae")
     if vae is None:
         raise WeightsError(f"{first_stage} does not describe its autoencoder: give model.options.vae")
+    if first_stage is not None and found.vae == folder / "vae":
+        _check_scaling(vae, first_stage)
     try:
         _, factor = autoencoder.noised_space(vae)
     except ValueError as e:
@@ -129,6 +131,20 @@ def options(folder: Path, chosen: dict[str, Any], first_stage: Path | None = Non
         "image_size": factor * side if side else chosen["image_size"],
         "tokens": prompts.tokens(found.text, network),
     }
+
+
+def _check_scaling(vae: dict[str, Any], first_stage: Path) -> None:
+    """Raise WeightsError where another autoencoder scales latents in another way than the pipeline's own does."""
+    home = first_stage / "vae" if (first_stage / INDEX).is_file() else first_stage
+    if not (home / "config.json").is_file():
+        return
+    other = networks.described(home)
+    for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        if name in other and name in vae and other[name] != vae[name]:
+            raise WeightsError(
+                f"{first_stage} has a {name} of {other[name]}, the pipeline's own autoencoder one of {vae[name]}: its "
+                "latents are others than the network was trained on"
+            )
 
 
 def _side(network: dict[str, Any]) -> int | None:
