@@ -258,6 +258,8 @@ def run(
         seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - began
 
     keys.signer(cycle)  # its lack is told before anything is trained
+    for place in filter(None, (cycle.releases, cycle.delete_rows)):
+        Storage(place).check_writable()
     with step("select"):
         selection = select(cycle)
     if selection.status == "nothing":

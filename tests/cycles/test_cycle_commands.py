@@ -49,6 +49,15 @@ def test_it_says_what_was_served_and_shows_it(cycle, told):
     assert code == 2 and "has no cycle 000000000000" in err
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(cycle, told, tmp_path):
+    ask(cycle, {"subjects": ["person-1"]})
+    (tmp_path / "file").touch()
+    for given in (("--set", f"releases={tmp_path}/file/releases"), ("--delete-rows", tmp_path / "file" / "kept")):
+        code, _, err = told("cycle", written(cycle), *given)
+        assert code == 2 and re.search(rf"{tmp_path}/file/\w+ cannot be written: {tmp_path}/file is a file", err)
+    assert "0 cycles" in "".join(map(str, told("cycle", "show", written(cycle)))), "nothing was begun"
+
+
 def test_it_exits_with_3_where_retraining_is_due(due, told):
     ask(due, {"subjects": ["person-1"]})
     for _ in range(2):

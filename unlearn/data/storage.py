@@ -55,6 +55,16 @@ class Storage:
     def is_local(self) -> bool:
         return self.bucket is None
 
+    def check_writable(self) -> None:
+        """Raise StorageError where nothing could be written to this folder of a disk. Of S3 only a write can tell."""
+        if self.bucket is None:
+            there = Path(self.uri)
+            while not os.path.lexists(there):
+                there = there.parent
+            if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+                what = "a file" if there.is_file() else "not this user's to write to"
+                raise StorageError(f"{self.uri} cannot be written: {there} is {what}")
+
     def is_file(self, name: str = "") -> bool:
         """Whether a file or an object of that name exists."""
         with told(self.where(name)):
