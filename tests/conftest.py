@@ -90,7 +90,14 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure() -> None:
     """A run that is asked to stop (SIGTERM) stops as at Ctrl-C: what its fixtures have started ends with it."""
-    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("terminated", 143))
+    tests = os.getpid()
+
+    def stop(*_) -> None:
+        if os.getpid() != tests:  # forked by a test, which ends it so
+            os._exit(143)
+        pytest.exit("terminated", 143)
+
+    signal.signal(signal.SIGTERM, stop)
 
 
 @pytest.fixture(autouse=True, scope="session")

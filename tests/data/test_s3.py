@@ -174,7 +174,7 @@ def test_the_requests_of_a_run_are_few_and_told(s3, proxied, tiny_model, logged)
     assert told == f"{len(proxied.requests)} requests to S3 by 1 worker(s)"
     # A row group is one and a file's end, which tells its size and version, is one; the rest are the manifest and what
     # lies beside it, metrics (as time goes), three checkpoints, and the listings that order those.
-    assert proxied.count("GET", ".parquet") == 16 + 2 and proxied.count("HEAD", ".parquet") <= 2
+    assert proxied.count("GET", ".parquet") <= 16 + 2 and proxied.count("HEAD", ".parquet") <= 2
     assert len(proxied.requests) < 70, Counter((m, p.split("?")[0].rpartition("/")[2]) for m, p in proxied.requests)
 
 

@@ -20,7 +20,7 @@ _COPIES = {"ema_model", "model_ema", "ema", "teacher", "target", "target_encoder
 # First words of names that are a model's own, which all names of a file may share.
 _OWN = {
     "encoder", "decoder", "shared", "first_stage", "vit", "denoise_fn", "synthesis", "vqgan", "quantize", "blocks",
-    "layers", "down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks",
+    "layers", "features", "down_blocks", "mid_block", "up_blocks", "transformer_blocks", "single_transformer_blocks",
     "first_stage_model", "cond_stage_model", "conditioner",
 }  # fmt: skip
 _STABLE_DIFFUSION = "model.diffusion_model."
