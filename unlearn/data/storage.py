@@ -79,7 +79,7 @@ class Storage:
         with told(self.where(name)):
             try:
                 return self.folder.read(name) if self.bucket is None else self.bucket.get(name)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            except (FileNotFoundError, NotADirectoryError):
                 return None
             except Exception as e:
                 if s3_errors.code(e) == "NoSuchKey":
