@@ -50,6 +50,8 @@ def report(
     every = points(trials.values(), sweep.bounds)
     if not any(trial.status == "done" for trial in trials.values()):
         raise UnlearnError(f"{sweep.sweep_dir}: no trial is done yet, so there is nothing to report")
+    if whole and not page.held_out_named(sweep):
+        log.warning("--all: the run names no held-out images (evaluation.data), so nothing is measured on them")
     chosen = every if whole else front.of_points(every, sweep.wanted)
     judged = {point.id for point in chosen} if page.held_out_named(sweep) else set()
     grids: page.Grids = {}

@@ -53,7 +53,7 @@ class Diffusion(base.Adapter):
             if options.vae is not None:
                 self.first_stage, latent_decoder = autoencoder.split(options.vae)
                 self.decoder.add_module("back", latent_decoder)
-        except (
+        except (  # what diffusers raises for a config that its classes do not expect, or whose packages are missing
             ValueError, TypeError, NotImplementedError, AttributeError, KeyError, ImportError, UnboundLocalError
         ) as e:  # fmt: skip
             raise ConfigError(
