@@ -11,6 +11,8 @@ from unlearn import config, method_options
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
 
+OF_RUN = ("run.", "set.")  # what an override begins with that changes the run
+
 
 def text(source: str, what: str) -> str:
     """What `source` holds: a file (path or s3://), or env:VARIABLE; `what` is expected there. Raises ConfigError,
@@ -24,12 +26,12 @@ def text(source: str, what: str) -> str:
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A tree with "key=value" set, and with "run.key=value" among what it sets of its run."""
-    of_run = [item.removeprefix("run.") for item in overrides if item.startswith("run.")]
-    tree = config.override(tree, [item for item in overrides if not item.startswith("run.")])
-    tree["set"] = (tree.get("set") or {}) | {
-        item.partition("=")[0]: config.override({}, [f"value={item.partition('=')[2]}"])["value"] for item in of_run
-    }
+    """A tree with "key=value" set, and with "run.key=value" or "set.key=value" among what it sets of its run."""
+    of_run = [item for item in overrides if item.startswith(OF_RUN)]
+    tree = config.override(tree, [item for item in overrides if item not in of_run])
+    for item in of_run:
+        key, _, value = item.partition(".")[2].partition("=")
+        tree["set"] = (tree.get("set") or {}) | {key: config.override({}, [f"value={value}"])["value"]}
     return tree
 
 

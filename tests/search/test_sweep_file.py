@@ -105,6 +105,9 @@ def test_keys_with_dots_can_be_overridden():
     sweep = sweep_file.read(text, "sweep.yaml", overrides)
     assert sweep.size == 6 and list(sweep.objectives) == ["retain.cosine.drop", "retain.fid"]
     assert sweep.settings.training.lr == 0.5
+    text = yaml.safe_dump(SWEEP | {"set": {"training.steps": 7, "training.clip": 0.1}})
+    training = sweep_file.read(text, "sweep.yaml", ["set.training.steps=9"]).settings.training
+    assert (training.steps, training.clip) == (9, 0.1), "what else is set stays"
     with pytest.raises(ConfigError, match="search.method.alpha.choice: Input should be a valid list"):
         sweep_file.read(text, "sweep.yaml", ["search.method.alpha={choice: 3}"])
 
