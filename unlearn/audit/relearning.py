@@ -3,7 +3,7 @@
 Whoever has the weights can do that. What comes back faster than the oracle learns it was hidden, not removed.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from unlearn.audit.bench import Bench
 from unlearn.audit.subject import Subject
 from unlearn.config import Part, Positive, ViewSpec
 from unlearn.evaluation.metrics import hole_errors
+from unlearn.run import Run
 
 
 class RelearningOptions(Part):
@@ -59,6 +60,9 @@ class Relearning(AuditTest):
     needs = ("forget", "forget_new", "retain")
     Options = RelearningOptions
     options: RelearningOptions
+
+    def reads(self, run: Run) -> list[Any]:
+        return [view.model_dump(mode="json") for view in run.settings.train_views]
 
     def pieces(self, subject: Subject) -> list[Piece]:
         return [
