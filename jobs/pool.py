@@ -25,7 +25,7 @@ Map = Callable[..., Iterator[Any]]
 
 @contextlib.contextmanager
 def pool(
-    task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool
+    task: Callable[..., Callable[..., Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool
 ) -> Iterator[Map]:
     """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own: mapped(pieces,
     *common) gives the task's (piece, *common) of each.
