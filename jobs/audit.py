@@ -1,5 +1,6 @@
 """Audit: a run's tests over its workers, and audit.json and audit.html of them; behind `unlearn audit`."""
 
+import contextlib
 import io
 import json
 import logging
@@ -7,17 +8,20 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 
 from jobs import evaluate
-from jobs.pool import pool
+from jobs.pool import Map, pool
 from unlearn import __version__
 from unlearn.audit import base, page, shadows
 from unlearn.audit.base import Measured, Piece, test_class
-from unlearn.audit.bench import Bench
+from unlearn.audit.bench import Benches
 from unlearn.audit.settings import USUAL, AuditConfig
 from unlearn.audit.subject import Subject, subject
+from unlearn.config import RunConfig
 from unlearn.data import selection
 from unlearn.data.storage import Storage
 from unlearn.errors import UnlearnError
@@ -34,19 +38,22 @@ Progress = Callable[[int, int], None]
 def audit(
     run: Run, settings: AuditConfig, progress: Progress = lambda done, total: None,
     check: Callable[[], None] = lambda: None,
-    again: bool = False, kept: str | None = None,
+    again: bool = False, kept: str | None = None, shared: Callable[[], Map] | None = None, unless_made: bool = False,
 ) -> dict:  # fmt: skip
     """Make every test of `settings` on a trained run; write audit.json and the page. Returns what is in audit.json.
 
     What an audit of the same weights, images and options has measured before is not measured again, unless `again`. The
     figures do not depend on the number of workers. check: asked with every progress and before anything is written.
-    kept: folder of what was measured, by default the run's `audit`; runs of one original may share it. Raises
-    UnlearnError.
+    kept: folder of what was measured, by default the run's `audit`; runs of one original may share it. shared: gives
+    `workers` that serve other audits too; else it has its own. unless_made: whether an audit.json that this audit would
+    write again is taken as it is. Raises UnlearnError.
     """
     began = time.perf_counter()
     trained = provenance.check(run)
     audited = prepared(run, settings)
-    run = audited.run
+    run, identity = audited.run, audited.identity()
+    if unless_made and (document := _made(run, identity)):
+        return document
     seconds: dict[str, float] = {}
     judged = {}
     for test in audited.tests.values():
@@ -54,7 +61,7 @@ def audit(
             judged[test.name] = base.document(test, [], [base.Judgement(base.NOT_SHOWN, reason)], settings.confidence)
     folder = Storage(kept or Storage(run.folder).where(DONE))
     left = [name for name in audited.tests if name not in judged]
-    measured = _measured(audited, left, folder, progress, check, again, seconds)
+    measured = _measured(audited, left, folder, progress, check, again, seconds, shared)
     computing = time.perf_counter()
     for name, found in measured.items():
         figures = audited.tests[name].figures(found, audited)
@@ -63,7 +70,7 @@ def audit(
     seconds["figures"] = time.perf_counter() - computing
     check()
     document = {
-        "software": f"unlearn {__version__}", "name": run.settings.name, "config_hash": trained,
+        "software": f"unlearn {__version__}", "name": run.settings.name, "config_hash": trained, "identity": identity,
         "weights": {name: audited.source(name).fingerprint for name in audited.models},
         "sets": selection.describe(audited.sets),
         "settings": {
@@ -77,6 +84,12 @@ def audit(
     storage.write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
     log.info("audited in %.0f s: %s, %s", seconds["total"], document["verdict"], page.write(run, document))
     return document
+
+
+def workers(settings: RunConfig, audit: AuditConfig) -> AbstractContextManager[Map]:
+    """Workers for the audits of runs such as this one, one audit after another."""
+    count = audit.workers or settings.evaluation.workers or settings.cluster.workers
+    return pool(Benches, cluster=settings.cluster, workers=count, here=settings.training.engine == "torch")
 
 
 def report(run: Run, document: dict, show_forget: bool = False) -> str | None:
@@ -142,12 +155,11 @@ def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
 
 def _measured(
     audited: Subject, names: list[str], storage: Storage, progress: Progress, check: Callable[[], None], again: bool,
-    seconds: dict[str, float],
+    seconds: dict[str, float], shared: Callable[[], Map] | None,
 ) -> dict[str, Measured]:  # fmt: skip
     """What all pieces of these tests have found, by test; seconds of workers are added up by test.
 
     storage: of what was measured."""
-    settings = audited.run.settings
     pieces = [piece for name in names for piece in audited.tests[name].pieces(audited)]
     # Generator by generator over all tests, so that a worker loads each few times.
     order = {name: i for i, name in enumerate(audited.every)}
@@ -157,10 +169,10 @@ def _measured(
     left = [piece for piece in pieces if _file(keys[piece]) not in there]
     found: dict[Piece, dict[str, np.ndarray]] = {}
     if left:
-        count = audited.settings.workers or settings.evaluation.workers or settings.cluster.workers
-        here = settings.training.engine == "torch"
-        with pool(Bench, audited, cluster=settings.cluster, workers=count, here=here) as mapped:
-            for done, (piece, arrays) in enumerate(zip(left, mapped(left), strict=True), len(pieces) - len(left) + 1):
+        own = contextlib.nullcontext(shared()) if shared else workers(audited.run.settings, audited.settings)
+        with own as mapped:
+            results = mapped(left, audited)
+            for done, (piece, arrays) in enumerate(zip(left, results, strict=True), len(pieces) - len(left) + 1):
                 check()
                 storage.write(_file(keys[piece]), _packed(arrays))
                 found[piece] = arrays
@@ -170,6 +182,13 @@ def _measured(
             found[piece] = _unpacked(storage.read(_file(keys[piece])), storage.where(_file(keys[piece])))
         seconds[piece.test] = seconds.get(piece.test, 0.0) + float(found[piece]["seconds"].sum())
     return {name: _joined(found, name) for name in names}
+
+
+def _made(run: Run, identity: str) -> dict[str, Any] | None:
+    """The audit.json of a run, where it is of this audit."""
+    storage = Storage(run.folder)
+    document = json.loads(storage.read(RESULTS)) if storage.is_file(RESULTS) else {}
+    return document if document.get("identity") == identity else None
 
 
 def _joined(found: dict[Piece, dict[str, np.ndarray]], name: str) -> Measured:

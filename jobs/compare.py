@@ -4,11 +4,9 @@ import json
 import logging
 from collections.abc import Callable
 
-from jobs import audit as audits
+from jobs import compare_audits, train
 from jobs import sweep as sweeps
-from jobs import train
 from jobs.sweep_state import Progress
-from unlearn import run as runs
 from unlearn.audit import settings as audit_settings
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
@@ -59,25 +57,9 @@ def compare(
     final = compare.final(chosen)
     trials = sweeps.sweep(final, _telling("comparing", final, progress), check, retry_failed)
     if compare.audit is not None:
-        _audit(compare, final, [trial for trial in trials if trial.status == "done"], progress, check)
+        done = [trial for trial in trials if trial.status == "done"]
+        compare_audits.audit_all(compare, final, done, progress, check, retry_failed)
     return _write(compare, chosen, trials, final)
-
-
-def _audit(
-    compare: Compare,
-    final: Stage,
-    trials: list[Trial],
-    progress: Callable[[str, int, int], None],
-    check: Callable[[], None],
-) -> None:
-    """Audit these runs. What is measured is kept for all of them together, since they share originals and oracles."""
-    settings = audit_settings.parse(compare.audit or {}, "audit")
-    kept = Storage(compare.compare_dir).where("audit")
-    for number, trial in enumerate(trials):
-        progress("auditing", number, len(trials))
-        run = runs.load(Storage(final.sweep_dir).where(trial.run))
-        audits.audit(runs.resolve(run, measured=True), settings, check=check, kept=kept)
-    progress("auditing", len(trials), len(trials))
 
 
 def _telling(part: str, stage: Stage, progress: Callable[[str, int, int], None]) -> Callable[[Progress], None]:

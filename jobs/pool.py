@@ -1,7 +1,7 @@
 """Map pieces of work over workers: Ray actors on a cluster, or this process where one worker is enough.
 
 A task is a class that is built once in each worker, with the arguments it is given there, and called with piece after
-piece.
+piece, and with what the pieces of one call have in common.
 """
 
 import contextlib
@@ -14,24 +14,26 @@ from typing import Any
 
 from unlearn import config, signals
 from unlearn import log as logs
-from unlearn.errors import ClusterError, UnlearnError
+from unlearn.errors import ClusterError, StorageError, UnlearnError
 
 AHEAD = 4  # pieces that each worker has waiting, so that it works on while the driver computes
-RETRIES = 3  # of a worker that dies
+RETRIES = 3  # of a piece whose worker dies
 
-# Maps pieces to results, in the order of the pieces.
-Map = Callable[[Iterable[Any]], Iterator[Any]]
+# Maps pieces to results, in the order of the pieces. What follows the pieces goes to the task with each of them.
+Map = Callable[..., Iterator[Any]]
 
 
 @contextlib.contextmanager
 def pool(
-    task: Callable[..., Callable[[Any], Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool
+    task: Callable[..., Callable[..., Any]], *arguments: Any, cluster: config.Cluster, workers: int, here: bool
 ) -> Iterator[Map]:
-    """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own.
+    """A function that maps pieces over `workers` workers, each with a task(*arguments) of its own: mapped(pieces,
+    *common) gives the task's (piece, *common) of each.
 
     here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on
-    with fewer workers (cluster.min_workers) is given fewer. The arguments are sent to the cluster once. Raises
-    UnlearnError as the task does, and ClusterError where a worker dies too often or the cluster has too little.
+    with fewer workers (cluster.min_workers) is given fewer. The arguments are sent to the cluster once, what pieces
+    have in common once a call. Raises UnlearnError as the task does, and ClusterError where the workers of a piece die
+    too often or the cluster has too little.
     """
     if workers == 1 and (here or not on_cluster(cluster)):
         import torch
@@ -39,7 +41,7 @@ def pool(
         threads = torch.get_num_threads()
         try:
             call = task(*arguments)
-            yield lambda pieces: map(call, pieces)
+            yield lambda pieces, *common: (call(piece, *common) for piece in pieces)
         finally:
             torch.set_num_threads(threads)
         return
@@ -52,7 +54,7 @@ def pool(
         kind = ray.remote(
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
-            max_restarts=RETRIES,
+            max_restarts=-1,  # counted by piece: over many pieces workers may be taken away more often
             max_task_retries=RETRIES,
         )(_Actor)
         # In a list, which a worker looks into once. Ray cannot start an actor again whose own arguments lie in its
@@ -60,7 +62,7 @@ def pool(
         shared = [ray.put(arguments)]
         actors: list[Any] = [kind.remote(task, logs.level(), number) for number in range(min(workers, room(cluster)))]
         try:
-            yield lambda pieces: _in_order(actors, shared, pieces)
+            yield lambda pieces, *common: _in_order(actors, shared, pieces, common)
         finally:
             for actor in actors:
                 ray.kill(actor)
@@ -80,21 +82,29 @@ class _Actor:
         logs.start_worker(level, worker=number, host=socket.gethostname())
         signals.show_stacks()
         self.task, self.call = task, None
+        self.common: tuple[Any, tuple] = (None, ())  # as it lies in the object store, and here
 
-    def run(self, shared: list, piece: Any) -> tuple[bool, Any]:
+    def run(self, shared: list, common: list, piece: Any) -> tuple[bool, Any]:
         import ray
 
         try:
             self.call = self.call or self.task(*ray.get(shared[0]))
-            return True, self.call(piece)
+            if self.common[0] != common[0]:
+                self.common = common[0], ray.get(common[0])
+            return True, self.call(piece, *self.common[1])
         except UnlearnError as e:
-            return False, str(e)
+            # Of the kinds that the driver tells apart: others are not all to be pickled.
+            kind = StorageError if isinstance(e, StorageError) else UnlearnError
+            return False, kind(str(e))
 
 
-def _in_order(actors: list, shared: list, pieces: Iterable[Any]) -> Iterator[Any]:
+def _in_order(actors: list, shared: list, pieces: Iterable[Any], common: tuple) -> Iterator[Any]:
+    import ray
+
     ahead: deque = deque()
+    together = [ray.put(common)]
     for number, piece in enumerate(pieces):
-        ahead.append(actors[number % len(actors)].run.remote(shared, piece))
+        ahead.append(actors[number % len(actors)].run.remote(shared, together, piece))
         if len(ahead) == AHEAD * len(actors):
             yield _result(ahead.popleft())
     while ahead:
@@ -111,5 +121,5 @@ def _result(future) -> Any:
         told = str(e).splitlines()[0][:160]
         raise ClusterError(f"a worker died more than {RETRIES} times: {told}; it may need more memory") from None
     if not good:
-        raise UnlearnError(result)
+        raise result
     return result

@@ -12,7 +12,7 @@ import torch
 from jobs import audit as job
 from unlearn import config
 from unlearn.audit import settings as audits
-from unlearn.audit.bench import Bench
+from unlearn.audit.bench import Bench, Benches
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
 from unlearn.models import weights
@@ -126,6 +126,21 @@ def test_figures_do_not_depend_on_who_measures_what(done):
     first = [one(piece)["errors"] for piece in pieces]
     second = [(one, other)[i % 2](piece)["errors"] for i, piece in reversed(list(enumerate(pieces)))][::-1]
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
+    others = job.prepared(resolve(settings, measured=True), audits.load(None, ["limit=30", "tests=[membership]"]))
+    worker = Benches()
+    worker(others.tests["membership"].pieces(others)[0], others)
+    assert (worker(pieces[-1], subject)["errors"] == first[-1]).all(), "whatever it has audited before"
+
+
+def test_what_was_measured_of_another_run_is_not_taken_where_training_would_be_other(done):
+    settings, _ = done
+    other = settings.model_copy(update={"train_views": [config.ViewSpec(size=0.25)]})
+    made = [
+        job.prepared(resolve(s, measured=True), audits.load(None, ["tests=[membership,relearning]"]))
+        for s in (settings, other)
+    ]
+    keys = {name: {s.key(s.tests[name].pieces(s)[0]) for s in made} for name in made[0].tests}
+    assert {name: len(known) for name, known in keys.items()} == {"membership": 1, "relearning": 2}
 
 
 def test_the_original_and_a_blur_fail_and_the_oracle_passes(tmp_path):

@@ -156,6 +156,25 @@ def test_a_lead_holds_the_chance_of_which_images_were_drawn():
     assert rows == [(name, *draw) for name in subject.models for draw in ((0, 8), (8, 16))], "no image in two draws"
 
 
+def test_retain_images_are_trained_on_with_another_seed_in_every_draw():
+    options = relearning.RelearningOptions(on=["retain"], retain_draws=2, steps=1, batch_size=4)
+    test, model = relearning.Relearning(options), small.build("mae").requires_grad_(False)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    asked = []
+    subject = SimpleNamespace(
+        models=["unlearned"], sets={"retain": range(6), "forget_new": range(6)}, settings=SimpleNamespace(seed=0),
+        run=SimpleNamespace(settings=SimpleNamespace(train_views=[config.ViewSpec(kind="random", size=0.5)])),
+    )  # fmt: skip
+    bench = SimpleNamespace(
+        subject=subject, size=32, generator=lambda name: model,
+        pixels=lambda name, start, stop: asked.append((name, start, stop)) or (np.arange(start, stop), images),
+        view=lambda spec, number, name, kept: views.draw([spec], model.grid, len(kept), np.random.default_rng(0)),
+    )  # fmt: skip
+    first, second = (test.measure(piece, bench)["errors"] for piece in test.pieces(subject))
+    assert asked.count(("retain", 0, 6)) == 2, "all of them in each"
+    assert (first[..., 0] == second[..., 0]).all() and (first[..., 1] != second[..., 1]).all()
+
+
 def test_pairs_of_shadows_divide_the_forget_images():
     halves = np.array([shadows.seen(11, number, 3) for number in range(4)])
     assert (halves[0] == ~halves[1]).all() and (halves[2] == ~halves[3]).all() and (halves[0] != halves[2]).any()

@@ -16,6 +16,7 @@ from support.command import refused
 from support.images import CLASSES, tiny_table
 from support.runs import evaluate, tiny_config, train
 
+from jobs import sweep_report
 from unlearn.cli.sweep_table import headline, live, status
 from unlearn.data import shards
 from unlearn.data.storage import Storage
@@ -145,7 +146,7 @@ def test_promote_makes_the_folder_of_a_run(told, swept, tmp_path, s3):
     assert one["sets"]["forget"]["split"] == "held-out"
 
 
-def test_report_measures_the_front_on_held_out_images(told, swept):
+def test_report_measures_the_front_on_held_out_images(told, swept, capsys):
     sweep, known = sweep_file.load(swept), Trials(Storage(swept))
     code, out, _ = told("sweep", "report", "--dir", swept)
     assert code == 0 and "held out" in out and re.search(r"p001 +0.0135", out)
@@ -174,9 +175,15 @@ def test_report_measures_the_front_on_held_out_images(told, swept):
     assert known.read("p001-s4-m0").held_out["retain.cosine.drop"] == 0.5
     assert Storage(swept).read("report.html").decode().count('alt="forget image') == 3 * 2 * 4
     assert "The points of the front were then" in html
-    assert told("sweep", "report", "--dir", swept, "--all")[0] == 0
+    code, _, warned = told("sweep", "report", "--dir", swept, "--all")
+    assert code == 0 and "no held-out images" not in warned
     assert all(trial.held_out for trial in known.all() if trial.status == "done")
     assert "All points were then measured once more" in Storage(swept).read("report.html").decode()
+    sweep_report.report(sweep_file.load(swept, ["run.evaluation.data=null"]), whole=True)
+    assert (
+        "--all: the run names no held-out images (evaluation.data), so nothing is measured on them"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_sweep_that_runs_is_shown(tmp_path, capsys):

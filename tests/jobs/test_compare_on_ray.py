@@ -33,7 +33,8 @@ def test_methods_are_tuned_and_compared_and_it_goes_on(tiny_shards, tiny_model, 
     document = job.compare(found, lambda *now: told.append(now))
     rows = {row["method"]: row for row in document["rows"]}
     assert [rows[name]["done"] for name in ("paper", "saliency", "too fast")] == [2, 2, 0]
-    assert rows["paper"]["audits"] == {"verdicts": {"NOT SHOWN": 2}, "failed": {}}, "there are no held-out images"
+    audits = {"verdicts": {"NOT SHOWN": 2}, "failed": {}, "broken": 0, "message": None}
+    assert rows["paper"]["audits"] == audits, "there are no held-out images"
     assert "not finite" in rows["too fast"]["failed"] and ("comparing", 6, 6) in told and ("tuning", 6, 6) in told
 
     final = Storage(found.final({label: rows[label]["options"] for label in found.methods}).sweep_dir)

@@ -149,6 +149,16 @@ def test_a_text_encoder_or_tokenizer_without_its_config_is_told(lost, theirs, tm
         prompts.embedding(folder, {"class": "UNet2DConditionModel"}, {})
 
 
+@pytest.mark.parametrize("kind", [MemoryError, torch.OutOfMemoryError])
+def test_a_lack_of_memory_is_no_damage_of_a_text_encoder(kind, theirs, tmp_path, monkeypatch):
+    def short(*_):
+        raise kind("too little memory")
+
+    monkeypatch.setattr(prompts, "_embedded", short)
+    with pytest.raises(kind, match="too little memory"):
+        build(copied(theirs, tmp_path))
+
+
 def test_a_damaged_text_encoder_is_told(theirs, tmp_path):
     folder = copied(theirs, tmp_path)
     path, file = folder / "text_encoder" / "config.json", folder / "text_encoder" / "model.safetensors"

@@ -1,5 +1,6 @@
 """Comparisons: fair and whole before anything starts, the settings that each method gets, the table and its page."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -8,13 +9,19 @@ import pytest
 from support.browser import CHROMIUM, browser
 from support.sweeps import trial
 
+from jobs import audit as audits
 from jobs import compare as job
+from jobs import compare_audits
 from unlearn import config
+from unlearn import run as runs
+from unlearn.audit import settings as audit_settings
+from unlearn.audit import subject as subjects
+from unlearn.audit.bench import Bench
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
 from unlearn.models import weights
 from unlearn.search import compare as comparisons
-from unlearn.search import leaderboard, leaderboard_page
+from unlearn.search import labels, leaderboard, leaderboard_page
 from unlearn.search.records import Trials
 
 ROOT = Path(__file__).parents[2]
@@ -147,7 +154,7 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     assert first["figures"]["distance"]["mean"] == pytest.approx(sum(whole) / 3)
     assert second["figures"]["audit.passed"]["mean"] == 0.75 and "audit.passed" not in first["figures"]
     cells = [leaderboard_page.cell(row, "audit.passed", "") for row in (first, second)]
-    assert cells == ["–", "FAIL 1 (probes), PASS 3"] and "with these tests: probes" in " ".join(document["notes"])
+    assert cells == ["–", "FAIL 1 (probes 1), PASS 3"] and "with these tests: probes" in " ".join(document["notes"])
     assert document["distance"] == "oracle spreads" and document["chance"] == 15.6 and document["tuned"] == 2
     assert document["reference"]["oracle"]["forget.cosine"] == 0.6 and "paper" in document["notes"][-1]
     page = Path(compared.compare_dir, leaderboard_page.NAME).read_text()
@@ -157,32 +164,68 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
         and json.loads(Path(compared.compare_dir, leaderboard.NAME).read_text()) == document
     )
     drawn = leaderboard_page.drawing(document)
-    assert [mark["label"] for mark in drawn["marks"]] == ["paper", "decoupling"]
-    assert 0 <= drawn["marks"][0]["x"] < drawn["marks"][1]["x"] <= 100 and all(
-        0 <= m["y"] <= 100 for m in drawn["marks"]
-    )
+    marks, (wide, high) = drawn["marks"], (leaderboard_page.WIDTH, leaderboard_page.HEIGHT)
+    assert [mark["label"] for mark in marks] == ["paper", "decoupling"]
+    assert 0 <= marks[0]["x"] < marks[1]["x"] <= wide and all(0 <= mark["y"] <= high for mark in marks)
+    assert [label.text for label in drawn["labels"]] == ["1", "2"]
+    assert "few: 2 seeds, 2 originals, 2 oracles" in page
 
 
-def test_every_run_is_audited_and_what_they_share_is_measured_once(tmp_path):
+def test_numbers_of_near_points_lie_beside_each_other_and_of_more_points_share_a_label():
+    near = [(str(n), 100.0 + 3 * n, 50.0) for n in range(1, 5)]
+    made = labels.placed(near, [], 560)
+    assert [label.text for label in made] == ["1", "2", "3", "4"]
+    apart = [a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1] or b.box[3] <= a.box[1]
+             for a, b in itertools.combinations(made, 2)]  # fmt: skip
+    assert all(apart)
+    same = labels.placed([(str(n), 100.0, 50.0) for n in range(1, 11)], [], 560)
+    assert [label.text for label in same] == ["1, 9, 10", "2", "3", "4", "5", "6", "7", "8"]
+    (border,) = labels.placed([("7", 558.0, 50.0)], [(540, 20, 560, 49)], 560)
+    assert border.anchor == "end" and border.y > 50, "within the drawing, and not over a name"
+
+
+def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp_path, monkeypatch):
     """tests/jobs/test_compare_on_ray.py audits runs that were trained."""
     audit = {"tests": ["membership"], "limit": 10, "resamples": 100, "membership": {"views": 1}}
     found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit))
     final = found.final({label: found.candidates(label)[0] for label in found.methods})
     point, trials = final.grid()[0], []
-    for seed, name in ((0, "embedded:mae-fashion"), (5, "embedded:mae-fashion-oracle")):
+    for seed, name in ((3, "embedded:mae-fashion"), (0, "embedded:mae-fashion"), (5, "embedded:mae-fashion-oracle")):
         id = final.trial_id("p000", seed, None)
         run = final.of(point, seed, None, id)
         Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
         weights.write(weights.build(config.Model(weights=name)), Storage(run.run_dir).where("model"), {})
         trials.append(trial("p000", seed, point, 0.6, 0.77, id=id, run=f"runs/{id}"))
-    told = []
-    job._audit(found, final, trials, lambda *now: told.append(now), lambda: None)
-    assert told[0] == ("auditing", 0, 2) and told[-1] == ("auditing", 2, 2)
-    made = [json.loads(Storage(final.sweep_dir).read(f"{t.run}/audit.json")) for t in trials]
+    folders = [Storage(Storage(final.sweep_dir).where(t.run)) for t in trials]
+    whole = folders[0].read("model/weights.safetensors")
+    folders[0].write("model/weights.safetensors", whole[:-1])
+    told, measured, measure = [], [], Bench.__call__
+    monkeypatch.setattr(Bench, "__call__", lambda self, piece: measured.append(piece) or measure(self, piece))
+
+    def audited(**options) -> list[dict]:
+        measured.clear()
+        compare_audits.audit_all(found, final, trials, lambda *now: told.append(now), lambda: None, **options)
+        return [json.loads(folder.read("audit.json")) for folder in folders if folder.is_file("audit.json")]
+
+    made = audited()
+    assert told[0] == ("auditing", 0, 3) and told[-1] == ("auditing", 3, 3)
     assert made[0]["membership"]["original"] == made[1]["membership"]["original"]
     assert made[0]["weights"]["unlearned"] != made[1]["weights"]["unlearned"]
     # two sets of the original, of the oracle, and of each unlearned model
-    assert len(Storage(tmp_path).files("audit")) == 8
+    assert len(Storage(tmp_path).files("audit")) == len(measured) == 8
+    row = leaderboard.document(found, {"paper": point}, trials, Storage(final.sweep_dir))["rows"][0]
+    assert row["audits"]["broken"] == 1 and "is not the file" in row["audits"]["message"]
+    assert leaderboard_page.cell(row, "audit.passed", "") == "NOT SHOWN 2, not audited 1"
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subjects, "bootstrap", None)
+        assert audited() == made and not measured, "what there is stays, and what has failed is not tried again"
+    folders[0].write("model/weights.safetensors", whole)
+    again = audited(retry_failed=True)
+    assert len(again) == 3 and again[1:] == made and not folders[0].is_file(leaderboard.AUDIT_FAILED)
+    for folder, before in zip(folders[1:], made, strict=True):
+        alone = audits.audit(runs.resolve(runs.load(folder.uri), measured=True), audit_settings.parse(audit))
+        assert alone.pop("seconds").keys() == before.pop("seconds").keys() and alone == before
 
 
 def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):

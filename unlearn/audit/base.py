@@ -25,6 +25,7 @@ from unlearn.registry import AUDITS
 if TYPE_CHECKING:
     from unlearn.audit.bench import Bench
     from unlearn.audit.subject import Subject
+    from unlearn.run import Run
 
 PASS, FAIL, NOT_SHOWN = "PASS", "FAIL", "NOT SHOWN"
 ORIGINAL, UNLEARNED, ORACLE = "original", "unlearned", "oracle"
@@ -117,6 +118,10 @@ class AuditTest:
         """Why it cannot be made on this run; None where it can."""
         absent = [name for name in self.needs if name not in subject.sets]
         return None if not absent else f"there are no images for it: {', '.join(subject.why(name) for name in absent)}"
+
+    def reads(self, run: "Run") -> list[Any]:
+        """Plain values of the run that `measure` depends on, besides its images, weights and feature network."""
+        return []
 
     def pieces(self, subject: "Subject") -> list[Piece]:
         """The work, those of one generator together."""

@@ -1,9 +1,13 @@
-"""What a worker measures with: the images, one generator at a time, the feature network where a test asks for it."""
+"""What a worker measures with: the images, one generator at a time, the feature network where a test asks for it.
+
+A worker audits one run after another. Between them it keeps the images and the feature network; nothing of it changes a
+result.
+"""
 
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +15,8 @@ import torch
 from unlearn import config, patience, views
 from unlearn.audit.base import Piece
 from unlearn.audit.subject import Subject
-from unlearn.data import order
+from unlearn.data import cache, order
+from unlearn.data.images import Images
 from unlearn.evaluation import measure
 from unlearn.evaluation.comparison import Comparison
 from unlearn.evaluation.metrics import hole_errors
@@ -20,16 +25,67 @@ from unlearn.models.base import Adapter, Embedding
 STREAM = 1 << 26  # of the random numbers of an audit: those of views
 
 
+class Kept:
+    """The images and the feature network, from one run to the next."""
+
+    def __init__(self):
+        self._images: cache.ImageCache | None = None
+        self._network: tuple[str, torch.nn.Module] | None = None
+
+    def images(self, subject: Subject) -> cache.ImageCache:
+        """The cache for the images of a subject; another one where its limit is another. What the subject does not need
+        is let go where room is short."""
+        settings = subject.run.settings
+        made = cache.image_cache(settings.data, settings.evaluation.workers or settings.cluster.workers)
+        if self._images is None or (self._images.limit, self._images.workers) != (made.limit, made.workers):
+            self._images = made
+        return self._images
+
+    def make_room(self, subject: Subject, size: int) -> None:
+        """Let go of images that this subject does not need, where room is short. size: pixels of an image's side."""
+        wanted: dict[Any, np.ndarray] = {}
+        for rows in subject.sets.values():
+            shelf = Images.shelf(rows, subject.run.settings.data, size)
+            wanted[shelf] = np.concatenate([wanted.get(shelf, rows.rows[:0]), rows.rows])
+        self.images(subject).make_room(wanted)
+
+    def network(self, settings: config.RunConfig) -> torch.nn.Module:
+        """The feature network of a run's evaluation."""
+        evaluation = settings.evaluation
+        key = repr((evaluation.features, evaluation.features_weights, evaluation.resize, measure.device(settings)))
+        if self._network is None or self._network[0] != key:
+            self._network = key, measure.feature_network(settings)
+        return self._network[1]
+
+
+class Benches:
+    """What a worker of audits does: pieces of one subject after another, each subject with a bench of its own."""
+
+    def __init__(self):
+        self._kept, self._bench = Kept(), None
+
+    def __call__(self, piece: Piece, subject: Subject) -> dict[str, np.ndarray]:
+        """What the piece's test measures."""
+        if self._bench is None or self._bench.subject is not subject:
+            self._bench = None  # before the next one is built, so that one generator is in memory
+            self._bench = Bench(subject, self._kept, piece.generator)
+        return self._bench(piece)
+
+
 class Bench:
     """subject: what is audited. Nothing that it measures depends on which worker asks, or what that one has measured
     before."""
 
-    def __init__(self, subject: Subject):
+    def __init__(self, subject: Subject, kept: Kept | None = None, first: str | None = None):
+        """kept: what there is from the run before. first: the generator that is asked for first."""
         settings = subject.run.settings
         patience.use(settings.storage.patience)
         torch.set_num_threads(settings.training.threads)
-        self.subject, self.device = subject, measure.device(settings)
-        self.compared = Comparison(replace(subject.run, measured=subject.sets), subject.every, self.device)
+        self.subject, self.device, self._kept = subject, measure.device(settings), kept or Kept()
+        models = subject.every if first is None else {first: subject.every[first]} | subject.every
+        images = self._kept.images(subject)
+        self.compared = Comparison(replace(subject.run, measured=subject.sets), models, self.device, images)
+        self._kept.make_room(subject, self.compared.size)
         self._views: dict[tuple, views.View] = {}
 
     def __call__(self, piece: Piece) -> dict[str, np.ndarray]:
@@ -38,10 +94,10 @@ class Bench:
         found = self.subject.tests[piece.test].measure(piece, self)
         return found | {"seconds": np.array([time.perf_counter() - began])}
 
-    @cached_property
+    @property
     def network(self) -> torch.nn.Module:
         """The feature network of the run's evaluation."""
-        return measure.feature_network(self.subject.run.settings)
+        return self._kept.network(self.subject.run.settings)
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 Whoever has the weights can do that. What comes back faster than the oracle learns it was hidden, not removed.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from unlearn.audit.bench import Bench
 from unlearn.audit.subject import Subject
 from unlearn.config import Part, Positive, ViewSpec
 from unlearn.evaluation.metrics import hole_errors
+from unlearn.run import Run
 
 
 class RelearningOptions(Part):
@@ -29,6 +30,11 @@ class RelearningOptions(Part):
     draws: Positive = Field(
         default=3,
         description="how often other forget images are drawn, where there are as many: which they are matters much",
+    )
+    retain_draws: Positive = Field(
+        default=1,
+        description="how often retain images are trained on, each time drawn with another seed; 1 gives no interval "
+        "over them",
     )
     steps: Positive = 100
     batch_size: Positive = 32
@@ -52,13 +58,16 @@ class Relearning(AuditTest):
         "never knew it."
     )
     hides = (
-        "Other training (other learning rates, more steps) may bring back more; on retain images one seed of training "
-        "is shown, and its chance is in no interval."
+        "Other training (other learning rates, more steps) may bring back more; with one draw (on retain images the "
+        "default, `retain_draws`) the chance of training is in no interval."
     )
-    cost = "(1 + draws) x steps of training"
+    cost = "(retain_draws + draws) x steps of training"
     needs = ("forget", "forget_new", "retain")
     Options = RelearningOptions
     options: RelearningOptions
+
+    def reads(self, run: Run) -> list[Any]:
+        return [view.model_dump(mode="json") for view in run.settings.train_views]
 
     def pieces(self, subject: Subject) -> list[Piece]:
         return [
@@ -69,17 +78,17 @@ class Relearning(AuditTest):
         ]
 
     def _draws(self, what: str, count: int) -> list[tuple[int, int]]:
-        """The images that are trained on, as rows start .. stop of the set: all retain images once, other forget images
-        in every draw."""
+        """The images that are trained on, as rows start .. stop of the set: other forget images in every draw. Of
+        retain images, which are all trained on, start is the number of the draw."""
         if what == "retain":
-            return [(0, count)]
+            return [(n, count) for n in range(self.options.retain_draws)]
         size = min(self.options.images, count)
         return [(n * size, (n + 1) * size) for n in range(min(self.options.draws, count // size))]
 
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
         """errors: (1, images, points) squared errors in the hole after each number of steps."""
         options, seed = self.options, bench.subject.settings.seed
-        _, shown = bench.pixels(piece.what, piece.start, piece.stop)
+        _, shown = bench.pixels(piece.what, 0 if piece.what == "retain" else piece.start, piece.stop)
         kept, pixels = bench.pixels("forget_new", 0, min(options.watched, len(bench.subject.sets["forget_new"])))
         real, view = pixels.float() / 255, bench.view(options.view, 0, "forget_new", kept)
         model, columns = tuning.copied(bench.generator(piece.generator)), []

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from unlearn import config
+from unlearn import __version__, config
 from unlearn.audit import shadows
 from unlearn.audit.base import AuditTest, Piece, test_class
 from unlearn.audit.settings import AuditConfig
@@ -76,9 +76,16 @@ class Subject:
             "sets": {name: _digest(rows) for name, rows in self.sets.items()},
             "features": [evaluation.features, evaluation.features_weights, evaluation.resize,
                 evaluation.guidance_scale],
-            "orientation": self.run.settings.data.orientation,
+            "orientation": self.run.settings.data.orientation, "run": test.reads(self.run),
+            "on_their_side": self.settings.unseen is None,
         }  # fmt: skip
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return _hash(told)
+
+    def identity(self) -> str:
+        """The hash of everything that the figures of the audit depend on: of two equal ones one need not be made."""
+        pieces = [piece for test in self.tests.values() if not test.missing(self) for piece in test.pieces(self)]
+        settings = self.settings.model_dump(mode="json", exclude={"workers"})
+        return _hash([__version__, settings, [self.key(piece) for piece in pieces]])
 
 
 def subject(run: Run, models: dict[str, config.Model], settings: AuditConfig) -> Subject:
@@ -119,6 +126,10 @@ def _drawn(rows: RowSet, settings: AuditConfig, number: int) -> np.ndarray:
 def _limited(rows: RowSet, settings: AuditConfig, number: int) -> RowSet:
     index = _drawn(rows, settings, number)
     return replace(rows, rows=rows.rows[index], labels=rows.labels[index])
+
+
+def _hash(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(rows: RowSet) -> str:

@@ -117,7 +117,7 @@ def build(model: config.Model, seed: int = 0, sources: Sources | None = None, de
         return _built(model, seed, sources or {}, decoder)
     except FOREIGN_FAULTS as e:
         told = model.weights or model.first_stage or model.options
-        if isinstance(e, UnlearnError) or not told or "allocate memory" in str(e):
+        if isinstance(e, UnlearnError | torch.OutOfMemoryError) or not told or "allocate memory" in str(e):
             raise
         raise WeightsError(
             f"{model.weights or model.family} cannot be loaded: damaged, or of a kind that is not known here "

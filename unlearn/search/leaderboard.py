@@ -13,7 +13,8 @@ leaderboard.json holds
                                                  spread}}}], the nearest to the oracles first; spread: standard
                                                  deviation over seeds and originals, null for one; failed: what a run
                                                  said that did not end well; audits: {"verdicts": {verdict: runs},
-                                                 "failed": {test: runs}}
+                                                 "failed": {test: runs}, "broken": runs whose audit came to no end,
+                                                 "message": what one of these said}
     audited                                      the tests that any run was audited with
     notes                                        sentences that a reader of the table must know
 
@@ -38,6 +39,7 @@ from unlearn.search.space import Parameters, canonical
 
 NAME = "leaderboard.json"
 AUDIT = "audit.json"
+AUDIT_FAILED = "audit_failed.json"  # {"options", "message"}: of an audit that came to no end
 METRICS = "metrics.json"
 
 
@@ -48,6 +50,8 @@ def document(
     measured = {trial.id: _read(folder, trial, METRICS) for trial in trials if trial.status == "done"}
     chances = [m["oracle_distance"]["chance"] for m in measured.values() if "oracle_distance" in m]
     audits = {trial.id: _read(folder, trial, AUDIT) for trial in trials if trial.id in measured}
+    unmade = [trial for trial in trials if trial.id in measured and not audits[trial.id]]
+    broken = {trial.id: said for trial in unmade if (said := _read(folder, trial, AUDIT_FAILED).get("message"))}
     figures = {id: _figures(trial, measured[id], audits[id]) for trial in trials if (id := trial.id) in measured}
     settings = compare.settings
     oracles = [len(o.oracles) for o in compare.originals] if compare.originals else [len(settings.evaluation.oracles)]
@@ -58,7 +62,10 @@ def document(
             "method": label, "options": parameters, "of": len(compare.seeds) * len(compare.originals or [None]),
             "done": sum(trial.id in figures for trial in mine),
             "failed": next((trial.message for trial in mine if trial.message), None),
-            "audits": _verdicts([audits[trial.id] for trial in mine if audits.get(trial.id)]),
+            "audits": _verdicts(
+                [audits[trial.id] for trial in mine if audits.get(trial.id)],
+                [broken[trial.id] for trial in mine if trial.id in broken],
+            ),
             "figures": _means([figures[trial.id] for trial in mine if trial.id in figures]),
         })  # fmt: skip
     rows.sort(key=lambda row: row["figures"].get("distance", {"mean": math.inf})["mean"])
@@ -103,10 +110,13 @@ def _figures(trial: Trial, metrics: dict[str, Any], audit: dict[str, Any]) -> Fi
     return figures
 
 
-def _verdicts(audits: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """How many audits came to each verdict, and how many failed in each test."""
+def _verdicts(audits: Sequence[dict[str, Any]], broken: Sequence[str]) -> dict[str, Any]:
+    """How many audits came to each verdict, how many failed in each test, and what is known of the broken ones."""
     failed = [test for a in audits for test in a.get("tests", []) if a.get(test, {}).get("verdict") == "FAIL"]
-    return {"verdicts": dict(Counter(a["verdict"] for a in audits if "verdict" in a)), "failed": dict(Counter(failed))}
+    return {
+        "verdicts": dict(Counter(a["verdict"] for a in audits if "verdict" in a)), "failed": dict(Counter(failed)),
+        "broken": len(broken), "message": next(iter(broken), None),
+    }  # fmt: skip
 
 
 def _means(each: Iterable[Figures]) -> dict[str, dict[str, float | None]]:
@@ -143,8 +153,13 @@ def _notes(made: dict[str, Any]) -> list[str]:
         )
     if made["audited"]:
         notes.append(
-            f"Audits were made with these tests: {', '.join(made['audited'])}; in brackets those in which runs failed."
+            "Audit: how many runs came to each verdict, and in brackets how many of them failed in which test. Made "
+            f"with these tests: {', '.join(made['audited'])}."
         )
+    for row in made["rows"]:
+        if count := row["audits"]["broken"]:
+            told = f"{count} run{'' if count == 1 else 's'} of {row['method']} could not be audited"
+            notes.append(f"{told}: {row['audits']['message']}")
     missing = [row["method"] for row in made["rows"] if row["done"] < row["of"]]
     if missing:
         notes.append(f"Not every run of {', '.join(missing)} has ended well.")

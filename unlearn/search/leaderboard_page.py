@@ -5,18 +5,20 @@ from pathlib import Path
 from typing import Any
 
 from unlearn.page import filled
+from unlearn.search import labels
 
 NAME = "report.html"
+WIDTH, HEIGHT = 560, 330  # of the drawing's plane, in its own units
 # (figure, head, how it is written, what a reader should want)
 COLUMNS = (
     ("distance", "distance to the oracle", "{:.1f}", "lower"),
+    ("audit.passed", "audit", "{:.0%}", "runs that PASS"),
     ("forget.distance", "on forget", "{:.1f}", "lower"),
     ("retain.distance", "on retain", "{:.1f}", "lower"),
     ("forget.cosine", "forget cosine", "{:.3f}", "as the oracle's"),
     ("retain.cosine", "retain cosine", "{:.3f}", "as the oracle's"),
     ("forget.psnr", "forget PSNR, dB", "{:.1f}", "as the oracle's"),
     ("retain.psnr", "retain PSNR, dB", "{:.1f}", "as the oracle's"),
-    ("audit.passed", "audit", "{:.0%}", "PASS"),
     ("cost.flops", "FLOPs", "{:.2g}", ""),
     ("cost.seconds", "seconds", "{:.0f}", ""),
 )
@@ -26,6 +28,8 @@ def columns(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The columns that a row has a figure for. Distances in cosine are written finely."""
     known = {figure for row in document["rows"] for figure in row["figures"]}
     fine = document["distance"] == "cosine"
+    if any(row["audits"]["verdicts"] or row["audits"]["broken"] for row in document["rows"]):
+        known.add("audit.passed")
     return [
         (figure, head, "{:.3f}" if fine and figure.endswith("distance") else form, wanted)
         for figure, head, form, wanted in COLUMNS
@@ -44,13 +48,13 @@ def cell(row: dict[str, Any], figure: str, form: str) -> str:
     return form.format(known["mean"]) + spread
 
 
-def _audits(audits: dict[str, dict[str, int]]) -> str:
-    """Verdicts with the number of runs that have them, as in FAIL 2 (relearning), PASS 1."""
-    failed = ", ".join(audits["failed"])
+def _audits(audits: dict[str, Any]) -> str:
+    """Verdicts with the number of runs that have them, as in FAIL 2 (transfer 1, relearning 2), PASS 1."""
+    failed = ", ".join(f"{test} {count}" for test, count in audits["failed"].items())
     told = {verdict: f"{verdict} {count}" for verdict, count in sorted(audits["verdicts"].items())}
     if failed and "FAIL" in told:
         told["FAIL"] += f" ({failed})"
-    return ", ".join(told.values())
+    return ", ".join([*told.values(), *([f"not audited {audits['broken']}"] if audits["broken"] else [])])
 
 
 def table(document: dict[str, Any]):
@@ -100,7 +104,7 @@ def html(document: dict[str, Any]) -> str:
     return filled(
         Path(__file__).with_name("leaderboard.html"),
         document=document,
-        title=title(document),
+        told=title(document),
         heads=heads,
         rows=rows,
         reference=reference,
@@ -109,8 +113,8 @@ def html(document: dict[str, Any]) -> str:
 
 
 def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Marks and ticks of a plane of 100 x 100: the distance on the forget set to the right, the cosine of the retain
-    set upwards.
+    """Marks, labels and ticks of a plane of WIDTH x HEIGHT: the distance on the forget set to the right, the cosine of
+    the retain set upwards.
 
     None where there is no oracle, or nothing has come to an end.
     """
@@ -129,28 +133,31 @@ def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
     up = _ticks(min(known) - max(spreads), max(known) + max(spreads))
 
     def across(value: float) -> float:
-        return 100 * (value - right[0]) / (right[-1] - right[0])
+        return WIDTH * (value - right[0]) / (right[-1] - right[0])
 
     def above(value: float) -> float:
-        return 100 - 100 * (value - up[0]) / (up[-1] - up[0])
+        return HEIGHT - HEIGHT * (value - up[0]) / (up[-1] - up[0])
 
     marks = [
         {
-            "label": label, "number": number, "x": across(x["mean"]), "y": above(y["mean"]),
+            "label": label, "x": across(x["mean"]), "y": above(y["mean"]),
             "left": across(max(x["mean"] - (x["spread"] or 0), right[0])),
             "right": across(x["mean"] + (x["spread"] or 0)),
             "low": above(y["mean"] - (y["spread"] or 0)), "high": above(y["mean"] + (y["spread"] or 0)),
         }
-        for number, (label, x, y) in enumerate(points, 1)
+        for label, x, y in points
     ]  # fmt: skip
+    references = [
+        {"name": name, "y": above(figures["retain.cosine"])}
+        for name, figures in document["reference"].items() if "retain.cosine" in figures
+    ]  # fmt: skip
+    names = [labels.Label(r["name"], WIDTH, r["y"] - 4, "end").box for r in references]
+    numbers = [(str(number), mark["x"], mark["y"]) for number, mark in enumerate(marks, 1)]
     return {
-        "marks": marks,
+        "width": WIDTH, "height": HEIGHT, "marks": marks, "labels": labels.placed(numbers, names, WIDTH),
         "across": [{"at": across(t), "text": f"{t:g}"} for t in right],
         "above": [{"at": above(t), "text": f"{t:.4g}"} for t in up],
-        "references": [
-            {"name": name, "y": above(figures["retain.cosine"])}
-            for name, figures in document["reference"].items() if "retain.cosine" in figures
-        ],
+        "references": references,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from unlearn import __version__
 from unlearn.data.storage import Storage
 from unlearn.evaluation.report import data_uri
 from unlearn.page import filled
-from unlearn.search import alone, charts, front, means, study
+from unlearn.search import alone, chart, charts, front, means, study
 from unlearn.search.records import Point, Trial, points
 from unlearn.search.space import Sweep, canonical
 
@@ -30,7 +30,7 @@ Grids = dict[str, list[dict]]
 
 def check() -> None:
     """Raises MissingExtra where what draws the page is not installed."""
-    charts.module()
+    chart.module()
     with study.optuna("the page of a sweep"):
         pass
 
@@ -71,7 +71,7 @@ def write(sweep: Sweep, trials: Sequence[Trial], grids: Grids | None = None) -> 
         facts=_facts(sweep, trials, every),
         failures=Counter(t.message or t.status for t in trials if t.status in ("failed", "infeasible")).most_common(),
         pictures=pictures,
-        plotly=charts.script(),
+        plotly=chart.script(),
     )
     storage = Storage(sweep.sweep_dir)
     storage.write(DATA, json.dumps(document(sweep, trials), indent=1, allow_nan=False).encode())

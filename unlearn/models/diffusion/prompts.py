@@ -153,6 +153,8 @@ def _encoded(folder: str, files: tuple, kind: Any, prompts: Sequence[str]) -> di
             rest |= {"variant": variant, "dtype": torch.float32, "low_cpu_mem_usage": False}
             pipeline = kind.from_pretrained(folder, **rest, local_files_only=True)
             rows = [_embedded(pipeline, prompt) for prompt in prompts]
+    except (MemoryError, torch.OutOfMemoryError):  # says nothing of the files
+        raise
     except Exception as e:  # transformers reads foreign files, and raises whatever it meets
         raise WeightsError(f"{folder}: its text encoders cannot be used: {file_formats.why(e)}") from None
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
