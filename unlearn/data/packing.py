@@ -116,7 +116,7 @@ def write(
 ) -> shards.Manifest:  # fmt: skip
     """Write records as shards of about `shard_bytes`, and their manifest last. One row group is in memory at a time."""
     storage = Storage(dest)
-    if any(n.endswith(".parquet") or n == shards.MANIFEST for n in storage.files()):
+    if any(n.endswith(".parquet") or shards.is_manifest(n) for n in storage.files()):
         raise DataError(f"{dest}: holds shards already; give an empty folder")
     groups, described, written = _groups(records, rows_per_group, classes), [], 0
     for first in groups:

@@ -51,7 +51,7 @@ class RowBatches:
 
     def _of_values(self, columns: list[str], wanted: np.ndarray) -> Iterator[pa.Table]:
         manifest = self.manifest
-        shards = {manifest.groups[group][0] for group in wanted.tolist()} - self._checked
+        shards = set(manifest.shards_of(wanted)) - self._checked
         manifest.check_shards(shards)
         self._checked |= shards
         if self._file is None:
