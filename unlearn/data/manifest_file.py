@@ -147,11 +147,11 @@ def _of_parquet(data: bytes) -> dict:
     )  # fmt: skip
     if file.metadata.num_rows * row_groups.DIGEST > len(data):
         raise ValueError("more row groups than it has room for")
-    if not file.schema_arrow.empty_table().select(_SCHEMA.names).schema.equals(_SCHEMA):
+    if [file.schema_arrow.field(name).type for name in _SCHEMA.names] != _SCHEMA.types:
         raise ValueError("its columns are of other types")
     tree = documents.from_json((file.metadata.metadata or {})[_KEY])
     table = file.read(_SCHEMA.names, use_threads=False)
-    groups, shard = RowGroups.of_table(table), table["shard"].to_numpy()
+    groups, shard = RowGroups.of_table(table), np.array(table["shard"].to_pylist())
     places = np.arange(len(tree["shards"]) + 1)
     if table["shard"].null_count or np.any(np.diff(shard) < 0) or not np.isin(shard, places[:-1]).all():
         raise ValueError("a row group of no shard")

@@ -67,12 +67,11 @@ class RowGroups(Sequence[RowGroup]):
         for name in (*_NUMBERS, "sha256"):
             if table[name].null_count:
                 raise ValueError(f"a row group without {name}")
-        for name in _NUMBERS:
-            facts[name] = table[name].to_numpy()
-        facts["sha256"] = _digests(table["sha256"], DIGEST)
+        for name in (*_NUMBERS, "sha256", *_CHECKS):
+            facts[name] = _values(table[name], _FACTS[name])
         for check, checked in zip(_CHECKS, _CHECKED, strict=True):
-            facts[checked] = table[check].is_valid().to_numpy()
-            facts[check] = _digests(table[check].fill_null(bytes(CHECK)), CHECK)
+            facts[checked] = table[check].is_valid().to_pylist()
+            facts[check][~facts[checked]] = bytes(CHECK)
         return cls(facts)
 
     def table(self) -> pa.Table:
@@ -105,8 +104,10 @@ class RowGroups(Sequence[RowGroup]):
         return f"RowGroups({list(self)})"
 
 
-def _digests(column: pa.ChunkedArray, size: int) -> np.ndarray:
-    return np.frombuffer(b"".join(column.to_pylist()), f"V{size}")
+def _values(column: pa.ChunkedArray, kind: np.dtype) -> np.ndarray:
+    """The values of a column of fixed width; anything where one is null. `to_numpy` would import pandas for it."""
+    chunks = [(chunk.buffers()[1], len(chunk), chunk.offset * kind.itemsize) for chunk in column.chunks if len(chunk)]
+    return np.concatenate([np.empty(0, kind), *(np.frombuffer(data, kind, *of) for data, *of in chunks)])
 
 
 def _facts(group: RowGroup) -> tuple:
