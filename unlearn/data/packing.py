@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from unlearn.data import archives, layouts, shards
 from unlearn.data.columns import with_class_names
-from unlearn.data.sources import Source
+from unlearn.data.sources import OUTSIDE, Source
 from unlearn.data.storage import Storage, told
 from unlearn.errors import DataError
 
@@ -87,7 +87,9 @@ def arrange(
     images = [n for n in source.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
     about = [n for n in source.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
     if not images:
-        raise DataError(f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else ""))
+        below = f" below a folder {split}" if split else ""
+        outside = f"; left out: {count} {OUTSIDE}" if (count := source.left_out[OUTSIDE]) else ""
+        raise DataError(f"{src}: no image in it laid out as CLASS/FILE{below}{outside}")
     _readable(images, src)
     arranged = layouts.arrange(images, about, source.read, src, layout, split, labels, classes)
     _tell(src, source.left_out, arranged.loose)
