@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -172,11 +173,12 @@ def _parquet(manifest: Manifest) -> bytes:
     shard = pa.array(manifest.groups[:, 0], pa.int32())
     table = RowGroups(manifest.facts).table().add_column(0, _SCHEMA.field("shard"), shard)
     numbers, sink = [name for name in _SCHEMA.names if name not in _RANDOM], pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink, _SCHEMA, use_dictionary=False, column_encoding=dict.fromkeys(numbers, "DELTA_BINARY_PACKED"),
-        compression=dict.fromkeys(numbers, "zstd") | dict.fromkeys(_RANDOM, "none"), write_statistics=False,
-        write_page_checksum=True, store_schema=False,
-    ) as file:  # fmt: skip
+    options: dict[str, Any] = {  # of compression, pyarrow declares one name for all columns, and takes one for each
+        "compression": dict.fromkeys(numbers, "zstd") | dict.fromkeys(_RANDOM, "none"),
+        "column_encoding": dict.fromkeys(numbers, "DELTA_BINARY_PACKED"), "use_dictionary": False,
+        "write_statistics": False, "write_page_checksum": True, "store_schema": False,
+    }  # fmt: skip
+    with pq.ParquetWriter(sink, _SCHEMA, **options) as file:
         file.write_table(table)
         file.add_key_value_metadata({_KEY: json.dumps(tree).encode()})
     return sink.getvalue().to_pybytes()
