@@ -99,6 +99,9 @@ def test_splits_of_both_kinds_stand_beside_each_other(tmp_path):
     assert shards.load(str(tmp_path), "train") == train and shards.load(str(tmp_path), "test") == test
     with pytest.raises(DataError, match="holds several splits: test, train; say which"):
         shards.load(str(tmp_path))
+    (tmp_path / "manifest-test.rows").unlink()
+    with pytest.raises(DataError, match="unlearn shards index .* --split test"):
+        test.table(["label"])
     (tmp_path / "manifest-test.row_groups").unlink()
     assert shards.load(str(tmp_path)) == train and shards.is_indexed(str(tmp_path), "train")
     assert not shards.is_indexed(str(tmp_path), "test")

@@ -82,6 +82,11 @@ class Manifest:
     counts: dict[int, int] = field(default_factory=dict)
     split: str | None = None
 
+    @property
+    def given(self) -> str:
+        """The folder and its split, as commands take them."""
+        return f"{self.uri} --split {self.split}" if self.split else self.uri
+
     @cached_property
     def groups(self) -> np.ndarray:
         """(n, 2): (shard, row group within it) of every row group."""
@@ -176,7 +181,7 @@ class Manifest:
         table = row_values.read(self.uri, self.split, self.values, columns)
         if len(table) != self.rows:
             raise DataError(
-                f"{self.uri}: its file of values is of another manifest; run `unlearn shards index {self.uri}`"
+                f"{self.uri}: its file of values is of another manifest; run `unlearn shards index {self.given}`"
             )
         table = table.append_column("row", pa.array(np.arange(self.rows)))
         if len(groups) == len(self.groups) and list(groups) == sorted(groups):
@@ -194,7 +199,7 @@ class Manifest:
             if sizes[shard.path] != shard.bytes:
                 raise DataError(
                     f"{self.uri}/{shard.path}: not the file of the manifest ({sizes[shard.path]} bytes in place of "
-                    f"{shard.bytes}); run `unlearn shards verify {self.uri}`"
+                    f"{shard.bytes}); run `unlearn shards verify {self.given}`"
                 )
 
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
@@ -221,7 +226,8 @@ class Manifest:
                 ):
                     forget(Storage(self.uri), shard.path, shard.sha256)
                     raise DataError(
-                        f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify {self.uri}`"
+                        f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify "
+                        f"{self.given}`"
                     )
             stored = {role: self.names.get(role, role) for role in columns}
             inside = [column for column in stored.values() if column in file.schema_arrow.names]
@@ -244,7 +250,7 @@ class Manifest:
                 if role in known[g].checks and roles.checksum(part) != known[g].checks[role]:
                     raise DataError(
                         f"{where}, row group {g}: the {role}s are not those of the manifest: the shard was replaced "
-                        f"or is damaged; restore it, or make the manifest anew with `unlearn shards index {self.uri}`"
+                        f"or is damaged; restore it, or make the manifest anew with `unlearn shards index {self.given}`"
                     )
             first += known[g].rows
         if "label" in values:
@@ -276,7 +282,9 @@ class Manifest:
             inside = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(own)))
             labels = pc.take(own, pc.if_else(inside, labels, None))
         if labels.null_count:
-            raise DataError(f"{where}: a label that the manifest does not know; run `unlearn shards index {self.uri}`")
+            raise DataError(
+                f"{where}: a label that the manifest does not know; run `unlearn shards index {self.given}`"
+            )
         return labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels])
 
     def values_of(self, stored: list[pa.Table]) -> pa.Table:

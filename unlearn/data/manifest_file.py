@@ -67,7 +67,7 @@ def load(uri: str, split: str | None = None) -> Manifest:
         if tree["hash"] != known.hash:
             raise ValueError("its hash is not that of its content")
         return known
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, pa.ArrowException, OSError) as e:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, pa.ArrowException, OSError) as e:
         what = f"is damaged ({short(e)}): make it anew with" if is_ours(data) else "is not of this program; make one by"
         raise DataError(f"{uri}/{name} {what} `unlearn shards index {uri}{option}`") from None
 
@@ -140,17 +140,21 @@ def _of_json(data: bytes) -> dict:
 
 
 def _of_parquet(data: bytes) -> dict:
-    """Raises ValueError, KeyError, TypeError, and what Arrow raises."""
-    # Whatever it claims to hold: a document in it is no longer than itself, and a row takes more than a sha256.
+    """Raises ValueError, LookupError, TypeError, and what Arrow raises."""
+    # Whatever it claims to hold: a document in it is no longer than itself, and a row takes more than a sha256. Arrow
+    # reads as many rows as the parts of a column claim, not as many as the file does.
     file = pq.ParquetFile(
         pa.BufferReader(data), page_checksum_verification=True, thrift_string_size_limit=len(data) + 1,
         thrift_container_size_limit=len(data) + 1,
     )  # fmt: skip
-    if file.metadata.num_rows * row_groups.DIGEST > len(data):
+    about = file.metadata
+    parts = [about.row_group(g) for g in range(about.num_row_groups)]
+    values = (sum(abs(part.column(c).num_values) for part in parts) for c in range(about.num_columns))
+    if max(values, default=0) * row_groups.DIGEST > len(data):
         raise ValueError("more row groups than it has room for")
     if [file.schema_arrow.field(name).type for name in _SCHEMA.names] != _SCHEMA.types:
         raise ValueError("its columns are of other types")
-    tree = documents.from_json((file.metadata.metadata or {})[_KEY])
+    tree = documents.from_json((about.metadata or {})[_KEY])
     table = file.read(_SCHEMA.names, use_threads=False)
     groups, shard = RowGroups.of_table(table), np.array(table["shard"].to_pylist())
     places = np.arange(len(tree["shards"]) + 1)

@@ -59,7 +59,7 @@ class RowBatches:
             if self._file.metadata.num_rows != manifest.rows:
                 raise DataError(
                     f"{manifest.uri}: its file of values is of another manifest; run `unlearn shards index "
-                    f"{manifest.uri}`"
+                    f"{manifest.given}`"
                 )
         first, starts, ends = 0, manifest.starts[wanted], manifest.starts[wanted + 1]
         for g in range(self._file.num_row_groups):
