@@ -92,7 +92,7 @@ def _near(source: str) -> str:
 def _own(storage: Storage, about: dict[str, str]) -> None:
     """Begin the packing, or go on with it. Raises DataError where the shards there are of another one."""
     if storage.create(ABOUT, json.dumps(about).encode()):
-        if any(name.endswith(".parquet") or name == shards.MANIFEST for name in storage.files()):
+        if any(name.endswith(".parquet") or shards.is_manifest(name) for name in storage.files()):
             storage.delete(ABOUT)
             raise DataError(f"{storage.uri}: holds shards already; give an empty folder")
         return

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from support.damage import damaged, damaged_json, verdict
 from support.images import encode, tiny_table
+from support.manifests import OLDER, as_json
 from support.models import SMALL, build
 
 from unlearn import config
@@ -153,17 +154,19 @@ def test_index(tmp_path):
     for data in parquets():
         (tmp_path / "a.parquet").write_bytes(data)
         shards.index(str(tmp_path))
-        whole.append({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+        older = {OLDER: as_json(shards.load(str(tmp_path)))}
+        whole.append({path.name: path.read_bytes() for path in tmp_path.iterdir()} | older)
     uri, counts = str(tmp_path), {}
     for number in range(ROUNDS or 160):
         files = whole[number % len(whole)]
         for name, data in files.items():
             (tmp_path / name).write_bytes(data)
-        name = ("a.parquet", "a.parquet", "manifest.json", "manifest.json", "manifest.images")[number // 4 % 5]
-        as_json = number // 4 % 5 == 3
-        broken = with_its_hash(damaged_json(files[name], rng)) if as_json else damaged(files[name], rng)
+        name = ("a.parquet", "a.parquet", shards.MANIFEST, shards.MANIFEST, OLDER, "manifest.images")[number // 4 % 6]
+        broken = with_its_hash(damaged_json(files[name], rng)) if name == OLDER else damaged(files[name], rng)
         (tmp_path / name).write_bytes(broken)
-        call = shards.index if number // 4 % 5 in (0, 2) else read_all
+        if name == OLDER:
+            (tmp_path / shards.MANIFEST).unlink()
+        call = shards.index if number // 4 % 6 in (0, 2) else read_all
         told = verdict(lambda call=call: call(uri))
         counts[told] = counts.get(told, 0) + 1
     assert counts["taken"] > 10 and counts["DataError"] > 40, counts

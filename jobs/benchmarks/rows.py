@@ -8,7 +8,7 @@ first        the first batch, with nothing known of the set before
 inspect      `unlearn shards inspect`
 
 Told are seconds by the clock and of processor time, MiB by which the memory of the process has grown at most, and on S3
-requests and MiB of the answers.
+requests and MiB of the answers; and the size of the manifest.
 
 python -m jobs.benchmarks.rows FOLDER [--rows 1300000] [--files 565]
 """
@@ -126,6 +126,9 @@ def rows(options: argparse.Namespace) -> None:
     for what in ("index", "inspect", "default", "by class", "by ids", "by a file", "first"):
         again = ["-m", "jobs.benchmarks.rows", options.folder, "--measure", what]
         subprocess.run([sys.executable, *again], check=True)
+        if what == "index":
+            size = Storage(options.folder).facts(shards.MANIFEST).size
+            print(f"{'manifest':10} {size / 2**20:6.2f} MiB", flush=True)
 
 
 if __name__ == "__main__":

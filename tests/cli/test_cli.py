@@ -53,7 +53,7 @@ def test_version_models_methods_schema(told):
     [
         ("training.zerostage=2", "training.zerostage: unknown key; did you mean zero_stage?"),
         ("training.lr=fast", "training.lr"),
-        ("data.train=/nowhere", "/nowhere: no manifest.json there"),
+        ("data.train=/nowhere", "/nowhere: no manifest.row_groups there"),
         ("data.forget.classes=[unicorn]", "no class 'unicorn'"),
         ("data.forget.classes=[]", "data.forget selects no image"),
         ("data.forget=null", "data.forget is missing"),
@@ -67,7 +67,7 @@ def test_version_models_methods_schema(told):
         ("method.name=pretrain_first_stage", "mae has no first stage that is trained here"),
         ("method.name=hope", "no method 'hope'; known: encoder_l2"),
         ("method.noise_region=hole", "never sees the hole"),
-        ("evaluation.data=/nowhere", "/nowhere: no manifest.json there"),
+        ("evaluation.data=/nowhere", "/nowhere: no manifest.row_groups there"),
         ("evaluation.features=eyes", "no network 'eyes'; known: efficientnet_lite0"),
         ("evaluation.features=inception", "give its file as evaluation.features_weights"),
         ("evaluation.oracle=/nowhere", "no weights at /nowhere"),

@@ -37,7 +37,7 @@ def test_shards_without_a_manifest_are_described_and_verified(told, tmp_path):
     code, out, _ = told("shards", "inspect", tmp_path)
     assert code == 0 and "0 (12), 1 (4)" in out
     assert "16 images, every image is good; no manifest, so no checksums" in told("shards", "verify", tmp_path)[1]
-    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / "manifest.row_groups").exists()
 
 
 def test_building_tells_what_it_leaves_out_and_asks_for_labels(told, tmp_path):

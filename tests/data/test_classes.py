@@ -144,7 +144,7 @@ def test_names_and_hash_survive_indexing_again(tmp_path):
         (tmp_path / f"src/{name}/1.png").write_bytes(image(len(name)))
     built = packing.build(str(tmp_path / "src"), str(tmp_path / "out"))
     assert shards.index(built.uri) == built and built.classes == ["cat", "dog"]
-    (tmp_path / "out/manifest.json").unlink()
+    (tmp_path / "out/manifest.row_groups").unlink()
     assert shards.index(built.uri) == built
 
 

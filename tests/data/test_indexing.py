@@ -56,7 +56,7 @@ def test_an_index_that_was_stopped_goes_on_with_the_files_it_has_not_read(place,
     names = {name for name, _ in read}  # the third may have been read to its end while the second was stopped
     assert "shard-1.parquet" in names and "shard-0.parquet" not in names
     assert found.hash == expected.hash and beside(place).keys() == beside(whole).keys()  # and no `_index`
-    assert all(beside(place)[name] == content for name, content in beside(whole).items() if name != "manifest.json")
+    assert all(beside(place)[name] == content for name, content in beside(whole).items() if name != shards.MANIFEST)
     assert seen[-1][0] == seen[-1][1] and all(a <= b for (a, _), (b, _) in itertools.pairwise(seen))
 
 
@@ -134,6 +134,6 @@ def test_inspect_reads_the_manifest_alone(s3, proxied, tiny_shards):
     proxied.requests.clear()
     about = checking.inspect(s3)
     assert about["images"] == 48 and about["classes"].startswith("4: ")
-    assert {path.partition("?")[0].rpartition("/")[2] for _, path in proxied.requests} == {"manifest.json"}
+    assert {path.partition("?")[0].rpartition("/")[2] for _, path in proxied.requests} == {shards.MANIFEST}
     shards.save(dataclasses.replace(manifest, counts={}))
     assert checking.inspect(s3) == about

@@ -316,3 +316,26 @@ def test_an_image_that_cannot_be_read_is_told(tmp_path):
             rows_per_group=1,
             progress=lambda *_: images[2].unlink(missing_ok=True),
         )
+
+
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "nested"])
+def test_members_that_lead_out_of_the_archive_are_left_out_and_told(tmp_path, caplog, kind):
+    """Else `..` is a class."""
+    outside = ["../evil.png", "ant/../../x/evil.png", "/abs/evil.png"]
+    members, path = [(name, name.encode()) for name in ["ant/1.png", "bee/2.png", *outside]], tmp_path / "a"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+    elif kind == "nested":  # a tar for each class, in a tar
+        inner = tar_of(tmp_path / "inner", members).read_bytes()
+        tar_of(path, [("n01.tar", inner), ("../n02.tar", inner)])
+    else:
+        tar_of(path, members, kind)
+    manifest = packing.build(str(path), str(tmp_path / "out"))
+    assert sorted(contents(manifest)) == [b"ant/1.png", b"bee/2.png"] and ".." not in manifest.classes
+    told = 4 if kind == "nested" else 3  # the second tar counts once
+    assert f"left out: {told} name(s) that lead out of it: absolute, or with `..`" in caplog.text
+    tar_of(path, members[2:])
+    with pytest.raises(DataError, match=r"no image in it laid out as CLASS/FILE; left out: 3 name\(s\) that lead out"):
+        packing.build(str(path), str(tmp_path / "none"))

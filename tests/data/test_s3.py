@@ -19,7 +19,7 @@ from support.tls import self_signed
 from unlearn import config, patience
 from unlearn import lease as leases
 from unlearn.data import s3_client, selection, shards
-from unlearn.data.manifest import RowGroup
+from unlearn.data.row_groups import RowGroups
 from unlearn.data.storage import Storage, local_folder
 from unlearn.errors import ConfigError, DataError, StorageError, UnlearnError
 from unlearn.training.checkpoint import Checkpoints
@@ -203,10 +203,10 @@ def test_a_shard_that_is_replaced_during_a_run_is_named(s3, tiny_shards, old):
     """By the checksums of its values; without them, as manifests of earlier versions are, by its version."""
     manifest = shards.load(uploaded(s3, tiny_shards))
     if old:
-        groups = [[dataclasses.replace(g, checks={}) for g in s.row_groups] for s in manifest.shards]
+        groups = [RowGroups.of(dataclasses.replace(g, checks={}) for g in s.row_groups) for s in manifest.shards]
         parts = [dataclasses.replace(s, row_groups=g) for s, g in zip(manifest.shards, groups, strict=True)]
         manifest = dataclasses.replace(manifest, shards=parts)
-        assert isinstance(parts[0].row_groups[0], RowGroup) and not parts[0].row_groups[0].checks
+        assert not parts[0].row_groups[0].checks
     manifest.read(1, ["label"])
     stored = Storage(s3).read("shard-0.parquet")
     image = tiny_table(0, 16).column("image")[12]["bytes"].as_py()

@@ -12,9 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.images import CLASSES, encode, tiny_table
+from support.manifests import OLDER, made_older
 
 from unlearn import config
 from unlearn.data import held_out, selection, shards
+from unlearn.data.manifest import Manifest
+from unlearn.data.row_groups import RowGroups
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, StorageError
 
@@ -34,6 +37,11 @@ def put(storage: Storage, table: pa.Table, name: str = "a.parquet", **options) -
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **options)
     storage.write(name, sink.getvalue().to_pybytes())
+
+
+def with_rows(manifest: Manifest, rows: int) -> RowGroups:
+    """The first row group of a manifest, with so many rows."""
+    return RowGroups.of([replace(manifest.shards[0].row_groups[0], rows=rows)])
 
 
 def labelled(labels, images=None, **columns) -> pa.Table:
@@ -165,18 +173,19 @@ def test_a_shard_that_is_not_the_manifests_is_told(copied):
      lambda t: t.replace("shard-1.parquet", "../1.parquet"), lambda t: t.replace("shard-1.parquet", "/1.parquet"),
      lambda t: t.replace('"bee"', "[" * 50 + "]" * 50), lambda t: t.replace('"rows": 8', f'"rows": {"9" * 5000}', 1)],
 )  # fmt: skip
-def test_a_damaged_manifest_is_told(copied, damage):
-    copied.write(shards.MANIFEST, damage(copied.read(shards.MANIFEST).decode()).encode(errors="surrogateescape"))
-    with pytest.raises(DataError, match="manifest.json is damaged"):
+def test_a_damaged_manifest_of_an_earlier_version_is_told(copied, damage):
+    made_older(copied.uri)
+    copied.write(OLDER, damage(copied.read(OLDER).decode()).encode(errors="surrogateescape"))
+    with pytest.raises(DataError, match="manifest.json is damaged .*make it anew with `unlearn shards index"):
         shards.load(copied.uri)
-    assert shards.index(copied.uri).rows == 48
+    assert shards.index(copied.uri) == shards.load(copied.uri) and OLDER not in copied.files()
 
 
 @pytest.mark.parametrize(
     "change, why",
     [(lambda m: {"shards": [replace(m.shards[0], path="../../x.parquet")]}, "leads out of the folder"),
         (lambda m: {"shards": [replace(m.shards[0], path="/x")]}, "leads out"),
-     (lambda m: {"shards": [replace(m.shards[0], row_groups=[replace(m.shards[0].row_groups[0], rows=1 << 60)])]},
+     (lambda m: {"shards": [replace(m.shards[0], row_groups=with_rows(m, 1 << 60))]},
          "cannot be"),
      (lambda m: {"shards": [replace(m.shards[0], bytes=-1)]}, "sizes are 0 or more"),
      (lambda m: {"classes": [["a"]]}, "valid string")],
@@ -184,7 +193,7 @@ def test_a_damaged_manifest_is_told(copied, damage):
 def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
     """Its hash is right, and what it says is not."""
     shards.save(replace(shards.load(copied.uri), **change(shards.load(copied.uri))))
-    with pytest.raises(DataError, match=f"manifest.json is damaged .*{why}"):
+    with pytest.raises(DataError, match=f"manifest.row_groups is damaged .*{why}"):
         shards.load(copied.uri)
 
 
@@ -192,11 +201,14 @@ def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
 def test_a_manifest_of_another_program_is_kept(copied, text):
     data = text.encode(errors="surrogateescape")
     copied.write(shards.MANIFEST, data)
-    with pytest.raises(DataError, match="manifest.json is not of this program and is kept: rename it"):
+    with pytest.raises(DataError, match="manifest.row_groups is not of this program and is kept: rename it"):
         shards.index(copied.uri)
-    with pytest.raises(DataError, match="manifest.json is not of this program: rename it"):
+    copied.delete(shards.MANIFEST)
+    copied.write(OLDER, data)
+    with pytest.raises(DataError, match="manifest.json is not of this program; make one by `unlearn shards index"):
         shards.load(copied.uri)
-    assert copied.read(shards.MANIFEST) == data and shards.find(copied.uri).rows == 48
+    assert shards.find(copied.uri).hash == shards.index(copied.uri).hash == shards.load(copied.uri).hash
+    assert copied.read(OLDER) == data
 
 
 def test_a_shard_replaced_by_one_of_the_same_shape_is_told_by_row_group(copied):
@@ -222,11 +234,12 @@ def test_a_shard_replaced_by_one_of_the_same_shape_is_told_by_row_group(copied):
 
 def test_a_manifest_without_checks_still_holds(copied):
     whole = shards.load(copied.uri)
-    tree = json.loads(copied.read(shards.MANIFEST))
+    made_older(copied.uri)
+    tree = json.loads(copied.read(OLDER))
     del tree["images"]
     for group in (g for s in tree["shards"] for g in s["row_groups"]):
         del group["checks"]
-    copied.write(shards.MANIFEST, json.dumps(tree).encode())
+    copied.write(OLDER, json.dumps(tree).encode())
     copied.delete("manifest.images")
     older = shards.load(copied.uri)
     assert older.hash == whole.hash == tree["hash"] and older.read(3, ["image"]).equals(whole.read(3, ["image"]))
@@ -335,7 +348,7 @@ def test_a_folder_name_that_is_not_utf8_is_told(tmp_path):
 
 def test_a_folder_without_manifest_or_shards_is_told(place):
     Storage(place).write("readme", b"1")
-    with pytest.raises(DataError, match="no manifest.json there.*unlearn shards index"):
+    with pytest.raises(DataError, match="no manifest.row_groups there.*unlearn shards index"):
         shards.load(place)
     with pytest.raises(DataError, match="no .parquet file there"):
         shards.index(place)

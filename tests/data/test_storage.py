@@ -368,3 +368,20 @@ def test_a_reader_that_begins_at_the_end_needs_one_request_for_it(s3, proxied, t
             assert file.read(2) == data[-1001:][:2]
         with pytest.raises(StorageError, match="there is no such"):
             storage.open_from_end("missing", 1000)
+
+
+def test_a_download_needs_no_request_for_the_size(s3, proxied, monkeypatch):
+    """The first piece tells it, and the version that all others are to have."""
+    monkeypatch.setattr(s3_objects, "PART", 1 << 16)
+    storage, data = Storage(s3), os.urandom(150_000)
+    for name, content, asked in (("large", data, 3), ("small", data[:9], 1), ("whole", data[: 1 << 16], 1)):
+        storage.write(name, content)
+        proxied.requests.clear()
+        with local_copy(storage.where(name)) as path:
+            assert path.read_bytes() == content
+        assert [method for method, _ in proxied.requests] == ["GET"] * asked
+    storage.write("empty", b"")
+    with local_copy(storage.where("empty")) as path:
+        assert path.read_bytes() == b""
+    with pytest.raises(StorageError, match="missing: there is no such file"), local_copy(storage.where("missing")):
+        pass

@@ -120,7 +120,7 @@ def test_a_run_needs_what_its_role_grants_and_has_no_more(s3_stack, s3_user, tin
     assert runs.is_file("model/weights.safetensors")
     assert not runs.is_file("nothing-here")  # 404, not 403: that is what the right to list is for
     refused(data.write, "new", b"1")
-    refused(data.delete, "manifest.json")
+    refused(data.delete, "manifest.row_groups")
     for forbidden in (Storage("s3://unlearn-runs-1"), Storage("s3://unlearn-releases-1")):
         refused(forbidden.write, "x", b"1")
     refused(Storage("s3://unlearn-runs-1").read, "elsewhere")
@@ -130,12 +130,12 @@ def test_a_run_needs_what_its_role_grants_and_has_no_more(s3_stack, s3_user, tin
     assert runs.read("config.yaml")
     refused(runs.write, "config.yaml", b"1")
     refused(runs.delete, "config.yaml")
-    refused(data.read, "manifest.json")
+    refused(data.read, "manifest.row_groups")
 
     s3_user(CYCLE, s3_stack)  # which trains and releases
     releases = Storage("s3://unlearn-releases-1")
     releases.write("certificates/v1.json", b"1")
-    assert data.read("manifest.json") and releases.read("certificates/v1.json")
+    assert data.read("manifest.row_groups") and releases.read("certificates/v1.json")
     runs.write("of-the-cycle", b"1")
     runs.delete("of-the-cycle")
     refused(releases.delete, "certificates/v1.json")

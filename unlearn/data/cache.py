@@ -222,4 +222,4 @@ def in_use(sets: dict[str, RowSet], data: config.Data) -> int:
 
 def _row_group_bytes(rows: RowSet) -> np.ndarray:
     """Bytes of every row group of the manifest."""
-    return np.array([rows.manifest.row_group(group).bytes for group in range(len(rows.manifest.groups))])
+    return rows.manifest.facts["bytes"]

@@ -137,9 +137,10 @@ def identity(manifest: Manifest, table: pa.Table) -> list[str]:
         return table["id"].to_pylist()
     rows = table["row"].to_numpy()
     # A shard may have no row group at all, so the shard of a row is found through its row group, never by counting.
-    firsts = {s: int(manifest.starts[i]) for i, (s, g) in enumerate(manifest.groups) if g == 0}
-    which = [manifest.groups[i][0] for i in manifest.group_of(rows)]
-    return [f"{manifest.shards[s].path}:{row - firsts[s]}" for s, row in zip(which, rows.tolist(), strict=True)]
+    which, inner = manifest.groups[manifest.group_of(rows)].T
+    firsts = manifest.starts[manifest.group_of(rows) - inner]
+    within = zip(which.tolist(), (rows - firsts).tolist(), strict=True)
+    return [f"{manifest.shards[s].path}:{row}" for s, row in within]
 
 
 def _all_met(named: _Named | None, given: list[str] | None, where: str) -> None:

@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
 from unlearn.data import duplicates
-from unlearn.data.manifest import RowGroup, Shard
+from unlearn.data.manifest import Shard
 from unlearn.data.parquet_file import extent, opened, short
+from unlearn.data.row_groups import RowGroup, RowGroups
 from unlearn.data.storage import told
 from unlearn.errors import DataError
 
@@ -99,7 +100,8 @@ def describe(
             step = max(TOGETHER, PART * count // max(1, path.stat().st_size))
             parts = pool.map(part, [range(g, min(g + step, count)) for g in range(0, count, step)])
             row_groups = [one for found in parts for one in found]
-            shard = Shard(name, path.stat().st_size, sha256.result(), [group for group, *_ in row_groups])
+            known = RowGroups.of(group for group, *_ in row_groups)
+            shard = Shard(name, path.stat().st_size, sha256.result(), known)
     labels = [distinct for _, distinct, _, _ in row_groups]
     text = any(values.dtype.kind == "O" for values in labels)
     if text:

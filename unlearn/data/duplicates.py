@@ -53,7 +53,7 @@ def _opened(manifest: Manifest) -> Iterator[BinaryIO | None]:
             file = io.BytesIO()
         if hashlib.file_digest(file, "sha256").hexdigest() != manifest.images:
             raise DataError(
-                f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {manifest.uri}`"
+                f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {manifest.given}`"
             )
         yield file
 

@@ -7,7 +7,6 @@ that it has not read. A file that has changed since, or is asked for with other 
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,7 +14,8 @@ import pyarrow as pa
 
 from unlearn.data.described import Described, Found
 from unlearn.data.facts import Facts
-from unlearn.data.manifest import RowGroup, Shard
+from unlearn.data.manifest import Shard
+from unlearn.data.row_groups import RowGroup, RowGroups
 from unlearn.data.storage import Storage
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Journal:
 
         def described(told: dict, values: pa.Table, images: np.ndarray) -> Described:
             shard = told["shard"]
-            groups = [_row_group(group) for group in shard["row_groups"]]
+            groups = RowGroups.of(_row_group(group) for group in shard["row_groups"])
             labels = [np.array(labels, np.int64) for labels in told["labels"]]
             return Described(
                 Shard(**shard | {"row_groups": groups}), told["columns"], told["classes"], told["text"], labels, images,
@@ -46,9 +46,9 @@ class Journal:
         return self._known(name, [name, facts.size, facts.etag, self._asked], described)
 
     def put(self, described: Described, facts: Facts) -> None:
-        shard = described.shard
+        shard, groups = described.shard, [vars(group) for group in described.shard.row_groups]
         told = {
-            "of": [shard.path, facts.size, facts.etag, self._asked], "shard": asdict(shard),
+            "of": [shard.path, facts.size, facts.etag, self._asked], "shard": vars(shard) | {"row_groups": groups},
             "columns": described.columns, "classes": described.classes, "text": described.text,
             "labels": [labels.tolist() for labels in described.labels],
         }  # fmt: skip
@@ -70,7 +70,7 @@ class Journal:
 
     def put_part(self, name: str, facts: Facts, groups: range, found: list[Found]) -> None:
         told = {
-            "of": self._of_part(name, facts, groups), "row_groups": [asdict(group) for group, *_ in found],
+            "of": self._of_part(name, facts, groups), "row_groups": [vars(group) for group, *_ in found],
             "labels": [labels.tolist() for _, labels, *_ in found],
             "text": any(labels.dtype.kind == "O" for _, labels, *_ in found),
         }  # fmt: skip

@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from unlearn.data import columns as roles
 from unlearn.data import row_values
 from unlearn.data.parquet_file import extent, forget, parquet, short
+from unlearn.data.row_groups import RowGroup, RowGroups
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, ReplacedError, StorageError
 
@@ -38,31 +39,27 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class RowGroup:
-    """One row group: its rows, its bytes in the file, the smallest and largest label ((0, -1) without rows), sha256 of
-    those bytes.
-
-    checks: checksum of the values of each column as `columns.checksum` gives it; none in older manifests.
-    """
-
-    rows: int
-    offset: int
-    bytes: int
-    labels: tuple[int, int]
-    sha256: str
-    checks: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Shard:
     """One Parquet file; `sha256` is of the whole file. labels: the folder's label for each of the file's; empty: they
     are the same."""
 
+    __pydantic_config__ = {"arbitrary_types_allowed": True}  # RowGroups
+
     path: str
     bytes: int
     sha256: str
-    row_groups: list[RowGroup]
+    row_groups: RowGroups
     labels: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        return int(self.row_groups.facts["rows"].sum())
+
+    def content(self) -> dict:
+        """What counts for the hash of a manifest, as plain values."""
+        groups = [{key: value for key, value in vars(group).items() if key != "checks"} for group in self.row_groups]
+        tree = {"path": self.path, "bytes": self.bytes, "sha256": self.sha256, "row_groups": groups}
+        return tree | ({"labels": self.labels} if self.labels else {})
 
 
 @dataclass(frozen=True)
@@ -85,15 +82,27 @@ class Manifest:
     counts: dict[int, int] = field(default_factory=dict)
     split: str | None = None
 
+    @property
+    def given(self) -> str:
+        """The folder and its split, as commands take them."""
+        return f"{self.uri} --split {self.split}" if self.split else self.uri
+
     @cached_property
-    def groups(self) -> list[tuple[int, int]]:
-        """(shard, row group within it) of every row group."""
-        return [(s, g) for s, shard in enumerate(self.shards) for g in range(len(shard.row_groups))]
+    def groups(self) -> np.ndarray:
+        """(n, 2): (shard, row group within it) of every row group."""
+        counts = np.array([len(shard.row_groups) for shard in self.shards], np.int64)
+        firsts = np.repeat(np.cumsum(counts) - counts, counts)
+        return np.stack([np.repeat(np.arange(len(counts)), counts), np.arange(len(firsts)) - firsts], axis=1)
+
+    @property
+    def facts(self) -> np.ndarray:
+        """(n,) what is known of every row group, see RowGroups."""
+        return np.concatenate([RowGroups.of([]).facts, *(shard.row_groups.facts for shard in self.shards)])
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Number of the first row of every row group, and at the end the number of rows."""
-        return np.cumsum([0, *(self.shards[s].row_groups[g].rows for s, g in self.groups)])
+        return np.cumsum(np.concatenate([[0], self.facts["rows"]]))
 
     @property
     def rows(self) -> int:
@@ -101,34 +110,27 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 of the content, independent of its URI. Optional fields count only where they are present."""
-        content = self.tree()
-        for told_of_rows in ("images", "values", "counts"):
-            content.pop(told_of_rows, None)
-        for shard in content["shards"]:
-            for group in shard["row_groups"]:
-                group.pop("checks", None)
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def tree(self) -> dict:
-        """As plain values, without `uri`, `split` and empty optional fields."""
-        # Not by `asdict`, which copies deeply: half a second for thousands of row groups.
-        tree = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("uri", "split")}
-        tree["shards"] = [vars(s) | {"row_groups": [dict(vars(g)) for g in s.row_groups]} for s in self.shards]
-        for part, keys in [(tree, ("names", "images", "values", "counts")), *((s, ("labels",)) for s in tree["shards"]),
-                           *((g, ("checks",)) for s in tree["shards"] for g in s["row_groups"])]:  # fmt: skip
-            for key in keys:
-                if not part[key]:
-                    del part[key]
-        return tree
+        """sha256 of the content as JSON with sorted keys, independent of its URI and of the file it was read from.
+        Optional fields count only where they are present."""
+        folder = {"columns": self.columns, "classes": self.classes} | ({"names": self.names} if self.names else {})
+        digest = hashlib.sha256(json.dumps(folder, sort_keys=True)[:-1].encode())
+        digest.update(b', "shards": [')  # the last key: one shard after another, as all of them take much memory
+        for i, shard in enumerate(self.shards):
+            digest.update(((", " if i else "") + json.dumps(shard.content(), sort_keys=True)).encode())
+        digest.update(b"]}")
+        return digest.hexdigest()
 
     def row_group(self, group: int) -> RowGroup:
-        s, g = self.groups[group]
+        s, g = self.groups[group].tolist()
         return self.shards[s].row_groups[g]
 
     def group_of(self, rows: np.ndarray) -> np.ndarray:
         """The row group of each row."""
         return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def shards_of(self, groups: Iterable[int]) -> list[int]:
+        """The shards of row groups, each once."""
+        return np.unique(self.groups[np.fromiter(groups, np.int64), 0]).tolist()
 
     @cached_property
     def repeated(self) -> Counter:
@@ -144,7 +146,7 @@ class Manifest:
 
     def read(self, group: int, columns: list[str]) -> pa.Table:
         """Columns of one row group. Raises DataError where the shard does not match the manifest."""
-        s, g = self.groups[group]
+        s, g = self.groups[group].tolist()
         return self._read(s, [g], columns)
 
     def table(self, columns: list[str], groups: Iterable[int] | None = None) -> pa.Table:
@@ -157,7 +159,7 @@ class Manifest:
         if self.values and columns and set(columns) <= set(self.columns) and len(groups) > 1:
             return self._of_values(columns, groups)
         wanted: dict[int, list[int]] = {}  # shard -> its row groups
-        for s, g in (self.groups[group] for group in groups):
+        for s, g in self.groups[np.fromiter(groups, np.int64)].tolist():
             wanted.setdefault(s, []).append(g)
         if not wanted:
             return pa.schema([*(SCHEMA.field(name) for name in columns), pa.field("row", pa.int64())]).empty_table()
@@ -168,19 +170,18 @@ class Manifest:
             tables = dict(zip(wanted, pool.map(lambda s: self._read(s, wanted[s], columns), wanted), strict=True))
         parts, taken = [], dict.fromkeys(wanted, 0)
         for group in groups:  # in the requested order, which may alternate between files
-            s, g = self.groups[group]
-            rows = self.shards[s].row_groups[g].rows
+            s, rows = int(self.groups[group, 0]), int(self.starts[group + 1] - self.starts[group])
             numbers = pa.array(np.arange(self.starts[group], self.starts[group + 1]))
             parts.append(tables[s].slice(taken[s], rows).append_column("row", numbers))
             taken[s] += rows
         return pa.concat_tables(parts, promote_options="permissive")
 
     def _of_values(self, columns: list[str], groups: Sequence[int]) -> pa.Table:
-        self.check_shards({self.groups[group][0] for group in groups})
+        self.check_shards(self.shards_of(groups))
         table = row_values.read(self.uri, self.split, self.values, columns)
         if len(table) != self.rows:
             raise DataError(
-                f"{self.uri}: its file of values is of another manifest; run `unlearn shards index {self.uri}`"
+                f"{self.uri}: its file of values is of another manifest; run `unlearn shards index {self.given}`"
             )
         table = table.append_column("row", pa.array(np.arange(self.rows)))
         if len(groups) == len(self.groups) and list(groups) == sorted(groups):
@@ -198,7 +199,7 @@ class Manifest:
             if sizes[shard.path] != shard.bytes:
                 raise DataError(
                     f"{self.uri}/{shard.path}: not the file of the manifest ({sizes[shard.path]} bytes in place of "
-                    f"{shard.bytes}); run `unlearn shards verify {self.uri}`"
+                    f"{shard.bytes}); run `unlearn shards verify {self.given}`"
                 )
 
     def _read(self, s: int, groups: list[int], columns: list[str]) -> pa.Table:
@@ -213,19 +214,20 @@ class Manifest:
         shard, where = self.shards[s], f"{self.uri}/{self.shards[s].path}"
         if missing := [role for role in columns if role not in self.columns]:
             raise DataError(f"{self.uri}: its shards have no {' and no '.join(missing)}")
-        known = shard.row_groups
+        known = {g: shard.row_groups[g] for g in groups}
         # Without checksums of its values a shard must at least be the one that was opened first.
-        versions = None if all(known[g].checks for g in groups) else self.versions
+        versions = None if all(group.checks for group in known.values()) else self.versions
         with _named(groups), parquet(Storage(self.uri), shard.path, shard.sha256, versions) as file:
             for g in groups:
-                if file.num_row_groups != len(known) or extent(file, g) != (
+                if file.num_row_groups != len(shard.row_groups) or extent(file, g) != (
                     known[g].rows,
                     known[g].offset,
                     known[g].bytes,
                 ):
                     forget(Storage(self.uri), shard.path, shard.sha256)
                     raise DataError(
-                        f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify {self.uri}`"
+                        f"{where}: not the file of the manifest (row group {g}); run `unlearn shards verify "
+                        f"{self.given}`"
                     )
             stored = {role: self.names.get(role, role) for role in columns}
             inside = [column for column in stored.values() if column in file.schema_arrow.names]
@@ -248,7 +250,7 @@ class Manifest:
                 if role in known[g].checks and roles.checksum(part) != known[g].checks[role]:
                     raise DataError(
                         f"{where}, row group {g}: the {role}s are not those of the manifest: the shard was replaced "
-                        f"or is damaged; restore it, or make the manifest anew with `unlearn shards index {self.uri}`"
+                        f"or is damaged; restore it, or make the manifest anew with `unlearn shards index {self.given}`"
                     )
             first += known[g].rows
         if "label" in values:
@@ -280,7 +282,9 @@ class Manifest:
             inside = pc.and_(pc.greater_equal(labels, 0), pc.less(labels, len(own)))
             labels = pc.take(own, pc.if_else(inside, labels, None))
         if labels.null_count:
-            raise DataError(f"{where}: a label that the manifest does not know; run `unlearn shards index {self.uri}`")
+            raise DataError(
+                f"{where}: a label that the manifest does not know; run `unlearn shards index {self.given}`"
+            )
         return labels if isinstance(labels, pa.ChunkedArray) else pa.chunked_array([labels])
 
     def values_of(self, stored: list[pa.Table]) -> pa.Table:

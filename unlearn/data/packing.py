@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from unlearn.data import archives, layouts, shards
 from unlearn.data.columns import with_class_names
-from unlearn.data.sources import Source
+from unlearn.data.sources import OUTSIDE, Source
 from unlearn.data.storage import Storage, told
 from unlearn.errors import DataError
 
@@ -87,7 +87,9 @@ def arrange(
     images = [n for n in source.names if PurePosixPath(n).suffix.lower() not in layouts.ABOUT]
     about = [n for n in source.names if PurePosixPath(n).suffix.lower() in layouts.ABOUT]
     if not images:
-        raise DataError(f"{src}: no image in it laid out as CLASS/FILE" + (f" below a folder {split}" if split else ""))
+        below = f" below a folder {split}" if split else ""
+        outside = f"; left out: {count} {OUTSIDE}" if (count := source.left_out[OUTSIDE]) else ""
+        raise DataError(f"{src}: no image in it laid out as CLASS/FILE{below}{outside}")
     _readable(images, src)
     arranged = layouts.arrange(images, about, source.read, src, layout, split, labels, classes)
     _tell(src, source.left_out, arranged.loose)
@@ -116,7 +118,7 @@ def write(
 ) -> shards.Manifest:  # fmt: skip
     """Write records as shards of about `shard_bytes`, and their manifest last. One row group is in memory at a time."""
     storage = Storage(dest)
-    if any(n.endswith(".parquet") or n == shards.MANIFEST for n in storage.files()):
+    if any(n.endswith(".parquet") or shards.is_manifest(n) for n in storage.files()):
         raise DataError(f"{dest}: holds shards already; give an empty folder")
     groups, described, written = _groups(records, rows_per_group, classes), [], 0
     for first in groups:

@@ -30,7 +30,7 @@ def with_duplicates(rows: RowSet) -> np.ndarray:
 def touched(manifest: Manifest, gone: np.ndarray) -> list[str]:
     """The names of the files that hold something of these rows: their shards, and what lies beside the manifest of each
     row."""
-    names = [manifest.shards[s].path for s in sorted({manifest.groups[g][0] for g in manifest.group_of(gone)})]
+    names = [manifest.shards[s].path for s in manifest.shards_of(manifest.group_of(gone))]
     beside = (
         (duplicates.file_name(manifest.split), manifest.images),
         (row_values.file_name(manifest.split), manifest.values),
@@ -60,8 +60,7 @@ def without(
     keep[gone] = False
     for shard in manifest.shards:
         check()
-        count = sum(group.rows for group in shard.row_groups)
-        wanted, first = keep[first : first + count], first + count
+        wanted, first = keep[first : first + shard.rows], first + shard.rows
         if not wanted.any():
             continue
         with local_copy(source.where(shard.path)) as old, target.writing(shard.path) as new:

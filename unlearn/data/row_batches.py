@@ -51,7 +51,7 @@ class RowBatches:
 
     def _of_values(self, columns: list[str], wanted: np.ndarray) -> Iterator[pa.Table]:
         manifest = self.manifest
-        shards = {manifest.groups[group][0] for group in wanted.tolist()} - self._checked
+        shards = set(manifest.shards_of(wanted)) - self._checked
         manifest.check_shards(shards)
         self._checked |= shards
         if self._file is None:
@@ -59,7 +59,7 @@ class RowBatches:
             if self._file.metadata.num_rows != manifest.rows:
                 raise DataError(
                     f"{manifest.uri}: its file of values is of another manifest; run `unlearn shards index "
-                    f"{manifest.uri}`"
+                    f"{manifest.given}`"
                 )
         first, starts, ends = 0, manifest.starts[wanted], manifest.starts[wanted + 1]
         for g in range(self._file.num_row_groups):

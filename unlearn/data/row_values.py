@@ -51,7 +51,8 @@ def opened(uri: str, split: str | None, sha256: str) -> pq.ParquetFile:
     except StorageError:
         if storage.is_file(name):
             raise
-    raise DataError(f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {uri}`")
+    given = f"{uri} --split {split}" if split else uri
+    raise DataError(f"{storage.where(name)}: missing or damaged; make it anew with `unlearn shards index {given}`")
 
 
 def read(uri: str, split: str | None, sha256: str, columns: list[str]) -> pa.Table:

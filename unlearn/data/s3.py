@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -117,24 +117,31 @@ class Bucket:
     def download(self, name: str, path: Path, facts: Facts | None = None) -> None:
         """Fetch an object of any size into a file, several pieces at a time; all are of one version.
 
-        facts: what is known of it, which is then not asked for. Raises FileNotFoundError, ReplacedError, StorageError.
+        facts: what is known of it; else its first piece tells. Raises FileNotFoundError, ReplacedError, StorageError.
         """
-        facts = facts or self.head(name)
-        if facts is None:
-            raise FileNotFoundError(name)
-        whole = facts
 
-        def piece(file: BinaryIO, start: int) -> None:
+        def piece(start: int, ask: Callable[[], tuple[Facts, Any]]) -> Facts:
             """Stream one range to its place; what hangs is its beginning, or its connection is given up."""
-            ask = functools.partial(self._range, name, whole, start, min(whole.size, start + PART))
-            at = start
-            for chunk in _hedge.first(ask, s3_client.hedge()).iter_chunks(CHUNK):
+            at, (told, body) = start, _hedge.first(ask, s3_client.hedge())
+            for chunk in body.iter_chunks(CHUNK):
                 at += os.pwrite(file.fileno(), chunk, at)
+            return told
 
         with open(path, "wb") as file, ThreadPoolExecutor(THREADS) as pool:
+            whole, first = facts, 0
+            if whole is None:
+                begin = functools.partial(self._part, name, f"0-{PART - 1}", PART)
+                try:
+                    whole, first = self._outlast(name, lambda: piece(0, begin)), PART
+                except self.client.exceptions.ClientError as e:
+                    whole = self._empty(name, e)
             file.truncate(whole.size)
-            pieces = range(0, whole.size, PART)
-            for _ in pool.map(lambda start: self._outlast(name, lambda: piece(file, start)), pieces):
+
+            def rest(start: int) -> Facts:
+                stop = min(whole.size, start + PART)
+                return self._outlast(name, lambda: piece(start, lambda: (whole, self._range(name, whole, start, stop))))
+
+            for _ in pool.map(rest, range(first, whole.size, PART)):
                 pass
 
     def end(self, name: str, most: int) -> tuple[Facts, bytes]:
@@ -142,23 +149,34 @@ class Bucket:
         FileNotFoundError."""
 
         def ask() -> tuple[Facts, bytes]:
-            response = self.client.get_object(Bucket=self.name, Key=self.key(name), Range=f"bytes=-{most}")
-            length = response["ContentLength"]
-            size = response.get("ContentRange", "").rpartition("/")[2] or ("" if length else "0")
-            if not size.isdecimal() or length != min(int(size), most):
-                raise StorageError(f"s3://{self.name}/{self.key(name)}: the server does not know ranges")
-            return Facts(int(size), response["ETag"]), response["Body"].read()
+            facts, body = self._part(name, f"-{most}", most)
+            return facts, body.read()
 
         try:
             return self._read(name, ask, most)
         except self.client.exceptions.ClientError as e:
-            if s3_errors.code(e) in ("404", "NoSuchKey"):
-                raise FileNotFoundError(name) from None
-            if s3_errors.code(e) not in ("416", "InvalidRange"):
-                raise
-        if (facts := self.head(name)) is None:  # an empty object has no last bytes
+            return self._empty(name, e), b""
+
+    def _part(self, name: str, span: str, most: int) -> tuple[Facts, Any]:
+        """(size and version of an object, the stream of the first or the last `most` bytes of it, or of all of
+        fewer)."""
+        response = self.client.get_object(Bucket=self.name, Key=self.key(name), Range=f"bytes={span}")
+        length = response["ContentLength"]
+        size = response.get("ContentRange", "").rpartition("/")[2] or ("" if length else "0")
+        if not size.isdecimal() or length != min(int(size), most):
+            raise StorageError(f"s3://{self.name}/{self.key(name)}: the server does not know ranges")
+        return Facts(int(size), response["ETag"]), response["Body"]
+
+    def _empty(self, name: str, error: Exception) -> Facts:
+        """What is known of an object of no bytes, for a range of which S3 answers `error`. Raises FileNotFoundError
+        where there is no such object, and every other error."""
+        if s3_errors.code(error) in ("404", "NoSuchKey"):
+            raise FileNotFoundError(name) from None
+        if s3_errors.code(error) not in ("416", "InvalidRange"):
+            raise error
+        if (facts := self.head(name)) is None:
             raise FileNotFoundError(name)
-        return facts, b""
+        return facts
 
     def open(self, name: str, facts: Facts, versions: dict[str, str] | None = None, end: bytes = b"") -> pa.NativeFile:
         """For random access; all of it is of one version, that of `facts`, and of `versions` where it is in there.

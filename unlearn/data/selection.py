@@ -138,8 +138,8 @@ def label(manifest: shards.Manifest, value: int | str, where: str) -> int:
 
 def _spans(manifest: shards.Manifest) -> np.ndarray:
     """(n, 2): the smallest and the largest label of each row group that has rows."""
-    spans = np.array([manifest.shards[s].row_groups[g].labels for s, g in manifest.groups]).reshape(-1, 2)
-    return spans[np.diff(manifest.starts) > 0].astype(np.int64)
+    facts = manifest.facts
+    return np.stack([facts["min_label"], facts["max_label"]], axis=1)[facts["rows"] > 0]
 
 
 def _span(spans: np.ndarray) -> tuple[int, int]:
@@ -189,7 +189,7 @@ def name_row(manifest: shards.Manifest, row: int) -> str:
 def _place(manifest: shards.Manifest, row: int) -> str:
     """Where a row lies, for messages that may be logged: unlike its id it tells nothing of a person."""
     group = int(manifest.group_of(np.array([row]))[0])
-    s, g = manifest.groups[group]
+    s, g = manifest.groups[group].tolist()
     return f"row {row - int(manifest.starts[group])} of row group {g} of {manifest.shards[s].path}"
 
 

@@ -2,8 +2,8 @@
 
 A shard is a Parquet file in the usual form of published image data sets: `image` (struct<bytes, path> or binary),
 `label` (whole numbers or text), and optionally `id` and `subject`; `columns.py` lists what else is accepted.
-`manifest.json` beside the shards lists every row group with its rows, bytes, label range and checksums. A folder with
-several splits has a manifest for each.
+The manifest beside the shards lists every row group with its rows, bytes, label range and checksums (see
+manifest_file.py). A folder with several splits has a manifest for each.
 """
 
 import functools
@@ -22,15 +22,16 @@ from unlearn.data import classes as class_lists
 from unlearn.data import columns as roles
 from unlearn.data.described import Described, describe, images
 from unlearn.data.journal import Journal
-from unlearn.data.manifest import SCHEMA, Manifest, RowGroup, Shard
-from unlearn.data.manifest_file import MANIFEST, RowFacts, is_indexed, is_ours, load, manifest_name, save
+from unlearn.data.manifest import SCHEMA, Manifest, Shard
+from unlearn.data.manifest_file import MANIFEST, RowFacts, is_indexed, is_manifest, is_ours, load, manifest_name, save
 from unlearn.data.parquet_file import parquet
+from unlearn.data.row_groups import RowGroups
 from unlearn.data.storage import Storage, local_copy
 from unlearn.errors import DataError
 
-__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "RowGroup", "Shard", "collect", "describe", "find", "images",
+__all__ = ["MANIFEST", "SCHEMA", "Described", "Manifest", "Shard", "collect", "describe", "find", "images",
     "index", "is_indexed",
-           "load", "look", "parquet", "save", "split_of"]  # fmt: skip
+           "is_manifest", "load", "look", "parquet", "save", "split_of"]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def index(
     names of the labels 0, 1, ...; by default those in the shards' metadata, or those of the previous manifest.
     progress: called with (bytes that are done, bytes in all), from any thread; threads: row groups that are in memory
     at the same time, by default as many as the machine has cores, 16 at most. Raises DataError for shards that cannot
-    be used, and where manifest.json was written by another program.
+    be used, and where the file of the manifest's name was written by another program.
     """
     storage = Storage(uri)
     name = manifest_name(split)
@@ -173,7 +174,8 @@ def collect(uri: str, described: list[Described], classes: list[str] | None = No
     for d in described:
         own = class_lists.mapping(lists.get(f"{uri}/{d.shard.path}", []), common)
         spans = [_span(labels, own) for labels in d.labels]
-        groups = [replace(group, labels=span) for group, span in zip(d.shard.row_groups, spans, strict=True)]
+        known = zip(d.shard.row_groups, spans, strict=True)
+        groups = RowGroups.of(replace(group, labels=span) for group, span in known)
         same = d.text or own == list(range(len(own)))
         shards.append(replace(d.shard, row_groups=groups, labels=[] if same else own))
     manifest = Manifest(uri, columns, common, shards, names)

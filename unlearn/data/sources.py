@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 DIRT = {"__MACOSX", "_temporary", "@eaDir", "lost+found", "$RECYCLE.BIN"}
+OUTSIDE = "name(s) that lead out of it: absolute, or with `..`"  # as what is left out is told
 LARGEST = 1 << 28  # bytes of one file: a small archive can unpack to any size
 # How many times its size an archive may unpack to, above SMALL bytes; images hardly compress, a bomb unpacks to 1,000
 # times.
@@ -26,7 +27,9 @@ class Source:
         """Take a file, or count it as left out."""
         if is_dirt(name):
             return
-        if size > LARGEST:
+        if leads_out(name):
+            self.left_out[OUTSIDE] += 1
+        elif size > LARGEST:
             self.left_out["larger than 256 MiB"] += 1
         elif wanted(name):
             self.names.append(name)
@@ -37,6 +40,12 @@ class Source:
 def is_dirt(name: str) -> bool:
     """Whether a file is hidden or a system file, and not data, by the names in its path."""
     return any(part in DIRT or (part.startswith(".") and part not in (".", "..")) for part in name.split("/"))
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path is absolute or leads above the folder it is in: a class would be called `..`, and an id name a
+    file of somebody else's."""
+    return name.startswith("/") or ".." in name.split("/")
 
 
 def unpacked(packed: int) -> int:

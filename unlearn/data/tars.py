@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from unlearn.data import sources
-from unlearn.data.sources import LARGEST, Source, Wanted, is_dirt
+from unlearn.data.sources import LARGEST, OUTSIDE, Source, Wanted, is_dirt, leads_out
 from unlearn.data.storage import told
 from unlearn.errors import DataError
 
@@ -124,7 +124,9 @@ class _Scan:
         """Record every member. place: where its content is in `file`, or None where it is not there."""
         for member in _members(tar):
             name = member.name
-            if member.issym() or member.islnk():
+            if leads_out(name):
+                self.left_out[OUTSIDE] += not member.isdir()
+            elif member.issym() or member.islnk():
                 base = posixpath.dirname(name) if member.issym() else ""
                 self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
             elif member.isfile() and name.lower().endswith(".tar") and (at := place(member)):
@@ -216,7 +218,9 @@ def inner(
         for member in _members(tar):
             path = f"{folder}/{member.name}"
             if member.isfile() and not is_dirt(path):
-                if wanted(path) and member.size <= LARGEST:
+                if leads_out(member.name):
+                    listing.left_out[OUTSIDE] += 1
+                elif wanted(path) and member.size <= LARGEST:
                     yield path, (member.offset_data, member.size)
                 else:
                     listing.left_out[PurePosixPath(path).suffix.lower() or "no suffix"] += 1
