@@ -155,10 +155,12 @@ def test_what_does_not_fit_is_told(small):
     wide = "{image_size: 32, patch_size: 2, width: 512, depth: 24, heads: 8, decoder_width: 8, decoder_heads: 2}"
     settings = small("mae", *GPU, "model={family: mae, options: " + wide + "}", "training.micro_batch_size=8")
     torch.cuda.empty_cache()
-    full = torch.empty(torch.cuda.mem_get_info()[0] - 2**29, dtype=torch.uint8, device="cuda")
-    with pytest.raises(TrainingError, match="does not fit on the device"):
-        worker(settings)
-    del full
+    for left, what in ((2**29, "the model, with its teacher,"), (2**30, "a micro-batch of 8 rows")):
+        full = torch.empty(torch.cuda.mem_get_info()[0] - left, dtype=torch.uint8, device="cuda")
+        with pytest.raises(TrainingError, match=f"{what} does not fit on the device"):
+            worker(settings)
+        del full
+        torch.cuda.empty_cache()
 
 
 def test_what_is_not_finite_is_told_before_the_update(small):

@@ -13,7 +13,6 @@ import torch
 from unlearn import config, patience, views
 from unlearn.data import order, s3_client
 from unlearn.data.loader import Loader
-from unlearn.errors import TrainingError
 from unlearn.methods import base as methods
 from unlearn.models import weights
 from unlearn.models.base import Adapter
@@ -22,6 +21,7 @@ from unlearn.training import heartbeat, latents, saliency
 from unlearn.training.average import Average
 from unlearn.training.checkpoint import Checkpoints, TrainerState
 from unlearn.training.engine import DeepSpeedEngine, Engine, Objective, TorchEngine
+from unlearn.training.failures import LESS_TO_KEEP, room, told
 from unlearn.training.heartbeat import Heartbeat
 from unlearn.training.kept import Kept
 from unlearn.training.metrics import MetricsLog
@@ -57,9 +57,10 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
 
     method = methods.create(settings.method)
     student = weights.build(settings.model, settings.seed, run.sources)
-    first_stage = None if method.trains_first_stage else student.take_first_stage(device)
-    if first_stage is not None:
-        student.stock_noise(first_stage, settings.seed)
+    with room("the first stage", LESS_TO_KEEP):
+        first_stage = None if method.trains_first_stage else student.take_first_stage(device)
+        if first_stage is not None:
+            student.stock_noise(first_stage, settings.seed)
     kept.begin(run, device)
     caches = None
     if first_stage is not None and settings.data.latent_cache:
@@ -73,12 +74,13 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
     with checkpoints.open(start) if start else contextlib.nullcontext() as saved:
         if saved:
             saved.weights(student)
-        engine = make_engine(settings, method, student, first_stage, device, run.sources, kept)
+        with room("the model, with its teacher,", LESS_TO_KEEP):
+            engine = make_engine(settings, method, student, first_stage, device, run.sources, kept)
         heart.limit_groups()
         if method.sample_size():
             method.prepare(_sample(engine, loader, method.sample_size()))
         remembered = saved.method if saved else {name: t.clone() for name, t in method.state_dict().items()}
-        with _told(settings, engine):
+        with told(settings, engine):
             _dry_run_step(engine, loader, settings)
         method.load_state_dict(remembered)
         masks = _masks(settings, engine, loader, remembered if saved else None)
@@ -89,7 +91,7 @@ def _work(run: Run, report: Report, heart: Heartbeat, until: int, kept: Kept) ->
         if saved and average:
             saved.restore_average(average.fragments)
     metrics = MetricsLog(run.folder, start) if engine.rank == 0 else contextlib.nullcontext()
-    with _told(settings, engine), metrics as log:
+    with told(settings, engine), metrics as log:
         train(
             run, engine, loader, checkpoints, start, until, student, method, phases, report, log, heart, average, masks
         )
@@ -236,7 +238,7 @@ def _masks(
         masks = saliency.unpacked(engine, saved)
     else:
         batches = _weighted(settings, engine, loader.batches(_numbers(settings, engine, 0, saliency.BATCHES)))
-        with _told(settings, engine):
+        with told(settings, engine):
             masks = saliency.measured(engine, saliency.steps(batches, settings.accumulation), share)
     saliency.apply(engine, masks)
     return masks
@@ -275,27 +277,3 @@ def _dry_run_step(engine: Engine, loader: Loader, settings: config.RunConfig) ->
     engine.step(itertools.repeat(batch, settings.accumulation), 0.0)
     for fragment in engine.fragments():
         fragment.reset()
-
-
-@contextlib.contextmanager
-def _told(settings: config.RunConfig, engine: Engine):
-    """Translate a failure on the device into a message for the user."""
-    try:
-        yield
-    except torch.OutOfMemoryError as e:
-        raise TrainingError(
-            f"a micro-batch of {settings.micro_batch} rows does not fit on the device "
-            f"({str(e).splitlines()[0][:120]}): lower training.micro_batch_size, or set activation_checkpointing, a "
-            "higher zero_stage or offload_optimizer"
-        ) from None
-    except RuntimeError as e:
-        if "is not finite" in str(e):
-            what = str(e).splitlines()[0]
-        elif "device-side assert" in str(e) and engine.finite.culprit():
-            what = f"the {engine.finite.culprit()} is not finite"
-        else:
-            raise
-        raise TrainingError(
-            f"{what}; stopped before the update, and the checkpoints before it are kept. The same settings lead here "
-            "again: start a new run_dir with a lower training.lr or method.alpha, or look at the data"
-        ) from None
