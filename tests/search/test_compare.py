@@ -239,7 +239,9 @@ def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):
     chosen = {label: plain.candidates(label)[1] for label in plain.methods}
     document = leaderboard.document(plain, chosen, bare, Storage(f"{final.sweep_dir}/nowhere"))
     assert document["distance"] is None and "There is no oracle" in document["notes"][0]
-    assert leaderboard_page.drawing(document) is None and "Kept against" not in leaderboard_page.html(document)
+    drawn, page = leaderboard_page.drawing(document), leaderboard_page.html(document)
+    assert {mark["label"] for mark in drawn["marks"]} == {"paper", "decoupling"}
+    assert "cosine on the forget set" in page and "oracle's" not in page and "distance to the oracle" not in page
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")

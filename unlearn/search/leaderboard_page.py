@@ -25,13 +25,19 @@ COLUMNS = (
 
 
 def columns(document: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The columns that a row has a figure for. Distances in cosine are written finely."""
+    """The columns that a row has a figure for. Distances in cosine are written finely; without an oracle nothing is
+    wanted of what would be compared with it."""
     known = {figure for row in document["rows"] for figure in row["figures"]}
     fine = document["distance"] == "cosine"
     if any(row["audits"]["verdicts"] or row["audits"]["broken"] for row in document["rows"]):
         known.add("audit.passed")
     return [
-        (figure, head, "{:.3f}" if fine and figure.endswith("distance") else form, wanted)
+        (
+            figure,
+            head,
+            "{:.3f}" if fine and figure.endswith("distance") else form,
+            wanted if document["distance"] else "",
+        )
         for figure, head, form, wanted in COLUMNS
         if figure in known
     ]
@@ -113,19 +119,23 @@ def html(document: dict[str, Any]) -> str:
 
 
 def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
-    """Marks, labels and ticks of a plane of WIDTH x HEIGHT: the distance on the forget set to the right, the cosine of
-    the retain set upwards.
+    """Marks, labels and ticks of a plane of WIDTH x HEIGHT: to the right the forget set's distance to the oracle, or
+    its cosine where there is no oracle; upwards the cosine of the retain set.
 
-    None where there is no oracle, or nothing has come to an end.
+    None where nothing has come to an end.
     """
+    figure = "forget.distance" if document["distance"] else "forget.cosine"
     points = [
-        (row["method"], row["figures"]["forget.distance"], row["figures"]["retain.cosine"])
+        (row["method"], row["figures"][figure], row["figures"]["retain.cosine"])
         for row in document["rows"]
-        if "forget.distance" in row["figures"]
+        if figure in row["figures"]
     ]
     if not points:
         return None
-    right = _ticks(0.0, max(x["mean"] + (x["spread"] or 0) for _, x, _ in points))
+    least = 0.0 if document["distance"] else min(x["mean"] - (x["spread"] or 0) for _, x, _ in points)
+    most = [x["mean"] + (x["spread"] or 0) for _, x, _ in points]
+    before = [] if document["distance"] else [f[figure] for f in document["reference"].values() if figure in f]
+    right = _ticks(least, max(most + before))
     known = [y["mean"] for _, _, y in points] + [
         f["retain.cosine"] for f in document["reference"].values() if "retain.cosine" in f
     ]
@@ -148,7 +158,10 @@ def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
         for label, x, y in points
     ]  # fmt: skip
     references = [
-        {"name": name, "y": above(figures["retain.cosine"])}
+        {
+            "name": name, "y": above(figures["retain.cosine"]),
+            "x": across(figures[figure]) if before and figure in figures else None,
+        }
         for name, figures in document["reference"].items() if "retain.cosine" in figures
     ]  # fmt: skip
     names = [labels.Label(r["name"], WIDTH, r["y"] - 4, "end").box for r in references]
