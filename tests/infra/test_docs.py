@@ -10,13 +10,14 @@ import yaml
 
 from unlearn import config
 from unlearn.cli.app import app
+from unlearn.search.compare import Compare
 from unlearn.search.space import Sweep
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / ".github/CONTRIBUTING.md", *sorted((ROOT / "infra/docs").glob("*.md"))]
 CONFIGS = sorted((ROOT / "jobs/configs").glob("*.yaml"))
 COMMAND = typer.main.get_command(app)
-SWEEP = Sweep.model_fields.keys() - {"run"}  # keys of a sweep's own file
+SWEEP = (Sweep.model_fields.keys() | Compare.model_fields.keys()) - {"run"}  # keys of such files themselves
 
 pages = pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda path: path.name)
 
