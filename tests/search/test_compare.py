@@ -14,11 +14,12 @@ from jobs import compare as job
 from jobs import compare_audits
 from unlearn import config
 from unlearn import run as runs
+from unlearn.audit import page
 from unlearn.audit import settings as audit_settings
 from unlearn.audit import subject as subjects
 from unlearn.audit.bench import Bench
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, UnlearnError
+from unlearn.errors import ConfigError, StorageError, UnlearnError
 from unlearn.models import weights
 from unlearn.search import compare as comparisons
 from unlearn.search import labels, leaderboard, leaderboard_page
@@ -202,6 +203,9 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
     told, measured, measure = [], [], Bench.__call__
     monkeypatch.setattr(Bench, "__call__", lambda self, piece: measured.append(piece) or measure(self, piece))
 
+    def stopped(*_) -> str:
+        raise StorageError("no space left")
+
     def audited(**options) -> list[dict]:
         measured.clear()
         compare_audits.audit_all(found, final, trials, lambda *now: told.append(now), lambda: None, **options)
@@ -221,11 +225,20 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
         patch.setattr(subjects, "bootstrap", None)
         assert audited() == made and not measured, "what there is stays, and what has failed is not tried again"
     folders[0].write("model/weights.safetensors", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "write", stopped)
+        with pytest.raises(StorageError, match="no space left"):
+            audited(retry_failed=True)
+    assert not folders[0].is_file("audit.json"), "else the page would never be written"
     again = audited(retry_failed=True)
+    assert all(folder.is_file(page.NAME) for folder in folders)
     assert len(again) == 3 and again[1:] == made and not folders[0].is_file(leaderboard.AUDIT_FAILED)
     for folder, before in zip(folders[1:], made, strict=True):
         alone = audits.audit(runs.resolve(runs.load(folder.uri), measured=True), audit_settings.parse(audit))
         assert alone.pop("seconds").keys() == before.pop("seconds").keys() and alone == before
+    folders[0].write("model/weights.safetensors", whole[:-1])
+    found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit | {"resamples": 101}))
+    assert len(audited()) == 2 and not folders[0].is_file(page.NAME), "what other options have shown goes"
 
 
 def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):
