@@ -174,15 +174,19 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
 
 def test_numbers_of_near_points_lie_beside_each_other_and_of_more_points_share_a_label():
     near = [(str(n), 100.0 + 3 * n, 50.0) for n in range(1, 5)]
-    made = labels.placed(near, [], 560)
+    made = labels.placed(near, [], 560, 330)
     assert [label.text for label in made] == ["1", "2", "3", "4"]
     apart = [a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1] or b.box[3] <= a.box[1]
              for a, b in itertools.combinations(made, 2)]  # fmt: skip
     assert all(apart)
-    same = labels.placed([(str(n), 100.0, 50.0) for n in range(1, 11)], [], 560)
+    same = labels.placed([(str(n), 100.0, 50.0) for n in range(1, 11)], [], 560, 330)
     assert [label.text for label in same] == ["1, 9, 10", "2", "3", "4", "5", "6", "7", "8"]
-    (border,) = labels.placed([("7", 558.0, 50.0)], [(540, 20, 560, 49)], 560)
+    (border,) = labels.placed([("7", 558.0, 50.0)], [(540, 20, 560, 49)], 560, 330)
     assert border.anchor == "end" and border.y > 50, "within the drawing, and not over a name"
+    edges = labels.placed(
+        [("1", 100.0, 3.0), ("2", 100.0, 327.0), ("3", 104.0, 327.0), ("4", 108.0, 327.0)], [], 560, 330
+    )
+    assert all(0 <= label.box[1] and label.box[3] <= 330 for label in edges), "not over the ticks below"
 
 
 def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp_path, monkeypatch):
