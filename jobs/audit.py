@@ -80,9 +80,9 @@ def audit(
     } | _verdict(judged, list(audited.tests)) | {name: judged[name] for name in audited.tests}  # fmt: skip
     seconds["total"] = time.perf_counter() - began
     document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
-    storage = Storage(run.folder)
-    storage.write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
-    log.info("audited in %.0f s: %s, %s", seconds["total"], document["verdict"], page.write(run, document))
+    written = page.write(run, document)  # first: an audit.json that is there ends the audit, see `unless_made`
+    Storage(run.folder).write(RESULTS, json.dumps(document, indent=1, allow_nan=False).encode())
+    log.info("audited in %.0f s: %s, %s", seconds["total"], document["verdict"], written)
     return document
 
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from jobs import audit as audits
 from jobs.pool import Map
 from unlearn import run as runs
+from unlearn.audit import page
 from unlearn.audit import settings as audit_settings
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, LeaseError, MissingExtra, StorageError, UnlearnError
@@ -63,7 +64,8 @@ def audit_all(
                 log.error("the audit of %s has failed: %s", trial.id, message, exc_info=not isinstance(e, UnlearnError))
                 failed = {"options": options, "message": message}
                 folder.write(leaderboard.AUDIT_FAILED, json.dumps(failed).encode())
-                folder.delete(audits.RESULTS)  # of other options
+                for name in (audits.RESULTS, page.NAME):  # of other options
+                    folder.delete(name)
         progress("auditing", len(trials), len(trials))
 
 
@@ -88,4 +90,4 @@ def _told(error: Exception) -> str:
     """An exception in a line; of a worker's, what the worker has met."""
     cause = getattr(error, "cause", None) or error
     told = str(cause) if isinstance(cause, UnlearnError) else f"{type(cause).__name__}: {cause}"
-    return told[:500]
+    return " ".join(told.split())[:500]

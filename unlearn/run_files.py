@@ -29,9 +29,18 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
     """A tree with "key=value" set, and with "run.key=value" or "set.key=value" among what it sets of its run."""
     of_run = [item for item in overrides if item.startswith(OF_RUN)]
     tree = config.override(tree, [item for item in overrides if item not in of_run])
-    for item in of_run:
-        key, _, value = item.partition(".")[2].partition("=")
-        tree["set"] = (tree.get("set") or {}) | {key: config.override({}, [f"value={value}"])["value"]}
+    return into(tree, "set", of_run)
+
+
+def into(tree: dict[str, Any], part: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A tree with each "PART.key=value" as one key of its part `part`, whatever dots it has."""
+    for item in overrides:
+        key, equals, value = item.partition(".")[2].partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {item[:80]}: write it as key=value, for example --set run.training.steps=50")
+        if not isinstance(there := tree.get(part) or {}, dict):
+            raise ConfigError(f"--set {item[:80]}: {part} is one value here, without keys")
+        tree = tree | {part: there | {key: config.override({}, [f"value={value}"])["value"]}}
     return tree
 
 

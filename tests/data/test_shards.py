@@ -203,6 +203,8 @@ def test_a_manifest_of_another_program_is_kept(copied, text):
     copied.write(shards.MANIFEST, data)
     with pytest.raises(DataError, match="manifest.row_groups is not of this program and is kept: rename it"):
         shards.index(copied.uri)
+    with pytest.raises(DataError, match="is not of this program; rename it, and make one by `unlearn shards index"):
+        shards.load(copied.uri)
     copied.delete(shards.MANIFEST)
     copied.write(OLDER, data)
     with pytest.raises(DataError, match="manifest.json is not of this program; make one by `unlearn shards index"):

@@ -14,11 +14,12 @@ from jobs import compare as job
 from jobs import compare_audits
 from unlearn import config
 from unlearn import run as runs
+from unlearn.audit import page
 from unlearn.audit import settings as audit_settings
 from unlearn.audit import subject as subjects
 from unlearn.audit.bench import Bench
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, UnlearnError
+from unlearn.errors import ConfigError, StorageError, UnlearnError
 from unlearn.models import weights
 from unlearn.search import compare as comparisons
 from unlearn.search import labels, leaderboard, leaderboard_page
@@ -173,15 +174,19 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
 
 def test_numbers_of_near_points_lie_beside_each_other_and_of_more_points_share_a_label():
     near = [(str(n), 100.0 + 3 * n, 50.0) for n in range(1, 5)]
-    made = labels.placed(near, [], 560)
+    made = labels.placed(near, [], 560, 330)
     assert [label.text for label in made] == ["1", "2", "3", "4"]
     apart = [a.box[2] <= b.box[0] or b.box[2] <= a.box[0] or a.box[3] <= b.box[1] or b.box[3] <= a.box[1]
              for a, b in itertools.combinations(made, 2)]  # fmt: skip
     assert all(apart)
-    same = labels.placed([(str(n), 100.0, 50.0) for n in range(1, 11)], [], 560)
+    same = labels.placed([(str(n), 100.0, 50.0) for n in range(1, 11)], [], 560, 330)
     assert [label.text for label in same] == ["1, 9, 10", "2", "3", "4", "5", "6", "7", "8"]
-    (border,) = labels.placed([("7", 558.0, 50.0)], [(540, 20, 560, 49)], 560)
+    (border,) = labels.placed([("7", 558.0, 50.0)], [(540, 20, 560, 49)], 560, 330)
     assert border.anchor == "end" and border.y > 50, "within the drawing, and not over a name"
+    edges = labels.placed(
+        [("1", 100.0, 3.0), ("2", 100.0, 327.0), ("3", 104.0, 327.0), ("4", 108.0, 327.0)], [], 560, 330
+    )
+    assert all(0 <= label.box[1] and label.box[3] <= 330 for label in edges), "not over the ticks below"
 
 
 def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp_path, monkeypatch):
@@ -202,6 +207,9 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
     told, measured, measure = [], [], Bench.__call__
     monkeypatch.setattr(Bench, "__call__", lambda self, piece: measured.append(piece) or measure(self, piece))
 
+    def stopped(*_) -> str:
+        raise StorageError("no space left")
+
     def audited(**options) -> list[dict]:
         measured.clear()
         compare_audits.audit_all(found, final, trials, lambda *now: told.append(now), lambda: None, **options)
@@ -221,11 +229,20 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
         patch.setattr(subjects, "bootstrap", None)
         assert audited() == made and not measured, "what there is stays, and what has failed is not tried again"
     folders[0].write("model/weights.safetensors", whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(page, "write", stopped)
+        with pytest.raises(StorageError, match="no space left"):
+            audited(retry_failed=True)
+    assert not folders[0].is_file("audit.json"), "else the page would never be written"
     again = audited(retry_failed=True)
+    assert all(folder.is_file(page.NAME) for folder in folders)
     assert len(again) == 3 and again[1:] == made and not folders[0].is_file(leaderboard.AUDIT_FAILED)
     for folder, before in zip(folders[1:], made, strict=True):
         alone = audits.audit(runs.resolve(runs.load(folder.uri), measured=True), audit_settings.parse(audit))
         assert alone.pop("seconds").keys() == before.pop("seconds").keys() and alone == before
+    folders[0].write("model/weights.safetensors", whole[:-1])
+    found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit | {"resamples": 101}))
+    assert len(audited()) == 2 and not folders[0].is_file(page.NAME), "what other options have shown goes"
 
 
 def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):

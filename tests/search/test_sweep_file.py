@@ -110,6 +110,11 @@ def test_keys_with_dots_can_be_overridden():
     assert (training.steps, training.clip) == (9, 0.1), "what else is set stays"
     with pytest.raises(ConfigError, match="search.method.alpha.choice: Input should be a valid list"):
         sweep_file.read(text, "sweep.yaml", ["search.method.alpha={choice: 3}"])
+    for without_value in ("run.training.clip", "set.training.clip", "search.training.lr", "run.=3"):
+        with pytest.raises(ConfigError, match=f"--set {without_value}: write it as key=value"):
+            sweep_file.read(text, "sweep.yaml", [without_value])
+    with pytest.raises(ConfigError, match="--set run.seed=3: set is one value here"):
+        sweep_file.read(yaml.safe_dump(SWEEP | {"set": "other.yaml"}), "sweep.yaml", ["run.seed=3"])
 
 
 def test_tied_and_conditional_keys_and_equal_points_once():

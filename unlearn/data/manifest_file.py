@@ -68,7 +68,9 @@ def load(uri: str, split: str | None = None) -> Manifest:
             raise ValueError("its hash is not that of its content")
         return known
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, pa.ArrowException, OSError) as e:
-        what = f"is damaged ({short(e)}): make it anew with" if is_ours(data) else "is not of this program; make one by"
+        away = "" if name.endswith(".json") else "rename it, and "  # `index` overwrites none of another program
+        foreign = f"is not of this program; {away}make one by"
+        what = f"is damaged ({short(e)}): make it anew with" if is_ours(data) else foreign
         raise DataError(f"{uri}/{name} {what} `unlearn shards index {uri}{option}`") from None
 
 

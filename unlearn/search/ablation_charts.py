@@ -25,9 +25,7 @@ def ablations(points: Sequence[Point], objectives: Sequence[Objective]) -> Itera
             if not drawn:
                 continue
             figure = module().Figure()
-            for curve, colour, symbol in zip(
-                drawn, COLOURS, SYMBOLS, strict=True if len(drawn) == len(COLOURS) else False
-            ):
+            for curve, colour, symbol in zip(drawn, COLOURS, SYMBOLS, strict=False):  # no more than ablation.MOST
                 _curve(figure, curve, colour, symbol, alone=len(drawn) == 1)
             numbers = [at.x for curve in drawn for at in curve.at]
             if not all(study.is_number(x) for x in numbers):

@@ -29,16 +29,21 @@ class Label:
         return left, self.y - HEIGHT, left + width, self.y
 
 
-def placed(points: Sequence[tuple[str, float, float]], taken: Sequence[Box], width: float) -> list[Label]:
-    """Labels of points (text, x, y) in a drawing of this width, each in the first free place beside its point. What
+def placed(
+    points: Sequence[tuple[str, float, float]], taken: Sequence[Box], width: float, height: float
+) -> list[Label]:
+    """Labels of points (text, x, y) in a drawing of this size, each in the first free place beside its point. What
     finds none is written into the label of the nearest point, as in "3, 7". taken: boxes that are to stay free."""
+
+    def free(box: Box) -> bool:
+        inside = box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
+        return inside and not any(_meet(box, other) for other in [*taken, *dots, *(one.box for _, _, one in labels)])
+
     dots = [(x - POINT, y - POINT, x + POINT, y + POINT) for _, x, y in points]
     labels: list[tuple[float, float, Label]] = []  # with their points
     for text, x, y in points:
         places = [Label(text, x + side, y + rise, "start" if side > 0 else "end") for side, rise in SIDES]
-        others = [*taken, *dots, *(label.box for _, _, label in labels)]
-        free = (p for p in places if 0 <= p.box[0] and p.box[2] <= width and not any(_meet(p.box, b) for b in others))
-        if (label := next(free, None)) is None and labels:
+        if (label := next((place for place in places if free(place.box)), None)) is None and labels:
             near = min(range(len(labels)), key=lambda i: (labels[i][0] - x) ** 2 + (labels[i][1] - y) ** 2)
             at, up, host = labels[near]
             labels[near] = at, up, Label(f"{host.text}, {text}", host.x, host.y, host.anchor)

@@ -167,7 +167,7 @@ def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
     names = [labels.Label(r["name"], WIDTH, r["y"] - 4, "end").box for r in references]
     numbers = [(str(number), mark["x"], mark["y"]) for number, mark in enumerate(marks, 1)]
     return {
-        "width": WIDTH, "height": HEIGHT, "marks": marks, "labels": labels.placed(numbers, names, WIDTH),
+        "width": WIDTH, "height": HEIGHT, "marks": marks, "labels": labels.placed(numbers, names, WIDTH, HEIGHT),
         "across": [{"at": across(t), "text": f"{t:g}"} for t in right],
         "above": [{"at": above(t), "text": f"{t:.4g}"} for t in up],
         "references": references,

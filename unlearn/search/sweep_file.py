@@ -46,9 +46,7 @@ def read(text: str, source: str, overrides: Sequence[str] = ()) -> Sweep:
     dotted = [item for item in overrides if item.startswith(DOTTED)]
     tree = run_files.overridden(tree, [item for item in overrides if item not in dotted])
     for item in dotted:
-        part, _, rest = item.partition(".")
-        key, _, value = rest.partition("=")
-        tree[part] = (tree.get(part) or {}) | {key: config.override({}, [f"value={value}"])["value"]}
+        tree = run_files.into(tree, item.partition(".")[0], [item])
     return parse(tree, source)
 
 
