@@ -61,7 +61,8 @@ def audit_all(
                 raise
             except Exception as e:
                 message = _told(e)
-                log.error("the audit of %s has failed: %s", trial.id, message, exc_info=not isinstance(e, UnlearnError))
+                told = "the audit of %s has failed: %s; --retry-failed makes it again once the cause is mended"
+                log.error(told, trial.id, message, exc_info=not isinstance(e, UnlearnError))
                 failed = {"options": options, "message": message}
                 folder.write(leaderboard.AUDIT_FAILED, json.dumps(failed).encode())
                 for name in (audits.RESULTS, page.NAME):  # of other options
