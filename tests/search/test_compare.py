@@ -130,7 +130,8 @@ def compared(tmp_path) -> comparisons.Compare:
             )
             known.write(made)
             whole = {"forget": {"whole": 3.0 + number + place}, "retain": {"whole": 4.0}}
-            distance = {"count": 2, "chance": 15.6, "generators": {"unlearned": whole}}
+            before = {"forget": {"whole": 9.0}, "retain": {"whole": 12.0}}
+            distance = {"count": 2, "chance": 15.6, "generators": {"unlearned": whole, "original": before}}
             folder.write(f"runs/{id}/metrics.json", json.dumps({"oracle_distance": distance}).encode())
             if number:
                 verdict = "PASS" if place else "FAIL"
@@ -157,6 +158,8 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     cells = [leaderboard_page.cell(row, "audit.passed", "") for row in (first, second)]
     assert cells == ["–", "FAIL 1 (probes 1), PASS 3"] and "with these tests: probes" in " ".join(document["notes"])
     assert document["distance"] == "oracle spreads" and document["chance"] == 15.6 and document["tuned"] == 2
+    original = document["reference"]["original"]
+    assert original["forget.distance"] == 9.0 and original["distance"] == pytest.approx(math.sqrt((81 + 144) / 2))
     assert document["reference"]["oracle"]["forget.cosine"] == 0.6 and "paper" in document["notes"][-1]
     page = Path(compared.compare_dir, leaderboard_page.NAME).read_text()
     assert (

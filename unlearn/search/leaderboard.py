@@ -70,6 +70,7 @@ def document(
         })  # fmt: skip
     rows.sort(key=lambda row: row["figures"].get("distance", {"mean": math.inf})["mean"])
     done = [trial for trial in trials if trial.id in measured]
+    originals = [_with_distances(trial.original, measured[trial.id], "original") for trial in done]
     made = {
         "software": f"unlearn {__version__}", "name": compare.name, "seeds": compare.seeds,
         "originals": len(compare.originals or [None]),
@@ -78,7 +79,7 @@ def document(
         "distance": "oracle spreads" if chances else "cosine" if any(oracles) else None,
         "chance": max(chances, default=None),
         "reference": {
-            "original": {name: each["mean"] for name, each in _means([trial.original for trial in done]).items()},
+            "original": {name: each["mean"] for name, each in _means(originals).items()},
             "oracle": {
                 name: each["mean"] for name, each in _means([trial.oracle for trial in done if trial.oracle]).items()
             },
@@ -96,8 +97,16 @@ def _read(folder: Storage, trial: Trial, name: str) -> dict[str, Any]:
 
 def _figures(trial: Trial, metrics: dict[str, Any], audit: dict[str, Any]) -> Figures:
     """A trial's figures with its distances."""
-    figures = dict(trial.figures)
-    whole = metrics.get("oracle_distance", {}).get("generators", {}).get("unlearned", {})
+    figures = _with_distances(trial.figures, metrics, "unlearned")
+    if "verdict" in audit:
+        figures["audit.passed"] = float(audit["verdict"] == "PASS")
+    return figures
+
+
+def _with_distances(figures: Figures, metrics: dict[str, Any], generator: str) -> Figures:
+    """Figures of one of the generators of metrics.json, with its distances to the oracle."""
+    figures = dict(figures)
+    whole = metrics.get("oracle_distance", {}).get("generators", {}).get(generator, {})
     for name in ("forget", "retain"):
         if "whole" in whole.get(name, {}):
             figures[f"{name}.distance"] = whole[name]["whole"]
@@ -105,8 +114,6 @@ def _figures(trial: Trial, metrics: dict[str, Any], audit: dict[str, Any]) -> Fi
             figures[f"{name}.distance"] = figures[f"{name}.cosine.to_oracle"]
     if "forget.distance" in figures and "retain.distance" in figures:
         figures["distance"] = math.hypot(figures["forget.distance"], figures["retain.distance"]) / math.sqrt(2)
-    if "verdict" in audit:
-        figures["audit.passed"] = float(audit["verdict"] == "PASS")
     return figures
 
 
