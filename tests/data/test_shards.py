@@ -200,17 +200,22 @@ def test_a_manifest_made_by_a_stranger_is_told(copied, change, why):
 @pytest.mark.parametrize("text", ["[]", "{}", '{"mine": 1}', "[1", "\udcff", '{"shards": [], "version": 2}'])
 def test_a_manifest_of_another_program_is_kept(copied, text):
     data = text.encode(errors="surrogateescape")
-    copied.write(shards.MANIFEST, data)
-    with pytest.raises(DataError, match="manifest.row_groups is not of this program and is kept: rename it"):
-        shards.index(copied.uri)
-    with pytest.raises(DataError, match="is not of this program; rename it, and make one by `unlearn shards index"):
-        shards.load(copied.uri)
     copied.delete(shards.MANIFEST)
     copied.write(OLDER, data)
     with pytest.raises(DataError, match="manifest.json is not of this program; make one by `unlearn shards index"):
         shards.load(copied.uri)
     assert shards.find(copied.uri).hash == shards.index(copied.uri).hash == shards.load(copied.uri).hash
     assert copied.read(OLDER) == data
+
+
+@pytest.mark.parametrize("data", [b"", bytes(4096), b"[]"], ids=["empty", "zeros", "another document"])
+def test_whatever_a_damaged_manifest_holds_it_is_told_and_made_anew(copied, data):
+    """As after a loss of power: a folder with such a file is not one without a manifest."""
+    copied.write(shards.MANIFEST, data)
+    for read in (shards.load, shards.find):
+        with pytest.raises(DataError, match="manifest.row_groups is damaged .*`unlearn shards index"):
+            read(copied.uri)
+    assert shards.index(copied.uri).hash == shards.load(copied.uri).hash
 
 
 def test_a_shard_replaced_by_one_of_the_same_shape_is_told_by_row_group(copied):

@@ -29,7 +29,7 @@ from unlearn.errors import DataError
 MANIFEST, OLDER = "manifest.row_groups", "manifest.json"
 ROWS = 1 << 31  # of one row group: Parquet writers stay far below
 _NAME = re.compile(r"manifest(?:-([\w.-]+))?\.(?:row_groups|json)")
-_KEY, _PARQUET = b"manifest", b"PAR1"
+_KEY = b"manifest"
 _SCHEMA = pa.schema([pa.field("shard", pa.int32()), *row_groups.SCHEMA])
 _RANDOM = [name for name in _SCHEMA.names if name.startswith(("sha256", "check_"))]  # nothing makes them smaller
 _MANIFEST, _ROW_GROUPS = TypeAdapter(Manifest), TypeAdapter(list[RowGroup])
@@ -68,9 +68,9 @@ def load(uri: str, split: str | None = None) -> Manifest:
             raise ValueError("its hash is not that of its content")
         return known
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError, pa.ArrowException, OSError) as e:
-        away = "" if name.endswith(".json") else "rename it, and "  # `index` overwrites none of another program
-        foreign = f"is not of this program; {away}make one by"
-        what = f"is damaged ({short(e)}): make it anew with" if is_ours(data) else foreign
+        what = f"is damaged ({short(e)}): make it anew with"
+        if not _is_ours(name, data):
+            what = "is not of this program; make one by"
         raise DataError(f"{uri}/{name} {what} `unlearn shards index {uri}{option}`") from None
 
 
@@ -78,7 +78,7 @@ def is_indexed(uri: str, split: str | None = None) -> bool:
     """Whether a folder, or this split of it, has a manifest written by this program."""
     storage = Storage(uri)
     there = [name for name in storage.files() if (match := _NAME.fullmatch(name)) and split in (None, match[1])]
-    return any(is_ours(storage.read(name)) for name in there)
+    return any(_is_ours(name, storage.read(name)) for name in there)
 
 
 def save(manifest: Manifest, rows: RowFacts | None = None) -> Manifest:
@@ -93,7 +93,7 @@ def save(manifest: Manifest, rows: RowFacts | None = None) -> Manifest:
         manifest = replace(manifest, images=images, values=values)
     storage.write(manifest_name(manifest.split), _parquet(manifest))
     older = manifest_name(manifest.split, OLDER)
-    if (before := storage.read_version(older)) and is_ours(before[0]):
+    if (before := storage.read_version(older)) and _is_ours(older, before[0]):
         storage.delete(older)
     return manifest
 
@@ -109,10 +109,10 @@ def is_manifest(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def is_ours(data: bytes) -> bool:
-    """Whether this program wrote a manifest, intact or damaged. An empty file counts as its own: it can be
-    overwritten."""
-    if data.startswith(_PARQUET) or data.endswith(_PARQUET):
+def _is_ours(name: str, data: bytes) -> bool:
+    """Whether this program wrote a manifest, intact or damaged. `manifest.json` may be a file of another one; an empty
+    one counts as its own."""
+    if not name.endswith(".json"):
         return True
     try:
         return not data or _is_manifest(documents.from_json(data))

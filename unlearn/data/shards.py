@@ -23,7 +23,7 @@ from unlearn.data import columns as roles
 from unlearn.data.described import Described, describe, images
 from unlearn.data.journal import Journal
 from unlearn.data.manifest import SCHEMA, Manifest, Shard
-from unlearn.data.manifest_file import MANIFEST, RowFacts, is_indexed, is_manifest, is_ours, load, manifest_name, save
+from unlearn.data.manifest_file import MANIFEST, RowFacts, is_indexed, is_manifest, load, save
 from unlearn.data.parquet_file import parquet
 from unlearn.data.row_groups import RowGroups
 from unlearn.data.storage import Storage, local_copy
@@ -54,16 +54,10 @@ def index(
     names of the labels 0, 1, ...; by default those in the shards' metadata, or those of the previous manifest.
     progress: called with (bytes that are done, bytes in all), from any thread; threads: row groups that are in memory
     at the same time, by default as many as the machine has cores, 16 at most. Raises DataError for shards that cannot
-    be used, and where the file of the manifest's name was written by another program.
+    be used.
     """
-    storage = Storage(uri)
-    name = manifest_name(split)
-    if storage.is_file(name) and not is_ours(storage.read(name)):
-        raise DataError(
-            f"{uri}/{name} is not of this program and is kept: rename it, or move the shards to a folder of their own"
-        )
     made = save(*look(uri, split, columns, classes, progress, threads, keep=True))
-    Journal(storage, {}).clear()
+    Journal(Storage(uri), {}).clear()
     return made
 
 
