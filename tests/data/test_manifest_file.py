@@ -17,14 +17,6 @@ from unlearn.data.storage import Storage
 from unlearn.errors import DataError
 
 
-@pytest.fixture
-def indexed(place, tiny_shards) -> Storage:
-    storage = Storage(place)
-    for name in Storage(tiny_shards).files():
-        storage.write(name, Storage(tiny_shards).read(name))
-    return storage
-
-
 def parts(storage: Storage) -> tuple[pa.Table, dict]:
     """(row groups, what is said of the folder) of a manifest, as any reader of Parquet sees them."""
     with pq.ParquetFile(pa.BufferReader(storage.read(shards.MANIFEST))) as file:
@@ -39,9 +31,9 @@ def put(storage: Storage, table: pa.Table, tree: object, **options) -> None:
     storage.write(shards.MANIFEST, sink.getvalue().to_pybytes())
 
 
-def test_any_reader_of_parquet_sees_a_row_for_each_row_group(indexed):
-    manifest = shards.load(indexed.uri)
-    table, tree = parts(indexed)
+def test_any_reader_of_parquet_sees_a_row_for_each_row_group(copied):
+    manifest = shards.load(copied.uri)
+    table, tree = parts(copied)
     assert table["shard"].to_pylist() == [0, 0, 1, 1, 2, 2] and table["rows"].to_pylist() == [8] * 6
     assert table["min_label"].to_pylist() == [0, 0, 1, 2, 2, 3] and table["max_label"].to_pylist() == [0, 1, 1, 2, 3, 3]
     second = manifest.shards[1].row_groups[0]
@@ -49,23 +41,23 @@ def test_any_reader_of_parquet_sees_a_row_for_each_row_group(indexed):
     assert table["check_id"][2].as_py().hex() == second.checks["id"]
     assert [shard["path"] for shard in tree["shards"]] == [shard.path for shard in manifest.shards]
     assert tree["hash"] == manifest.hash and tree["classes"] == manifest.classes
-    put(indexed, table, tree)  # however its pages are written
-    assert shards.load(indexed.uri) == manifest
+    put(copied, table, tree)  # however its pages are written
+    assert shards.load(copied.uri) == manifest
 
 
-def test_an_older_manifest_is_the_same_as_the_new_one_and_gives_way_to_it(indexed):
-    manifest = made_older(indexed.uri)
-    older = shards.load(indexed.uri)
-    assert older == manifest and older.hash == manifest.hash and shards.is_indexed(indexed.uri)
-    assert checking.inspect(indexed.uri)["hash"] == manifest.hash
-    assert shards.index(indexed.uri) == manifest == shards.load(indexed.uri)
-    assert OLDER not in indexed.files() and shards.is_indexed(indexed.uri)
+def test_an_older_manifest_is_the_same_as_the_new_one_and_gives_way_to_it(copied):
+    manifest = made_older(copied.uri)
+    older = shards.load(copied.uri)
+    assert older == manifest and older.hash == manifest.hash and shards.is_indexed(copied.uri)
+    assert checking.inspect(copied.uri)["hash"] == manifest.hash
+    assert shards.index(copied.uri) == manifest == shards.load(copied.uri)
+    assert OLDER not in copied.files() and shards.is_indexed(copied.uri)
     # One that comes back, as from a backup, is of no account; nor is it read where the new one is damaged.
-    indexed.write(OLDER, as_json(dataclasses.replace(manifest, classes=["a", "b", "c", "d"])))
-    assert shards.load(indexed.uri) == manifest
-    indexed.write(shards.MANIFEST, indexed.read(shards.MANIFEST)[:-9])
+    copied.write(OLDER, as_json(dataclasses.replace(manifest, classes=["a", "b", "c", "d"])))
+    assert shards.load(copied.uri) == manifest
+    copied.write(shards.MANIFEST, copied.read(shards.MANIFEST)[:-9])
     with pytest.raises(DataError, match="manifest.row_groups is damaged"):
-        shards.load(indexed.uri)
+        shards.load(copied.uri)
 
 
 def test_the_hash_is_that_of_earlier_versions():

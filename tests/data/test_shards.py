@@ -24,15 +24,6 @@ from unlearn.errors import DataError, StorageError
 PNG = encode(np.full((9, 7, 3), 50, np.uint8))
 
 
-@pytest.fixture
-def copied(place, tiny_shards) -> Storage:
-    """The small data set at a place of the test's own."""
-    storage = Storage(place)
-    for name in Storage(tiny_shards).files():
-        storage.write(name, Storage(tiny_shards).read(name))
-    return storage
-
-
 def put(storage: Storage, table: pa.Table, name: str = "a.parquet", **options) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, **options)

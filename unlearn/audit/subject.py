@@ -85,7 +85,8 @@ class Subject:
         """The hash of everything that the figures of the audit depend on: of two equal ones one need not be made."""
         pieces = [piece for test in self.tests.values() if not test.missing(self) for piece in test.pieces(self)]
         settings = self.settings.model_dump(mode="json", exclude={"workers"})
-        return _hash([__version__, settings, [self.key(piece) for piece in pieces]])
+        audited = {name: self.source(name).fingerprint for name in self.models}
+        return _hash([__version__, settings, audited, [self.key(piece) for piece in pieces]])
 
 
 def subject(run: Run, models: dict[str, config.Model], settings: AuditConfig) -> Subject:
