@@ -54,7 +54,8 @@ class ImageCache:
     Single images are added while there is room, and then stay: an epoch reads every image once, so a cache that
     evicts the least recently used would evict each one shortly before its next use. Row groups are used for some
     time and then not before the next epoch, so there the least recently used are evicted. Not counted in the limit
-    are the newest row group and those that threads still read from.
+    are the newest row group, those that threads still read from, and of each thread an image as it is stored while its
+    decoded one takes its place.
 
     workers: how many processes of this machine have such a cache and `limit` bytes together. The decoded images are
     theirs in common; of what is left each takes a part for the images that are still to be decoded, and for row groups.
