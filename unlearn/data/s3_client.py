@@ -32,13 +32,13 @@ HEDGE, TIMEOUT = "UNLEARN_S3_HEDGE", "UNLEARN_S3_TIMEOUT"
 STYLES, ENCRYPTIONS = ("path", "virtual", "auto"), ("AES256", "aws:kms", "aws:kms:dsse")
 # A small object is stored at once, so its answer is waited for a shorter time: this part of the time-out.
 SMALL, SOONER = 1 << 20, 4
-_lock = threading.RLock()  # boto3 makes one client at a time
+making = threading.RLock()  # boto3 makes one client at a time
 requests: Counter[str] = Counter()  # requests that this process has sent, by method; those that were repeated too
 
 
 def of(bucket: str) -> Any:
     """The client for a bucket. Raises StorageError and ConfigError where what is configured is wrong."""
-    with _lock:
+    with making:
         return client(_named(ANONYMOUS, bucket))
 
 
@@ -46,7 +46,7 @@ def renewed(bucket: str, used: Any) -> bool:
     """Whether there are other keys than those of the client `used`, which the server has refused; `of` takes them."""
     import boto3
 
-    with _lock:
+    with making:
         if of(bucket) is not used:  # another thread has renewed it
             return True
         before, session = _keys(boto3.DEFAULT_SESSION), boto3.Session()
@@ -64,7 +64,7 @@ def hedge() -> float:
 
 def told() -> str:
     """How many requests this process has sent, in words; nothing where it has sent none."""
-    with _lock:
+    with making:
         parts = ", ".join(f"{method} {count}" for method, count in sorted(requests.items()))
         return f"{requests.total()} requests to S3 ({parts})" if parts else ""
 
@@ -129,7 +129,7 @@ def _completed(extra: dict[str, str], timeout: float, params: dict, model: Any, 
 
 
 def _count(request: Any, **_) -> None:
-    with _lock:
+    with making:
         requests[request.method] += 1
 
 
