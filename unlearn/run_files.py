@@ -2,6 +2,7 @@
 them."""
 
 import copy
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 from unlearn import config, method_options
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 OF_RUN = ("run.", "set.")  # what an override begins with that changes the run
 
@@ -54,9 +57,21 @@ def with_run(tree: dict[str, Any], source: str) -> dict[str, Any]:
         raise ConfigError(f"{source}: set: give keys of the run with their values, as in method.alpha: 0.5")
     former = method_options.name_in(run)
     for key, value in changes.items():
+        _tell_of_lost(run.get(key), key, value)
         put(run, key, value)
     method_options.drop_former(run, former, changes)
     return tree | {"run": run}
+
+
+def _tell_of_lost(former: Any, section: str, value: Any) -> None:
+    """Warn where a section is set as a whole, in place of other keys of it. `method` tells of its own."""
+    if section == "method" or not isinstance(former, dict) or not isinstance(value, dict):
+        return
+    if lost := ", ".join(sorted(f"{section}.{key}" for key in former.keys() - value.keys())):
+        log.warning(
+            "set: %s is set as a whole, so %s of the run's own are left out; `%s.KEY: VALUE` sets one key alone",
+            section, lost, section,
+        )  # fmt: skip
 
 
 def inline(given: Any, source: str, key: str) -> Any:

@@ -117,6 +117,14 @@ def test_keys_with_dots_can_be_overridden():
         sweep_file.read(yaml.safe_dump(SWEEP | {"set": "other.yaml"}), "sweep.yaml", ["run.seed=3"])
 
 
+def test_a_section_that_is_set_as_a_whole_tells_what_it_leaves_out(logged):
+    tree = SWEEP | {"set": {"training": {"steps": 7}, "data.forget": {"classes": ["Coat"]}, "seed": 3}}
+    settings = sweep_file.read(yaml.safe_dump(tree), "sweep.yaml").settings
+    assert settings.training.steps == 7 and settings.training.batch_size != 8
+    told = [record.message for record in logged.records if record.levelname == "WARNING"]
+    assert len(told) == 1 and "set: training is set as a whole, so training.batch_size, training.engine of" in told[0]
+
+
 def test_tied_and_conditional_keys_and_equal_points_once():
     """Options of one method alone, searched or given by the run: where they are not set, equal points are one."""
     sweep = parse(made({
