@@ -84,6 +84,20 @@ def test_image_layouts_and_null_images(tmp_path, kind):
     assert manifest.columns == ["image", "label"] and manifest.classes == []
 
 
+def test_images_are_views_of_the_table_and_of_a_part_of_it():
+    """No copy: the images of a row group are in memory once."""
+    whole = pa.table({"image": [b"0", None, b"22", b"", b"4444"]})
+    bare = whole["image"].chunk(0).buffers()
+    over_a_null = pa.Array.from_buffers(pa.binary(), 2, [pa.py_buffer(b"\x02"), *bare[1:]])  # row 0 null, yet of a byte
+    assert [bytes(v) for v in shards.images(pa.table({"image": over_a_null}))] == [b"", b""]
+    assert [bytes(v) for v in shards.images(whole.slice(1, 2))] == [b"", b"22"]
+    assert [bytes(v) for v in shards.images(pa.concat_tables([whole.slice(4), whole.slice(0, 0), whole]))][:3] == [
+        b"4444", b"0", b"",
+    ]  # fmt: skip
+    last = np.frombuffer(list(shards.images(whole))[4], np.uint8)
+    assert np.shares_memory(last, np.frombuffer(bare[2], np.uint8))
+
+
 def test_class_names_of_hugging_face_are_found(tmp_path):
     features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
     about = {"huggingface": json.dumps({"info": {"features": features}})}

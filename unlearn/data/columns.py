@@ -160,17 +160,21 @@ def checksum(chunks: Iterable[pa.Array]) -> str:
         if pa.types.is_integer(chunk.type):
             content = zlib.crc32(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False)).data, content)
             continue
-        large = pa.types.is_large_binary(chunk.type) or pa.types.is_large_string(chunk.type)
-        _, offsets, data = chunk.buffers()
-        places = (
-            np.frombuffer(offsets, np.int64 if large else np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
-            if len(chunk)
-            else []
-        )
-        if len(places):
-            content = zlib.crc32(memoryview(data or b"")[int(places[0]) : int(places[-1])], content)
-            lengths = zlib.crc32(np.diff(places).astype(np.int64).data, lengths)
+        _, _, data = chunk.buffers()
+        if len(ends := places(chunk)):
+            content = zlib.crc32(memoryview(data or b"")[int(ends[0]) : int(ends[-1])], content)
+            lengths = zlib.crc32(np.diff(ends).astype(np.int64).data, lengths)
     return f"{content:08x}{lengths:08x}"
+
+
+def places(chunk: pa.Array) -> np.ndarray:
+    """Where each value of a binary or text array begins in its bytes, and where the last one ends; none of an empty
+    array."""
+    if not len(chunk):
+        return np.empty(0, np.int64)
+    large = pa.types.is_large_binary(chunk.type) or pa.types.is_large_string(chunk.type)
+    offsets = np.frombuffer(chunk.buffers()[1], np.int64 if large else np.int32)
+    return offsets[chunk.offset : chunk.offset + len(chunk) + 1]
 
 
 def _features(schema: pa.Schema) -> dict:

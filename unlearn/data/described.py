@@ -4,6 +4,7 @@
 # pyright: reportAttributeAccessIssue=false
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,11 +49,15 @@ class Described:
 
 
 def images(table: pa.Table) -> Iterator[memoryview]:
-    """The encoded images of a table read with column `image`; an empty view where the image is null."""
+    """The encoded images of a table read with column `image`, views of its memory; an empty one where the image is
+    null."""
     for chunk in table.column("image").chunks:
-        for value in roles.encoded(chunk):
-            buffer = value.as_buffer() if value.is_valid else None
-            yield memoryview(buffer).cast("B") if buffer is not None else memoryview(b"")
+        chunk = roles.encoded(chunk)
+        # Arrow's own scalars would hold copies.
+        _, _, data = chunk.buffers()
+        whole, ends = memoryview(data or b"").cast("B"), roles.places(chunk).tolist()
+        valid = chunk.is_valid().to_pylist() if chunk.null_count else itertools.repeat(True)
+        yield from (whole[a:b] if there else whole[:0] for a, b, there in zip(ends, ends[1:], valid, strict=False))
 
 
 def describe(
