@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.images import encode
+from support.images import encode, tiny_table
 
-from unlearn import sizes
+from unlearn import config, sizes
 from unlearn.data import cache, selection, shards
 from unlearn.data.cache import ENTRY, ImageCache
 from unlearn.data.images import Images
@@ -141,6 +141,27 @@ def test_the_sets_of_a_worker_share_one_limit(tiny_run):
     shelf, decoded = loader.images["retain"]._shelf, loader.images["retain"].cache.decoded
     assert shelf is loader.images["forget"]._shelf
     assert 20_000 < decoded + sum(len(entry) + ENTRY for entry in shelf.images.values()) <= 30 << 10
+
+
+@pytest.mark.parametrize("kept", ["none", "encoded", "decoded"])
+def test_the_splits_of_a_folder_are_told_apart(tiny_run, tmp_path, kept):
+    """They have one URI, and row groups of the same numbers, whose images no checksum tells apart once they are
+    read."""
+    for split, first, count in (("train", 0, 24), ("test", 40, 8)):
+        pq.write_table(tiny_table(first, count), tmp_path / f"{split}-0.parquet", row_group_size=8)
+        shards.index(str(tmp_path), split)
+    run = tiny_run(f"data.cache={kept}")
+    for limit in (1_000, 1 << 20):  # without and with room for single images
+        together, found = ImageCache(limit), {}
+        for split in ("train", "test"):
+            rows = selection.select(shards.load(str(tmp_path), split), config.Rows(), 0, "retain")
+            found[split] = rows, Images(rows, run.data, together)
+        for row in range(8):
+            for rows, images in found.values():
+                alone = Images(rows, run.data, ImageCache(0))
+                assert np.array_equal(images[row], alone[row])
+    sets = {name: rows for name, (rows, _) in found.items()}
+    assert cache.needed_bytes(sets, run.data, 32) > cache.needed_bytes({"test": sets["test"]}, run.data, 32)
 
 
 def test_the_values_used_last_stay_and_the_newest_always():

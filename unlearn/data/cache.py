@@ -198,10 +198,12 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers:
     size: side of the model's images; workers: among whom decoded images are shared.
     """
     images = sum(map(len, sets.values()))
-    manifests = {rows.manifest.uri: rows.manifest for rows in sets.values()}
+    manifests = {(rows.manifest.uri, rows.manifest.hash): rows.manifest for rows in sets.values()}
     if data.cache == "none":  # row groups are kept whole, and once for all sets
-        touched = {(rows.manifest.uri, group) for rows in sets.values() for group in rows.touched.tolist()}
-        row_groups = [manifests[uri].row_group(group) for uri, group in touched]
+        touched = {
+            ((rows.manifest.uri, rows.manifest.hash), group) for rows in sets.values() for group in rows.touched.tolist()
+        }
+        row_groups = [manifests[which].row_group(group) for which, group in touched]
         return sum(each.bytes + ENTRY * each.rows for each in row_groups)
     stored = sum(map(stored_bytes, sets.values())) + ENTRY * images
     if data.cache == "encoded":

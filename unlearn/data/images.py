@@ -107,12 +107,16 @@ class Images:
         missing = [row for row in rows.tolist() if not self._shelf.holds(row)]
         room, groups = self.cache.row_groups.limit // (2 * self.data.decode_threads), []
         for group in dict.fromkeys(manifest.group_of(np.array(missing, np.int64)).tolist()):
-            if (manifest.uri, group) not in self.cache.row_groups:
+            if self._place(group) not in self.cache.row_groups:
                 room -= manifest.row_group(group).bytes
                 groups += [group] if room >= 0 else []
         if len(groups) > 1:
             for _ in self._remote.map(self._fetched, groups):
                 pass
+
+    def _place(self, group: int) -> Hashable:
+        """Where the cache has a row group: the splits of a folder have one URI, and other row groups of one number."""
+        return self.set.manifest.uri, self.set.manifest.hash, group
 
     def _fetched(self, group: int) -> None:
         with self._locks[group]:
@@ -120,7 +124,7 @@ class Images:
 
     def _stored(self, group: int) -> list[memoryview]:
         """The stored images of a row group, read where they are not at hand; its lock is held."""
-        stored = self.cache.row_groups.get((self.set.manifest.uri, group), lambda: self._row_group(group))
+        stored = self.cache.row_groups.get(self._place(group), lambda: self._row_group(group))
         if self.data.cache != "none" and group not in self._offered:
             self._offer(group, stored)
         return stored
@@ -148,7 +152,7 @@ class Images:
             rows = self.set.rows[low:high].tolist()
             kept = all(self.cache.keep(self._shelf, row, stored[row - first]) for row in rows)
         if kept:
-            self.cache.row_groups.drop((self.set.manifest.uri, group))
+            self.cache.row_groups.drop(self._place(group))
         self._offered.add(group)
 
     def skip(self, row: int, error: Exception) -> int:
