@@ -64,7 +64,8 @@ def _distance(xx: torch.Tensor, yy: torch.Tensor, xy: torch.Tensor, a: torch.Ten
 
     def within(kernel: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         pairs = counts.sum(1) ** 2 - (counts**2).sum(1)
-        return ((counts @ kernel * counts).sum(1) - counts**2 @ kernel.diag()) / pairs
+        found = ((counts @ kernel * counts).sum(1) - counts**2 @ kernel.diag()) / pairs
+        return found.where(pairs > 0, torch.nan)  # without a pair a residue of rounding is divided by 0
 
     return within(xx, a) + within(yy, b) - 2 * (a @ xy * b).sum(1) / (a.sum(1) * b.sum(1))
 
