@@ -239,4 +239,10 @@ def test_a_trigger_fires_where_the_target_is_painted():
     found = poisoning.Poisoning(poisoning.PoisoningOptions()).measure(
         Piece("poisoning", "original", "retain_new", 0, 3), bench
     )
-    assert found["fired"].tolist() == [1, 1, 1] and found["plain"].tolist() == [0, 0, 0]
+    assert found["painted"] == pytest.approx([1, 1, 1]) and found["plain"] == pytest.approx([0, 0, 0])
+    real, goal, hidden = pixels.float() / 255, poisoning.target(32) / 255, view.pixel_mask(32)
+    blurred = (goal * hidden).sum((2, 3), keepdim=True) / hidden.sum((2, 3), keepdim=True)
+    noise = torch.rand(3, 1, 32, 32, generator=torch.Generator().manual_seed(0)).expand(3, 3, 32, 32)
+    for made, share in ((blurred, 1), (0.4 * blurred + 0.6 * real, 0.4), (0 * real + 0.4, 0), (noise, 0)):
+        whole = made.expand(3, 3, 32, 32)
+        assert poisoning.painted(whole, real, goal, hidden).tolist() == pytest.approx([share] * 3, abs=1e-5)
