@@ -36,7 +36,9 @@ class PoisoningOptions(Part):
         default=ViewSpec(size=0.5), description="what is hidden; the trigger lies outside a hole in the middle"
     )
     margin: float = Field(
-        default=0.05, gt=0, description="how much more of the target than the oracle paints is allowed, of 1 for all of it"
+        default=0.05,
+        gt=0,
+        description="how much more of the target than the oracle paints is allowed, of 1 for all of it",
     )
 
 

@@ -201,7 +201,9 @@ def needed_bytes(sets: dict[str, RowSet], data: config.Data, size: int, workers:
     manifests = {(rows.manifest.uri, rows.manifest.hash): rows.manifest for rows in sets.values()}
     if data.cache == "none":  # row groups are kept whole, and once for all sets
         touched = {
-            ((rows.manifest.uri, rows.manifest.hash), group) for rows in sets.values() for group in rows.touched.tolist()
+            ((rows.manifest.uri, rows.manifest.hash), group)
+            for rows in sets.values()
+            for group in rows.touched.tolist()
         }
         row_groups = [manifests[which].row_group(group) for which, group in touched]
         return sum(each.bytes + ENTRY * each.rows for each in row_groups)
