@@ -219,6 +219,22 @@ def test_a_tar_of_tars_is_a_folder_for_each(tmp_path, mode):
     assert set(packed(tmp_path, str(tmp_path / "folder")).values()) == {"n01", "n02"}
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_inside_a_tar_ends_where_it_does(tmp_path, mode):
+    """Else the members that follow are its own, or fill its last one."""
+    tarred(tmp_path / "in.tar", {"1.png": image(1), "2.png": image(2) * 9})
+    with tarfile.open(tmp_path / "in.tar") as tar:
+        *_, last = tar.getmembers()
+    whole, beside = (tmp_path / "in.tar").read_bytes(), {"d/9.png": image(9) * 50, "._c.tar": b"no tar"}
+    assert last.size > 512
+    src = tarred(tmp_path / "a.tar", {"c.tar": whole[: last.offset], "b.tar": whole, **beside}, mode)
+    assert packed(tmp_path, src) == {"c/1.png": "c", "b/1.png": "b", "b/2.png": "b", "d/9.png": "d"}
+    for cut in (0, last.offset + 100, last.offset_data, last.offset_data + 512):
+        src = tarred(tmp_path / "a.tar", {"c.tar": whole[:cut], **beside}, mode)
+        with pytest.raises(DataError, match=r"a.tar/c.tar: not .*cut short"):
+            packed(tmp_path, src)
+
+
 def test_a_webdataset_has_its_labels_beside_the_images(tmp_path):
     members = {}
     for i, label in enumerate((2, 0, 2)):

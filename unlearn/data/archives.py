@@ -75,7 +75,8 @@ def _folder(path: Path, wanted: Wanted, nested: bool | None) -> Iterator[Source]
     if nested or (nested is None and not listing.names):
         for name in archives:
             with tars.told_as_tar(path / name), open(path / name, "rb") as file:
-                for member, place in tars.inner(file, name, wanted, listing):
+                whole = 0, os.path.getsize(path / name)
+                for member, place in tars.inner(file, name, wanted, listing, whole):
                     inner[member] = path / name, place
         listing.names = sorted([*listing.names, *inner])
     else:

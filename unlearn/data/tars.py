@@ -72,11 +72,32 @@ class _Limited:
         return data
 
 
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file of its own; the position in the open file stays."""
+
+    def __init__(self, file: BinaryIO, place: Place):
+        self.file, (self.start, self.size), self.at = file, place, 0
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, into: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        count = max(0, min(len(into), self.size - self.at))
+        data = os.pread(self.file.fileno(), count, self.start + self.at)
+        into[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
 @contextlib.contextmanager
 def source(path: Path, wanted: Wanted) -> Iterator[Source]:
     """The members of a tar, read by their offset: tarfile would search all members for each name."""
     with contextlib.ExitStack() as stack:
-        scan = _Scan(wanted)
+        scan = _Scan(path, wanted)
         with told_as_tar(path):
             if is_plain(path):
                 file = stack.enter_context(open(path, "rb"))
@@ -109,8 +130,8 @@ def is_tar(path: Path) -> bool:
 class _Scan:
     """The members of a tar: wanted files and their places, and links to them."""
 
-    def __init__(self, wanted: Wanted):
-        self.wanted = wanted
+    def __init__(self, path: Path, wanted: Wanted):
+        self.path, self.wanted = path, wanted
         self.names: list[str] = []
         self.places: dict[str, Place] = {}
         self.others: dict[str, Place | None] = {}  # possible link targets, by normalized name
@@ -129,10 +150,11 @@ class _Scan:
             elif member.issym() or member.islnk():
                 base = posixpath.dirname(name) if member.issym() else ""
                 self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
-            elif member.isfile() and name.lower().endswith(".tar") and (at := place(member)):
+            elif member.isfile() and name.lower().endswith(".tar") and not is_dirt(name) and (at := place(member)):
                 listing = Source()
-                for inner_name, inner_place in inner(file, name, self.wanted, listing, at):
-                    self._take(inner_name, inner_place)
+                with told_as_tar(self.path / name):
+                    for inner_name, inner_place in inner(file, name, self.wanted, listing, at):
+                        self._take(inner_name, inner_place)
                 self.left_out += listing.left_out
             elif member.isfile():
                 self.note(name, place(member), member.size)
@@ -207,24 +229,19 @@ def _sparse(name: str) -> Refused:
     return Refused(f"{name[:200]} is stored with holes (sparse), which is not read: pack it again without --sparse")
 
 
-def inner(
-    file: BinaryIO, name: str, wanted: Wanted, listing: Source, place: Place = (0, 0)
-) -> Iterator[tuple[str, Place]]:
-    """(name, place in `file`) of the wanted members of a plain tar that begins at a place of an open file."""
-    before = file.tell()
-    file.seek(place[0])
+def inner(file: BinaryIO, name: str, wanted: Wanted, listing: Source, place: Place) -> Iterator[tuple[str, Place]]:
+    """(name, place in `file`) of the wanted members of a plain tar at a place of an open file."""
     folder = name[: -len(".tar")]
-    with _open(fileobj=file, mode="r:") as tar:
+    with _open(fileobj=_Part(file, place), mode="r:") as tar:
         for member in _members(tar):
             path = f"{folder}/{member.name}"
             if member.isfile() and not is_dirt(path):
                 if leads_out(member.name):
                     listing.left_out[OUTSIDE] += 1
                 elif wanted(path) and member.size <= LARGEST:
-                    yield path, (member.offset_data, member.size)
+                    yield path, (place[0] + member.offset_data, member.size)
                 else:
                     listing.left_out[PurePosixPath(path).suffix.lower() or "no suffix"] += 1
-    file.seek(before)
 
 
 def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO) -> None:
