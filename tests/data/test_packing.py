@@ -189,12 +189,40 @@ def test_what_was_uploaded_is_not_downloaded(s3, proxied, folder):
     assert manifest == shards.load(s3) and manifest.shards == shards.index(s3).shards
 
 
-def test_the_last_of_several_members_of_one_name_counts(tmp_path):
-    for mode in ("w", "w:gz"):
-        path = tar_of(tmp_path / "a.tar", [("c/0.png", b"old"), ("c/1.png", b"one"), ("c/0.png", b"newer")], mode)
-        manifest = packing.build(str(path), str(tmp_path / mode))
-        assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/0.png", "c/1.png"]
-        assert contents(manifest) == [b"newer", b"newer", b"one"]
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "nested"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_last_of_several_members_of_one_name_counts(tmp_path, kind):
+    members, path = [("c/0.png", b"old"), ("c/1.png", b"one"), ("c/0.png", b"newer")], tmp_path / "a"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+    elif kind == "nested":  # in a folder, beside files that are overlaid
+        (path / "c").mkdir(parents=True)
+        (path / "c" / "0.png").write_bytes(b"older")
+        tar_of(path / "c.tar", [(name[2:], data) for name, data in members])
+    else:
+        tar_of(path, members, kind)
+    manifest = packing.build(str(path), str(tmp_path / "out"), layout="imagenet")
+    assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/1.png"]
+    assert contents(manifest) == [b"newer", b"one"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_member_and_links_of_one_name_are_one(tmp_path, mode):
+    """tar stores a file that it is given twice as a link to itself."""
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:
+        for name, data in (("c/0.png", b"old"), ("c/0.png", "c/0.png"), ("c/1.png", "c/0.png"), ("c/1.png", b"one")):
+            member = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                member.type, member.linkname = tarfile.LNKTYPE, data
+                tar.addfile(member)
+            else:
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    manifest = packing.build(str(tmp_path / "a.tar"), str(tmp_path / "out"))
+    assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/1.png"]
+    assert contents(manifest) == [b"old", b"one"]
 
 
 def test_members_stored_with_holes_are_refused(tmp_path):

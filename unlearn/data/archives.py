@@ -78,7 +78,7 @@ def _folder(path: Path, wanted: Wanted, nested: bool | None) -> Iterator[Source]
                 whole = 0, os.path.getsize(path / name)
                 for member, place in tars.inner(file, name, wanted, listing, whole):
                     inner[member] = path / name, place
-        listing.names = sorted([*listing.names, *inner])
+        listing.names = sorted({*listing.names, *inner})
     else:
         listing.left_out[".tar"] += len(archives)
     yield listing
@@ -111,9 +111,9 @@ def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
         archive = zipfile.ZipFile(path)
     with archive:
         listing, packed = Source(read=read), path.stat().st_size
-        for member in archive.infolist():
-            if not member.filename.endswith("/"):
-                listing.sort_in(member.filename, wanted, member.file_size)
+        for name, size in {member.filename: member.file_size for member in archive.infolist()}.items():
+            if not name.endswith("/"):
+                listing.sort_in(name, wanted, size)
         if sum(archive.getinfo(name).file_size for name in listing.names) > sources.unpacked(packed):
             raise DataError(f"{path}: {sources.bomb(packed)}")
         listing.names.sort()

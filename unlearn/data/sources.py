@@ -16,8 +16,8 @@ Wanted = Callable[[str], bool]
 
 @dataclass
 class Source:
-    """names: of the wanted files, sorted; of members with equal names the last is used. read: the content of a file.
-    left_out: how many files are not taken, by their suffix."""
+    """names: of the wanted files, sorted, each once; of members with equal names the last is used. read: the content of
+    a file. left_out: how many files are not taken, by their suffix."""
 
     names: list[str] = field(default_factory=list)
     read: Callable[[str], bytes] = lambda name: b""

@@ -114,7 +114,7 @@ def source(path: Path, wanted: Wanted) -> Iterator[Source]:
             with told_as_tar(path):
                 return piece(file, scan.places[name], name)
 
-        yield Source(sorted(scan.names), read, scan.left_out)
+        yield Source(sorted(scan.places), read, scan.left_out)
 
 
 def is_tar(path: Path) -> bool:
@@ -132,7 +132,6 @@ class _Scan:
 
     def __init__(self, path: Path, wanted: Wanted):
         self.path, self.wanted = path, wanted
-        self.names: list[str] = []
         self.places: dict[str, Place] = {}
         self.others: dict[str, Place | None] = {}  # possible link targets, by normalized name
         self.links: dict[str, str] = {}
@@ -154,7 +153,7 @@ class _Scan:
                 listing = Source()
                 with told_as_tar(self.path / name):
                     for inner_name, inner_place in inner(file, name, self.wanted, listing, at):
-                        self._take(inner_name, inner_place)
+                        self.places[inner_name] = inner_place
                 self.left_out += listing.left_out
             elif member.isfile():
                 self.note(name, place(member), member.size)
@@ -165,16 +164,13 @@ class _Scan:
         if size > LARGEST:
             self.left_out["larger than 256 MiB"] += 1
             return
+        self.links.pop(name, None)
         self.others[posixpath.normpath(name)] = place
         if self.wanted(name):
             assert place is not None, "what is wanted is kept"
-            self._take(name, place)
+            self.places[name] = place
         else:
             self.left_out[PurePosixPath(name).suffix.lower() or "no suffix"] += 1
-
-    def _take(self, name: str, place: Place) -> None:
-        self.names.append(name)
-        self.places[name] = place
 
     def _ends(self) -> Iterator[tuple[str, str]]:
         """(name, target file) of every link to a file, and of every file below a linked folder."""
@@ -200,7 +196,7 @@ class _Scan:
         followed = [(name, target) for name, target in self._ends()]
         for name, target in followed:
             if self.wanted(name) and (place := self.others[target]):
-                self._take(name, place)
+                self.places[name] = place
         reached = {name for name, _ in followed}
         lost = [link for link in self.links if self.wanted(link) and not is_dirt(link) and link not in reached]
         self.left_out["links that lead nowhere"] += len(lost)
