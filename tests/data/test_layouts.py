@@ -12,7 +12,7 @@ from support.images import encode
 
 from unlearn.data import packing, shards
 from unlearn.data.storage import Storage
-from unlearn.errors import DataError
+from unlearn.errors import DataError, StorageError
 
 
 def image(number: int) -> bytes:
@@ -273,6 +273,30 @@ def test_sources_on_s3(s3, tmp_path):
     assert packed(tmp_path, f"{s3}/in") == {"train/cat/1.png": "cat", "train/dog/1.png": "dog"}
     Storage(s3).write("a.tar", Path(tarred(tmp_path / "a.tar", {"cat/1.png": image(1)})).read_bytes())
     assert packed(tmp_path, f"{s3}/a.tar") == {"cat/1.png": "cat"}
+
+
+def test_tars_below_a_prefix_of_s3_are_read_as_in_a_folder(s3, tmp_path):
+    for n in (1, 2):
+        members = {f"n0{n}_{i}.JPEG": image(10 * n + i) for i in range(3)}
+        tarred(tmp_path / "in.tar", members)
+        Storage(s3).write(f"in/train/n0{n}.tar", (tmp_path / "in.tar").read_bytes())
+        tree(tmp_path / "in", content={f"train/n0{n}.tar": (tmp_path / "in.tar").read_bytes()})
+    assert packed(tmp_path, f"{s3}/in") == packed(tmp_path, f"{tmp_path}/in") != {}
+    manifest = packing.build(f"{s3}/in", str(tmp_path / "out"))
+    assert [bytes(v) for v in shards.images(manifest.read(0, ["image"]))] == [
+        image(n) for n in (10, 11, 12, 20, 21, 22)
+    ]
+    with packing.opened(f"{s3}/in", None, None) as source:
+        Storage(s3).write("in/train/n01.tar", b"another")
+        with pytest.raises(StorageError, match="in/train/n01.tar: .*replaced"):
+            source.read("train/n01/n01_0.JPEG")
+    with pytest.raises(DataError, match=f"{s3}/in/train/n01.tar: not a tar file, or cut short"):
+        packed(tmp_path, f"{s3}/in")
+    for src in (f"{s3}/in", f"{tmp_path}/in"):  # beside images only if the layout has tars
+        Storage(src).write("train/n02/loose.png", image(7))
+        Storage(src).delete("train/n01.tar")
+        assert set(packed(tmp_path, src)) == {"train/n02/loose.png"}
+        assert len(packed(tmp_path, src, layout="imagenet")) == 4
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

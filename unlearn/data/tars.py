@@ -305,7 +305,7 @@ def _decompressor(path: Path) -> Callable | None:
 
 
 @contextlib.contextmanager
-def told_as_tar(path: Path) -> Iterator[None]:
+def told_as_tar(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Refused as e:
