@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.images import encode
 
-from unlearn.data import packing, shards
+from unlearn.data import packing, shards, tars
 from unlearn.data.storage import Storage
 from unlearn.errors import DataError, StorageError
 
@@ -201,6 +201,18 @@ def test_links_inside_a_tar_are_resolved(tmp_path, mode, caplog):
         split="val",
     )
     assert manifest.rows == 1 and bytes(next(shards.images(manifest.read(0, ["image"])))) == image(7)
+
+
+def test_many_links_are_not_each_compared_with_every_file(tmp_path):
+    class Name(str):
+        def startswith(self, *prefix) -> bool:
+            pytest.fail("a file is looked at for a link")
+
+    scan = tars._Scan(tmp_path, lambda name: "/" in name)
+    scan.others = {Name(name): (0, 1) for name in ("a/1", "a/2/3", "a-b/4", "a0", "a.png", "b/1")}
+    scan.links = {"link": "a", "to": "a-b", "x/none": "a/9"}
+    scan.resolve()
+    assert set(scan.places) == {"link/1", "link/2/3", "to/4"} and scan.left_out["links that lead nowhere"] == 1
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])

@@ -13,6 +13,7 @@ import posixpath
 import tarfile
 import tempfile
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -174,6 +175,7 @@ class _Scan:
 
     def _ends(self) -> Iterator[tuple[str, str]]:
         """(name, target file) of every link to a file, and of every file below a linked folder."""
+        files = sorted(self.others)
         for link, target in self.links.items():
             if is_dirt(link):
                 continue
@@ -184,7 +186,8 @@ class _Scan:
             if target in self.others:
                 yield link, target
             else:
-                for name in [n for n in self.others if n.startswith(f"{target}/")]:
+                first, stop = (bisect_left(files, f"{target}{mark}") for mark in "/0")  # 0 is next to /
+                for name in files[first:stop]:
                     yield f"{link}{name[len(target) :]}", name
 
     def targets(self) -> set[str]:
