@@ -346,10 +346,40 @@ def test_an_image_that_cannot_be_read_is_told(tmp_path):
         )
 
 
+@pytest.mark.parametrize("kind", ["zip", "", "z", "nested"])
+def test_absolute_names_are_those_below_the_root(tmp_path, kind):
+    """As tar takes them: of an archive that was made with -P as of one without."""
+    if not shutil.which("tar"):
+        pytest.skip("tar is not installed")
+    root, ids = tmp_path / "in", []
+    (root / "c").mkdir(parents=True)
+    (root / "c" / "0.png").write_bytes(b"zero")
+    os.link(root / "c" / "0.png", root / "c" / "1.png")
+    os.symlink(root / "c" / "0.png", root / "c" / "2.png")
+    for keep in ("", "P"):
+        path = tmp_path / f"a{keep}"
+        if kind == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for n in range(3):
+                    member = zipfile.ZipInfo(f"{'/' if keep else ''}{root}/c/{n}.png".removeprefix("" if keep else "/"))
+                    archive.writestr(member, b"zero")
+        else:
+            flags = f"-c{keep}{kind.replace('nested', '')}f"
+            subprocess.run(["tar", flags, str(path), str(root)], check=True, stderr=subprocess.DEVNULL)
+            if kind == "nested":
+                tar_of(tmp_path / "outer", [(f"{'/' if keep else ''}t.tar", path.read_bytes())])
+                path = tmp_path / "outer"
+        manifest = packing.build(str(path), str(tmp_path / f"out{keep}"))
+        ids.append(manifest.table(["id"])["id"].to_pylist())
+        assert set(contents(manifest)) == {b"zero"}
+    folder = "t" * (kind == "nested") + str(root)[kind != "nested" :]
+    assert ids[0] == ids[1] == [f"{folder}/c/{n}.png" for n in range(1 if kind == "nested" else 3)]
+
+
 @pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "nested"])
 def test_members_that_lead_out_of_the_archive_are_left_out_and_told(tmp_path, caplog, kind):
     """Else `..` is a class."""
-    outside = ["../evil.png", "ant/../../x/evil.png", "/abs/evil.png"]
+    outside = ["../evil.png", "ant/../../x/evil.png", "/../abs/evil.png"]
     members, path = [(name, name.encode()) for name in ["ant/1.png", "bee/2.png", *outside]], tmp_path / "a"
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:

@@ -1,8 +1,9 @@
 """Files of a folder, a tar, a zip, or below s3://, by name: the files to pack, without those that are not data.
 
 Left out are hidden files and folders, and temporary files of Spark, macOS and file servers. Symbolic links to folders
-are followed, links inside a tar are resolved. A tar inside a tar or a folder is read as a folder of its name, as
-ImageNet is published; below s3:// each is fetched once to list it, and its members are then read where they are.
+are followed, links inside a tar are resolved. Absolute names in an archive lose their leading slashes. A tar inside a
+tar or a folder is read as a folder of its name, as ImageNet is published; below s3:// each is fetched once to list it,
+and its members are then read where they are.
 """
 
 import contextlib
@@ -119,8 +120,8 @@ def _walk(root: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
     def read(name: str) -> bytes:
-        with _told_as_zip(path, name), archive.open(name) as member:
-            about = archive.getinfo(name)
+        about = members[name]
+        with _told_as_zip(path, name), archive.open(about) as member:
             step = PIECE if about.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else SMALL_PIECE
             pieces = list(iter(lambda: member.read(step), b""))
             if sum(map(len, pieces)) != about.file_size:
@@ -131,10 +132,11 @@ def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
         archive = zipfile.ZipFile(path)
     with archive:
         listing, packed = Source(read=read), path.stat().st_size
-        for name, size in {member.filename: member.file_size for member in archive.infolist()}.items():
+        members = {member.filename.lstrip("/"): member for member in archive.infolist()}
+        for name, member in members.items():
             if not name.endswith("/"):
-                listing.sort_in(name, wanted, size)
-        if sum(archive.getinfo(name).file_size for name in listing.names) > sources.unpacked(packed):
+                listing.sort_in(name, wanted, member.file_size)
+        if sum(members[name].file_size for name in listing.names) > sources.unpacked(packed):
             raise DataError(f"{path}: {sources.bomb(packed)}")
         listing.names.sort()
         yield listing

@@ -149,7 +149,7 @@ class _Scan:
                 self.left_out[OUTSIDE] += not member.isdir()
             elif member.issym() or member.islnk():
                 base = posixpath.dirname(name) if member.issym() else ""
-                self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
+                self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname)).lstrip("/")
             elif member.isfile() and name.lower().endswith(".tar") and not is_dirt(name) and (at := place(member)):
                 listing = Source()
                 with told_as_tar(self.path / name):
@@ -216,6 +216,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise Refused(f"{member.name[:200]} has a negative size")
         if member.issparse():
             raise _sparse(member.name)
+        member.name = member.name.lstrip("/")  # as tar takes them
         yield member
     # tarfile takes half a header for the end of the archive.
     if isinstance(file := tar.fileobj, io.IOBase):
