@@ -99,7 +99,7 @@ def _take(
             with local(name) as path, tars.told_as_tar(where(name)), open(path, "rb") as file:
                 for member, place in tars.inner(file, name, wanted, listing, (0, sizes[name])):
                     inner[member] = name, place
-        listing.names = sorted({*listing.names, *inner})
+        listing.names, listing.in_tars = sorted({*listing.names, *inner}), bool(inner)
     else:
         listing.left_out[".tar"] += len(archives)
     return inner
