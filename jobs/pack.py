@@ -70,9 +70,15 @@ def pack(found: Packing, progress: Progress = lambda done, total: None) -> shard
 
 def _arranged(found: Packing) -> tuple[list[tuple[str, int]], list[str]]:
     """((name, label) of every image in the order in which they are packed, the names of the classes)."""
+    near = _near(found.source)
     with contextlib.ExitStack() as stack:
         labels = None if found.labels is None else str(stack.enter_context(local_copy(found.labels)))
-        source = stack.enter_context(packing.opened(_near(found.source), found.split, found.layout))
+        source = stack.enter_context(packing.opened(near, found.split, found.layout))
+        if source.in_tars and near.startswith("s3://"):  # a worker reads an object by its name
+            raise DataError(
+                f"{near}: images in tars below a prefix of S3 are not packed by many workers: use `unlearn shards "
+                "build`, or copy the tars to a folder that every worker sees"
+            )
         arranged = packing.arrange(source, found.source, found.split, found.layout, labels, found.classes)
     names = arranged.labels
     if found.order == "shuffled":

@@ -12,7 +12,7 @@ import pytest
 from support.images import encode
 
 from unlearn import config
-from unlearn.data import checking, selection, shards
+from unlearn.data import checking, columns, selection, shards
 from unlearn.errors import ConfigError, DataError
 
 PNGS = [encode(np.full((6, 6, 3), 10 * i, np.uint8)) for i in range(4)]
@@ -261,9 +261,18 @@ def test_hive_partitions_and_suffixes(tmp_path):
     ) == [4, 5, 6, 7]
 
 
-def test_the_checksum_does_not_depend_on_how_values_are_stored():
-    from unlearn.data import columns
+@pytest.mark.parametrize("zeros", [0, 1, 30, 5000])
+def test_a_label_of_the_path_is_a_number_of_64_bits(zeros):
+    def label(value: str) -> list[int]:
+        return columns.of_path(f"label={'0' * zeros}{value}/a.parquet", "label", "label", 1, "a").to_pylist()
 
+    assert label("0") == [0] and label("7") == [7] and label(f"{(1 << 63) - 1}") == [(1 << 63) - 1]
+    for value in (f"{1 << 63}", "9" * 20, "1" + "0" * 25, "9" * 5000):
+        with pytest.raises(DataError, match="its path gives a label over 2"):
+            label(value)
+
+
+def test_the_checksum_does_not_depend_on_how_values_are_stored():
     once = columns.checksum([pa.array(PNGS)])
     assert (
         once

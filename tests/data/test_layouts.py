@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support.images import encode
 
-from unlearn.data import packing, shards
+from unlearn.data import packing, shards, tars
 from unlearn.data.storage import Storage
-from unlearn.errors import DataError
+from unlearn.errors import DataError, StorageError
 
 
 def image(number: int) -> bytes:
@@ -203,6 +203,18 @@ def test_links_inside_a_tar_are_resolved(tmp_path, mode, caplog):
     assert manifest.rows == 1 and bytes(next(shards.images(manifest.read(0, ["image"])))) == image(7)
 
 
+def test_many_links_are_not_each_compared_with_every_file(tmp_path):
+    class Name(str):
+        def startswith(self, *prefix) -> bool:
+            pytest.fail("a file is looked at for a link")
+
+    scan = tars._Scan(tmp_path, lambda name: "/" in name)
+    scan.others = {Name(name): (0, 1) for name in ("a/1", "a/2/3", "a-b/4", "a0", "a.png", "b/1")}
+    scan.links = {"link": "a", "to": "a-b", "x/none": "a/9"}
+    scan.resolve()
+    assert set(scan.places) == {"link/1", "link/2/3", "to/4"} and scan.left_out["links that lead nowhere"] == 1
+
+
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 def test_a_tar_of_tars_is_a_folder_for_each(tmp_path, mode):
     for synset in ("n02", "n01"):
@@ -217,6 +229,22 @@ def test_a_tar_of_tars_is_a_folder_for_each(tmp_path, mode):
     ]
     tree(tmp_path / "folder", content={f"train/{name}": data for name, data in inner.items()})
     assert set(packed(tmp_path, str(tmp_path / "folder")).values()) == {"n01", "n02"}
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_tar_inside_a_tar_ends_where_it_does(tmp_path, mode):
+    """Else the members that follow are its own, or fill its last one."""
+    tarred(tmp_path / "in.tar", {"1.png": image(1), "2.png": image(2) * 9})
+    with tarfile.open(tmp_path / "in.tar") as tar:
+        *_, last = tar.getmembers()
+    whole, beside = (tmp_path / "in.tar").read_bytes(), {"d/9.png": image(9) * 50, "._c.tar": b"no tar"}
+    assert last.size > 512
+    src = tarred(tmp_path / "a.tar", {"c.tar": whole[: last.offset], "b.tar": whole, **beside}, mode)
+    assert packed(tmp_path, src) == {"c/1.png": "c", "b/1.png": "b", "b/2.png": "b", "d/9.png": "d"}
+    for cut in (0, last.offset + 100, last.offset_data, last.offset_data + 512):
+        src = tarred(tmp_path / "a.tar", {"c.tar": whole[:cut], **beside}, mode)
+        with pytest.raises(DataError, match=r"a.tar/c.tar: not .*cut short"):
+            packed(tmp_path, src)
 
 
 def test_a_webdataset_has_its_labels_beside_the_images(tmp_path):
@@ -257,6 +285,30 @@ def test_sources_on_s3(s3, tmp_path):
     assert packed(tmp_path, f"{s3}/in") == {"train/cat/1.png": "cat", "train/dog/1.png": "dog"}
     Storage(s3).write("a.tar", Path(tarred(tmp_path / "a.tar", {"cat/1.png": image(1)})).read_bytes())
     assert packed(tmp_path, f"{s3}/a.tar") == {"cat/1.png": "cat"}
+
+
+def test_tars_below_a_prefix_of_s3_are_read_as_in_a_folder(s3, tmp_path):
+    for n in (1, 2):
+        members = {f"n0{n}_{i}.JPEG": image(10 * n + i) for i in range(3)}
+        tarred(tmp_path / "in.tar", members)
+        Storage(s3).write(f"in/train/n0{n}.tar", (tmp_path / "in.tar").read_bytes())
+        tree(tmp_path / "in", content={f"train/n0{n}.tar": (tmp_path / "in.tar").read_bytes()})
+    assert packed(tmp_path, f"{s3}/in") == packed(tmp_path, f"{tmp_path}/in") != {}
+    manifest = packing.build(f"{s3}/in", str(tmp_path / "out"))
+    assert [bytes(v) for v in shards.images(manifest.read(0, ["image"]))] == [
+        image(n) for n in (10, 11, 12, 20, 21, 22)
+    ]
+    with packing.opened(f"{s3}/in", None, None) as source:
+        Storage(s3).write("in/train/n01.tar", b"another")
+        with pytest.raises(StorageError, match="in/train/n01.tar: .*replaced"):
+            source.read("train/n01/n01_0.JPEG")
+    with pytest.raises(DataError, match=f"{s3}/in/train/n01.tar: not a tar file, or cut short"):
+        packed(tmp_path, f"{s3}/in")
+    for src in (f"{s3}/in", f"{tmp_path}/in"):  # beside images only if the layout has tars
+        Storage(src).write("train/n02/loose.png", image(7))
+        Storage(src).delete("train/n01.tar")
+        assert set(packed(tmp_path, src)) == {"train/n02/loose.png"}
+        assert len(packed(tmp_path, src, layout="imagenet")) == 4
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar"])

@@ -189,12 +189,40 @@ def test_what_was_uploaded_is_not_downloaded(s3, proxied, folder):
     assert manifest == shards.load(s3) and manifest.shards == shards.index(s3).shards
 
 
-def test_the_last_of_several_members_of_one_name_counts(tmp_path):
-    for mode in ("w", "w:gz"):
-        path = tar_of(tmp_path / "a.tar", [("c/0.png", b"old"), ("c/1.png", b"one"), ("c/0.png", b"newer")], mode)
-        manifest = packing.build(str(path), str(tmp_path / mode))
-        assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/0.png", "c/1.png"]
-        assert contents(manifest) == [b"newer", b"newer", b"one"]
+@pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "nested"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_last_of_several_members_of_one_name_counts(tmp_path, kind):
+    members, path = [("c/0.png", b"old"), ("c/1.png", b"one"), ("c/0.png", b"newer")], tmp_path / "a"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in members:
+                archive.writestr(name, data)
+    elif kind == "nested":  # in a folder, beside files that are overlaid
+        (path / "c").mkdir(parents=True)
+        (path / "c" / "0.png").write_bytes(b"older")
+        tar_of(path / "c.tar", [(name[2:], data) for name, data in members])
+    else:
+        tar_of(path, members, kind)
+    manifest = packing.build(str(path), str(tmp_path / "out"), layout="imagenet")
+    assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/1.png"]
+    assert contents(manifest) == [b"newer", b"one"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_a_member_and_links_of_one_name_are_one(tmp_path, mode):
+    """tar stores a file that it is given twice as a link to itself."""
+    with tarfile.open(tmp_path / "a.tar", mode) as tar:
+        for name, data in (("c/0.png", b"old"), ("c/0.png", "c/0.png"), ("c/1.png", "c/0.png"), ("c/1.png", b"one")):
+            member = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                member.type, member.linkname = tarfile.LNKTYPE, data
+                tar.addfile(member)
+            else:
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    manifest = packing.build(str(tmp_path / "a.tar"), str(tmp_path / "out"))
+    assert manifest.table(["id"])["id"].to_pylist() == ["c/0.png", "c/1.png"]
+    assert contents(manifest) == [b"old", b"one"]
 
 
 def test_members_stored_with_holes_are_refused(tmp_path):
@@ -318,10 +346,40 @@ def test_an_image_that_cannot_be_read_is_told(tmp_path):
         )
 
 
+@pytest.mark.parametrize("kind", ["zip", "", "z", "nested"])
+def test_absolute_names_are_those_below_the_root(tmp_path, kind):
+    """As tar takes them: of an archive that was made with -P as of one without."""
+    if not shutil.which("tar"):
+        pytest.skip("tar is not installed")
+    root, ids = tmp_path / "in", []
+    (root / "c").mkdir(parents=True)
+    (root / "c" / "0.png").write_bytes(b"zero")
+    os.link(root / "c" / "0.png", root / "c" / "1.png")
+    os.symlink(root / "c" / "0.png", root / "c" / "2.png")
+    for keep in ("", "P"):
+        path = tmp_path / f"a{keep}"
+        if kind == "zip":
+            with zipfile.ZipFile(path, "w") as archive:
+                for n in range(3):
+                    member = zipfile.ZipInfo(f"{'/' if keep else ''}{root}/c/{n}.png".removeprefix("" if keep else "/"))
+                    archive.writestr(member, b"zero")
+        else:
+            flags = f"-c{keep}{kind.replace('nested', '')}f"
+            subprocess.run(["tar", flags, str(path), str(root)], check=True, stderr=subprocess.DEVNULL)
+            if kind == "nested":
+                tar_of(tmp_path / "outer", [(f"{'/' if keep else ''}t.tar", path.read_bytes())])
+                path = tmp_path / "outer"
+        manifest = packing.build(str(path), str(tmp_path / f"out{keep}"))
+        ids.append(manifest.table(["id"])["id"].to_pylist())
+        assert set(contents(manifest)) == {b"zero"}
+    folder = "t" * (kind == "nested") + str(root)[kind != "nested" :]
+    assert ids[0] == ids[1] == [f"{folder}/c/{n}.png" for n in range(1 if kind == "nested" else 3)]
+
+
 @pytest.mark.parametrize("kind", ["zip", "w", "w:gz", "nested"])
 def test_members_that_lead_out_of_the_archive_are_left_out_and_told(tmp_path, caplog, kind):
     """Else `..` is a class."""
-    outside = ["../evil.png", "ant/../../x/evil.png", "/abs/evil.png"]
+    outside = ["../evil.png", "ant/../../x/evil.png", "/../abs/evil.png"]
     members, path = [(name, name.encode()) for name in ["ant/1.png", "bee/2.png", *outside]], tmp_path / "a"
     if kind == "zip":
         with zipfile.ZipFile(path, "w") as archive:

@@ -42,7 +42,7 @@ def photographs(tmp_path_factory) -> Path:
     return path
 
 
-def packing(photographs: Path, dest: Path, **keys) -> pack_file.Packing:
+def packing(photographs: Path | str, dest: Path, **keys) -> pack_file.Packing:
     tree = {"source": str(photographs), "dest": str(dest), "rows_per_shard": 4, "rows_per_group": 3, **keys}
     return pack_file.read(yaml.safe_dump(tree), "pack.yaml")
 
@@ -53,6 +53,16 @@ def content(dest: Path) -> dict[str, bytes]:
 
 def rows(dest: Path) -> list[dict]:
     return [row for path in sorted(dest.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_tars_below_a_prefix_of_s3_are_refused(photographs, s3, tmp_path):
+    """A worker would look for an object of a member's name."""
+    Storage(s3).write("in/train.tar", photographs.read_bytes())
+    with pytest.raises(
+        DataError, match=f"{s3}/in: images in tars below a prefix .*unlearn shards build.*copy the tars"
+    ):
+        job.pack(packing(f"{s3}/in", tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_are_scaled_as_for_training_and_shuffled_by_the_seed(photographs, tmp_path):

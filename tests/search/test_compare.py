@@ -192,6 +192,18 @@ def test_numbers_of_near_points_lie_beside_each_other_and_of_more_points_share_a
     assert all(0 <= label.box[1] and label.box[3] <= 330 for label in edges), "not over the ticks below"
 
 
+@pytest.mark.parametrize("count, width", [(12, 140), (30, 140), (12, 200), (40, 560)])
+@pytest.mark.parametrize("beside", [(), (("x", 150.0, 100.0), ("y", 50.0, 100.0))])
+def test_a_label_of_several_points_lies_within_the_drawing_and_over_nothing(count, width, beside):
+    points = [*[(str(n), 100.0, 100.0) for n in range(1, count)], *[b for b in beside if b[1] < width]]
+    made = labels.placed([*points, (str(count), 100.0, 100.0)], [(0, 30, 60, 60)], width, 200)
+    boxes = [label.box for label in made]
+    assert all(0 <= left and right <= width and 0 <= top and bottom <= 200 for left, top, right, bottom in boxes)
+    assert not any(labels._meet(a, b) for a, b in itertools.combinations([*boxes, (0, 30, 60, 60)], 2))
+    if width > 200:
+        assert any(" and " in label.text for label in made), "what has no room is counted"
+
+
 def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp_path, monkeypatch):
     """tests/jobs/test_compare_on_ray.py audits runs that were trained."""
     audit = {"tests": ["membership"], "limit": 10, "resamples": 100, "membership": {"views": 1}}

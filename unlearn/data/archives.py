@@ -1,21 +1,23 @@
 """Files of a folder, a tar, a zip, or below s3://, by name: the files to pack, without those that are not data.
 
 Left out are hidden files and folders, and temporary files of Spark, macOS and file servers. Symbolic links to folders
-are followed, links inside a tar are resolved. A tar inside a tar or a folder is read as a folder of its name, as
-ImageNet is published.
+are followed, links inside a tar are resolved. Absolute names in an archive lose their leading slashes. A tar inside a
+tar or a folder is read as a folder of its name, as ImageNet is published; below s3:// each is fetched once to list it,
+and its members are then read where they are.
 """
 
 import contextlib
 import lzma
 import os
+import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from unlearn.data import sources, tars
-from unlearn.data.sources import Source, Wanted, is_dirt
-from unlearn.data.storage import Storage, local_copy, told
+from unlearn.data.sources import Source, Wanted, is_dirt, leads_out
+from unlearn.data.storage import Storage, download, local_copy, told
 from unlearn.errors import DataError
 
 # Bytes asked of a zip at once: inflating stops there, while other methods unpack whole what they were given.
@@ -45,42 +47,62 @@ def _remote(src: str, wanted: Wanted, nested: bool | None) -> Iterator[Source]:
         with local_copy(src) as path, source(str(path), wanted, nested) as listing:
             yield listing
         return
-    listing = Source(read=storage.read)
-    for name, facts in sorted(storage.objects().items()):
-        listing.sort_in(name, wanted, facts.size)
+    objects = storage.objects()
+
+    def read(name: str) -> bytes:
+        if name not in inner:
+            return storage.read(name)
+        tar, (start, size) = inner[name]
+        return storage.open(tar, facts=objects[tar]).read_at(size, start)
+
+    @contextlib.contextmanager
+    def copy(name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            yield download(storage, {name: objects[name]}, Path(folder)) / name
+
+    listing = Source(read=read)
+    inner = _take(listing, {n: facts.size for n, facts in objects.items()}, wanted, nested, copy, storage.where)
     yield listing
 
 
 @contextlib.contextmanager
 def _folder(path: Path, wanted: Wanted, nested: bool | None) -> Iterator[Source]:
-    inner: dict[str, tuple[Path, tars.Place]] = {}
-
     def read(name: str) -> bytes:
         if name in inner:
-            file, place = inner[name]
-            with open(file, "rb") as opened, tars.told_as_tar(file):
-                return tars.piece(opened, place, name)
+            tar, place = inner[name]
+            with tars.told_as_tar(path / tar), open(path / tar, "rb") as file:
+                return tars.piece(file, place, name)
         with told(f"{path}/{name}"):
             return (path / name).read_bytes()
 
-    listing = Source(read=read)
-    archives = []
-    for name in sorted(_walk(path)):
-        if name.lower().endswith(".tar") and not is_dirt(name):
-            archives.append(name)
-        else:
-            with told(f"{path}/{name}"):
-                size = os.path.getsize(path / name)
-            listing.sort_in(name, wanted, size)
+    def size(name: str) -> int:
+        with told(f"{path}/{name}"):
+            return os.path.getsize(path / name)
+
+    listing, sizes = Source(read=read), {name: size(name) for name in _walk(path)}
+    inner = _take(listing, sizes, wanted, nested, lambda n: contextlib.nullcontext(path / n), lambda n: f"{path}/{n}")
+    yield listing
+
+
+def _take(
+    listing: Source, sizes: dict[str, int], wanted: Wanted, nested: bool | None,
+    local: Callable[[str], contextlib.AbstractContextManager[Path]], where: Callable[[str], str],
+) -> dict[str, tuple[str, tars.Place]]:  # fmt: skip
+    """Take the files of a folder, and members of the tars in it: {name of a member: (tar, place in it)}. local: a path
+    at which a tar can be read; where: its place, for messages."""
+    inner: dict[str, tuple[str, tars.Place]] = {}
+    archives = [n for n in sorted(sizes) if n.lower().endswith(".tar") and not is_dirt(n) and not leads_out(n)]
+    for name in sorted(sizes.keys() - archives):
+        listing.sort_in(name, wanted, sizes[name])
     if nested or (nested is None and not listing.names):
         for name in archives:
-            with tars.told_as_tar(path / name), open(path / name, "rb") as file:
-                for member, place in tars.inner(file, name, wanted, listing):
-                    inner[member] = path / name, place
-        listing.names = sorted([*listing.names, *inner])
+            with local(name) as path, tars.told_as_tar(where(name)), open(path, "rb") as file:
+                for member, place in tars.inner(file, name, wanted, listing, (0, sizes[name])):
+                    inner[member] = name, place
+        listing.names, listing.in_tars = sorted({*listing.names, *inner}), bool(inner)
     else:
         listing.left_out[".tar"] += len(archives)
-    yield listing
+    return inner
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -98,8 +120,8 @@ def _walk(root: Path) -> Iterator[str]:
 @contextlib.contextmanager
 def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
     def read(name: str) -> bytes:
-        with _told_as_zip(path, name), archive.open(name) as member:
-            about = archive.getinfo(name)
+        about = members[name]
+        with _told_as_zip(path, name), archive.open(about) as member:
             step = PIECE if about.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) else SMALL_PIECE
             pieces = list(iter(lambda: member.read(step), b""))
             if sum(map(len, pieces)) != about.file_size:
@@ -110,10 +132,11 @@ def _zip(path: Path, wanted: Wanted) -> Iterator[Source]:
         archive = zipfile.ZipFile(path)
     with archive:
         listing, packed = Source(read=read), path.stat().st_size
-        for member in archive.infolist():
-            if not member.filename.endswith("/"):
-                listing.sort_in(member.filename, wanted, member.file_size)
-        if sum(archive.getinfo(name).file_size for name in listing.names) > sources.unpacked(packed):
+        members = {member.filename.lstrip("/"): member for member in archive.infolist()}
+        for name, member in members.items():
+            if not name.endswith("/"):
+                listing.sort_in(name, wanted, member.file_size)
+        if sum(members[name].file_size for name in listing.names) > sources.unpacked(packed):
             raise DataError(f"{path}: {sources.bomb(packed)}")
         listing.names.sort()
         yield listing

@@ -133,7 +133,8 @@ def of_path(path: str, column: str, role: str, rows: int, where: str) -> pa.Chun
     if value is None or value == "__HIVE_DEFAULT_PARTITION__":
         raise DataError(f"{where}: no value of `{column}` in its path")
     if role == "label" and value.isascii() and value.isdigit():
-        if int(value[:20]) >= 1 << 63:
+        value = value.lstrip("0")[:20] or "0"
+        if int(value) >= 1 << 63:
             raise DataError(f"{where}: its path gives a label over 2^63 - 1")
         return pa.chunked_array([np.full(rows, int(value))])
     return pa.chunked_array([pa.array([value] * rows, pa.string())])

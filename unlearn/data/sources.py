@@ -16,12 +16,14 @@ Wanted = Callable[[str], bool]
 
 @dataclass
 class Source:
-    """names: of the wanted files, sorted; of members with equal names the last is used. read: the content of a file.
-    left_out: how many files are not taken, by their suffix."""
+    """names: of the wanted files, sorted, each once; of members with equal names the last is used. read: the content of
+    a file. left_out: how many files are not taken, by their suffix. in_tars: whether some are members of tars in a
+    folder."""
 
     names: list[str] = field(default_factory=list)
     read: Callable[[str], bytes] = lambda name: b""
     left_out: Counter = field(default_factory=Counter)
+    in_tars: bool = False
 
     def sort_in(self, name: str, wanted: Wanted, size: int) -> None:
         """Take a file, or count it as left out."""

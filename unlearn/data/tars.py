@@ -13,6 +13,7 @@ import posixpath
 import tarfile
 import tempfile
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
@@ -72,11 +73,32 @@ class _Limited:
         return data
 
 
+class _Part(io.RawIOBase):
+    """A part of an open file, as a file of its own; the position in the open file stays."""
+
+    def __init__(self, file: BinaryIO, place: Place):
+        self.file, (self.start, self.size), self.at = file, place, 0
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def readinto(self, into: memoryview) -> int:  # pyright: ignore[reportIncompatibleMethodOverride]
+        count = max(0, min(len(into), self.size - self.at))
+        data = os.pread(self.file.fileno(), count, self.start + self.at)
+        into[: len(data)] = data
+        self.at += len(data)
+        return len(data)
+
+
 @contextlib.contextmanager
 def source(path: Path, wanted: Wanted) -> Iterator[Source]:
     """The members of a tar, read by their offset: tarfile would search all members for each name."""
     with contextlib.ExitStack() as stack:
-        scan = _Scan(wanted)
+        scan = _Scan(path, wanted)
         with told_as_tar(path):
             if is_plain(path):
                 file = stack.enter_context(open(path, "rb"))
@@ -93,7 +115,7 @@ def source(path: Path, wanted: Wanted) -> Iterator[Source]:
             with told_as_tar(path):
                 return piece(file, scan.places[name], name)
 
-        yield Source(sorted(scan.names), read, scan.left_out)
+        yield Source(sorted(scan.places), read, scan.left_out)
 
 
 def is_tar(path: Path) -> bool:
@@ -109,9 +131,8 @@ def is_tar(path: Path) -> bool:
 class _Scan:
     """The members of a tar: wanted files and their places, and links to them."""
 
-    def __init__(self, wanted: Wanted):
-        self.wanted = wanted
-        self.names: list[str] = []
+    def __init__(self, path: Path, wanted: Wanted):
+        self.path, self.wanted = path, wanted
         self.places: dict[str, Place] = {}
         self.others: dict[str, Place | None] = {}  # possible link targets, by normalized name
         self.links: dict[str, str] = {}
@@ -128,11 +149,12 @@ class _Scan:
                 self.left_out[OUTSIDE] += not member.isdir()
             elif member.issym() or member.islnk():
                 base = posixpath.dirname(name) if member.issym() else ""
-                self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname))
-            elif member.isfile() and name.lower().endswith(".tar") and (at := place(member)):
+                self.links[name] = posixpath.normpath(posixpath.join(base, member.linkname)).lstrip("/")
+            elif member.isfile() and name.lower().endswith(".tar") and not is_dirt(name) and (at := place(member)):
                 listing = Source()
-                for inner_name, inner_place in inner(file, name, self.wanted, listing, at):
-                    self._take(inner_name, inner_place)
+                with told_as_tar(self.path / name):
+                    for inner_name, inner_place in inner(file, name, self.wanted, listing, at):
+                        self.places[inner_name] = inner_place
                 self.left_out += listing.left_out
             elif member.isfile():
                 self.note(name, place(member), member.size)
@@ -143,19 +165,17 @@ class _Scan:
         if size > LARGEST:
             self.left_out["larger than 256 MiB"] += 1
             return
+        self.links.pop(name, None)
         self.others[posixpath.normpath(name)] = place
         if self.wanted(name):
             assert place is not None, "what is wanted is kept"
-            self._take(name, place)
+            self.places[name] = place
         else:
             self.left_out[PurePosixPath(name).suffix.lower() or "no suffix"] += 1
 
-    def _take(self, name: str, place: Place) -> None:
-        self.names.append(name)
-        self.places[name] = place
-
     def _ends(self) -> Iterator[tuple[str, str]]:
         """(name, target file) of every link to a file, and of every file below a linked folder."""
+        files = sorted(self.others)
         for link, target in self.links.items():
             if is_dirt(link):
                 continue
@@ -166,7 +186,8 @@ class _Scan:
             if target in self.others:
                 yield link, target
             else:
-                for name in [n for n in self.others if n.startswith(f"{target}/")]:
+                first, stop = (bisect_left(files, f"{target}{mark}") for mark in "/0")  # 0 is next to /
+                for name in files[first:stop]:
                     yield f"{link}{name[len(target) :]}", name
 
     def targets(self) -> set[str]:
@@ -178,7 +199,7 @@ class _Scan:
         followed = [(name, target) for name, target in self._ends()]
         for name, target in followed:
             if self.wanted(name) and (place := self.others[target]):
-                self._take(name, place)
+                self.places[name] = place
         reached = {name for name, _ in followed}
         lost = [link for link in self.links if self.wanted(link) and not is_dirt(link) and link not in reached]
         self.left_out["links that lead nowhere"] += len(lost)
@@ -195,6 +216,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             raise Refused(f"{member.name[:200]} has a negative size")
         if member.issparse():
             raise _sparse(member.name)
+        member.name = member.name.lstrip("/")  # as tar takes them
         yield member
     # tarfile takes half a header for the end of the archive.
     if isinstance(file := tar.fileobj, io.IOBase):
@@ -207,24 +229,19 @@ def _sparse(name: str) -> Refused:
     return Refused(f"{name[:200]} is stored with holes (sparse), which is not read: pack it again without --sparse")
 
 
-def inner(
-    file: BinaryIO, name: str, wanted: Wanted, listing: Source, place: Place = (0, 0)
-) -> Iterator[tuple[str, Place]]:
-    """(name, place in `file`) of the wanted members of a plain tar that begins at a place of an open file."""
-    before = file.tell()
-    file.seek(place[0])
+def inner(file: BinaryIO, name: str, wanted: Wanted, listing: Source, place: Place) -> Iterator[tuple[str, Place]]:
+    """(name, place in `file`) of the wanted members of a plain tar at a place of an open file."""
     folder = name[: -len(".tar")]
-    with _open(fileobj=file, mode="r:") as tar:
+    with _open(fileobj=_Part(file, place), mode="r:") as tar:
         for member in _members(tar):
             path = f"{folder}/{member.name}"
             if member.isfile() and not is_dirt(path):
                 if leads_out(member.name):
                     listing.left_out[OUTSIDE] += 1
                 elif wanted(path) and member.size <= LARGEST:
-                    yield path, (member.offset_data, member.size)
+                    yield path, (place[0] + member.offset_data, member.size)
                 else:
                     listing.left_out[PurePosixPath(path).suffix.lower() or "no suffix"] += 1
-    file.seek(before)
 
 
 def _unpack(path: Path, scan: _Scan, keep: Callable[[str], bool], file: BinaryIO) -> None:
@@ -292,7 +309,7 @@ def _decompressor(path: Path) -> Callable | None:
 
 
 @contextlib.contextmanager
-def told_as_tar(path: Path) -> Iterator[None]:
+def told_as_tar(path: Path | str) -> Iterator[None]:
     try:
         yield
     except Refused as e:

@@ -1,5 +1,6 @@
 """Where the labels of points go, so that none lies over another label, another point or a name at the border."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,24 +33,40 @@ class Label:
 def placed(
     points: Sequence[tuple[str, float, float]], taken: Sequence[Box], width: float, height: float
 ) -> list[Label]:
-    """Labels of points (text, x, y) in a drawing of this size, each in the first free place beside its point. What
-    finds none is written into the label of the nearest point, as in "3, 7". taken: boxes that are to stay free."""
-
-    def free(box: Box) -> bool:
-        inside = box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
-        return inside and not any(_meet(box, other) for other in [*taken, *dots, *(one.box for _, _, one in labels)])
-
+    """Labels of points (text, x, y) in a drawing of this size, each in the first free place at its point. What finds
+    none is written into the label of the nearest point that has room for it, as in "3, 7" or "3, 7 and 2 more"; what
+    finds none there either has no label. taken: boxes that are to stay free."""
     dots = [(x - POINT, y - POINT, x + POINT, y + POINT) for _, x, y in points]
-    labels: list[tuple[float, float, Label]] = []  # with their points
-    for text, x, y in points:
-        places = [Label(text, x + side, y + rise, "start" if side > 0 else "end") for side, rise in SIDES]
-        if (label := next((place for place in places if free(place.box)), None)) is None and labels:
-            near = min(range(len(labels)), key=lambda i: (labels[i][0] - x) ** 2 + (labels[i][1] - y) ** 2)
-            at, up, host = labels[near]
-            labels[near] = at, up, Label(f"{host.text}, {text}", host.x, host.y, host.anchor)
-        else:
-            labels.append((x, y, label or places[0]))
-    return [label for _, _, label in labels]
+    made: dict[int, tuple[list[str], Label]] = {}  # by the index of the point: texts that stand for it
+
+    def place(texts: list[str], index: int) -> Label | None:
+        boxes = [*taken, *dots, *(label.box for other, (_, label) in made.items() if other != index)]
+        for count in range(len(texts), 0, -1):
+            more = f" and {len(texts) - count} more" if count < len(texts) else ""
+            for label in _places(", ".join(texts[:count]) + more, *points[index][1:], width):
+                left, top, right, bottom = box = label.box
+                inside = left >= 0 and top >= 0 and right <= width and bottom <= height
+                if inside and not any(_meet(box, other) for other in boxes):
+                    return label
+        return None
+
+    for i, (text, _, _) in enumerate(points):
+        if label := place([text], i):
+            made[i] = [text], label
+    for i in [i for i in range(len(points)) if i not in made]:
+        for near in sorted(made, key=lambda j: math.dist(points[i][1:], points[j][1:])):
+            texts = [*made[near][0], points[i][0]]
+            if label := place(texts, near):
+                made[near] = texts, label
+                break
+    return [label for _, label in made.values()]
+
+
+def _places(text: str, x: float, y: float, width: float) -> list[Label]:
+    """Where a label may lie: beside its point, or above and below it, moved into the drawing."""
+    beside = [Label(text, x + side, y + rise, "start" if side > 0 else "end") for side, rise in SIDES]
+    moved = min(x + GAP, width - LETTER * len(text))
+    return beside + [Label(text, moved, y + rise, "start") for _, rise in SIDES[::2]]
 
 
 def _meet(one: Box, other: Box) -> bool:
