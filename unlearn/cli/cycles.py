@@ -205,6 +205,9 @@ def _show(one: "Told") -> None:
     out.print(f"cycle {s.id}, begun {s.at}: {one.ended}", soft_wrap=True)
     out.print(f"serves   {_numbers(s.numbers)}")
     out.print(f"again    {_numbers([asked.number for asked in s.old]) or 'none'}")
+    if s.unseen:
+        numbers = _numbers([asked.number for asked in s.unseen])
+        out.print(f"unseen   {numbers}: none of their images is in the data, and the base never saw them")
     out.print(f"base     {s.base}\ndata     {s.data}", soft_wrap=True)
     for judgement in one.tried:
         verdict = "passed" if judgement.passed else "refused"

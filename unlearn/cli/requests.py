@@ -186,17 +186,21 @@ for command in (ledger_checkpoints.verify, ledger_checkpoints.checkpoint, ledger
 def erase(
     ids: Ids,
     retention: Annotated[str, typer.Option(metavar="SPAN", help="how long closed requests are kept: 90d, 3y")] = "3y",
+    images_gone: Annotated[
+        bool, typer.Option("--images-gone", help="their images have left the training data; recorded")
+    ] = False,
     by: By = None,
     ledger: Url = None,
 ):
-    """Erase what closed requests name, and why, after the retention time; the record of them stays verifiable.
+    """Erase what closed requests name, and why, after the retention time; the record of them stays verifiable. A
+    released one wants --images-gone.
 
-    Example: `unlearn request erase 7 --retention 3y`
+    Example: `unlearn request erase 7 --retention 3y --images-gone`
     """
     from unlearn.cli.console import out
 
     with opened(ledger) as book:
-        erased = book.erase(ids, retention, by)
+        erased = book.erase(ids, retention, by, images_gone)
     out.print(f"erased: {', '.join(map(str, erased)) or 'none, they were already'}", soft_wrap=True)
 
 

@@ -40,6 +40,7 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     if not new:
         return Selection(status="nothing", unmatched=unmatched)
     served = [r for r in requests if not r.is_open]
+    _check_erased(served, ledger)
     _check_known(served, chosen, records, base.card, manifest)
     old, unseen = ([_asked(r, chosen) for r in served if bool(met[r.id]) is there] for there in (True, False))
     selection = Selection(
@@ -121,6 +122,7 @@ def _begun(
     """The cycle that open requests are in, if it can go on as it was begun; those of any other are handed back."""
     under_way = [r for r in requests if r.is_open and r.state != states.RECEIVED]
     served = {r.id for r in requests if not r.is_open}
+    erased = {r.id for r in requests if r.forget is None}
     for id in sorted({str(r.evidence.get("cycle")) for r in under_way}):
         selection = records.read(id, SELECTION, Selection)
         if selection is None:
@@ -129,6 +131,8 @@ def _begun(
             why = "the base or the data was changed"
         elif served - {asked.number for asked in (*selection.new, *selection.old, *selection.unseen)}:
             why = "others were served meanwhile"
+        elif erased & {asked.number for asked in selection.old}:
+            why = "requests that it serves again were erased"
         else:
             return selection
         numbers = hand_back(ledger, id, why)
@@ -139,6 +143,20 @@ def _begun(
 def _asked(request: Request, chosen: rows.Selection) -> Asked:
     missing, images = len(chosen.missing.get(request.id, ())), chosen.matched.get(request.id, 0)
     return Asked(number=request.id, commitment=request.commitment, images=images, missing=missing)
+
+
+def _check_erased(served: Sequence[Request], ledger: Ledger) -> None:
+    """Raises CycleError where images of an erased request may be in the data: nobody knows which they are, so they
+    would be retained."""
+    erased = {r.id for r in served if r.forget is None}
+    if lost := sorted(erased - ledger.gone() if erased else erased):
+        numbers = " ".join(map(str, lost))
+        raise CycleError(
+            f"request(s) {numbers} were served and then erased: nobody knows which images they name, and what of them "
+            "is in the training data would be trained on again. Where the images have left the data say so: `unlearn "
+            f"request erase {numbers} --retention 0d --images-gone`; else take them out first (the config.yaml in the "
+            "run folders of earlier cycles may still name them), and give a base that was trained on the rest"
+        )
 
 
 def _check_known(

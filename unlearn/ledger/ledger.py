@@ -24,6 +24,7 @@ from unlearn.ledger.request import Request, wanted
 from unlearn.ledger.tables import disclosures, entries
 
 CHUNK = 5000  # rows of one statement, numbers of one condition
+GONE = "have left the training data"
 HIGHEST = 2**63 - 1  # number that a database can hold
 
 
@@ -139,13 +140,22 @@ class Ledger:
         with self.database.reading() as connection:
             return dict.fromkeys(states.STATES, 0) | {event: count for event, count in connection.execute(query)}
 
-    def erase(self, ids: Iterable[int], retention: str, by: str | None = None) -> list[int]:
-        """Delete what these requests name and why, all or none; those that were not erased before. The tree stays as it
-        is.
+    def gone(self) -> set[int]:
+        """Numbers of erased requests whose images have left the training data, as whoever erased them has said."""
+        query = sa.select(entries.c.request, entries.c.document).where(entries.c.event == entry.ERASED)
+        with self.database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {row.request for row in rows if "images" in entry.parse(row.document).get("evidence", {})}
 
-        retention: the span, as in 3y, that must have passed since the request was closed. Raises LedgerError where it
-        has not, and where a request is open.
+    def erase(self, ids: Iterable[int], retention: str, by: str | None = None, images_gone: bool = False) -> list[int]:
+        """Delete what these requests name and why, all or none; those that were not erased before, or of which it was
+        not known that their images are gone. The tree stays as it is.
+
+        retention: the span, as in 3y, that must have passed since the request was closed. images_gone: the images have
+        left the training data, without which no released request is erased; it is recorded. Raises LedgerError where a
+        request is open, or is released and its images may be there, and where the retention time is not over.
         """
+        known = self.gone()
         limit, numbers, erased = dates.after(dates.today(), retention, "retention", -1), list(dict.fromkeys(ids)), []
         with self.database.writing() as connection:
             before = {request.id: request for request in _requests(connection, ids=numbers)}
@@ -163,9 +173,16 @@ class Ledger:
                     raise LedgerError(
                         f"request {number} was closed on {closed}: the retention time of {retention} is not over"
                     )
-                if request.forget is not None:
+                if request.state == states.RELEASED and request.forget is not None and not images_gone:
+                    raise LedgerError(
+                        f"request {number} is released: every cycle must forget its images again while they are in the "
+                        "training data, and once it is erased nobody knows which they are. Keep it until they have "
+                        "left the data and the base was trained without them; then say so with --images-gone"
+                    )
+                if request.forget is not None or (images_gone and number not in known):
                     erased.append(number)
-            append(connection, [Draft(entry.ERASED, number, private={"by": by or user()}) for number in erased])
+            private, facts = {"by": by or user()}, {"images": GONE} if images_gone else {}
+            append(connection, [Draft(entry.ERASED, number, private=private, evidence=facts) for number in erased])
             for some in _chunks(erased):
                 own = sa.select(entries.c.position).where(entries.c.request.in_(some))
                 connection.execute(
