@@ -210,7 +210,7 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
         ))  # fmt: skip
     lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
-        facts = {"release": ended.release, "weights": ended.weights}
+        facts = {"release": ended.release, "weights": ended.weights, "current": ended.promoted}
         selecting.advance(ledger, selection, states.RELEASED, facts)
     return ended
 

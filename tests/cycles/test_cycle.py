@@ -154,9 +154,24 @@ def test_the_ledger_and_the_letter_tell_what_was_done(served):
     assert [event for event, _ in events] == ["received", "scheduled", "trained", "verified", "released"]
     assert all(evidence["cycle"] == first.selection.id for _, evidence in events[1:])
     assert events[3][1]["gate"] == "passed" and events[4][1] == {
-        "cycle": first.selection.id, "release": "v1", "weights": first.outcome.weights,
+        "cycle": first.selection.id, "release": "v1", "weights": first.outcome.weights, "current": True,
+        "images": 10, "missing": 0,
     }  # fmt: skip
     assert "release: v1" in text and first.outcome.weights in text
+    assert "found and are to be forgotten: 10\n" in text and "Not all" not in text and "replaced the one before" in text
+
+
+def test_the_letter_tells_what_was_not_found_and_that_the_model_is_not_current(served, made):
+    cycle, _, _, _ = served
+    with Ledger(cycle.ledger) as ledger:
+        text = letter.write(ledger, 2)
+    assert "to be forgotten: 1\n" in text and "Not all that you named was found: 1 of it has no image" in text
+    cycle = made(promote=False)
+    ask(cycle, {"subjects": ["person-1"]})
+    job.run(cycle)
+    with Ledger(cycle.ledger) as ledger:
+        text = letter.write(ledger, 1)
+    assert "the one before was still the current one" in text and "replaced the one before" not in text
 
 
 def test_names_are_in_the_configuration_of_the_run_alone(served):

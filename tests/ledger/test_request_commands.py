@@ -22,7 +22,8 @@ def test_a_request_from_its_receipt_to_its_erasure(told, book, tmp_path):
         "request", "add", "--subject", "alice", "--due", "2020-01-31", "--reason", "moved", "--by", "desk"
     )
     assert code == 0 and out == "request 1: received, due 2020-01-31\n" and "overdue from the start" in err
-    assert told("request", "add", "--ids", tmp_path / "ids.txt", "--within", "10d")[0] == 0
+    code, out, _ = told("request", "add", "--ids", tmp_path / "ids.txt", "--within", "10d")
+    assert code == 0 and "\n2 ids, the first is img-1\n" in out
     assert told("request", "add", "--class", "7")[0] == 0
     code, out, err = told("request", "list")
     assert "2020-01-31 OVERDUE" in out and "1 subject" in out and "2 ids" in out and "alice" not in out

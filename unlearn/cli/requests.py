@@ -43,6 +43,8 @@ def add(
     with opened(ledger, create=True) as book:
         (number,) = book.add([request], by)
     out.print(f"request {number}: received, due {request['due']}")
+    if listed := request["forget"].get("ids"):
+        out.print(f"{len(listed)} id{'s' * (len(listed) != 1)}, the first is {listed[0]}", soft_wrap=True)
     if dates.parse(request["due"], "due") < dates.today():
         warn(f"request {number} is overdue from the start: {request['due']} has passed")
 

@@ -99,14 +99,16 @@ def named(ledger: Ledger, asked: Sequence[Asked], manifest: Manifest) -> Rows | 
 
 def advance(ledger: Ledger, selection: Selection, state: str, evidence: dict[str, Any] | None = None) -> None:
     """Move the requests of a cycle on to `state`, those that are in the state before; who has withdrawn meanwhile is
-    left alone."""
+    left alone. The last state tells how many images each has met, and how many of the values that it names none."""
     before = states.OPEN[states.OPEN.index(state) - 1] if state in states.OPEN else states.VERIFIED
     requests = ledger.requests(ids=selection.numbers)
     ready = [
         r.id for r in requests
         if r.state == before and (before == states.RECEIVED or r.evidence.get("cycle") == selection.id)
     ]  # fmt: skip
-    ledger.advance(ready, state, {"cycle": selection.id} | (evidence or {}), by=BY)
+    met = {asked.number: {"images": asked.images, "missing": asked.missing} for asked in selection.new}
+    own = met if state == states.RELEASED else None
+    ledger.advance(ready, state, {"cycle": selection.id} | (evidence or {}), by=BY, own=own)
 
 
 def hand_back(ledger: Ledger, id: str, why: str) -> list[int]:

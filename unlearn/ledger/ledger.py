@@ -78,15 +78,17 @@ class Ledger:
         evidence: Mapping[str, Any] | None = None,
         by: str | None = None,
         reason: str = "",
+        own: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Move requests to `state`, all or none; those that moved. One that is there already by the same evidence is
         left as it is, so a call can be repeated. evidence: plain JSON, to be read by everyone; no name and no image id
-        belongs into it.
+        belongs into it. own: more of it, by number of the request.
 
         Raises LedgerError where a request is not there, or may not become that.
         """
         wanted_ids = [ids] if isinstance(ids, int) else list(dict.fromkeys(ids))
-        facts, private = dict(evidence or {}), {"by": by or user()} | ({"reason": reason} if reason else {})
+        facts = {number: {**(evidence or {}), **(own or {}).get(number, {})} for number in wanted_ids}
+        private = {"by": by or user()} | ({"reason": reason} if reason else {})
         with self.database.writing() as connection:
             before = {request.id: request for request in _requests(connection, ids=wanted_ids)}
             moved = []
@@ -95,11 +97,11 @@ class Ledger:
                     raise LedgerError(
                         f"request {number}: there is none of that number; see `unlearn request list --all`"
                     )
-                if before[number].state == state and before[number].evidence == facts:
+                if before[number].state == state and before[number].evidence == facts[number]:
                     continue
                 states.check(number, before[number].state, state)
                 moved.append(number)
-            append(connection, [Draft(state, number, private=private, evidence=facts) for number in moved])
+            append(connection, [Draft(state, number, private=private, evidence=facts[number]) for number in moved])
         return moved
 
     def pending(self) -> list[Request]:
