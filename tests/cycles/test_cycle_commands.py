@@ -16,6 +16,7 @@ from unlearn import signals
 from unlearn.cli import cycles
 from unlearn.cycles import cycle_file
 from unlearn.errors import ConfigError
+from unlearn.releases.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,29 @@ def test_it_says_what_was_served_and_shows_it(cycle, told):
     assert "rung 0  passed, beside no release" in one and LIMIT in one and "shard-2.parquet" in one
     code, _, err = told("cycle", "show", path, "0" * 12)
     assert code == 2 and "has no cycle 000000000000" in err
+
+
+def test_requests_that_the_current_release_does_not_serve_are_told(cycle, told):
+    path, store = written(cycle), ("--store", cycle.releases)
+    ask(cycle, {"subjects": ["person-1"]})
+    assert "were served" not in told("cycle", path)[2]
+    ask(cycle, {"subjects": ["person-2"]})
+    code, out, err = told("cycle", path, "--set", "promote=false")
+    assert re.search(r"v2, not made current: cycle \w{12} has served request\(s\) 2\n", out) and code == 0
+    promote = "request(s) 2 were served, but not by the current release, which is v1: `unlearn release promote v2`"
+    assert promote in err
+    (request,) = set(Store(cycle.releases).release("v2").requests) - set(Store(cycle.releases).release("v1").requests)
+    told("release", "promote", "v2", *store)
+    out = told("release", "rollback", "v1", *store, "--force", "--reason", "x")[1]
+    assert f"current: v1\nnot served by it: request {request[:16]}; v2 serves it\n" in out
+    out = told("release", "withdraw", "v2", *store, "--reason", "x")[1]
+    assert f"request {request[:16]}; no release that is not withdrawn serves it\n" in out
+    code, out, err = told("cycle", path)
+    assert code == 0 and "no request is open" in out and "request(s) 2 were served, but not by the current" in err
+    assert "no release serves them that is not withdrawn" in err
+    ask(cycle, {"subjects": ["person-2"]})
+    code, out, err = told("cycle", path)
+    assert "v3, now current" in out and "were served" not in err, "what nobody served any more is served again"
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(cycle, told, tmp_path):

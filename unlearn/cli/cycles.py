@@ -53,7 +53,7 @@ def start(
     from unlearn import signals
     from unlearn.cli.console import out, warn
     from unlearn.cli.options import required, warned
-    from unlearn.cycles import cycle_file, gate_check
+    from unlearn.cycles import cycle_file, gate_check, unserved
 
     required()
     changes = [*overrides, *([f"delete_rows={json.dumps(delete_rows)}"] if delete_rows else [])]
@@ -71,6 +71,8 @@ def start(
             raise
     for line in told(ended.selection, ended.outcome):
         out.print(line, soft_wrap=True)
+    for line in unserved.told(cycle):
+        warn(line)
     if ended.outcome is not None and ended.outcome.due:
         raise typer.Exit(DUE)
 
@@ -188,7 +190,7 @@ def told(selection: "Selection", outcome: "Outcome | None") -> Iterator[str]:
             "by the same command"
         )
     else:
-        current = ", now current" if outcome.promoted else ""
+        current = ", now current" if outcome.promoted else ", not made current"
         yield f"{outcome.release}{current}: cycle {selection.id} has served request(s) {_numbers(outcome.numbers)}"
         yield f"release: {outcome.folder}"
         if rows := outcome.rows:

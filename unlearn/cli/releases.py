@@ -279,7 +279,7 @@ def promote(
     opened = Store(store)
     if key:
         shown.verified(opened, version, key)
-    shown.told(pointer.promote(opened, version, reason, force, by))
+    shown.told(opened, pointer.promote(opened, version, reason, force, by))
 
 
 @app.command()
@@ -348,7 +348,8 @@ def rollback(
     from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
-    shown.told(pointer.rollback(Store(store), version, reason, force, by))
+    opened = Store(store)
+    shown.told(opened, pointer.rollback(opened, version, reason, force, by))
 
 
 @app.command()
@@ -367,9 +368,10 @@ def withdraw(
     from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
-    state, line = pointer.withdraw(Store(store), version, reason, force, by)
+    opened = Store(store)
+    state, line = pointer.withdraw(opened, version, reason, force, by)
     out.print(f"{version}: withdrawn")
     for each in line:
         withdrawn = ", which is withdrawn too" if each.version in state.withdrawn else ""
         out.print(f"{each.version} came from it ({each.how} {each.of}){withdrawn}: look whether it must go too")
-    shown.told(state)
+    shown.told(opened, state)

@@ -140,6 +140,19 @@ def withdraw(
     return _change(store, update), lineage.descendants(release, store.releases())
 
 
+def served(store: Store, state: State) -> tuple[set[str], dict[str, list[str]]]:
+    """(commitments that the current release serves, {commitment: versions that serve it and are not withdrawn} of all
+    others that any release serves)."""
+    known = store.releases()
+    own = {request for release in known if release.version == state.version for request in release.requests}
+    others: dict[str, list[str]] = {}
+    for release in known:
+        for request in set(release.requests) - own:
+            others.setdefault(request, [])
+            others[request] += [release.version] if release.version not in state.withdrawn else []
+    return own, others
+
+
 def _move(
     store: Store, action: Literal["promote", "rollback"], target: Callable[[State], str], reason: str, force: bool,
     by: str | None
