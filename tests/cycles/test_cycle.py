@@ -224,7 +224,16 @@ def test_a_request_that_comes_or_goes_meanwhile_does_not_disturb(cycle):
     assert [a.number for a in following.new] == [late] and [a.number for a in following.old] == [first]
 
 
-def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path):
+def test_a_base_that_was_unlearned_is_refused(cycle):
+    ask(cycle, {"subjects": ["person-1"]})
+    released = f"{job.run(cycle).outcome.folder}/model"
+    ask(cycle, {"subjects": ["person-2"]})
+    with pytest.raises(CycleError, match="its model.json says that it was unlearned"):
+        job.select(cycle.model_copy(update={"run": cycle.run | {"model": {"weights": released}}}))
+    assert standing(cycle)[2] == "received"
+
+
+def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path, logged):
     ask(cycle, {"subjects": ["person-1"]})
     before = job.select(cycle)
     other = str(tmp_path / "other")
@@ -234,6 +243,7 @@ def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path):
     with pytest.raises(CycleError, match="the base was changed"):
         job.train(changed, before, 0)
     after = job.select(changed)
+    assert f"{other} is another base ({after.base[:16]}) than that of cycle {before.id}" in logged.text
     assert after.id != before.id and [a.number for a in after.new] == [1]
     with Ledger(cycle.ledger) as ledger:
         assert [s["event"] for s in ledger.history(1)] == ["received", "scheduled", "received", "scheduled"]

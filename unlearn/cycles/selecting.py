@@ -14,6 +14,7 @@ from unlearn.ledger import selection as rows
 from unlearn.ledger import states
 from unlearn.ledger.ledger import Ledger
 from unlearn.ledger.request import Request
+from unlearn.registry import METHODS
 from unlearn.releases import pointer
 from unlearn.releases.store import Store
 
@@ -31,6 +32,7 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     from unlearn.models import weights  # torch is loaded where there is something to do
 
     base = weights.locate(cycle.base)
+    _check_base(cycle.base, base.card)
     if begun := _begun(ledger, records, requests, base.fingerprint, manifest.hash):
         return begun
     chosen = rows.resolve(requests, manifest)
@@ -50,7 +52,13 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     selection = selection.model_copy(update={"id": identity(selection)})
     if records.read(selection.id, given_up(cycle, records, selection.id), Outcome):
         return selection.model_copy(update={"status": "due"})
+    before = list(records.all())
     selection = records.keep(selection.id, SELECTION, selection)
+    if before and before[-1].base != selection.base:
+        log.warning(
+            "%s is another base (%s) than that of cycle %s (%s)", cycle.base, selection.base[:16], before[-1].id,
+            before[-1].base[:16],
+        )  # fmt: skip
     advance(ledger, selection, states.SCHEDULED)
     return selection
 
@@ -145,6 +153,15 @@ def _begun(
 def _asked(request: Request, chosen: rows.Selection) -> Asked:
     missing, images = len(chosen.missing.get(request.id, ())), chosen.matched.get(request.id, 0)
     return Asked(number=request.id, commitment=request.commitment, images=images, missing=missing)
+
+
+def _check_base(uri: str, card: dict[str, Any]) -> None:
+    """Raises CycleError where the base was unlearned: chains of unlearning ruin a model."""
+    if (method := card.get("method")) and METHODS.load(method).needs_forget:
+        raise CycleError(
+            f"{uri}: its model.json says that it was unlearned (method {method}): a cycle starts from a base that was "
+            "not, and forgets from there all that was ever asked. Give model.weights the original model"
+        )
 
 
 def _check_erased(served: Sequence[Request], ledger: Ledger) -> None:
