@@ -22,7 +22,7 @@ from unlearn.evaluation.comparison import Comparison
 from unlearn.ledger import letter, states
 from unlearn.ledger.ledger import Ledger
 from unlearn.models import weights
-from unlearn.releases import figures, pointer, verification
+from unlearn.releases import figures, pointer, publish, verification
 from unlearn.releases.store import Store
 from unlearn.run import resolve
 
@@ -222,6 +222,26 @@ def test_a_request_that_comes_or_goes_meanwhile_does_not_disturb(cycle):
     assert standing(cycle) == {first: "released", second: "withdrawn", late: "received"}
     following = job.select(cycle)
     assert [a.number for a in following.new] == [late] and [a.number for a in following.old] == [first]
+
+
+def test_a_release_that_would_keep_the_next_one_from_being_current_is_told_before_anything_is_trained(cycle):
+    ask(cycle, {"subjects": ["person-1"]})
+    ended = job.run(cycle)
+    store, stray = Store(cycle.releases), "f" * 64
+    run = Records(cycle.cycle_dir).run_folder(ended.selection.id, ended.outcome.run)
+    serves = [*store.release("v1").requests, stray]
+    publish.publish(run, store, certificate.private_key(cycle.key), serves)
+    ask(cycle, {"subjects": ["person-2"]})
+    with pytest.raises(CycleError, match=f"v2 in .* serves 1 .*{stray[:16]}.*`unlearn release withdraw v2 --store"):
+        job.run(cycle)
+    assert standing(cycle)[2] == "received"
+    assert job.select(cycle.model_copy(update={"promote": False})).status == "selected"
+    with pytest.raises(CycleError, match="could not become current"):
+        job.select(cycle)  # which was begun
+    pointer.promote(store, "v2")
+    with pytest.raises(CycleError, match="promote=false, and then `unlearn release promote`"):
+        job.select(cycle)
+    assert job.select(cycle.model_copy(update={"promote": False})).status == "selected"
 
 
 def test_a_base_that_was_unlearned_is_refused(cycle):

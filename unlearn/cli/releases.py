@@ -2,6 +2,7 @@
 `rollback`, `withdraw`."""
 
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -89,6 +90,10 @@ def publish(
     if requests and not listed:
         raise ReleaseError(f"--requests {requests}: holds no commitment; leave it out where no request is served")
     served = [*request, *listed]
+    if wrong := [text for text in served if not re.fullmatch("[0-9a-f]{64}", text)]:
+        raise ReleaseError(
+            f"{wrong[0][:70]!r} is no commitment: that is 64 hex digits, see `unlearn request show`, line `commitment`"
+        )
     outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws, model_key=model_signing)
     if as_json:
         typer.echo(

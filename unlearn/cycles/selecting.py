@@ -34,6 +34,7 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     base = weights.locate(cycle.base)
     _check_base(cycle.base, base.card)
     if begun := _begun(ledger, records, requests, base.fingerprint, manifest.hash):
+        _check_promotable(cycle, begun)
         return begun
     chosen = rows.resolve(requests, manifest)
     met = {request.id: chosen.matched.get(request.id, 0) for request in requests}
@@ -52,6 +53,7 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     selection = selection.model_copy(update={"id": identity(selection)})
     if records.read(selection.id, given_up(cycle, records, selection.id), Outcome):
         return selection.model_copy(update={"status": "due"})
+    _check_promotable(cycle, selection)
     before = list(records.all())
     selection = records.keep(selection.id, SELECTION, selection)
     if before and before[-1].base != selection.base:
@@ -162,6 +164,30 @@ def _check_base(uri: str, card: dict[str, Any]) -> None:
             f"{uri}: its model.json says that it was unlearned (method {method}): a cycle starts from a base that was "
             "not, and forgets from there all that was ever asked. Give model.weights the original model"
         )
+
+
+def _check_promotable(cycle: Cycle, selection: Selection) -> None:
+    """Raises CycleError where the release of this cycle could not become current, before anything is trained for it."""
+    store = Store(cycle.releases)
+    state = pointer.read(store)
+    serves = [asked.commitment for asked in (*selection.new, *selection.old, *selection.unseen)]
+    lost = pointer.remembered(store.releases(), state, serves)
+    if not cycle.promote or not lost:
+        return
+    versions = sorted({version for those in lost.values() for version in those})
+    never = [version for version in versions if version not in state.served]
+    way = (
+        "; ".join(
+            f"`unlearn release withdraw {version} --store {store.storage.uri} --reason TEXT`" for version in never
+        )
+        if never == versions
+        else "promote=false, and then `unlearn release promote` with --force and --reason"
+    )
+    raise CycleError(
+        f"{', '.join(versions)} in {store.storage.uri} serves {len(lost)} request(s) that the ledger does not have as "
+        f"released, {', '.join(request[:16] for request in sorted(lost)[:5])}: what this cycle releases could not "
+        f"become current after it. Where that is a mistake: {way}"
+    )
 
 
 def _check_erased(served: Sequence[Request], ledger: Ledger) -> None:

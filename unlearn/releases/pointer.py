@@ -5,7 +5,7 @@ All of it is in current.json and changes by compare-and-swap, so of two changes 
 
 import getpass
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -140,6 +140,13 @@ def withdraw(
     return _change(store, update), lineage.descendants(release, store.releases())
 
 
+def remembered(known: Iterable[Release], state: State, requests: Iterable[str]) -> dict[str, list[str]]:
+    """{commitment: versions} for which a release that serves `requests` cannot become current."""
+    return lineage.remembered(
+        requests, (r for r in known if r.version in state.served or r.version not in state.withdrawn)
+    )
+
+
 def served(store: Store, state: State) -> tuple[set[str], dict[str, list[str]]]:
     """(commitments that the current release serves, {commitment: versions that serve it and are not withdrawn} of all
     others that any release serves)."""
@@ -168,8 +175,7 @@ def _move(
             return state
         if version in state.withdrawn:
             raise ReleaseError(f"{version} was withdrawn, and cannot be current: {state.withdrawn[version].reason}")
-        others = [r for v, r in known.items() if v in state.served or v not in state.withdrawn]
-        lost = lineage.remembered(release, others)
+        lost = remembered(known.values(), state, release.requests)
         if lost and not force:
             by_others = ", ".join(sorted({v for versions in lost.values() for v in versions}))
             raise ReleaseError(
