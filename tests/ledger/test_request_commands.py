@@ -1,6 +1,9 @@
 """`unlearn request`: what it says, and what it refuses."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 from support.command import refused
@@ -135,3 +138,20 @@ def test_a_file_is_imported_whole_or_not_at_all(told, book, tmp_path):
     rows = [json.loads(line) for line in exported.read_text().splitlines()]
     assert [row["leaf"] for row in rows] == before and rows[4]["disclosures"]["forget"][1] == {"subjects": ["c"]}
     assert exported.stat().st_mode & 0o077 == 0 and "a, b" not in told("request", "export")[1]
+
+
+def test_an_export_to_a_disk_that_cannot_be_written_is_told(told, book, tmp_path, monkeypatch):
+    told("request", "add", "--subject", "alice")
+    there = {"open": os.open, "unlink": Path.unlink}
+
+    def denied(name):
+        def call(path, *args, **kwargs):
+            if "x.jsonl" in str(path):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return there[name](path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "open", denied("open"))
+    monkeypatch.setattr(Path, "unlink", denied("unlink"))
+    assert "x.jsonl: Read-only file system" in refused(told, "request", "export", "--output", tmp_path / "x.jsonl")

@@ -168,15 +168,16 @@ def export(
     import sys
 
     from unlearn.cli.console import say
-    from unlearn.data.storage import Storage
+    from unlearn.data.storage import Storage, told
 
     with opened(ledger) as book:
         lines = (json.dumps(line) + "\n" for line in book.export(show_keys))
         if output is None:
             sys.stdout.writelines(lines)
             return
-        with Storage(output).writing("") as path, open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as f:
-            f.writelines(lines)
+        with Storage(output).writing("") as path, told(output):
+            with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as f:
+                f.writelines(lines)
     say(f"written: {output}")
 
 
