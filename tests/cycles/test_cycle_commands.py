@@ -11,7 +11,6 @@ from support.cycles import LIMIT, ask, standing, written
 from support.webhooks import receiving
 
 from jobs import cycle as job
-from jobs.owner import owned
 from unlearn import signals
 from unlearn.cli import cycles
 from unlearn.cycles import cycle_file
@@ -122,12 +121,16 @@ def test_a_webhook_tells_of_the_last_cycle_and_its_verdicts(due, told, tmp_path,
 
 
 def test_of_two_at_once_the_second_yields(cycle, told):
-    with owned(cycle.cycle_dir, "cycle"):
-        code, _, err = told("cycle", written(cycle))
-    assert code == 2 and "is in use by `unlearn cycle`" in err
+    beside = cycle.model_copy(update={"cycle_dir": f"{cycle.cycle_dir}-2"})  # with the same ledger and releases
+    with job.owned(cycle, "cycle"):
+        for other, place in ((cycle, cycle.cycle_dir), (beside, cycle.releases)):
+            code, _, err = told("cycle", written(other))
+            assert code == 2 and f"{place} is in use by `unlearn cycle`" in err and "run_dir" not in err
+    assert told("cycle", written(beside))[0] == 0
 
 
-def test_how_to_go_on_is_told_with_all_that_was_given(cycle, monkeypatch):
+def test_how_to_go_on_is_told_with_all_that_was_given(cycle, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "select", lambda cycle: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(signals, "listen", lambda: None)
     before = signal.signal(signal.SIGTERM, signals._raise)

@@ -49,7 +49,6 @@ def start(
     Example: `unlearn cycle cycle.yaml --set promote=false`
     """
     from jobs import cycle as job
-    from jobs.owner import owned
     from unlearn import signals
     from unlearn.cli.console import out, warn
     from unlearn.cli.options import required, warned
@@ -61,9 +60,9 @@ def start(
     warned(cycle.settings(0))
     for doubt in gate_check.doubts(cycle):
         warn(doubt)
-    with owned(cycle.cycle_dir, "cycle") as lease:
+    with job.owned(cycle, "cycle") as check:
         try:
-            ended = job.run(cycle, shown, lease.check)
+            ended = job.run(cycle, shown, check)
         except signals.Stopped as e:
             given = [word for item in overrides for word in ("--set", item)]
             given += ["--delete-rows", delete_rows] if delete_rows else []
