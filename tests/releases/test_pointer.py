@@ -133,6 +133,21 @@ def test_a_release_that_lacks_a_file_is_not_promoted(store, signer):
     assert pointer.read(store).version is None
 
 
+@pytest.mark.parametrize("name", ["model/weights.safetensors", "release.json", "certificate.json"])
+def test_a_release_that_was_changed_is_not_current_again(store, signer, name):
+    for _ in range(2):
+        pointer.promote(store, put(store, signer))
+    folder = store.folder(store.release("v1"))
+    folder.write(name, folder.read(name) + b"\n")
+    for move in (
+        lambda: pointer.rollback(store, "v1", "v2 is bad", force=True),
+        lambda: pointer.promote(store, "v1", "v2 is bad", force=True),
+    ):
+        with pytest.raises(ReleaseError, match=f"is not v1 as it was published: {name} changed since"):
+            move()
+    assert pointer.read(store).version == "v2"
+
+
 def test_exchanged_certificates_are_told(store, signer):
     put(store, signer), put(store, signer)
     store.storage.write("certificates/v1.json", store.storage.read("certificates/v2.json"))

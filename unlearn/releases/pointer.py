@@ -4,6 +4,7 @@ All of it is in current.json and changes by compare-and-swap, so of two changes 
 """
 
 import getpass
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -11,10 +12,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from unlearn import documents
+from unlearn import certificate, documents
 from unlearn.errors import ReleaseError
-from unlearn.releases import lineage
-from unlearn.releases.release import CERTIFICATE, RECORD, Release
+from unlearn.releases import files, lineage
+from unlearn.releases.release import CERTIFICATE, Release
 from unlearn.releases.store import Store
 
 CURRENT = "current.json"
@@ -167,6 +168,7 @@ def _move(
     if force and not reason.strip():
         raise ReleaseError("--force wants its reason, which is recorded: --reason TEXT")
     known = {release.version: release for release in store.releases()}
+    whole: set[str] = set()  # what was read is not read again where others change the pointer meanwhile
 
     def update(state: State) -> State:
         version = target(state)
@@ -182,7 +184,9 @@ def _move(
                 f"{version} remembers what {by_others} has forgotten: {len(lost)} request(s) would be served no more. "
                 "Promote a release that serves them, or give --force and --reason, which are recorded"
             )
-        _check_whole(store, release)
+        if version not in whole:
+            _check_whole(store, release)
+            whole.add(version)
         move = Move(action=action, at=_now(), by=by or _user(), before=state.version, after=version, reason=reason,
                     forced=bool(lost), remembered=len(lost))  # fmt: skip
         withdrawal = Withdrawal(at=move.at, by=move.by, reason=f"replaced by {version}", by_release=version)
@@ -194,12 +198,20 @@ def _move(
 
 
 def _check_whole(store: Store, release: Release) -> None:
-    """Its files are there; `unlearn release verify` reads them."""
+    """Its files are there, and as they were certified: each is read. The signature needs a key: `unlearn release
+    verify`."""
     store.complete(release)
-    folder = store.folder(release)
+    folder, envelope = store.folder(release), store.certificate(release)
+    expected = certificate.read(envelope, folder.where(CERTIFICATE))[0].subject
+    expected |= {CERTIFICATE: hashlib.sha256(envelope).hexdigest()}
     there = set(folder.files())
-    if missing := sorted({*release.files, RECORD, CERTIFICATE} - there):
+    if missing := sorted(expected.keys() - there):
         raise ReleaseError(f"{folder.uri} lacks {', '.join(missing)}: restore the release before it is current")
+    if changed := [name for name in sorted(expected) if files.digest(folder, name) != expected[name]]:
+        raise ReleaseError(
+            f"{folder.uri} is not {release.version} as it was published: {', '.join(changed)} changed since. Restore "
+            "the release before it is current, or withdraw it"
+        )
 
 
 def _change(store: Store, update: Callable[[State], State]) -> State:
