@@ -46,7 +46,7 @@ def story(cycle: Cycle, say: Callable[[str], None], shown: Shown) -> str:
         report = verification.verify(ledger)
         report.check(ledger.name)
         say(f"\nThe ledger is whole: {report.walk.tree.size} entries, each a leaf of a Merkle tree.")
-    return page.write(cycle, key=certificate.public_key(public))
+    return page.write(cycle, key=certificate.public_key(public))[0]
 
 
 def _keys(cycle: Cycle) -> str:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,7 +12,7 @@ from support.cycles import LIMIT, ask, standing, written
 from support.webhooks import receiving
 
 from jobs import cycle as job
-from unlearn import signals
+from unlearn import certificate, signals
 from unlearn.cli import cycles
 from unlearn.cycles import cycle_file
 from unlearn.errors import ConfigError
@@ -47,6 +48,11 @@ def test_it_says_what_was_served_and_shows_it(cycle, told):
     assert "rung 0  passed, beside no release" in one and LIMIT in one and "shard-2.parquet" in one
     code, _, err = told("cycle", "show", path, "0" * 12)
     assert code == 2 and "has no cycle 000000000000" in err
+    assert told("cycle", "report", path, "--key", cycle.key.replace(".key", ".pub"))[0] == 0
+    other = certificate.generate(f"{cycle.key}-other")[0]
+    code, out, err = told("cycle", "report", path, "--key", other)
+    assert code == 2 and out.startswith("report: ") and f"v1 cannot be verified with {other}: the page says why" in err
+    assert "NOT verified: " in Path(cycle.cycle_dir, "history.html").read_text()
 
 
 def test_requests_that_the_current_release_does_not_serve_are_told(cycle, told):

@@ -155,3 +155,20 @@ def test_an_export_to_a_disk_that_cannot_be_written_is_told(told, book, tmp_path
     monkeypatch.setattr(os, "open", denied("open"))
     monkeypatch.setattr(Path, "unlink", denied("unlink"))
     assert "x.jsonl: Read-only file system" in refused(told, "request", "export", "--output", tmp_path / "x.jsonl")
+
+
+def test_a_file_of_ids_that_may_be_something_else_is_told(told, book, tmp_path):
+    path = tmp_path / "ids.txt"
+    for data, said in (
+        ("img-1\n".encode("utf-16"), "not UTF-8: save it as UTF-8 text"),
+        ("img-1\n".encode("utf-16-le"), "line 1: holds a NUL character: save it as UTF-8 text"),
+    ):
+        path.write_bytes(data)
+        assert said in refused(told, "request", "add", "--ids", path)
+    for text in ("img-1\nimg-2,img-3\n", 'img-1\n"img-2"\n'):
+        path.write_text(text)
+        code, _, err = told("request", "add", "--ids", path)
+        assert code == 0 and "line 2: holds a comma or a quote, and is taken as one id" in err
+    told("request", "add", "--subject", " alice ")
+    with Ledger(book) as ledger:
+        assert ledger.request(3).forget == {"subjects": ["alice"]}

@@ -37,6 +37,8 @@ def test_promote_and_roll_back(store, signer):
     assert (last.forced, last.remembered, last.reason, last.by) == (True, 1, "v2 does not load", "bob")
     with pytest.raises(ReleaseError, match="no earlier release"):
         pointer.rollback(store)
+    with pytest.raises(ReleaseError, match="v1 is current: there is nothing to go back to"):
+        pointer.rollback(store, "v1")
     assert pointer.promote(store, "v3").version == "v3" and pointer.promote(store, "v3").history[-1].before == "v1"
     assert [move.after for move in pointer.read(store).history] == ["v1", "v2", "v3", "v2", "v1", "v3"]
 

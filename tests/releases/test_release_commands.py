@@ -29,7 +29,7 @@ def test_a_run_is_published_and_its_release_measured_again(commands, tiny_shards
     assert "no metrics.json there" in refused(commands, "publish", tmp_path / "run")
     evaluate(settings)
     (tmp_path / "gate.yaml").write_text("metrics.unlearned.retain.psnr: {min: 0, base: {min: -50}}\n")
-    (tmp_path / "served.txt").write_text(f"{'a' * 64}\n{'b' * 64}\n")
+    (tmp_path / "served.txt").write_text(f"\ufeff{'a' * 64}\n{'b' * 64}\n")
     code, out, _ = commands(
         "publish", tmp_path / "run", "--gate", tmp_path / "gate.yaml", "--requests", tmp_path / "served.txt"
     )
@@ -50,7 +50,8 @@ def test_a_run_is_published_and_its_release_measured_again(commands, tiny_shards
 
 
 def test_the_life_of_a_release(commands, tmp_path):
-    assert "no release yet" in commands("list")[1].replace("\n", "")
+    for command in ("list", "rollback"):
+        assert "there is no such store, nothing was ever published there" in refused(commands, command)
     a, b = "a" * 64, "b" * 64
     for number, requests in ((1, [a]), (2, [a, b])):
         run = finished(str(tmp_path / f"run-{number}"), number, forget=0.6 - number / 10)
@@ -83,9 +84,11 @@ def test_the_life_of_a_release(commands, tmp_path):
     assert "v2 came from it (follows v1): look whether it must go too" in out and "current: none" in out
     assert "has no release v7" in refused(commands, "show", "v7")
     (tmp_path / "none.txt").touch()
+    (tmp_path / "wide.txt").write_bytes(a.encode("utf-16"))
     for option, value, why in (
         ("--parent", "v7", "has no release v7"),
         ("--requests", "none.txt", "holds no commitment"),
+        ("--requests", "wide.txt", "save it as UTF-8 text"),
         ("--request", "foo", "'foo' is no commitment: that is 64 hex digits"),
     ):
         assert why in refused(

@@ -126,9 +126,13 @@ def report(
     from unlearn import certificate
     from unlearn.cli.console import out
     from unlearn.cycles import cycle_file, page
+    from unlearn.errors import CycleError
 
     public = certificate.public_key(key) if key else None
-    out.print(f"report: {page.write(cycle_file.load(source), output, public)}", soft_wrap=True)
+    uri, wrong = page.write(cycle_file.load(source), output, public)
+    out.print(f"report: {uri}", soft_wrap=True)
+    if wrong:
+        raise CycleError(f"{', '.join(wrong)} cannot be verified with {key}: the page says why")
 
 
 @app.command()

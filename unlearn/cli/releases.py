@@ -86,7 +86,10 @@ def publish(
     from unlearn.releases.store import Store
 
     signer, rules = certificate.private_key(key), gates.load(gate) if gate else None
-    listed = Storage(requests).read().decode(errors="replace").split() if requests else []
+    try:
+        listed = Storage(requests).read().decode("utf-8-sig").split() if requests else []
+    except UnicodeDecodeError:
+        raise ReleaseError(f"--requests {requests}: not UTF-8: save it as UTF-8 text") from None
     if requests and not listed:
         raise ReleaseError(f"--requests {requests}: holds no commitment; leave it out where no request is served")
     served = [*request, *listed]
@@ -168,6 +171,7 @@ def list_releases(
     from unlearn.releases.store import Store
 
     opened = Store(store)
+    opened.check()
     if rejected:
         return shown.list_rejected(rejection.kept(opened), as_json)
     state, releases = pointer.read(opened), opened.releases()
@@ -354,6 +358,7 @@ def rollback(
     from unlearn.releases.store import Store
 
     opened = Store(store)
+    opened.check()
     shown.told(opened, pointer.rollback(opened, version, reason, force, by))
 
 

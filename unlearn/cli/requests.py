@@ -38,7 +38,7 @@ def add(
     from unlearn.ledger.request import wanted
 
     classes = [importing.label(class_)] if class_ is not None else None
-    named = {"subjects": [subject] if subject is not None else None, "ids": _lines(ids), "classes": classes}
+    named = {"subjects": [subject.strip()] if subject is not None else None, "ids": _lines(ids), "classes": classes}
     request = {"forget": wanted(named), "due": dates.due(due, within), "reason": reason}
     with opened(ledger, create=True) as book:
         (number,) = book.add([request], by)
@@ -262,13 +262,20 @@ def _close(ids: list[int], state: str, reason: str | None, by: str | None, ledge
 
 def _lines(path: str | None) -> list[str] | None:
     """The ids in a file, one a line."""
+    from unlearn.cli.console import warn
+
     if path is None:
         return None
     try:
         with open(path, encoding="utf-8-sig") as f:
-            ids = [line.strip() for line in f if line.strip()]
+            lines = [(number, line.strip()) for number, line in enumerate(f, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise LedgerError(f"--ids {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
-    if not ids:
+        why = getattr(e, "strerror", None) or "not UTF-8: save it as UTF-8 text"
+        raise LedgerError(f"--ids {path}: {why}") from None
+    if not lines:
         raise LedgerError(f"--ids {path}: holds no id")
-    return ids
+    if wrong := [number for number, id in lines if "\0" in id]:
+        raise LedgerError(f"--ids {path} line {wrong[0]}: holds a NUL character: save it as UTF-8 text, an id a line")
+    if odd := [number for number, id in lines if set(id) & set(',"')]:
+        warn(f"--ids {path} line {odd[0]}: holds a comma or a quote, and is taken as one id: there is an id a line")
+    return [id for _, id in lines]

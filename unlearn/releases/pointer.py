@@ -96,8 +96,10 @@ def rollback(
 
     def target(state: State) -> str:
         if version is not None:
-            if version not in state.served or version == state.version:
-                raise ReleaseError(f"{version} was never current, or is so now: `unlearn release promote` moves on")
+            if version == state.version:
+                raise ReleaseError(f"{version} is current: there is nothing to go back to")
+            if version not in state.served:
+                raise ReleaseError(f"{version} was never current: `unlearn release promote` moves on")
             return version
         past = (each for each in reversed(state.line) if each != state.version and each not in state.withdrawn)
         if found := next(past, None):
