@@ -11,8 +11,8 @@
     return give_up(cycle, selection)             # retraining is due
 
 Each step can be repeated, and killed anywhere: it finds what was done in the cycle's folder and does not do it again.
-The state of a request follows what is there, never the other way round. A caller owns cycle_dir by its lease meanwhile
-(`jobs.owner.owned`) and hands `lease.check` to the steps.
+The state of a request follows what is there, never the other way round. A caller owns the cycle meanwhile (`owned`) and
+hands what that gives to the steps.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+from jobs import owner
 from unlearn import config, documents
 from unlearn.config import RunConfig
 from unlearn.cycles import keys, lineage, rows, selecting
@@ -53,6 +54,22 @@ Measuring = Callable[[int, int], None]
 
 
 def nothing(*about: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def owned(cycle: Cycle, command: str) -> Iterator[Check]:
+    """Own cycle_dir and the store of releases, of which one cycle at a time makes the next release; what the steps are
+    handed as `check`. Raises LeaseError where another process owns either."""
+    Storage(cycle.releases).check_writable()
+    with contextlib.ExitStack() as stack:
+        places = dict.fromkeys((cycle.cycle_dir, cycle.releases))
+        leases = [stack.enter_context(owner.owned(place, command, advice="")) for place in places]
+
+        def check() -> None:
+            for lease in leases:
+                lease.check()
+
+        yield check
 
 
 def select(cycle: Cycle) -> Selection:
@@ -210,7 +227,7 @@ def release(cycle: Cycle, selection: Selection, rung: int, check: Check = nothin
         ))  # fmt: skip
     lineage.write(cycle, records, selection)
     with Ledger(cycle.ledger) as ledger:
-        facts = {"release": ended.release, "weights": ended.weights}
+        facts = {"release": ended.release, "weights": ended.weights, "current": ended.promoted}
         selecting.advance(ledger, selection, states.RELEASED, facts)
     return ended
 

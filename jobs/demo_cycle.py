@@ -9,7 +9,6 @@ from pathlib import Path
 
 from jobs import cycle as job
 from jobs.cycle import Shown
-from jobs.owner import owned
 from unlearn import certificate
 from unlearn.config import location
 from unlearn.cycles import cycle_file, history, page
@@ -47,7 +46,7 @@ def story(cycle: Cycle, say: Callable[[str], None], shown: Shown) -> str:
         report = verification.verify(ledger)
         report.check(ledger.name)
         say(f"\nThe ledger is whole: {report.walk.tree.size} entries, each a leaf of a Merkle tree.")
-    return page.write(cycle, key=certificate.public_key(public))
+    return page.write(cycle, key=certificate.public_key(public))[0]
 
 
 def _keys(cycle: Cycle) -> str:
@@ -73,8 +72,8 @@ def _ask(ledger: Ledger, asked: Sequence[str], before: int, say: Callable[[str],
 
 def _serve(cycle: Cycle, number: int, say: Callable[[str], None], shown: Shown) -> None:
     say(f"\nCycle {number} starts from the base model, with all that was ever asked.")
-    with owned(cycle.cycle_dir, "demo --cycle") as lease:
-        ended = job.run(cycle, shown, lease.check)
+    with job.owned(cycle, "demo --cycle") as check:
+        ended = job.run(cycle, shown, check)
     records = Records(cycle.cycle_dir)
     told = history.of(records)[number - 1]
     for judgement in told.tried:

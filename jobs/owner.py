@@ -12,12 +12,12 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def owned(run_dir: str, command: str) -> Iterator[lease.Lease]:
+def owned(run_dir: str, command: str, advice: str = lease.ADVICE) -> Iterator[lease.Lease]:
     """Own the run folder for the length of a command of `unlearn`, which others are told. Raises LeaseError where
     another process owns it, and at the end where it was lost; ask the lease before what must not be written then."""
     job = os.environ.get(signals.JOB)
     what = f"unlearn {command}" + (f" (job {job})" if job else "")
-    with lease.held(run_dir, what, say=lambda text: log.warning("%s", text)) as held:
+    with lease.held(run_dir, what, say=lambda text: log.warning("%s", text), advice=advice) as held:
         try:
             yield held
         except StorageError:

@@ -226,10 +226,10 @@ def _cycle(source: str) -> Cycle:
 
 @contextlib.contextmanager
 def _lease(cycle: Cycle) -> Iterator[Callable[[], None]]:
-    from jobs.owner import owned
+    from jobs import cycle as steps
 
-    with owned(cycle.cycle_dir, "pipeline") as lease:
-        yield lease.check
+    with steps.owned(cycle, "pipeline") as check:
+        yield check
 
 
 @contextlib.contextmanager

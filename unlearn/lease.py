@@ -33,6 +33,7 @@ from unlearn.errors import LeaseError, StorageError
 
 NAME = "lease.json"
 SECONDS = 60.0
+ADVICE = ". Or give another run_dir"
 DELETED = f"its {NAME} was deleted"
 CLOCKS_AGREE = timedelta(minutes=30)  # S3 itself refuses a client whose clock is 15 minutes off
 
@@ -126,19 +127,21 @@ class Lease:
 
 @contextlib.contextmanager
 def held(
-    run_dir: str, what: str, seconds: float | None = None, say: Callable[[str], None] = lambda text: None
-) -> Iterator[Lease]:
+    run_dir: str, what: str, seconds: float | None = None, say: Callable[[str], None] = lambda text: None,
+    advice: str = ADVICE,
+) -> Iterator[Lease]:  # fmt: skip
     """Own the run folder until the end of the block.
 
     what: the command, for the messages that others see; seconds: how long the folder stays taken after this process has
     died, by default a minute, and on S3 longer than an outage that is waited out; say: called with a text that says
-    what is waited for. An owner that cannot be looked up from here is watched until it renews or its lease expires.
+    what is waited for; advice: how the refusal ends, what else can be done. An owner
+    that cannot be looked up from here is watched until it renews or its lease expires.
     Raises LeaseError where another process owns the folder, and at the end where the lease was lost meanwhile.
     """
     storage = Storage(run_dir)
     if seconds is None:
         seconds = SECONDS if storage.is_local() else SECONDS + patience.seconds()
-    lease = _acquire(storage, what, seconds, say)
+    lease = _acquire(storage, what, seconds, say, advice)
     threading.Thread(target=lease._keep, name="lease", daemon=True).start()
     try:
         yield lease
@@ -156,7 +159,7 @@ def owner_of(run_dir: str) -> Owner | None:
     return owner if owner and not owner.gone() else None
 
 
-def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], None]) -> Lease:
+def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], None], advice: str) -> Lease:
     own = Owner(
         command=what, host=socket.gethostname(), pid=os.getpid(), place=_place(), birth=_birth(os.getpid()) or "",
         token=uuid.uuid4().hex, since=_now(), renewed=_now(), seconds=seconds,
@@ -176,7 +179,7 @@ def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], N
                 if owner
                 else "another process"
             )
-            raise LeaseError(f"{storage.uri} is in use by {who}. Or give another run_dir")
+            raise LeaseError(f"{storage.uri} is in use by {who}{advice}")
         if gone is None:
             lasts = owner.seconds if owner else SECONDS
             if seen is None:

@@ -22,7 +22,7 @@ from unlearn.evaluation.comparison import Comparison
 from unlearn.ledger import letter, states
 from unlearn.ledger.ledger import Ledger
 from unlearn.models import weights
-from unlearn.releases import figures, pointer, verification
+from unlearn.releases import figures, pointer, publish, verification
 from unlearn.releases.store import Store
 from unlearn.run import resolve
 
@@ -154,9 +154,24 @@ def test_the_ledger_and_the_letter_tell_what_was_done(served):
     assert [event for event, _ in events] == ["received", "scheduled", "trained", "verified", "released"]
     assert all(evidence["cycle"] == first.selection.id for _, evidence in events[1:])
     assert events[3][1]["gate"] == "passed" and events[4][1] == {
-        "cycle": first.selection.id, "release": "v1", "weights": first.outcome.weights,
+        "cycle": first.selection.id, "release": "v1", "weights": first.outcome.weights, "current": True,
+        "images": 10, "missing": 0,
     }  # fmt: skip
     assert "release: v1" in text and first.outcome.weights in text
+    assert "found and are to be forgotten: 10\n" in text and "Not all" not in text and "replaced the one before" in text
+
+
+def test_the_letter_tells_what_was_not_found_and_that_the_model_is_not_current(served, made):
+    cycle, _, _, _ = served
+    with Ledger(cycle.ledger) as ledger:
+        text = letter.write(ledger, 2)
+    assert "to be forgotten: 1\n" in text and "Not all that you named was found: 1 of it has no image" in text
+    cycle = made(promote=False)
+    ask(cycle, {"subjects": ["person-1"]})
+    job.run(cycle)
+    with Ledger(cycle.ledger) as ledger:
+        text = letter.write(ledger, 1)
+    assert "the one before was still the current one" in text and "replaced the one before" not in text
 
 
 def test_names_are_in_the_configuration_of_the_run_alone(served):
@@ -209,7 +224,36 @@ def test_a_request_that_comes_or_goes_meanwhile_does_not_disturb(cycle):
     assert [a.number for a in following.new] == [late] and [a.number for a in following.old] == [first]
 
 
-def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path):
+def test_a_release_that_would_keep_the_next_one_from_being_current_is_told_before_anything_is_trained(cycle):
+    ask(cycle, {"subjects": ["person-1"]})
+    ended = job.run(cycle)
+    store, stray = Store(cycle.releases), "f" * 64
+    run = Records(cycle.cycle_dir).run_folder(ended.selection.id, ended.outcome.run)
+    serves = [*store.release("v1").requests, stray]
+    publish.publish(run, store, certificate.private_key(cycle.key), serves)
+    ask(cycle, {"subjects": ["person-2"]})
+    with pytest.raises(CycleError, match=f"v2 in .* serves 1 .*{stray[:16]}.*`unlearn release withdraw v2 --store"):
+        job.run(cycle)
+    assert standing(cycle)[2] == "received"
+    assert job.select(cycle.model_copy(update={"promote": False})).status == "selected"
+    with pytest.raises(CycleError, match="could not become current"):
+        job.select(cycle)  # which was begun
+    pointer.promote(store, "v2")
+    with pytest.raises(CycleError, match="promote=false, and then `unlearn release promote`"):
+        job.select(cycle)
+    assert job.select(cycle.model_copy(update={"promote": False})).status == "selected"
+
+
+def test_a_base_that_was_unlearned_is_refused(cycle):
+    ask(cycle, {"subjects": ["person-1"]})
+    released = f"{job.run(cycle).outcome.folder}/model"
+    ask(cycle, {"subjects": ["person-2"]})
+    with pytest.raises(CycleError, match="its model.json says that it was unlearned"):
+        job.select(cycle.model_copy(update={"run": cycle.run | {"model": {"weights": released}}}))
+    assert standing(cycle)[2] == "received"
+
+
+def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path, logged):
     ask(cycle, {"subjects": ["person-1"]})
     before = job.select(cycle)
     other = str(tmp_path / "other")
@@ -219,6 +263,7 @@ def test_a_cycle_whose_base_was_changed_is_begun_anew(cycle, tmp_path):
     with pytest.raises(CycleError, match="the base was changed"):
         job.train(changed, before, 0)
     after = job.select(changed)
+    assert f"{other} is another base ({after.base[:16]}) than that of cycle {before.id}" in logged.text
     assert after.id != before.id and [a.number for a in after.new] == [1]
     with Ledger(cycle.ledger) as ledger:
         assert [s["event"] for s in ledger.history(1)] == ["received", "scheduled", "received", "scheduled"]

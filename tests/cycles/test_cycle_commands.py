@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,11 +12,11 @@ from support.cycles import LIMIT, ask, standing, written
 from support.webhooks import receiving
 
 from jobs import cycle as job
-from jobs.owner import owned
-from unlearn import signals
+from unlearn import certificate, signals
 from unlearn.cli import cycles
 from unlearn.cycles import cycle_file
 from unlearn.errors import ConfigError
+from unlearn.releases.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,34 @@ def test_it_says_what_was_served_and_shows_it(cycle, told):
     assert "rung 0  passed, beside no release" in one and LIMIT in one and "shard-2.parquet" in one
     code, _, err = told("cycle", "show", path, "0" * 12)
     assert code == 2 and "has no cycle 000000000000" in err
+    assert told("cycle", "report", path, "--key", cycle.key.replace(".key", ".pub"))[0] == 0
+    other = certificate.generate(f"{cycle.key}-other")[0]
+    code, out, err = told("cycle", "report", path, "--key", other)
+    assert code == 2 and out.startswith("report: ") and f"v1 cannot be verified with {other}: the page says why" in err
+    assert "NOT verified: " in Path(cycle.cycle_dir, "history.html").read_text()
+
+
+def test_requests_that_the_current_release_does_not_serve_are_told(cycle, told):
+    path, store = written(cycle), ("--store", cycle.releases)
+    ask(cycle, {"subjects": ["person-1"]})
+    assert "were served" not in told("cycle", path)[2]
+    ask(cycle, {"subjects": ["person-2"]})
+    code, out, err = told("cycle", path, "--set", "promote=false")
+    assert re.search(r"v2, not made current: cycle \w{12} has served request\(s\) 2\n", out) and code == 0
+    promote = "request(s) 2 were served, but not by the current release, which is v1: `unlearn release promote v2`"
+    assert promote in err
+    (request,) = set(Store(cycle.releases).release("v2").requests) - set(Store(cycle.releases).release("v1").requests)
+    told("release", "promote", "v2", *store)
+    out = told("release", "rollback", "v1", *store, "--force", "--reason", "x")[1]
+    assert f"current: v1\nnot served by it: request {request[:16]}; v2 serves it\n" in out
+    out = told("release", "withdraw", "v2", *store, "--reason", "x")[1]
+    assert f"request {request[:16]}; no release that is not withdrawn serves it\n" in out
+    code, out, err = told("cycle", path)
+    assert code == 0 and "no request is open" in out and "request(s) 2 were served, but not by the current" in err
+    assert "no release serves them that is not withdrawn" in err
+    ask(cycle, {"subjects": ["person-2"]})
+    code, out, err = told("cycle", path)
+    assert "v3, now current" in out and "were served" not in err, "what nobody served any more is served again"
 
 
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_trained(cycle, told, tmp_path):
@@ -98,12 +127,16 @@ def test_a_webhook_tells_of_the_last_cycle_and_its_verdicts(due, told, tmp_path,
 
 
 def test_of_two_at_once_the_second_yields(cycle, told):
-    with owned(cycle.cycle_dir, "cycle"):
-        code, _, err = told("cycle", written(cycle))
-    assert code == 2 and "is in use by `unlearn cycle`" in err
+    beside = cycle.model_copy(update={"cycle_dir": f"{cycle.cycle_dir}-2"})  # with the same ledger and releases
+    with job.owned(cycle, "cycle"):
+        for other, place in ((cycle, cycle.cycle_dir), (beside, cycle.releases)):
+            code, _, err = told("cycle", written(other))
+            assert code == 2 and f"{place} is in use by `unlearn cycle`" in err and "run_dir" not in err
+    assert told("cycle", written(beside))[0] == 0
 
 
-def test_how_to_go_on_is_told_with_all_that_was_given(cycle, monkeypatch):
+def test_how_to_go_on_is_told_with_all_that_was_given(cycle, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(job, "select", lambda cycle: signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(signals, "listen", lambda: None)
     before = signal.signal(signal.SIGTERM, signals._raise)

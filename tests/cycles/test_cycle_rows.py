@@ -1,12 +1,13 @@
 """Shards are written anew without the rows that were served, and a base that may remember what is gone is refused."""
 
 import pytest
-from support.cycles import ask, standing
+from support.cycles import ask, standing, written
 
 from jobs import cycle as job
 from unlearn import certificate, config
 from unlearn.data import shards
 from unlearn.errors import CycleError
+from unlearn.ledger.ledger import Ledger
 from unlearn.models import weights
 from unlearn.releases import verification
 from unlearn.releases.store import Store
@@ -69,3 +70,26 @@ def test_a_base_that_was_trained_on_what_is_left_has_never_seen_them(rewritten, 
     assert [a.number for a in ended.selection.unseen] == [1, 2] and [a.number for a in ended.selection.new] == [3]
     one, two = (Store(cycle.releases).release(version) for version in ("v1", "v2"))
     assert set(one.requests) < set(two.requests), "they are still served"
+
+
+def test_an_erased_request_is_served_only_where_its_images_are_said_to_be_gone(made, tmp_path, monkeypatch, told):
+    """The base was trained on what is there, the image of the erased request among it: it must not count as unseen."""
+    cycle = made()
+    ask(cycle, {"ids": ["img-003"]})
+    job.run(cycle)
+    base = str(tmp_path / "base")
+    trained_on = {"retain": shards.load(cycle.run["data"]["train"]).hash}
+    weights.write(weights.build(config.Model(weights=cycle.base)), base, {"data": trained_on})
+    cycle = on(cycle, cycle.run["data"]["train"], base)
+    ask(cycle, {"subjects": ["person-1"]})
+    begun = job.select(cycle)
+    with Ledger(cycle.ledger) as ledger:
+        ledger.erase([1], "0d", images_gone=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "gone", lambda self: set())  # as if it had been erased before anybody was asked
+        with pytest.raises(CycleError, match=r"request\(s\) 1 were served and then erased: nobody knows which images"):
+            job.select(cycle)
+    assert standing(cycle) == {1: "released", 2: "received"}, "the cycle that was to serve it again is given back"
+    selection = job.select(cycle)
+    assert selection.id != begun.id and [asked.number for asked in selection.unseen] == [1]
+    assert "unseen   1: none of their images is in the data" in told("cycle", "show", written(cycle), selection.id)[1]

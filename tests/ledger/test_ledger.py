@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from alembic.script import ScriptDirectory
 
 from unlearn.errors import LedgerError
-from unlearn.ledger import database, entry, verification
+from unlearn.ledger import database, entry, letter, verification
 from unlearn.ledger.ledger import Ledger, append
 from unlearn.ledger.tables import disclosures, entries
 
@@ -100,6 +100,22 @@ def test_the_database_refuses_to_change_entries(url):
                 ledger.database.writing() as connection,
             ):
                 connection.exec_driver_sql(statement)
+        assert verification.verify(ledger).wrong == []
+
+
+def test_a_released_request_is_erased_only_where_its_images_are_said_to_be_gone(sqlite):
+    with Ledger(str(sqlite), create=True) as ledger:
+        ledger.add([subject("a"), subject("b")])
+        for state in ("scheduled", "trained", "verified", "released"):
+            ledger.advance(1, state)
+        ledger.advance(2, "withdrawn")
+        with pytest.raises(LedgerError, match="request 1 is released: every cycle must forget its images again"):
+            ledger.erase([2, 1], "0d")
+        assert ledger.request(2).forget, "all or none"
+        assert ledger.erase([2], "0d") == [2] and ledger.gone() == set()
+        assert ledger.erase([1, 2], "0d", images_gone=True) == [1, 2], "what was erased before is recorded as gone"
+        assert ledger.erase([1, 2], "0d", images_gone=True) == [] and ledger.gone() == {1, 2}
+        assert "images: have left the training data" in letter.write(ledger, 1)
         assert verification.verify(ledger).wrong == []
 
 

@@ -60,7 +60,7 @@ class Machine(RuleBasedStateMachine):
     def erase(self, number):
         number = self.pick(number)
         try:
-            self.ledger.erase([number], "0d")
+            self.ledger.erase([number], "0d", images_gone=True)
         except LedgerError:
             assert self.states.get(number) not in states.CLOSED
             return

@@ -1,6 +1,9 @@
 """`unlearn request`: what it says, and what it refuses."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 from support.command import refused
@@ -22,7 +25,8 @@ def test_a_request_from_its_receipt_to_its_erasure(told, book, tmp_path):
         "request", "add", "--subject", "alice", "--due", "2020-01-31", "--reason", "moved", "--by", "desk"
     )
     assert code == 0 and out == "request 1: received, due 2020-01-31\n" and "overdue from the start" in err
-    assert told("request", "add", "--ids", tmp_path / "ids.txt", "--within", "10d")[0] == 0
+    code, out, _ = told("request", "add", "--ids", tmp_path / "ids.txt", "--within", "10d")
+    assert code == 0 and "\n2 ids, the first is img-1\n" in out
     assert told("request", "add", "--class", "7")[0] == 0
     code, out, err = told("request", "list")
     assert "2020-01-31 OVERDUE" in out and "1 subject" in out and "2 ids" in out and "alice" not in out
@@ -134,3 +138,37 @@ def test_a_file_is_imported_whole_or_not_at_all(told, book, tmp_path):
     rows = [json.loads(line) for line in exported.read_text().splitlines()]
     assert [row["leaf"] for row in rows] == before and rows[4]["disclosures"]["forget"][1] == {"subjects": ["c"]}
     assert exported.stat().st_mode & 0o077 == 0 and "a, b" not in told("request", "export")[1]
+
+
+def test_an_export_to_a_disk_that_cannot_be_written_is_told(told, book, tmp_path, monkeypatch):
+    told("request", "add", "--subject", "alice")
+    there = {"open": os.open, "unlink": Path.unlink}
+
+    def denied(name):
+        def call(path, *args, **kwargs):
+            if "x.jsonl" in str(path):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return there[name](path, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "open", denied("open"))
+    monkeypatch.setattr(Path, "unlink", denied("unlink"))
+    assert "x.jsonl: Read-only file system" in refused(told, "request", "export", "--output", tmp_path / "x.jsonl")
+
+
+def test_a_file_of_ids_that_may_be_something_else_is_told(told, book, tmp_path):
+    path = tmp_path / "ids.txt"
+    for data, said in (
+        ("img-1\n".encode("utf-16"), "not UTF-8: save it as UTF-8 text"),
+        ("img-1\n".encode("utf-16-le"), "line 1: holds a NUL character: save it as UTF-8 text"),
+    ):
+        path.write_bytes(data)
+        assert said in refused(told, "request", "add", "--ids", path)
+    for text in ("img-1\nimg-2,img-3\n", 'img-1\n"img-2"\n'):
+        path.write_text(text)
+        code, _, err = told("request", "add", "--ids", path)
+        assert code == 0 and "line 2: holds a comma or a quote, and is taken as one id" in err
+    told("request", "add", "--subject", " alice ")
+    with Ledger(book) as ledger:
+        assert ledger.request(3).forget == {"subjects": ["alice"]}

@@ -37,6 +37,8 @@ def test_promote_and_roll_back(store, signer):
     assert (last.forced, last.remembered, last.reason, last.by) == (True, 1, "v2 does not load", "bob")
     with pytest.raises(ReleaseError, match="no earlier release"):
         pointer.rollback(store)
+    with pytest.raises(ReleaseError, match="v1 is current: there is nothing to go back to"):
+        pointer.rollback(store, "v1")
     assert pointer.promote(store, "v3").version == "v3" and pointer.promote(store, "v3").history[-1].before == "v1"
     assert [move.after for move in pointer.read(store).history] == ["v1", "v2", "v3", "v2", "v1", "v3"]
 
@@ -131,6 +133,21 @@ def test_a_release_that_lacks_a_file_is_not_promoted(store, signer):
     with pytest.raises(ReleaseError, match="lacks model/weights.safetensors"):
         pointer.promote(store, "v1")
     assert pointer.read(store).version is None
+
+
+@pytest.mark.parametrize("name", ["model/weights.safetensors", "release.json", "certificate.json"])
+def test_a_release_that_was_changed_is_not_current_again(store, signer, name):
+    for _ in range(2):
+        pointer.promote(store, put(store, signer))
+    folder = store.folder(store.release("v1"))
+    folder.write(name, folder.read(name) + b"\n")
+    for move in (
+        lambda: pointer.rollback(store, "v1", "v2 is bad", force=True),
+        lambda: pointer.promote(store, "v1", "v2 is bad", force=True),
+    ):
+        with pytest.raises(ReleaseError, match=f"is not v1 as it was published: {name} changed since"):
+            move()
+    assert pointer.read(store).version == "v2"
 
 
 def test_exchanged_certificates_are_told(store, signer):

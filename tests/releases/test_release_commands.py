@@ -29,7 +29,7 @@ def test_a_run_is_published_and_its_release_measured_again(commands, tiny_shards
     assert "no metrics.json there" in refused(commands, "publish", tmp_path / "run")
     evaluate(settings)
     (tmp_path / "gate.yaml").write_text("metrics.unlearned.retain.psnr: {min: 0, base: {min: -50}}\n")
-    (tmp_path / "served.txt").write_text(f"{'a' * 64}\n{'b' * 64}\n")
+    (tmp_path / "served.txt").write_text(f"\ufeff{'a' * 64}\n{'b' * 64}\n")
     code, out, _ = commands(
         "publish", tmp_path / "run", "--gate", tmp_path / "gate.yaml", "--requests", tmp_path / "served.txt"
     )
@@ -50,15 +50,16 @@ def test_a_run_is_published_and_its_release_measured_again(commands, tiny_shards
 
 
 def test_the_life_of_a_release(commands, tmp_path):
-    assert "no release yet" in commands("list")[1].replace("\n", "")
-    for number, requests in ((1, ["a"]), (2, ["a", "b"])):
+    for command in ("list", "rollback"):
+        assert "there is no such store, nothing was ever published there" in refused(commands, command)
+    a, b = "a" * 64, "b" * 64
+    for number, requests in ((1, [a]), (2, [a, b])):
         run = finished(str(tmp_path / f"run-{number}"), number, forget=0.6 - number / 10)
         options = [part for request in requests for part in ("--request", request)]
         assert commands("publish", run, *options)[0] == 0
         assert f"current: v{number}" in commands("promote", f"v{number}", "--key", tmp_path / "k.pub", "--by", "ada")[1]
     assert (
-        "this model was published before"
-        in commands("publish", tmp_path / "run-2", "--request", "b", "--request", "a")[1]
+        "this model was published before" in commands("publish", tmp_path / "run-2", "--request", b, "--request", a)[1]
     )
     listed = json.loads(commands("list", "--json")[1])
     assert [(r["version"], r["state"], len(r["requests"])) for r in listed] == [
@@ -72,7 +73,7 @@ def test_the_life_of_a_release(commands, tmp_path):
     different = json.loads(commands("diff", "v1", "v2", "--json")[1])
     assert different["figures"]["metrics.unlearned.forget.cosine"] == [0.5, pytest.approx(0.4)] and different[
         "requests"
-    ]["added"] == ["b"]
+    ]["added"] == [b]
     assert different["config"]["seed"] == [1, 2] and "metrics.original.forget.cosine" not in different["figures"]
     assert "metrics.unlearned.forget.cosine" in commands("diff", "v1", "v2")[1]
     out = commands("show", "v1")[1]
@@ -83,9 +84,12 @@ def test_the_life_of_a_release(commands, tmp_path):
     assert "v2 came from it (follows v1): look whether it must go too" in out and "current: none" in out
     assert "has no release v7" in refused(commands, "show", "v7")
     (tmp_path / "none.txt").touch()
+    (tmp_path / "wide.txt").write_bytes(a.encode("utf-16"))
     for option, value, why in (
         ("--parent", "v7", "has no release v7"),
         ("--requests", "none.txt", "holds no commitment"),
+        ("--requests", "wide.txt", "save it as UTF-8 text"),
+        ("--request", "foo", "'foo' is no commitment: that is 64 hex digits"),
     ):
         assert why in refused(
             commands, "publish", tmp_path / "run-2", option, str(tmp_path / value) if "." in value else value

@@ -49,11 +49,10 @@ def start(
     Example: `unlearn cycle cycle.yaml --set promote=false`
     """
     from jobs import cycle as job
-    from jobs.owner import owned
     from unlearn import signals
     from unlearn.cli.console import out, warn
     from unlearn.cli.options import required, warned
-    from unlearn.cycles import cycle_file, gate_check
+    from unlearn.cycles import cycle_file, gate_check, unserved
 
     required()
     changes = [*overrides, *([f"delete_rows={json.dumps(delete_rows)}"] if delete_rows else [])]
@@ -61,9 +60,9 @@ def start(
     warned(cycle.settings(0))
     for doubt in gate_check.doubts(cycle):
         warn(doubt)
-    with owned(cycle.cycle_dir, "cycle") as lease:
+    with job.owned(cycle, "cycle") as check:
         try:
-            ended = job.run(cycle, shown, lease.check)
+            ended = job.run(cycle, shown, check)
         except signals.Stopped as e:
             given = [word for item in overrides for word in ("--set", item)]
             given += ["--delete-rows", delete_rows] if delete_rows else []
@@ -71,6 +70,8 @@ def start(
             raise
     for line in told(ended.selection, ended.outcome):
         out.print(line, soft_wrap=True)
+    for line in unserved.told(cycle):
+        warn(line)
     if ended.outcome is not None and ended.outcome.due:
         raise typer.Exit(DUE)
 
@@ -125,9 +126,13 @@ def report(
     from unlearn import certificate
     from unlearn.cli.console import out
     from unlearn.cycles import cycle_file, page
+    from unlearn.errors import CycleError
 
     public = certificate.public_key(key) if key else None
-    out.print(f"report: {page.write(cycle_file.load(source), output, public)}", soft_wrap=True)
+    uri, wrong = page.write(cycle_file.load(source), output, public)
+    out.print(f"report: {uri}", soft_wrap=True)
+    if wrong:
+        raise CycleError(f"{', '.join(wrong)} cannot be verified with {key}: the page says why")
 
 
 @app.command()
@@ -188,7 +193,7 @@ def told(selection: "Selection", outcome: "Outcome | None") -> Iterator[str]:
             "by the same command"
         )
     else:
-        current = ", now current" if outcome.promoted else ""
+        current = ", now current" if outcome.promoted else ", not made current"
         yield f"{outcome.release}{current}: cycle {selection.id} has served request(s) {_numbers(outcome.numbers)}"
         yield f"release: {outcome.folder}"
         if rows := outcome.rows:
@@ -205,6 +210,9 @@ def _show(one: "Told") -> None:
     out.print(f"cycle {s.id}, begun {s.at}: {one.ended}", soft_wrap=True)
     out.print(f"serves   {_numbers(s.numbers)}")
     out.print(f"again    {_numbers([asked.number for asked in s.old]) or 'none'}")
+    if s.unseen:
+        numbers = _numbers([asked.number for asked in s.unseen])
+        out.print(f"unseen   {numbers}: none of their images is in the data, and the base never saw them")
     out.print(f"base     {s.base}\ndata     {s.data}", soft_wrap=True)
     for judgement in one.tried:
         verdict = "passed" if judgement.passed else "refused"

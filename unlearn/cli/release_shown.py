@@ -22,14 +22,18 @@ def verified(store: "Store", version: str, key: str) -> None:
     verification.verify(store.folder(release).uri, certificate.public_key(key))
 
 
-def told(state: "State") -> None:
-    """Which release is current, and what was forced."""
+def told(store: "Store", state: "State") -> None:
+    """Which release is current, what was forced, and which requests it does not serve."""
     from unlearn.cli.console import out
+    from unlearn.releases import pointer
 
     last = state.history[-1] if state.history else None
     if last and last.remembered:
         out.print(f"forced and recorded: it remembers {last.remembered} request(s) that others have served")
     out.print(f"current: {state.version or 'none'}")
+    for request, versions in sorted(pointer.served(store, state)[1].items()):
+        who = ", ".join(versions) or "no release that is not withdrawn"
+        out.print(f"not served by it: request {request[:16]}; {who} serves it", soft_wrap=True)
 
 
 def state_of(release: "Release", state: "State") -> str:

@@ -2,6 +2,7 @@
 `rollback`, `withdraw`."""
 
 import json
+import re
 from typing import Annotated
 
 import typer
@@ -85,10 +86,17 @@ def publish(
     from unlearn.releases.store import Store
 
     signer, rules = certificate.private_key(key), gates.load(gate) if gate else None
-    listed = Storage(requests).read().decode(errors="replace").split() if requests else []
+    try:
+        listed = Storage(requests).read().decode("utf-8-sig").split() if requests else []
+    except UnicodeDecodeError:
+        raise ReleaseError(f"--requests {requests}: not UTF-8: save it as UTF-8 text") from None
     if requests and not listed:
         raise ReleaseError(f"--requests {requests}: holds no commitment; leave it out where no request is served")
     served = [*request, *listed]
+    if wrong := [text for text in served if not re.fullmatch("[0-9a-f]{64}", text)]:
+        raise ReleaseError(
+            f"{wrong[0][:70]!r} is no commitment: that is 64 hex digits, see `unlearn request show`, line `commitment`"
+        )
     outcome = publisher.publish(run, Store(store), signer, served, rules, parent, withdraws, model_key=model_signing)
     if as_json:
         typer.echo(
@@ -163,6 +171,7 @@ def list_releases(
     from unlearn.releases.store import Store
 
     opened = Store(store)
+    opened.check()
     if rejected:
         return shown.list_rejected(rejection.kept(opened), as_json)
     state, releases = pointer.read(opened), opened.releases()
@@ -279,7 +288,7 @@ def promote(
     opened = Store(store)
     if key:
         shown.verified(opened, version, key)
-    shown.told(pointer.promote(opened, version, reason, force, by))
+    shown.told(opened, pointer.promote(opened, version, reason, force, by))
 
 
 @app.command()
@@ -348,7 +357,9 @@ def rollback(
     from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
-    shown.told(pointer.rollback(Store(store), version, reason, force, by))
+    opened = Store(store)
+    opened.check()
+    shown.told(opened, pointer.rollback(opened, version, reason, force, by))
 
 
 @app.command()
@@ -367,9 +378,10 @@ def withdraw(
     from unlearn.releases import pointer
     from unlearn.releases.store import Store
 
-    state, line = pointer.withdraw(Store(store), version, reason, force, by)
+    opened = Store(store)
+    state, line = pointer.withdraw(opened, version, reason, force, by)
     out.print(f"{version}: withdrawn")
     for each in line:
         withdrawn = ", which is withdrawn too" if each.version in state.withdrawn else ""
         out.print(f"{each.version} came from it ({each.how} {each.of}){withdrawn}: look whether it must go too")
-    shown.told(state)
+    shown.told(opened, state)

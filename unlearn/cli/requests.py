@@ -38,11 +38,13 @@ def add(
     from unlearn.ledger.request import wanted
 
     classes = [importing.label(class_)] if class_ is not None else None
-    named = {"subjects": [subject] if subject is not None else None, "ids": _lines(ids), "classes": classes}
+    named = {"subjects": [subject.strip()] if subject is not None else None, "ids": _lines(ids), "classes": classes}
     request = {"forget": wanted(named), "due": dates.due(due, within), "reason": reason}
     with opened(ledger, create=True) as book:
         (number,) = book.add([request], by)
     out.print(f"request {number}: received, due {request['due']}")
+    if listed := request["forget"].get("ids"):
+        out.print(f"{len(listed)} id{'s' * (len(listed) != 1)}, the first is {listed[0]}", soft_wrap=True)
     if dates.parse(request["due"], "due") < dates.today():
         warn(f"request {number} is overdue from the start: {request['due']} has passed")
 
@@ -166,15 +168,16 @@ def export(
     import sys
 
     from unlearn.cli.console import say
-    from unlearn.data.storage import Storage
+    from unlearn.data.storage import Storage, told
 
     with opened(ledger) as book:
         lines = (json.dumps(line) + "\n" for line in book.export(show_keys))
         if output is None:
             sys.stdout.writelines(lines)
             return
-        with Storage(output).writing("") as path, open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as f:
-            f.writelines(lines)
+        with Storage(output).writing("") as path, told(output):
+            with open(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), "w") as f:
+                f.writelines(lines)
     say(f"written: {output}")
 
 
@@ -186,17 +189,21 @@ for command in (ledger_checkpoints.verify, ledger_checkpoints.checkpoint, ledger
 def erase(
     ids: Ids,
     retention: Annotated[str, typer.Option(metavar="SPAN", help="how long closed requests are kept: 90d, 3y")] = "3y",
+    images_gone: Annotated[
+        bool, typer.Option("--images-gone", help="their images have left the training data; recorded")
+    ] = False,
     by: By = None,
     ledger: Url = None,
 ):
-    """Erase what closed requests name, and why, after the retention time; the record of them stays verifiable.
+    """Erase what closed requests name, and why, after the retention time; the record of them stays verifiable. A
+    released one wants --images-gone.
 
-    Example: `unlearn request erase 7 --retention 3y`
+    Example: `unlearn request erase 7 --retention 3y --images-gone`
     """
     from unlearn.cli.console import out
 
     with opened(ledger) as book:
-        erased = book.erase(ids, retention, by)
+        erased = book.erase(ids, retention, by, images_gone)
     out.print(f"erased: {', '.join(map(str, erased)) or 'none, they were already'}", soft_wrap=True)
 
 
@@ -255,13 +262,20 @@ def _close(ids: list[int], state: str, reason: str | None, by: str | None, ledge
 
 def _lines(path: str | None) -> list[str] | None:
     """The ids in a file, one a line."""
+    from unlearn.cli.console import warn
+
     if path is None:
         return None
     try:
         with open(path, encoding="utf-8-sig") as f:
-            ids = [line.strip() for line in f if line.strip()]
+            lines = [(number, line.strip()) for number, line in enumerate(f, 1) if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
-        raise LedgerError(f"--ids {path}: {getattr(e, 'strerror', None) or 'not UTF-8'}") from None
-    if not ids:
+        why = getattr(e, "strerror", None) or "not UTF-8: save it as UTF-8 text"
+        raise LedgerError(f"--ids {path}: {why}") from None
+    if not lines:
         raise LedgerError(f"--ids {path}: holds no id")
-    return ids
+    if wrong := [number for number, id in lines if "\0" in id]:
+        raise LedgerError(f"--ids {path} line {wrong[0]}: holds a NUL character: save it as UTF-8 text, an id a line")
+    if odd := [number for number, id in lines if set(id) & set(',"')]:
+        warn(f"--ids {path} line {odd[0]}: holds a comma or a quote, and is taken as one id: there is an id a line")
+    return [id for _, id in lines]

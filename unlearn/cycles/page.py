@@ -29,9 +29,9 @@ LINES = ((NEW, "new requests", "new"), (OLD, "old requests", "old"), ("retain", 
 TITLES = {"forget": "all requests", NEW: "new requests", OLD: "old requests", "retain": "retain set"}
 
 
-def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) -> str:
-    """Write the page to a file, by default to cycle_dir; its URI. key: every release is verified with it, which reads
-    its weights.
+def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) -> tuple[str, list[str]]:
+    """Write the page to a file, by default to cycle_dir; (its URI, versions that do not verify). key: every release is
+    verified with it, which reads its weights.
 
     Raises UnlearnError where the records, the ledger or the releases cannot be read.
     """
@@ -39,11 +39,12 @@ def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) 
     every, state = history.of(records), pointer.read(store)
     with Ledger(cycle.ledger) as ledger:
         requests = ledger.requests()
+    cycles = [_cycle(number, told, store, key) for number, told in enumerate(every, 1)]
     html = filled(
         Path(__file__).with_name("page.html"),
         name=cycle.name, headline=_headline(requests, state.version), sentences=_sentences(requests, every),
         drawing=_drawing(every),
-        cycles=[_cycle(number, told, store, key) for number, told in enumerate(every, 1)],
+        cycles=cycles,
         requests=_requests(requests, every),
         moves=state.history, not_claimed=NOT_CLAIMED, written=now()[:16].replace("T", " "),
         software=f"unlearn {__version__}",
@@ -51,7 +52,7 @@ def write(cycle: Cycle, output: str | None = None, key: SSlibKey | None = None) 
     )  # fmt: skip
     target = Storage(output) if output else Storage(records.storage.where(NAME))
     target.write("", html.encode())
-    return target.uri
+    return target.uri, [each["release"] for each in cycles if each["wrong"]]
 
 
 def _headline(requests: Sequence[Request], current: str | None) -> str:
@@ -95,6 +96,7 @@ def _requests(requests: Sequence[Request], every: Sequence[Told]) -> list[dict[s
 def _cycle(number: int, told: Told, store: Store, key: SSlibKey | None) -> dict[str, Any]:
     s, last = told.selection, told.ends[-1] if told.ends else None
     release = last.release if last else None
+    verified, wrong = _verified(store, release, key) if release and key else (None, False)
     rows = [
         {"title": TITLES[name], "before": told.figures[name].get("original", {}),
             "after": told.figures[name].get("unlearned", {})}
@@ -114,17 +116,17 @@ def _cycle(number: int, told: Told, store: Store, key: SSlibKey | None) -> dict[
             for j in told.tried
         ],
         "figures": rows, "rows": last.rows if last else None, "base": s.base[:16], "data": s.data[:16],
-        "verified": _verified(store, release, key) if release and key else None,
+        "verified": verified, "wrong": wrong, "release": release,
     }  # fmt: skip
 
 
-def _verified(store: Store, version: str, key: SSlibKey) -> str:
-    """What is found when a release is checked with the key."""
+def _verified(store: Store, version: str, key: SSlibKey) -> tuple[str, bool]:
+    """(what is found when a release is checked with the key, whether it is wrong)."""
     try:
         verification.verify(store.folder(store.release(version)).uri, key)
     except UnlearnError as e:
-        return str(e)
-    return f"{version} is as it was signed with the key {key.keyid[:16]}"
+        return str(e), True
+    return f"{version} is as it was signed with the key {key.keyid[:16]}", False
 
 
 def _drawing(every: Sequence[Told]) -> dict[str, Any] | None:

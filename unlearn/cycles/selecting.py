@@ -14,6 +14,7 @@ from unlearn.ledger import selection as rows
 from unlearn.ledger import states
 from unlearn.ledger.ledger import Ledger
 from unlearn.ledger.request import Request
+from unlearn.registry import METHODS
 from unlearn.releases import pointer
 from unlearn.releases.store import Store
 
@@ -31,7 +32,9 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     from unlearn.models import weights  # torch is loaded where there is something to do
 
     base = weights.locate(cycle.base)
+    _check_base(cycle.base, base.card)
     if begun := _begun(ledger, records, requests, base.fingerprint, manifest.hash):
+        _check_promotable(cycle, begun)
         return begun
     chosen = rows.resolve(requests, manifest)
     met = {request.id: chosen.matched.get(request.id, 0) for request in requests}
@@ -40,6 +43,7 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     if not new:
         return Selection(status="nothing", unmatched=unmatched)
     served = [r for r in requests if not r.is_open]
+    _check_erased(served, ledger)
     _check_known(served, chosen, records, base.card, manifest)
     old, unseen = ([_asked(r, chosen) for r in served if bool(met[r.id]) is there] for there in (True, False))
     selection = Selection(
@@ -49,7 +53,14 @@ def select(cycle: Cycle, ledger: Ledger) -> Selection:
     selection = selection.model_copy(update={"id": identity(selection)})
     if records.read(selection.id, given_up(cycle, records, selection.id), Outcome):
         return selection.model_copy(update={"status": "due"})
+    _check_promotable(cycle, selection)
+    before = list(records.all())
     selection = records.keep(selection.id, SELECTION, selection)
+    if before and before[-1].base != selection.base:
+        log.warning(
+            "%s is another base (%s) than that of cycle %s (%s)", cycle.base, selection.base[:16], before[-1].id,
+            before[-1].base[:16],
+        )  # fmt: skip
     advance(ledger, selection, states.SCHEDULED)
     return selection
 
@@ -98,14 +109,16 @@ def named(ledger: Ledger, asked: Sequence[Asked], manifest: Manifest) -> Rows | 
 
 def advance(ledger: Ledger, selection: Selection, state: str, evidence: dict[str, Any] | None = None) -> None:
     """Move the requests of a cycle on to `state`, those that are in the state before; who has withdrawn meanwhile is
-    left alone."""
+    left alone. The last state tells how many images each has met, and how many of the values that it names none."""
     before = states.OPEN[states.OPEN.index(state) - 1] if state in states.OPEN else states.VERIFIED
     requests = ledger.requests(ids=selection.numbers)
     ready = [
         r.id for r in requests
         if r.state == before and (before == states.RECEIVED or r.evidence.get("cycle") == selection.id)
     ]  # fmt: skip
-    ledger.advance(ready, state, {"cycle": selection.id} | (evidence or {}), by=BY)
+    met = {asked.number: {"images": asked.images, "missing": asked.missing} for asked in selection.new}
+    own = met if state == states.RELEASED else None
+    ledger.advance(ready, state, {"cycle": selection.id} | (evidence or {}), by=BY, own=own)
 
 
 def hand_back(ledger: Ledger, id: str, why: str) -> list[int]:
@@ -121,6 +134,7 @@ def _begun(
     """The cycle that open requests are in, if it can go on as it was begun; those of any other are handed back."""
     under_way = [r for r in requests if r.is_open and r.state != states.RECEIVED]
     served = {r.id for r in requests if not r.is_open}
+    erased = {r.id for r in requests if r.forget is None}
     for id in sorted({str(r.evidence.get("cycle")) for r in under_way}):
         selection = records.read(id, SELECTION, Selection)
         if selection is None:
@@ -129,6 +143,8 @@ def _begun(
             why = "the base or the data was changed"
         elif served - {asked.number for asked in (*selection.new, *selection.old, *selection.unseen)}:
             why = "others were served meanwhile"
+        elif erased & {asked.number for asked in selection.old}:
+            why = "requests that it serves again were erased"
         else:
             return selection
         numbers = hand_back(ledger, id, why)
@@ -139,6 +155,53 @@ def _begun(
 def _asked(request: Request, chosen: rows.Selection) -> Asked:
     missing, images = len(chosen.missing.get(request.id, ())), chosen.matched.get(request.id, 0)
     return Asked(number=request.id, commitment=request.commitment, images=images, missing=missing)
+
+
+def _check_base(uri: str, card: dict[str, Any]) -> None:
+    """Raises CycleError where the base was unlearned: chains of unlearning ruin a model."""
+    if (method := card.get("method")) and METHODS.load(method).needs_forget:
+        raise CycleError(
+            f"{uri}: its model.json says that it was unlearned (method {method}): a cycle starts from a base that was "
+            "not, and forgets from there all that was ever asked. Give model.weights the original model"
+        )
+
+
+def _check_promotable(cycle: Cycle, selection: Selection) -> None:
+    """Raises CycleError where the release of this cycle could not become current, before anything is trained for it."""
+    store = Store(cycle.releases)
+    state = pointer.read(store)
+    serves = [asked.commitment for asked in (*selection.new, *selection.old, *selection.unseen)]
+    lost = pointer.remembered(store.releases(), state, serves)
+    if not cycle.promote or not lost:
+        return
+    versions = sorted({version for those in lost.values() for version in those})
+    never = [version for version in versions if version not in state.served]
+    way = (
+        "; ".join(
+            f"`unlearn release withdraw {version} --store {store.storage.uri} --reason TEXT`" for version in never
+        )
+        if never == versions
+        else "promote=false, and then `unlearn release promote` with --force and --reason"
+    )
+    raise CycleError(
+        f"{', '.join(versions)} in {store.storage.uri} serves {len(lost)} request(s) that the ledger does not have as "
+        f"released, {', '.join(request[:16] for request in sorted(lost)[:5])}: what this cycle releases could not "
+        f"become current after it. Where that is a mistake: {way}"
+    )
+
+
+def _check_erased(served: Sequence[Request], ledger: Ledger) -> None:
+    """Raises CycleError where images of an erased request may be in the data: nobody knows which they are, so they
+    would be retained."""
+    erased = {r.id for r in served if r.forget is None}
+    if lost := sorted(erased - ledger.gone() if erased else erased):
+        numbers = " ".join(map(str, lost))
+        raise CycleError(
+            f"request(s) {numbers} were served and then erased: nobody knows which images they name, and what of them "
+            "is in the training data would be trained on again. Where the images have left the data say so: `unlearn "
+            f"request erase {numbers} --retention 0d --images-gone`; else take them out first (the config.yaml in the "
+            "run folders of earlier cycles may still name them), and give a base that was trained on the rest"
+        )
 
 
 def _check_known(

@@ -136,7 +136,8 @@ class Storage:
             with told(self.where(name)):
                 self.folder.publish(temporary, name)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that cannot be written there is none to remove
+                temporary.unlink()
 
     def upload(self, path: Path, name: str) -> None:
         """Publish a local file of any size under `name`, atomically; the local file is removed."""

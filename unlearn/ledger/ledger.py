@@ -24,6 +24,7 @@ from unlearn.ledger.request import Request, wanted
 from unlearn.ledger.tables import disclosures, entries
 
 CHUNK = 5000  # rows of one statement, numbers of one condition
+GONE = "have left the training data"
 HIGHEST = 2**63 - 1  # number that a database can hold
 
 
@@ -77,15 +78,17 @@ class Ledger:
         evidence: Mapping[str, Any] | None = None,
         by: str | None = None,
         reason: str = "",
+        own: Mapping[int, Mapping[str, Any]] | None = None,
     ) -> list[int]:
         """Move requests to `state`, all or none; those that moved. One that is there already by the same evidence is
         left as it is, so a call can be repeated. evidence: plain JSON, to be read by everyone; no name and no image id
-        belongs into it.
+        belongs into it. own: more of it, by number of the request.
 
         Raises LedgerError where a request is not there, or may not become that.
         """
         wanted_ids = [ids] if isinstance(ids, int) else list(dict.fromkeys(ids))
-        facts, private = dict(evidence or {}), {"by": by or user()} | ({"reason": reason} if reason else {})
+        facts = {number: {**(evidence or {}), **(own or {}).get(number, {})} for number in wanted_ids}
+        private = {"by": by or user()} | ({"reason": reason} if reason else {})
         with self.database.writing() as connection:
             before = {request.id: request for request in _requests(connection, ids=wanted_ids)}
             moved = []
@@ -94,11 +97,11 @@ class Ledger:
                     raise LedgerError(
                         f"request {number}: there is none of that number; see `unlearn request list --all`"
                     )
-                if before[number].state == state and before[number].evidence == facts:
+                if before[number].state == state and before[number].evidence == facts[number]:
                     continue
                 states.check(number, before[number].state, state)
                 moved.append(number)
-            append(connection, [Draft(state, number, private=private, evidence=facts) for number in moved])
+            append(connection, [Draft(state, number, private=private, evidence=facts[number]) for number in moved])
         return moved
 
     def pending(self) -> list[Request]:
@@ -139,13 +142,22 @@ class Ledger:
         with self.database.reading() as connection:
             return dict.fromkeys(states.STATES, 0) | {event: count for event, count in connection.execute(query)}
 
-    def erase(self, ids: Iterable[int], retention: str, by: str | None = None) -> list[int]:
-        """Delete what these requests name and why, all or none; those that were not erased before. The tree stays as it
-        is.
+    def gone(self) -> set[int]:
+        """Numbers of erased requests whose images have left the training data, as whoever erased them has said."""
+        query = sa.select(entries.c.request, entries.c.document).where(entries.c.event == entry.ERASED)
+        with self.database.reading() as connection:
+            rows = connection.execute(query).all()
+        return {row.request for row in rows if "images" in entry.parse(row.document).get("evidence", {})}
 
-        retention: the span, as in 3y, that must have passed since the request was closed. Raises LedgerError where it
-        has not, and where a request is open.
+    def erase(self, ids: Iterable[int], retention: str, by: str | None = None, images_gone: bool = False) -> list[int]:
+        """Delete what these requests name and why, all or none; those that were not erased before, or of which it was
+        not known that their images are gone. The tree stays as it is.
+
+        retention: the span, as in 3y, that must have passed since the request was closed. images_gone: the images have
+        left the training data, without which no released request is erased; it is recorded. Raises LedgerError where a
+        request is open, or is released and its images may be there, and where the retention time is not over.
         """
+        known = self.gone()
         limit, numbers, erased = dates.after(dates.today(), retention, "retention", -1), list(dict.fromkeys(ids)), []
         with self.database.writing() as connection:
             before = {request.id: request for request in _requests(connection, ids=numbers)}
@@ -163,9 +175,16 @@ class Ledger:
                     raise LedgerError(
                         f"request {number} was closed on {closed}: the retention time of {retention} is not over"
                     )
-                if request.forget is not None:
+                if request.state == states.RELEASED and request.forget is not None and not images_gone:
+                    raise LedgerError(
+                        f"request {number} is released: every cycle must forget its images again while they are in the "
+                        "training data, and once it is erased nobody knows which they are. Keep it until they have "
+                        "left the data and the base was trained without them; then say so with --images-gone"
+                    )
+                if request.forget is not None or (images_gone and number not in known):
                     erased.append(number)
-            append(connection, [Draft(entry.ERASED, number, private={"by": by or user()}) for number in erased])
+            private, facts = {"by": by or user()}, {"images": GONE} if images_gone else {}
+            append(connection, [Draft(entry.ERASED, number, private=private, evidence=facts) for number in erased])
             for some in _chunks(erased):
                 own = sa.select(entries.c.position).where(entries.c.request.in_(some))
                 connection.execute(

@@ -14,6 +14,7 @@ DONE = {
     states.WITHDRAWN: "Your request was withdrawn.",
     entry.ERASED: "What your request named was erased from our records; an anonymous trace of it stays.",
 }
+NOT_CURRENT = "A new version of the model was released; at that time the one before was still the current one."
 BACK = "The run ended without a new version of the model; your request waits for the next one."
 OPEN = "Your request is not finished; it is due on {due}."
 OVERDUE = "Your request is not finished, and should have been by {due}."
@@ -31,13 +32,21 @@ def write(ledger: Ledger, number: int, show_keys: bool = False) -> str:
     lines = [f"Your request no. {number} of {request.received[:10]}", ""]
     lines += [f"You asked that our models forget {_what(request, show_keys)}.", "", "What was done:"]
     for place, step in enumerate(ledger.history(number)):
-        text = BACK if place and step["event"] == states.RECEIVED else DONE.get(step["event"])
+        text, facts = DONE.get(step["event"]), step.get("evidence", {})
+        if place and step["event"] == states.RECEIVED:
+            text = BACK
+        if step["event"] == states.RELEASED and facts.get("current") is False:
+            text = NOT_CURRENT
         if text is None:
             continue
         lines.append(f"- {step['at'][:10]}: {text}")
         if step["event"] == states.REJECTED and (reason := step["private"].get("reason")):
             lines.append(f"  The reason: {reason}")
-        lines += [f"  {name}: {value}" for name, value in step.get("evidence", {}).items() if isinstance(value, str)]
+        if "images" in facts and step["event"] == states.RELEASED:
+            lines.append(f"  images of yours that were found and are to be forgotten: {facts['images']}")
+        if facts.get("missing"):
+            lines.append(f"  Not all that you named was found: {facts['missing']} of it has no image in our data.")
+        lines += [f"  {name}: {value}" for name, value in facts.items() if isinstance(value, str)]
     if request.is_open:
         lines += ["", (OVERDUE if request.is_overdue else OPEN).format(due=request.due)]
     if request.state not in (states.REJECTED, states.WITHDRAWN):

@@ -30,11 +30,12 @@ def descendants(release: Release, releases: Iterable[Release]) -> list[Descendan
     return found
 
 
-def remembered(release: Release, releases: Iterable[Release]) -> dict[str, list[str]]:
-    """{commitment: versions that serve it} of the requests that others of these releases have served, and this one has
-    not."""
+def remembered(requests: Iterable[str], releases: Iterable[Release]) -> dict[str, list[str]]:
+    """{commitment: versions that serve it} of the requests that these releases have served, and a model that serves
+    `requests` has not."""
     served: dict[str, list[str]] = {}
+    own = set(requests)
     for other in releases:
-        for request in set(other.requests) - set(release.requests):
+        for request in set(other.requests) - own:
             served.setdefault(request, []).append(other.version)
     return served

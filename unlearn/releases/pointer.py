@@ -4,17 +4,18 @@ All of it is in current.json and changes by compare-and-swap, so of two changes 
 """
 
 import getpass
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from unlearn import documents
+from unlearn import certificate, documents
 from unlearn.errors import ReleaseError
-from unlearn.releases import lineage
-from unlearn.releases.release import CERTIFICATE, RECORD, Release
+from unlearn.releases import files, lineage
+from unlearn.releases.release import CERTIFICATE, Release
 from unlearn.releases.store import Store
 
 CURRENT = "current.json"
@@ -95,8 +96,10 @@ def rollback(
 
     def target(state: State) -> str:
         if version is not None:
-            if version not in state.served or version == state.version:
-                raise ReleaseError(f"{version} was never current, or is so now: `unlearn release promote` moves on")
+            if version == state.version:
+                raise ReleaseError(f"{version} is current: there is nothing to go back to")
+            if version not in state.served:
+                raise ReleaseError(f"{version} was never current: `unlearn release promote` moves on")
             return version
         past = (each for each in reversed(state.line) if each != state.version and each not in state.withdrawn)
         if found := next(past, None):
@@ -140,6 +143,26 @@ def withdraw(
     return _change(store, update), lineage.descendants(release, store.releases())
 
 
+def remembered(known: Iterable[Release], state: State, requests: Iterable[str]) -> dict[str, list[str]]:
+    """{commitment: versions} for which a release that serves `requests` cannot become current."""
+    return lineage.remembered(
+        requests, (r for r in known if r.version in state.served or r.version not in state.withdrawn)
+    )
+
+
+def served(store: Store, state: State) -> tuple[set[str], dict[str, list[str]]]:
+    """(commitments that the current release serves, {commitment: versions that serve it and are not withdrawn} of all
+    others that any release serves)."""
+    known = store.releases()
+    own = {request for release in known if release.version == state.version for request in release.requests}
+    others: dict[str, list[str]] = {}
+    for release in known:
+        for request in set(release.requests) - own:
+            others.setdefault(request, [])
+            others[request] += [release.version] if release.version not in state.withdrawn else []
+    return own, others
+
+
 def _move(
     store: Store, action: Literal["promote", "rollback"], target: Callable[[State], str], reason: str, force: bool,
     by: str | None
@@ -147,6 +170,7 @@ def _move(
     if force and not reason.strip():
         raise ReleaseError("--force wants its reason, which is recorded: --reason TEXT")
     known = {release.version: release for release in store.releases()}
+    whole: set[str] = set()  # what was read is not read again where others change the pointer meanwhile
 
     def update(state: State) -> State:
         version = target(state)
@@ -155,15 +179,16 @@ def _move(
             return state
         if version in state.withdrawn:
             raise ReleaseError(f"{version} was withdrawn, and cannot be current: {state.withdrawn[version].reason}")
-        others = [r for v, r in known.items() if v in state.served or v not in state.withdrawn]
-        lost = lineage.remembered(release, others)
+        lost = remembered(known.values(), state, release.requests)
         if lost and not force:
             by_others = ", ".join(sorted({v for versions in lost.values() for v in versions}))
             raise ReleaseError(
                 f"{version} remembers what {by_others} has forgotten: {len(lost)} request(s) would be served no more. "
                 "Promote a release that serves them, or give --force and --reason, which are recorded"
             )
-        _check_whole(store, release)
+        if version not in whole:
+            _check_whole(store, release)
+            whole.add(version)
         move = Move(action=action, at=_now(), by=by or _user(), before=state.version, after=version, reason=reason,
                     forced=bool(lost), remembered=len(lost))  # fmt: skip
         withdrawal = Withdrawal(at=move.at, by=move.by, reason=f"replaced by {version}", by_release=version)
@@ -175,12 +200,20 @@ def _move(
 
 
 def _check_whole(store: Store, release: Release) -> None:
-    """Its files are there; `unlearn release verify` reads them."""
+    """Its files are there, and as they were certified: each is read. The signature needs a key: `unlearn release
+    verify`."""
     store.complete(release)
-    folder = store.folder(release)
+    folder, envelope = store.folder(release), store.certificate(release)
+    expected = certificate.read(envelope, folder.where(CERTIFICATE))[0].subject
+    expected |= {CERTIFICATE: hashlib.sha256(envelope).hexdigest()}
     there = set(folder.files())
-    if missing := sorted({*release.files, RECORD, CERTIFICATE} - there):
+    if missing := sorted(expected.keys() - there):
         raise ReleaseError(f"{folder.uri} lacks {', '.join(missing)}: restore the release before it is current")
+    if changed := [name for name in sorted(expected) if files.digest(folder, name) != expected[name]]:
+        raise ReleaseError(
+            f"{folder.uri} is not {release.version} as it was published: {', '.join(changed)} changed since. Restore "
+            "the release before it is current, or withdraw it"
+        )
 
 
 def _change(store: Store, update: Callable[[State], State]) -> State:

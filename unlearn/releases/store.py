@@ -31,6 +31,11 @@ class Store:
     def __init__(self, uri: str):
         self.storage = Storage(uri)
 
+    def check(self) -> None:
+        """Raises ReleaseError where there is nothing at all."""
+        if not self.storage.files(CERTIFICATES) and not self.storage.files():
+            raise ReleaseError(f"{self.storage.uri}: there is no such store, nothing was ever published there")
+
     def releases(self) -> list[Release]:
         """All of them, the first one first; signatures are not checked. Raises StorageError, CertificateError,
         ReleaseError."""
