@@ -143,6 +143,14 @@ def test_what_was_measured_of_another_run_is_not_taken_where_training_would_be_o
     assert {name: len(known) for name, known in keys.items()} == {"membership": 1, "relearning": 2}
 
 
+def test_kept_pieces_give_the_same_figures_where_the_unlearned_model_is_the_oracle(tmp_path):
+    """With the original's decoder the two have different errors."""
+    settings = make_run(tmp_path, ORACLE, oracle=str(tmp_path / "run/model"))
+    quick = ["tests=[probes]", "probes.steps=1", "probes.images=8"]
+    first, again = (audited(settings, *quick)["probes"] for _ in range(2))
+    assert first == again and first["unlearned"]["original_decoder"] != first["oracle"]["original_decoder"]
+
+
 def test_the_original_and_a_blur_fail_and_the_oracle_passes(tmp_path):
     """tests/audit/test_audit_sanity.py asks it of an oracle of another seed."""
     blurred = weights.build(config.Model(weights=ORIGINAL))

@@ -8,6 +8,8 @@ fresh decoder       a decoder of random weights, trained on the frozen encoder w
 retrieval           whether the hole of an output leads to its own original among others
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -58,6 +60,9 @@ class Probes(AuditTest):
     needs = SETS
     Options = ProbesOptions
     options: ProbesOptions
+
+    def reads(self, subject: Subject, piece: Piece) -> list[Any]:
+        return [piece.generator == UNLEARNED] if piece.what == OLD else []
 
     def pieces(self, subject: Subject) -> list[Piece]:
         count = min(self.options.images, len(subject.sets["forget_new"]))

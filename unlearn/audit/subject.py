@@ -76,7 +76,7 @@ class Subject:
             "sets": {name: _digest(rows) for name, rows in self.sets.items()},
             "features": [evaluation.features, evaluation.features_weights, evaluation.resize,
                 evaluation.guidance_scale],
-            "orientation": self.run.settings.data.orientation, "run": test.reads(self.run),
+            "orientation": self.run.settings.data.orientation, "run": test.reads(self, piece),
             "on_their_side": self.settings.unseen is None,
         }  # fmt: skip
         return _hash(told)
