@@ -62,7 +62,9 @@ class Probes(AuditTest):
     options: ProbesOptions
 
     def reads(self, subject: Subject, piece: Piece) -> list[Any]:
-        return [piece.generator == UNLEARNED] if piece.what == OLD else []
+        if piece.what == OLD:
+            return [piece.generator == UNLEARNED]
+        return [subject.network] if piece.what in (SOUGHT, GALLERY) else []
 
     def pieces(self, subject: Subject) -> list[Piece]:
         count = min(self.options.images, len(subject.sets["forget_new"]))

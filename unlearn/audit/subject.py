@@ -9,6 +9,7 @@ retain_new      held-out images of the retained classes
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from unlearn.audit.settings import AuditConfig
 from unlearn.audit.statistics import Estimate, bootstrap
 from unlearn.data import held_out, order, selection, shards
 from unlearn.data.selection import RowSet
+from unlearn.evaluation import features
+from unlearn.models import weights
 from unlearn.models.weights import Source
 from unlearn.run import Run
 
@@ -59,6 +62,12 @@ class Subject:
     def source(self, generator: str) -> Source:
         """What the storage says of the weights of a generator."""
         return self.run.sources[self.every[generator].weights or ""]
+
+    @cached_property
+    def network(self) -> str:
+        """sha256 of the weights of the feature network. Raises UnlearnError."""
+        evaluation = self.run.settings.evaluation
+        return weights.locate(features.file(evaluation.features, evaluation.features_weights)).fingerprint
 
     def estimate(self, statistic: Any, *samples: np.ndarray) -> Estimate:
         """statistic(*samples) with its bootstrap draws; rows are images."""
