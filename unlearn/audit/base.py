@@ -99,7 +99,8 @@ class AuditTest:
     """Subclasses state what they are, what they need, their pieces and their figures.
 
     shows, hides: what the test can show, and what it cannot, in a sentence each. cost: of one generator, for people.
-    needs: the sets without which it cannot be made, see unlearn.audit.subject.
+    needs: the sets without which it cannot be made, see unlearn.audit.subject. schema: raised when it measures
+    otherwise than before under the same options.
     """
 
     name: ClassVar[str]
@@ -108,6 +109,7 @@ class AuditTest:
     hides: ClassVar[str]
     cost: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    schema: ClassVar[int] = 1
     Options: ClassVar[type[config.Part]] = config.Part
 
     def __init__(self, options: config.Part):

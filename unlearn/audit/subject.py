@@ -26,7 +26,6 @@ from unlearn.models import weights
 from unlearn.models.weights import Source
 from unlearn.run import Run
 
-SCHEMA = 1  # raised when a test measures otherwise than before under the same options
 _ABSENT = {
     "forget": "data.forget names none",
     "forget_new": "held-out images of the forgotten classes (evaluation.data)",
@@ -77,7 +76,8 @@ class Subject:
         """The hash of everything that a piece's result depends on."""
         test, evaluation = self.tests[piece.test], self.run.settings.evaluation
         told = {
-            "schema": SCHEMA, "piece": [piece.test, piece.what, piece.start, piece.stop], "seed": self.settings.seed,
+            "schema": test.schema, "piece": [piece.test, piece.what, piece.start, piece.stop],
+            "seed": self.settings.seed,
             "options": test.options.model_dump(mode="json"),
             "weights": [self.source(name).fingerprint for name in (piece.generator, "original") if name in self.every],
             "model": self.every[piece.generator].model_dump(mode="json", exclude={"weights", "first_stage"}),
