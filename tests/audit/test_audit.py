@@ -170,6 +170,18 @@ def test_a_feature_network_of_other_weights_looks_anew(tmp_path, monkeypatch):
     assert other == {"all", "retrieval", "gallery"}
 
 
+def test_images_of_the_next_audit_are_kept_decoded_where_those_before_were_let_go(tmp_path):
+    settings, kept = make_run(tmp_path), Kept()
+    data = settings.data.model_copy(update={"cache": "decoded", "cache_bytes": 400_000})
+    run = resolve(settings.model_copy(update={"data": data}), measured=True)
+    for seed in range(3):
+        subject = job.prepared(run, audits.load(None, [*QUICK, f"seed={seed}"]))
+        bench = Bench(subject, kept)
+        for name in ("forget", "retain"):
+            bench.pixels(name, 0, 40)
+        assert kept.images(subject).decoded > 40 * 3 * 32**2
+
+
 def test_the_original_and_a_blur_fail_and_the_oracle_passes(tmp_path):
     """tests/audit/test_audit_sanity.py asks it of an oracle of another seed."""
     blurred = weights.build(config.Model(weights=ORIGINAL))
