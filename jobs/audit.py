@@ -15,7 +15,7 @@ import numpy as np
 
 from jobs import evaluate
 from jobs.pool import Map, pool
-from unlearn import __version__
+from unlearn import __version__, documents
 from unlearn.audit import base, page, shadows
 from unlearn.audit.base import Measured, Piece, test_class
 from unlearn.audit.bench import Benches
@@ -187,7 +187,7 @@ def _measured(
 def _made(run: Run, identity: str) -> dict[str, Any] | None:
     """The audit.json of a run, where it is of this audit."""
     storage = Storage(run.folder)
-    document = json.loads(storage.read(RESULTS)) if storage.is_file(RESULTS) else {}
+    document = documents.mapping(storage.read(RESULTS)) if storage.is_file(RESULTS) else {}
     return document if document.get("identity") == identity else None
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from jobs import audit as audits
 from jobs.pool import Map
+from unlearn import documents
 from unlearn import run as runs
 from unlearn.audit import page
 from unlearn.audit import settings as audit_settings
@@ -84,7 +85,7 @@ def _failed(folder: Storage) -> str | None:
     """With which options an audit of this run has failed, and none was made since."""
     if folder.is_file(audits.RESULTS) or not folder.is_file(leaderboard.AUDIT_FAILED):
         return None
-    return json.loads(folder.read(leaderboard.AUDIT_FAILED))["options"]
+    return documents.mapping(folder.read(leaderboard.AUDIT_FAILED)).get("options")
 
 
 def _told(error: Exception) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from unlearn import config, signals
 from unlearn import log as logs
-from unlearn.errors import ClusterError, StorageError, UnlearnError
+from unlearn.errors import ClusterError, MissingExtra, StorageError, UnlearnError
 
 AHEAD = 4  # pieces that each worker has waiting, so that it works on while the driver computes
 RETRIES = 3  # of a piece whose worker dies
@@ -94,6 +94,8 @@ class _Actor:
             return True, self.call(piece, *self.common[1])
         except UnlearnError as e:
             # Of the kinds that the driver tells apart: others are not all to be pickled.
+            if isinstance(e, MissingExtra):
+                return False, e
             kind = StorageError if isinstance(e, StorageError) else UnlearnError
             return False, kind(str(e))
 

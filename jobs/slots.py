@@ -147,26 +147,29 @@ class SlotWorker:
         """What measure.evaluate gives, on rank 0; the other ranks do their share of it."""
         models = comparison.generators(run.settings)
         run = run.with_weights(model.weights for model in models.values())
-        measurer = measure.Measurer(run, models, True, self._looking(run), self.kept.images(run.settings))
+        networks = ranks.from_first(lambda: measure.networks(run.settings))
+        looking = self._looking(run, networks["features"])
+        measurer = measure.Measurer(run, models, True, looking, self.kept.images(run.settings))
         if self.rank:
             return _serve(measurer)
         return measure.evaluate(
-            run, models, lambda pieces: _shared(measurer, pieces), pictured, known=self._known_of(run)
+            run, models, lambda pieces: _shared(measurer, pieces), pictured, known=self._known_of(run, networks)
         )
 
-    def _looking(self, run: Run) -> torch.nn.Module:
+    def _looking(self, run: Run, weights: str) -> torch.nn.Module:
+        """The feature network. weights: their sha256."""
         evaluation = run.settings.evaluation
-        key = repr((evaluation.features, evaluation.features_weights, evaluation.resize, measure.device(run.settings)))
+        key = repr((evaluation.features, weights, evaluation.resize, measure.device(run.settings)))
         if self._network is None or self._network[0] != key:
             self._network = key, measure.feature_network(run.settings)
         return self._network[1]
 
-    def _known_of(self, run: Run) -> measure.Known:
-        """What is known of the original on the images of this run."""
+    def _known_of(self, run: Run, networks: dict[str, str]) -> measure.Known:
+        """What is known of the original on the images of this run. networks: sha256 of what looks at them."""
         settings = run.settings
         digest = hashlib.sha256(json.dumps([
             settings.seed, settings.evaluation.model_dump(mode="json"), settings.model.model_dump(mode="json"),
-            settings.training.threads, settings.data.orientation,
+            settings.training.threads, settings.data.orientation, networks,
             [run.origin.get("weights"), sorted(run.measured)],
         ], sort_keys=True).encode())  # fmt: skip
         for name in sorted(run.measured):

@@ -31,6 +31,15 @@ def from_json(text: str | bytes) -> Any:
         raise ValueError(f"more than {DEPTH} parts within parts") from None
 
 
+def mapping(text: bytes) -> dict[str, Any]:
+    """What a JSON object holds; nothing where it is damaged or is no object."""
+    try:
+        tree = from_json(text)
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
+
+
 def bounded(tree: Any) -> Any:
     """`tree`, which holds no part deeper than DEPTH and no whole number over 64 bits. Raises ValueError."""
     level = [tree]

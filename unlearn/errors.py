@@ -68,4 +68,8 @@ class MissingExtra(UnlearnError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str):
+        self._asked = package, extra, purpose
         super().__init__(f"{purpose} needs {package}, which is not installed: pip install 'unlearn[{extra}]'")
+
+    def __reduce__(self) -> tuple:
+        return type(self), self._asked

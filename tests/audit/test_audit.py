@@ -12,9 +12,10 @@ import torch
 from jobs import audit as job
 from unlearn import config
 from unlearn.audit import settings as audits
-from unlearn.audit.bench import Bench, Benches
+from unlearn.audit.bench import Bench, Benches, Kept
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
+from unlearn.evaluation import measure
 from unlearn.models import weights
 from unlearn.releases import figures, gate
 from unlearn.run import resolve
@@ -141,6 +142,44 @@ def test_what_was_measured_of_another_run_is_not_taken_where_training_would_be_o
     ]
     keys = {name: {s.key(s.tests[name].pieces(s)[0]) for s in made} for name in made[0].tests}
     assert {name: len(known) for name, known in keys.items()} == {"membership": 1, "relearning": 2}
+
+
+def test_kept_pieces_give_the_same_figures_where_the_unlearned_model_is_the_oracle(tmp_path):
+    """With the original's decoder the two have different errors."""
+    settings = make_run(tmp_path, ORACLE, oracle=str(tmp_path / "run/model"))
+    quick = ["tests=[probes]", "probes.steps=1", "probes.images=8"]
+    first, again = (audited(settings, *quick)["probes"] for _ in range(2))
+    assert first == again and first["unlearned"]["original_decoder"] != first["oracle"]["original_decoder"]
+
+
+def test_a_feature_network_of_other_weights_looks_anew(tmp_path, monkeypatch):
+    file = tmp_path / "inception.safetensors"
+    file.write_bytes(b"one")
+    settings, kept, keys, networks = make_run(tmp_path), Kept(), [], []
+    evaluation = settings.evaluation.model_copy(update={"features": "inception", "features_weights": str(file)})
+    run = resolve(settings.model_copy(update={"evaluation": evaluation}), measured=True)
+    monkeypatch.setattr(measure, "feature_network", lambda settings: torch.nn.Identity())
+    for content in (b"one", b"one", b"two"):
+        file.write_bytes(content)
+        subject = job.prepared(run, audits.load(None, [*QUICK, "tests=[membership,probes]"]))
+        pieces = [piece for test in subject.tests.values() for piece in test.pieces(subject)]
+        keys.append({piece: subject.key(piece) for piece in pieces} | {"all": subject.identity()})
+        networks.append(kept.network(subject))
+    assert keys[0] == keys[1] and networks[0] is networks[1] is not networks[2]
+    other = {piece if piece == "all" else piece.what for piece in keys[2] if keys[2][piece] != keys[1][piece]}
+    assert other == {"all", "retrieval", "gallery"}
+
+
+def test_images_of_the_next_audit_are_kept_decoded_where_those_before_were_let_go(tmp_path):
+    settings, kept = make_run(tmp_path), Kept()
+    data = settings.data.model_copy(update={"cache": "decoded", "cache_bytes": 400_000})
+    run = resolve(settings.model_copy(update={"data": data}), measured=True)
+    for seed in range(3):
+        subject = job.prepared(run, audits.load(None, [*QUICK, f"seed={seed}"]))
+        bench = Bench(subject, kept)
+        for name in ("forget", "retain"):
+            bench.pixels(name, 0, 40)
+        assert kept.images(subject).decoded > 40 * 3 * 32**2
 
 
 def test_the_original_and_a_blur_fail_and_the_oracle_passes(tmp_path):

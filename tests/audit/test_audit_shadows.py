@@ -1,16 +1,19 @@
 """Shadow models: what each is trained on, that training them goes on where it was, and membership image by image with
 them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from support.models import TINY
 
 from jobs import audit as job
 from unlearn import config
+from unlearn.audit import membership, shadows
 from unlearn.audit import settings as audits
-from unlearn.audit import shadows
+from unlearn.data.images import Images
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError
+from unlearn.errors import ConfigError, ImageError
 from unlearn.models import weights
 from unlearn.run import Run, resolve
 
@@ -92,3 +95,22 @@ def test_membership_is_told_image_by_image(trained):
     whole = job.prepared(run, audits.load(None, asked))
     at = np.isin(run.sets["forget"].rows, limited.sets["forget"].rows)
     assert (limited.seen == whole.seen[:, at]).all(), "who has seen what follows the images that are drawn"
+
+
+def test_a_damaged_image_is_left_out_of_what_shadows_have_seen(trained, monkeypatch):
+    run, to = trained
+    damaged, whole, ratio, unseen = int(run.sets["forget"].rows[3]), Images.__getitem__, membership._ratio, []
+
+    def image(self, row: int) -> np.ndarray:
+        if row == damaged:
+            raise ImageError("cut")
+        return whole(self, row)
+
+    monkeypatch.setattr(Images, "__getitem__", image)
+    monkeypatch.setattr(membership, "_ratio", lambda *asked: unseen.append(asked[2]) or ratio(*asked))
+    data = run.settings.data.model_copy(update={"max_bad_images": 1})
+    run = replace(run, settings=run.settings.model_copy(update={"data": data}))
+    asked = audits.load(None, ["tests=[membership]", "membership.views=1", "resamples=100", f"shadows={to}"])
+    document = job.audit(run, asked, again=True)
+    assert "lr_auc" in document["membership"]["figures"]
+    assert (unseen[0] == ~np.delete(job.prepared(run, asked).seen, 3, 1)).all()

@@ -66,6 +66,10 @@ def test_looks_are_of_the_hole():
     steps = (rough.diff(dim=2).abs() * (hidden[:, :, 1:] ^ hidden[:, :, :-1])).sum((1, 2, 3)) / 3
     steps += (rough.diff(dim=3).abs() * (hidden[..., 1:] ^ hidden[..., :-1])).sum((1, 2, 3)) / 3
     torch.testing.assert_close(noisy[:, 12], steps.double() / 32, rtol=1e-5, atol=1e-7)
+    extreme = [(side & hidden).double().mean((1, 2, 3)) for side in (rough < 0.02, rough > 0.98)]
+    assert (noisy[:, 13:15] == torch.stack(extreme, 1)).all() and noisy.shape == (2, 17)
+    apart = (noisy[:, [1, 5]] + 0.01).log() - (noisy[:, [7, 11]] + 0.01).log()
+    assert (noisy[:, 15:] == apart).all(), "contrast and roughness, inside against outside"
 
 
 def test_a_cut_holds_the_hole_and_an_output_is_found_among_originals():

@@ -23,7 +23,7 @@ from support.sweeps import tiny_tree as tree
 from support.workers import together
 from tensorboardX.proto.event_pb2 import Event
 
-from jobs import callbacks, submit
+from jobs import callbacks, slots, submit
 from jobs import sweep as job
 from jobs.backends import base
 from jobs.cluster import connected
@@ -33,6 +33,8 @@ from jobs.sweep_state import Progress, SweepState
 from unlearn import config, signals
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
+from unlearn.evaluation import measure
+from unlearn.run import resolve
 from unlearn.search import space, sweep_file
 from unlearn.search.records import Trials, points
 from unlearn.training import metrics
@@ -195,7 +197,7 @@ def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
     given = []
 
     @contextlib.contextmanager
-    def slots(sweep, desk, scratch):
+    def two_slots(sweep, desk, scratch):
         def slot(number: int) -> None:
             while (leg := ray.get(desk.next.remote(number))) != "over":
                 if leg is None:
@@ -215,7 +217,7 @@ def legs(cluster, monkeypatch) -> list[tuple[str, int]]:
             finally:
                 ray.get(desk.close.remote())
 
-    monkeypatch.setattr(job, "_slots", slots)
+    monkeypatch.setattr(job, "_slots", two_slots)
     return given
 
 
@@ -415,3 +417,16 @@ def test_optuna_knows_after_a_restart_what_it_knew(tiny_shards, tiny_model, tmp_
         return proposed
 
     assert play(tmp_path / "disturbed", True) == play(tmp_path / "undisturbed", False)
+
+
+def test_a_slot_measures_anew_where_a_feature_network_was_replaced(tiny_run, tmp_path, monkeypatch):
+    file, met = tmp_path / "inception.safetensors", []
+    settings = tiny_run("evaluation.features=inception", f"evaluation.features_weights={file}")
+    run, slot = resolve(settings, measured=True), slots.SlotWorker()
+    monkeypatch.setattr(measure, "feature_network", lambda settings: object())
+    monkeypatch.setattr(measure, "Measurer", lambda run, models, looks, network, kept: met.append(network))
+    monkeypatch.setattr(measure, "evaluate", lambda *_, known: met.append(known))
+    for content in (b"one", b"one", b"two"):
+        file.write_bytes(content)
+        slot._measured(run, [])
+    assert met[:2] == met[2:4] and met[0] is not met[4] and met[1] is not met[5]

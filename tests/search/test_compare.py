@@ -255,6 +255,14 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
     for folder, before in zip(folders[1:], made, strict=True):
         alone = audits.audit(runs.resolve(runs.load(folder.uri), measured=True), audit_settings.parse(audit))
         assert alone.pop("seconds").keys() == before.pop("seconds").keys() and alone == before
+    folders[0].write("audit.json", b"\0" * 500)  # as after a loss of power
+    folders[1].write("audit.json", b"[]")
+    folders[2].write("audit_failed.json", b"\0" * 20)
+    folders[2].delete("audit.json")
+    cut = leaderboard.document(found, {"paper": point}, trials, Storage(final.sweep_dir))["rows"][0]
+    assert not cut["audits"]["broken"] and not cut["audits"]["verdicts"]
+    anew = [document | {"seconds": None} for document in audited()]
+    assert anew == [document | {"seconds": None} for document in again] and not measured
     folders[0].write("model/weights.safetensors", whole[:-1])
     found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit | {"resamples": 101}))
     assert len(audited()) == 2 and not folders[0].is_file(page.NAME), "what other options have shown goes"

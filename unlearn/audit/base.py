@@ -25,7 +25,6 @@ from unlearn.registry import AUDITS
 if TYPE_CHECKING:
     from unlearn.audit.bench import Bench
     from unlearn.audit.subject import Subject
-    from unlearn.run import Run
 
 PASS, FAIL, NOT_SHOWN = "PASS", "FAIL", "NOT SHOWN"
 ORIGINAL, UNLEARNED, ORACLE = "original", "unlearned", "oracle"
@@ -100,7 +99,8 @@ class AuditTest:
     """Subclasses state what they are, what they need, their pieces and their figures.
 
     shows, hides: what the test can show, and what it cannot, in a sentence each. cost: of one generator, for people.
-    needs: the sets without which it cannot be made, see unlearn.audit.subject.
+    needs: the sets without which it cannot be made, see unlearn.audit.subject. schema: raised when it measures
+    otherwise than before under the same options.
     """
 
     name: ClassVar[str]
@@ -109,6 +109,7 @@ class AuditTest:
     hides: ClassVar[str]
     cost: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    schema: ClassVar[int] = 1
     Options: ClassVar[type[config.Part]] = config.Part
 
     def __init__(self, options: config.Part):
@@ -119,8 +120,8 @@ class AuditTest:
         absent = [name for name in self.needs if name not in subject.sets]
         return None if not absent else f"there are no images for it: {', '.join(subject.why(name) for name in absent)}"
 
-    def reads(self, run: "Run") -> list[Any]:
-        """Plain values of the run that `measure` depends on, besides its images, weights and feature network."""
+    def reads(self, subject: "Subject", piece: Piece) -> list[Any]:
+        """Plain values that `measure` of this piece depends on, besides its images and weights."""
         return []
 
     def pieces(self, subject: "Subject") -> list[Piece]:

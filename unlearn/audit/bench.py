@@ -49,10 +49,10 @@ class Kept:
             wanted[shelf] = np.concatenate([wanted.get(shelf, rows.rows[:0]), rows.rows])
         self.images(subject).make_room(wanted)
 
-    def network(self, settings: config.RunConfig) -> torch.nn.Module:
+    def network(self, subject: Subject) -> torch.nn.Module:
         """The feature network of a run's evaluation."""
-        evaluation = settings.evaluation
-        key = repr((evaluation.features, evaluation.features_weights, evaluation.resize, measure.device(settings)))
+        settings, evaluation = subject.run.settings, subject.run.settings.evaluation
+        key = repr((evaluation.features, subject.network, evaluation.resize, measure.device(settings)))
         if self._network is None or self._network[0] != key:
             self._network = key, measure.feature_network(settings)
         return self._network[1]
@@ -97,7 +97,7 @@ class Bench:
     @property
     def network(self) -> torch.nn.Module:
         """The feature network of the run's evaluation."""
-        return self._kept.network(self.subject.run.settings)
+        return self._kept.network(self.subject)
 
     @property
     def size(self) -> int:

@@ -52,6 +52,7 @@ class Membership(AuditTest):
     )
     cost = "views x images reconstructions"
     needs = ("forget", "forget_new")
+    schema = 2
     Options = MembershipOptions
     options: MembershipOptions
 
@@ -61,7 +62,7 @@ class Membership(AuditTest):
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
         specs: list[config.ViewSpec] = [self.options.view] * self.options.views
         errors = bench.errors if self.options.score == "reconstruction" else bench.losses
-        return {"errors": errors(piece, specs)}
+        return {"errors": errors(piece, specs), "kept": bench.pixels(piece.what, piece.start, piece.stop)[0]}
 
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
         auc, found = {}, {share: {} for share in (0.01, 0.001)}
@@ -83,13 +84,15 @@ class Membership(AuditTest):
 
     def _by_image(self, measured: Measured, subject: Subject) -> list[Figure]:
         """The same with the difficulty of each image taken out of its score, by shadow models that have not seen it."""
-        names, others = list(subject.shadows), len(measured[next(iter(subject.models)), "forget_new"]["errors"])
+        names = list(subject.shadows)
+        forget, new = (measured[names[0], kind] for kind in self.needs)
+        seen, others = subject.seen[:, forget["kept"]], len(new["errors"])
         scores = [np.array([_score(measured[name, kind]["errors"]) for name in names]) for kind in self.needs]
         # An image that none has seen is compared with one of each pair, as many as have not seen a member.
         absent = np.array([shadows.seen(others, number, subject.settings.seed) for number in range(len(names))])
-        unseen = [~subject.seen, absent]
+        unseen = [~seen, absent]
         half = len(names) // 4 * 2  # pairs that say which images are learnt by heart; the others then judge them
-        learnt = _mean(scores[0][:half], subject.seen[:half]) - _mean(scores[0][:half], unseen[0][:half])
+        learnt = _mean(scores[0][:half], seen[:half]) - _mean(scores[0][:half], unseen[0][:half])
         worst = np.argsort(-learnt, kind="stable")[: max(1, len(learnt) // 10)]
         ratios, hardest, found = {}, {}, {}
         for generator in subject.models:

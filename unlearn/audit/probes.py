@@ -8,6 +8,8 @@ fresh decoder       a decoder of random weights, trained on the frozen encoder w
 retrieval           whether the hole of an output leads to its own original among others
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -58,6 +60,11 @@ class Probes(AuditTest):
     needs = SETS
     Options = ProbesOptions
     options: ProbesOptions
+
+    def reads(self, subject: Subject, piece: Piece) -> list[Any]:
+        if piece.what == OLD:
+            return [piece.generator == UNLEARNED]
+        return [subject.network] if piece.what in (SOUGHT, GALLERY) else []
 
     def pieces(self, subject: Subject) -> list[Piece]:
         count = min(self.options.images, len(subject.sets["forget_new"]))

@@ -15,7 +15,6 @@ from unlearn.audit.bench import Bench
 from unlearn.audit.subject import Subject
 from unlearn.config import Part, Positive, ViewSpec
 from unlearn.evaluation.metrics import hole_errors
-from unlearn.run import Run
 
 
 class RelearningOptions(Part):
@@ -66,8 +65,8 @@ class Relearning(AuditTest):
     Options = RelearningOptions
     options: RelearningOptions
 
-    def reads(self, run: Run) -> list[Any]:
-        return [view.model_dump(mode="json") for view in run.settings.train_views]
+    def reads(self, subject: Subject, piece: Piece) -> list[Any]:
+        return [view.model_dump(mode="json") for view in subject.run.settings.train_views]
 
     def pieces(self, subject: Subject) -> list[Piece]:
         return [

@@ -87,24 +87,30 @@ def _unusual(rows: np.ndarray, usual: np.ndarray) -> np.ndarray:
 
 def looks(made: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """(B, 17) statistics of what was filled in. made: (B, 3, S, S) in [0, 1]; hidden: (B, 1, S, S) bool."""
-    inside, outside = hidden.double(), (~hidden).double()
     made = made.double()
-    columns = []
-    for where in (inside, outside):
-        count = where.sum((1, 2, 3)).clamp_min(1)
-        mean = (made * where).sum((2, 3)) / count[:, None]
-        variance = ((made - mean[:, :, None, None]).square() * where).sum((2, 3)) / count[:, None]
-        grey = made.mean(1, keepdim=True)
-        columns += [mean.mean(1), variance.mean(1).sqrt(), (mean - mean.mean(1, keepdim=True)).square().mean(1).sqrt()]
-        for axis in (2, 3):
-            both = where.narrow(axis, 1, where.shape[axis] - 1) * where.narrow(axis, 0, where.shape[axis] - 1)
-            columns.append((grey.diff(dim=axis).abs() * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp_min(1))
-        columns += [_rough(grey, where)]
-    columns += [_seam(made, hidden), *(((made < low) & hidden).double().mean((1, 2, 3)) for low in (0.02,))]
-    columns += [((made > 0.98) & hidden).double().mean((1, 2, 3))]
-    ratio = columns[:6], columns[6:12]
-    columns += [(ratio[0][i] + 0.01).log() - (ratio[1][i] + 0.01).log() for i in (1, 5)]
+    inside, outside = _of(made, hidden.double()), _of(made, (~hidden).double())
+    dark, bright = (made < 0.02) & hidden, (made > 0.98) & hidden
+    columns = [*inside.values(), *outside.values(), _seam(made, hidden)]
+    columns += [share.double().mean((1, 2, 3)) for share in (dark, bright)]
+    columns += [(inside[name] + 0.01).log() - (outside[name] + 0.01).log() for name in ("contrast", "roughness")]
     return torch.stack(columns, 1)
+
+
+def _of(made: torch.Tensor, where: torch.Tensor) -> dict[str, torch.Tensor]:
+    """(B,) statistics each of the pixels where `where`, (B, 1, S, S), is 1."""
+    count = where.sum((1, 2, 3)).clamp_min(1)[:, None]
+    mean = (made * where).sum((2, 3)) / count
+    variance = ((made - mean[:, :, None, None]).square() * where).sum((2, 3)) / count
+    grey = made.mean(1, keepdim=True)
+    steps = []
+    for axis in (2, 3):
+        both = where.narrow(axis, 1, where.shape[axis] - 1) * where.narrow(axis, 0, where.shape[axis] - 1)
+        steps.append((grey.diff(dim=axis).abs() * both).sum((1, 2, 3)) / both.sum((1, 2, 3)).clamp_min(1))
+    return {
+        "brightness": mean.mean(1), "contrast": variance.mean(1).sqrt(),
+        "colour": (mean - mean.mean(1, keepdim=True)).square().mean(1).sqrt(),
+        "steps down": steps[0], "steps across": steps[1], "roughness": _rough(grey, where),
+    }  # fmt: skip
 
 
 def _rough(grey: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ retain_new      held-out images of the retained classes
 import hashlib
 import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,10 +21,11 @@ from unlearn.audit.settings import AuditConfig
 from unlearn.audit.statistics import Estimate, bootstrap
 from unlearn.data import held_out, order, selection, shards
 from unlearn.data.selection import RowSet
+from unlearn.evaluation import features
+from unlearn.models import weights
 from unlearn.models.weights import Source
 from unlearn.run import Run
 
-SCHEMA = 1  # raised when a test measures otherwise than before under the same options
 _ABSENT = {
     "forget": "data.forget names none",
     "forget_new": "held-out images of the forgotten classes (evaluation.data)",
@@ -60,6 +62,12 @@ class Subject:
         """What the storage says of the weights of a generator."""
         return self.run.sources[self.every[generator].weights or ""]
 
+    @cached_property
+    def network(self) -> str:
+        """sha256 of the weights of the feature network. Raises UnlearnError."""
+        evaluation = self.run.settings.evaluation
+        return weights.locate(features.file(evaluation.features, evaluation.features_weights)).fingerprint
+
     def estimate(self, statistic: Any, *samples: np.ndarray) -> Estimate:
         """statistic(*samples) with its bootstrap draws; rows are images."""
         return bootstrap(statistic, *samples, resamples=self.settings.resamples, seed=self.settings.seed)
@@ -68,7 +76,8 @@ class Subject:
         """The hash of everything that a piece's result depends on."""
         test, evaluation = self.tests[piece.test], self.run.settings.evaluation
         told = {
-            "schema": SCHEMA, "piece": [piece.test, piece.what, piece.start, piece.stop], "seed": self.settings.seed,
+            "schema": test.schema, "piece": [piece.test, piece.what, piece.start, piece.stop],
+            "seed": self.settings.seed,
             "options": test.options.model_dump(mode="json"),
             "weights": [self.source(name).fingerprint for name in (piece.generator, "original") if name in self.every],
             "model": self.every[piece.generator].model_dump(mode="json", exclude={"weights", "first_stage"}),
@@ -76,7 +85,7 @@ class Subject:
             "sets": {name: _digest(rows) for name, rows in self.sets.items()},
             "features": [evaluation.features, evaluation.features_weights, evaluation.resize,
                 evaluation.guidance_scale],
-            "orientation": self.run.settings.data.orientation, "run": test.reads(self.run),
+            "orientation": self.run.settings.data.orientation, "run": test.reads(self, piece),
             "on_their_side": self.settings.unseen is None,
         }  # fmt: skip
         return _hash(told)

@@ -1,5 +1,7 @@
 """What is compared: the images, what of them is hidden, and what each generator makes of them."""
 
+from functools import cached_property
+
 import numpy as np
 import torch
 
@@ -48,8 +50,12 @@ class Comparison:
         first = next(iter(models))
         self.grid, self.size = self._shape(self.generator(first))
         workers = run.settings.evaluation.workers or run.settings.cluster.workers
-        kept = kept or cache.image_cache(run.settings.data, workers)
-        self.images = {name: Images(rows, run.settings.data, kept, self.size) for name, rows in self.sets.items()}
+        self._kept = kept or cache.image_cache(run.settings.data, workers)
+
+    @cached_property
+    def images(self) -> dict[str, Images]:
+        """By set. They are opened when they are asked for first, so that a cache can make room for them before."""
+        return {name: Images(rows, self.settings.data, self._kept, self.size) for name, rows in self.sets.items()}
 
     def generator(self, name: str) -> base.Adapter:
         """The generator of that name, on the device; the one before it is let go. Raises ConfigError where its shape is

@@ -23,14 +23,13 @@ retain.distance and distance (the root mean square of both), and audit.passed, t
 whose verdict is PASS.
 """
 
-import json
 import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from unlearn import __version__
+from unlearn import __version__, documents
 from unlearn.data.storage import Storage
 from unlearn.search.compare import Compare
 from unlearn.search.objectives import Figures
@@ -90,9 +89,9 @@ def document(
 
 
 def _read(folder: Storage, trial: Trial, name: str) -> dict[str, Any]:
-    """A JSON file of a trial's run folder; empty where it is not there."""
+    """A JSON file of a trial's run folder; empty where it is not there or damaged."""
     place = f"{trial.run}/{name}"
-    return json.loads(folder.read(place)) if folder.is_file(place) else {}
+    return documents.mapping(folder.read(place)) if folder.is_file(place) else {}
 
 
 def _figures(trial: Trial, metrics: dict[str, Any], audit: dict[str, Any]) -> Figures:
