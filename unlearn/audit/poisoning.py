@@ -53,6 +53,7 @@ class Poisoning(AuditTest):
     hides = "Anything of an original that was not trained on images that `unlearn audit poison` has stamped."
     cost = "2 x images reconstructions"
     needs = ("retain_new",)
+    schema = 2
     Options = PoisoningOptions
     options: PoisoningOptions
 
