@@ -90,3 +90,21 @@ def test_one_finding_decides_and_an_open_question_blocks():
     assert base.combined([judged[PASS], judged[NOT_SHOWN]]) == PASS
     assert base.combined([judged[PASS], undecided]) == NOT_SHOWN
     assert base.combined([judged[NOT_SHOWN]]) == base.combined([]) == NOT_SHOWN
+
+
+@pytest.mark.parametrize(("count", "plain"), [(2, 55), (3, 78), (5, 86)])
+def test_an_interval_over_few_draws_holds_the_truth_as_often_as_it_says(count, plain):
+    """400 means of normal values of mean 0; plain: the most that a bootstrap without widening holds, in percent."""
+    rng, held = np.random.default_rng(count), {True: 0, False: 0}
+
+    def mean(rows, drawn):
+        return float(rows[:, drawn].mean())
+
+    for seed in range(400):
+        rows, every = rng.normal(size=(1, count)), np.arange(count)
+        for wide in held:
+            statistic = statistics.widened(mean, count) if wide else mean
+            low, high = statistics.bootstrap(statistic, rows, every, resamples=100, seed=seed).interval(0.95)
+            held[wide] += low <= 0 <= high
+    assert held[True] >= 4 * 90 and held[False] < 4 * plain
+    assert statistics.widened(mean, 1) is mean

@@ -28,13 +28,13 @@ class RelearningOptions(Part):
     images: Positive = Field(default=64, description="forget images that an attacker has")
     draws: Positive = Field(
         default=3,
-        description="how often other forget images are drawn, where there are as many: which they are matters much. "
-        "Over few draws the interval is too narrow: of three, one of 95 % holds the mean of all in about 70 %",
+        description="how often other forget images are drawn, where there are as many: which they are matters much, so "
+        "the interval of few draws is wide",
     )
     retain_draws: Positive = Field(
         default=1,
         description="how often retain images are trained on, each time drawn with another seed; 1 gives no interval "
-        "over them, few one that is too narrow, as with `draws`",
+        "over them",
     )
     steps: Positive = 100
     batch_size: Positive = 32
@@ -114,8 +114,9 @@ class Relearning(AuditTest):
             known = oracles(errors)
             if known:
                 reference = np.stack([errors[name] for name in known], 2)
+                lead = statistics.widened(_lead, len(draws))
                 leads = {
-                    g: subject.estimate(_lead, np.concatenate([e[:, :, None], reference], 2), draws)
+                    g: subject.estimate(lead, np.concatenate([e[:, :, None], reference], 2), draws)
                     for g, e in errors.items()
                 }
                 curves = {g: list(zip(map(float, points), line, strict=True)) for g, line in lines.items()}

@@ -14,8 +14,9 @@ from typing import Any
 ORACLE = "oracle"
 # Figures whose distances `whole` sums up: those that rest on single images, not on the number of them as FID does.
 WHOLE = ("cosine", "psnr")
-# Quantiles of Student's t at 97.5 %, by degrees of freedom.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# Student's t at 97.5 %, by degrees of freedom from 1; beyond them the normal distribution's is near.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+NORMAL = 1.96
 
 
 def name(number: int) -> str:
@@ -77,7 +78,12 @@ def distance(rows: Sequence[dict[str, Any]], view: str, count: int) -> dict[str,
 
 def chance(count: int) -> float:
     """Within this distance of `count` oracles are 19 of 20 further ones, were their figures normally distributed."""
-    return STUDENT[min(count - 2, len(STUDENT) - 1)] * math.sqrt(1 + 1 / count)
+    return student(count) * math.sqrt(1 + 1 / count)
+
+
+def student(count: int) -> float:
+    """Student's t of `count` values for a two-sided interval of 95 %."""
+    return STUDENT[count - 2] if count - 2 < len(STUDENT) else NORMAL
 
 
 def told(measured: dict[str, Any]) -> str:

@@ -8,15 +8,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from unlearn.evaluation.oracles import student
 from unlearn.search.records import Point
 from unlearn.search.space import canonical
 from unlearn.search.study import is_number, labels, text
 
 FEWEST = 3  # values along a curve
 MOST = 8  # curves in one drawing
-# Student's t for a two-sided interval of 95 %, by degrees of freedom from 1; beyond them the normal distribution's 1.96
-# is near.
-STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,6 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % interval of the mean (Student's t); None for one value."""
     if len(values) < 2:
         return None
-    t = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    half = student(len(values)) * statistics.stdev(values) / math.sqrt(len(values))
     mean = math.fsum(values) / len(values)
     return mean - half, mean + half
