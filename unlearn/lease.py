@@ -159,7 +159,7 @@ def owner_of(run_dir: str) -> Owner | None:
     return owner if owner and not owner.gone() else None
 
 
-def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], None], advice: str) -> Lease:
+def _acquire(storage: Storage, what: str, seconds: float, say: Callable[[str], None], advice: str = ADVICE) -> Lease:
     own = Owner(
         command=what, host=socket.gethostname(), pid=os.getpid(), place=_place(), birth=_birth(os.getpid()) or "",
         token=uuid.uuid4().hex, since=_now(), renewed=_now(), seconds=seconds,
