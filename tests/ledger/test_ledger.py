@@ -15,7 +15,8 @@ from unlearn.ledger import database, entry, letter, verification
 from unlearn.ledger.ledger import Ledger, append
 from unlearn.ledger.tables import disclosures, entries
 
-FORK = multiprocessing.get_context("fork")  # what the processes need is imported already
+# Not forked: threads that libraries have started in this process do not outlive that, and what they hold breaks.
+ANEW = multiprocessing.get_context("spawn")
 
 
 def subject(name: str, **more) -> dict:
@@ -150,8 +151,8 @@ def _write(url: str, writer: int, numbers) -> None:
 
 def test_sixteen_writers_lose_nothing(url):
     """They make the ledger, too."""
-    numbers = FORK.Queue()
-    writers = [FORK.Process(target=_write, args=(url, writer, numbers)) for writer in range(16)]
+    numbers = ANEW.Queue()
+    writers = [ANEW.Process(target=_write, args=(url, writer, numbers)) for writer in range(16)]
     for writer in writers:
         writer.start()
     for writer in writers:
@@ -177,7 +178,7 @@ def test_a_process_killed_in_mid_write_leaves_it_whole(url):
         ledger.add([subject("a"), subject("b")])
         root = verification.verify(ledger).walk.tree.root()
         ledger.database.close()
-        victim = FORK.Process(target=_die, args=(url,))
+        victim = ANEW.Process(target=_die, args=(url,))
         victim.start()
         victim.join()
         assert victim.exitcode == -signal.SIGKILL
