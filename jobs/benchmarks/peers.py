@@ -10,16 +10,14 @@ pyarrow      Parquet, row groups read by pyarrow in a DataLoader
 
 Usual is PIL's decode and bicubic resize by torchvision's transforms, where nothing else is said. ours: `cache: none`,
 and `decoded`, which the second epoch reads; bare: decode and resize alone, on bytes in memory, in one thread. Making
-a loader is not counted, starting its processes is. Before it is measured, each reads an epoch of other images, so that
-memory and libraries are as in the middle of a long first epoch (--warm 0: no such images, as in a process that has just
-begun). With --at s3://bucket/prefix ours are measured from there too.
+a loader is not counted, starting its processes is. With --at s3://bucket/prefix ours are measured from there too.
 
 The peers are no dependencies. Those that are not there are left out:
 
 pip install --target peers --no-deps webdataset mosaicml-streaming datasets spdl spdl-core spdl-io braceexpand \\
     xxhash dill multiprocess catalogue brotli python-snappy cramjam zstd
-PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 3] [--images 1536] [--warm 1024] \\
-    [--only ours,bare] [--at s3://bucket/prefix]
+PYTHONPATH=peers python -m jobs.benchmarks.peers CONFIG [--set a.b=c] [--rounds 3] [--images 1536] [--only ours,bare] \\
+    [--at s3://bucket/prefix]
 """
 
 # The peers are no dependencies.
@@ -42,7 +40,6 @@ from unlearn import config
 from unlearn.data import shards
 from unlearn.data.loader import Loader
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError
 from unlearn.models import weights
 from unlearn.run import resolve
 
@@ -64,25 +61,16 @@ def bare(folder: Path, to: To) -> Epochs:
     return lambda: ([to(data) for data in images[start : start + BATCH]] for start in range(0, len(images), BATCH))
 
 
-def prepare(settings: config.RunConfig, folder: Path, images: int, warm: int) -> None:
-    """Write the first `images` of the data set into `measured`, and the next ones into `warm`."""
-    manifest, found = shards.find(settings.data.train, settings.data.split), []
-    for group in range(len(manifest.groups)):
-        if len(found) < images + warm:
-            found += [bytes(view) for view in shards.images(manifest.read(group, ["image"]))]
-    if len(found) < images + warm:
-        raise ConfigError(f"{manifest.uri} has {len(found)} images: lower --images ({images}) and --warm ({warm})")
-    write(folder / "measured", found[:images])
-    if warm:
-        write(folder / "warm", found[images : images + warm])
-
-
-def write(folder: Path, found: list[bytes]) -> None:
-    """Images as Parquet, tars and MDS."""
+def prepare(settings: config.RunConfig, folder: Path, images: int) -> None:
+    """Write the first `images` of the data set as Parquet, tars and MDS."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    folder.mkdir()
+    manifest, found = shards.find(settings.data.train, settings.data.split), []
+    for group in range(len(manifest.groups)):
+        if len(found) < images:
+            found += [bytes(view) for view in shards.images(manifest.read(group, ["image"]))]
+    found = found[:images]
     (folder / "parquet").mkdir()
     table = pa.table({"image": pa.array(found, pa.binary()), "label": [0] * len(found)})
     pq.write_table(table, folder / "parquet" / "0.parquet", row_group_size=128, compression="none")
@@ -109,20 +97,18 @@ def write(folder: Path, found: list[bytes]) -> None:
         pass
 
 
-def sent(source: Storage, to: Storage) -> None:
-    """The same files at another place."""
+def sent(source: Storage, to: Storage) -> str:
+    """The same files at another place; where."""
     for name in source.files():
         to.write(name, source.read(name))
+    return to.uri
 
 
-def measure(settings: config.RunConfig, name: str, way: str, folder: Path, at: str) -> list[tuple[float, float]]:
-    """(images a second of processor time, by the clock) of the first two epochs, after one of other images; at: where
-    ours are read."""
-    if (folder / "warm").exists():
-        for _ in begun(settings, name, way, folder / "warm", f"{at}/warm")():
-            pass
-        gc.collect()  # ends what is kept of them, and the processes of a peer
-    epochs = begun(settings, name, way, folder / "measured", f"{at}/measured")
+def measure(settings: config.RunConfig, name: str, way: str, folder: Path) -> list[tuple[float, float]]:
+    """(images a second of processor time, by the clock) of the first two epochs."""
+    size = weights.build(settings.model, settings.seed).options.image_size
+    to = Usual(size) if way == "usual" else Ours(size)
+    epochs = ours(settings, way) if name in ("ours", "ours-s3") else {**PEERS, "bare": bare}[name](folder, to)
     rates = []
     for _ in range(2):
         began, used = time.perf_counter(), _processor_time()
@@ -131,15 +117,6 @@ def measure(settings: config.RunConfig, name: str, way: str, folder: Path, at: s
             raise RuntimeError("it gave no image")
         rates.append((count / (_processor_time() - used), count / (time.perf_counter() - began)))
     return rates
-
-
-def begun(settings: config.RunConfig, name: str, way: str, folder: Path, at: str) -> Epochs:
-    """A loader of the images of `folder`, ours of those at `at`."""
-    if name in ("ours", "ours-s3"):
-        data = settings.data.model_copy(update={"train": f"{at}/parquet"})
-        return ours(settings.model_copy(update={"data": data}), way)
-    size = weights.build(settings.model, settings.seed).options.image_size
-    return {**PEERS, "bare": bare}[name](folder, Usual(size) if way == "usual" else Ours(size))
 
 
 def _processor_time() -> float:
@@ -174,16 +151,17 @@ def compare(settings: config.RunConfig, options: argparse.Namespace) -> None:
     rates: dict[tuple[str, str], list] = {}
     left_out: set[tuple[str, str]] = set()
     with tempfile.TemporaryDirectory() as folder:
-        prepare(settings, Path(folder), options.images, options.warm)
+        prepare(settings, Path(folder), options.images)
+        shards_of = {name: f"{folder}/parquet" for name, _ in cases}
         if options.at:
-            for name in os.listdir(folder):
-                sent(Storage(f"{folder}/{name}/parquet"), Storage(f"{options.at}/{name}/parquet"))
+            shards_of["ours-s3"] = sent(Storage(f"{folder}/parquet"), Storage(options.at))
         for case in turns:
             if case in left_out:
                 continue
-            at = options.at if case[0] == "ours-s3" else folder
+            data = settings.data.model_copy(update={"train": shards_of[case[0]]})
+            here = settings.model_copy(update={"data": data})
             try:
-                rates.setdefault(case, []).append(measure(settings, case[0], case[1], Path(folder), at))
+                rates.setdefault(case, []).append(measure(here, case[0], case[1], Path(folder)))
                 print(*case, *(f"{rate:,.0f}" for epoch in rates[case][-1] for rate in epoch), flush=True)
             except Exception as e:  # a peer that is not there, or lacks a library of its own: whatever it raises
                 left_out.add(case)
@@ -216,7 +194,6 @@ def tell(rates: dict[tuple[str, str], list]) -> None:
 if __name__ == "__main__":
     parser = command.parser(__doc__)
     parser.add_argument("--images", type=int, default=1536)
-    parser.add_argument("--warm", type=int, default=1024)
     parser.add_argument("--only")
     parser.add_argument("--at", help="s3:// where the same shards are put")
     options = parser.parse_args()
