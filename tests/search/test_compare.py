@@ -173,6 +173,9 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     assert 0 <= marks[0]["x"] < marks[1]["x"] <= wide and all(0 <= mark["y"] <= high for mark in marks)
     assert [label.text for label in drawn["labels"]] == ["1", "2"]
     assert "few: 2 seeds, 2 originals, 2 oracles" in page
+    document["reference"]["original"]["retain.cosine"] = document["reference"]["oracle"]["retain.cosine"] + 0.001
+    first, second = (r["y"] + r["rise"] for r in leaderboard_page.drawing(document)["references"])
+    assert second - first >= labels.HEIGHT, "names of lines that lie close"
 
 
 def test_numbers_of_near_points_lie_beside_each_other_and_of_more_points_share_a_label():

@@ -1,5 +1,6 @@
 """The leaderboard for people: a table for the terminal, and report.html, which loads nothing from anywhere."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -159,12 +160,16 @@ def drawing(document: dict[str, Any]) -> dict[str, Any] | None:
     ]  # fmt: skip
     references = [
         {
-            "name": name, "y": above(figures["retain.cosine"]),
+            "name": name, "y": above(figures["retain.cosine"]), "rise": -4.0,
             "x": across(figures[figure]) if before and figure in figures else None,
         }
         for name, figures in document["reference"].items() if "retain.cosine" in figures
     ]  # fmt: skip
-    names = [labels.Label(r["name"], WIDTH, r["y"] - 4, "end").box for r in references]
+    # A name stands above its line, but the lower of two that would meet below it.
+    for high, low in itertools.pairwise(sorted(references, key=lambda r: r["y"])):
+        if low["y"] - high["y"] < labels.HEIGHT:
+            low["rise"] = labels.HEIGHT
+    names = [labels.Label(r["name"], WIDTH, r["y"] + r["rise"], "end").box for r in references]
     numbers = [(str(number), mark["x"], mark["y"]) for number, mark in enumerate(marks, 1)]
     return {
         "width": WIDTH, "height": HEIGHT, "marks": marks, "labels": labels.placed(numbers, names, WIDTH, HEIGHT),
