@@ -140,9 +140,7 @@ def train_shadows(
 def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
     """The verdict of the whole, and each test's in a sentence."""
     verdicts = {name: judged[name]["verdict"] for name in names}
-    undecided = any(judged[name]["open"] for name in names)
-    found = set(verdicts.values())
-    verdict = base.FAIL if base.FAIL in found else base.PASS if base.PASS in found and not undecided else base.NOT_SHOWN
+    verdict = base.combined([base.Judgement(verdicts[n], "", judged[n]["open"], judged[n]["trace"]) for n in names])
     reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
     if left_out := [test_class(name).title for name in USUAL if name not in names]:
         reasons.append(f"Not made: {', '.join(left_out)}")

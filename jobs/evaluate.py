@@ -32,7 +32,7 @@ def evaluate(
     began = time.perf_counter()
     trained = provenance.check(run)
     models = comparison.generators(run.settings)
-    run = run.with_weights(model.weights for model in models.values())
+    run = comparison.located(run, models)
     log.info(
         "measuring %s on %s",
         ", ".join(models),
@@ -69,7 +69,7 @@ def write_report(run: Run, show_forget: bool = False) -> str:
         raise UnlearnError(f"{run.folder} has no {RESULTS}: run `unlearn evaluate` first")
     provenance.check(run)
     document, models = json.loads(storage.read(RESULTS)), comparison.generators(run.settings)
-    run = run.with_weights(model.weights for model in models.values())
+    run = comparison.located(run, models)
     wanted = measure.columns(list(models), _pictured(run, show_forget))
     with _workers(run, models, looks=False, workers=1) as mapped:
         pictures = dict(zip(wanted, mapped(wanted), strict=True))

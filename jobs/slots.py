@@ -146,7 +146,7 @@ class SlotWorker:
     def _measured(self, run: Run, pictured: list[str]) -> tuple[dict, list[dict]] | None:
         """What measure.evaluate gives, on rank 0; the other ranks do their share of it."""
         models = comparison.generators(run.settings)
-        run = run.with_weights(model.weights for model in models.values())
+        run = comparison.located(run, models)
         networks = ranks.from_first(lambda: measure.networks(run.settings))
         looking = self._looking(run, networks["features"])
         measurer = measure.Measurer(run, models, True, looking, self.kept.images(run.settings))

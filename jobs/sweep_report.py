@@ -142,7 +142,7 @@ def _grids_of(trial: Trial, grids: list[dict], beside: Iterable[str]) -> list[di
 def _workers(run: Run, models: dict[str, config.Model], looks: bool) -> Iterator[tuple[Run, Map]]:
     """(the run that knows these weights, a function that maps pieces over workers). Pictures take one worker."""
     settings = run.settings
-    known = run.with_weights(model.weights for model in models.values())
+    known = comparison.located(run, models)
     count = (settings.evaluation.workers or settings.cluster.workers) if looks else 1
     here = settings.training.engine == "torch"
     with pool(measure.Measurer, known, models, looks, cluster=settings.cluster, workers=count, here=here) as mapped:

@@ -226,7 +226,7 @@ def test_a_damaged_lease_is_watched_and_followed(tmp_path, monkeypatch, text):
 
 
 def test_who_has_lost_the_folder_is_told_and_does_not_end_well(place):
-    with pytest.raises(LeaseError, match="`thief`.*has taken it over. Add --resume"):
+    with pytest.raises(LeaseError, match="`thief`.*has taken it over. The same command goes on"):
         with lease.held(place, "first", seconds=10) as own:
             own.check()
             change(place, token="another", command="thief")
@@ -250,7 +250,7 @@ def test_who_cannot_renew_is_lost_until_it_can(tmp_path, monkeypatch):
     with lease.held(str(tmp_path), "first", seconds=4) as own:
         now = lease._elapsed
         monkeypatch.setattr(lease, "_elapsed", lambda: now() + 1000)  # as after a sleep of the whole machine
-        with pytest.raises(LeaseError, match="could not be renewed for 4 s. Add --resume"):
+        with pytest.raises(LeaseError, match="could not be renewed for 4 s. The same command goes on"):
             own.check()
         until(lambda: not own.lost)  # it can, and nobody has taken the folder meanwhile
 

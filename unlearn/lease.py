@@ -93,7 +93,10 @@ class Lease:
                 "what it had written may be gone; start it again"
             )
         if lost:
-            raise LeaseError(f"{self._storage.uri} is no longer owned by this process: {lost}. Add --resume to go on")
+            raise LeaseError(
+                f"{self._storage.uri} is no longer owned by this process: {lost}. The same command goes on once no "
+                "other works there (a run's with --resume)"
+            )
 
     def _keep(self) -> None:
         while not self._over.wait(self._owner.seconds / 4) and not self._lost:

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -204,6 +205,63 @@ def test_two_ray_workers_give_the_figures_of_one_process(done):
     """Its quick companion is test_figures_do_not_depend_on_who_measures_what."""
     settings, document = done
     assert audited(settings, "tests=[membership]", "workers=2", again=True)["membership"] == document["membership"]
+
+
+def test_that_nothing_was_damaged_is_no_pass(tmp_path):
+    """Of the original, which has forgotten nothing; without an oracle, what it still knows is compared with nothing."""
+    document = audited(make_run(tmp_path, oracle=None), "tests=[transfer]", "transfer.bystanders=1")
+    assert document["verdict"] == document["transfer"]["verdict"] == "NOT SHOWN"
+    assert "bystanders" in document["transfer"]["reasons"][-1] and "within" in document["transfer"]["reasons"][-1]
+
+
+def test_parts_of_a_set_have_all_of_its_classes(tmp_path):
+    """The embedded shards hold one class after another."""
+    subject = job.prepared(resolve(make_run(tmp_path), measured=True), audits.load(None, ["limit=200"]))
+    for name in ("forget", "forget_new"):
+        assert (np.diff(subject.labels(name)) >= 0).all()
+        positions = subject.shuffled(name)
+        assert sorted(positions) == list(range(200))
+        for start in range(0, 192, 32):
+            assert len(set(subject.labels(name)[positions[start : start + 32]].tolist())) == 5
+    bench = Bench(subject)
+    kept, pixels = bench.some("forget", 3, 9)
+    assert kept.tolist() == subject.shuffled("forget")[3:9].tolist()
+    assert torch.equal(pixels[2], bench.pixels("forget", kept[2], kept[2] + 1)[1][0])
+
+
+def test_classes_are_compared_by_name(tmp_path):
+    """Held-out shards that lack one class number the others otherwise."""
+    run = resolve(make_run(tmp_path), measured=True)
+    subject = job.prepared(run, audits.load(None, QUICK))
+    rows, expected = subject.sets["forget_new"], subject.labels("forget_new")
+    names = run.sets["forget"].manifest.classes
+    assert rows.manifest.classes == names and 0 not in expected
+    shifted = replace(rows.manifest, classes=[*names[1:], "Hat"])
+    subject.sets["forget_new"] = replace(rows, manifest=shifted, labels=rows.labels - 1)
+    assert (subject.labels("forget_new") == expected).all()
+    strange = replace(rows, manifest=shifted, labels=np.full(len(rows), 9))
+    subject.sets["forget_new"] = strange
+    assert (subject.labels("forget_new") >= 10).all(), "a class that training has not is none of its classes"
+    assert not subject.same_classes
+    subject.sets["retain_new"] = strange
+    assert subject.same_classes
+    probes = subject.tests["probes"]
+    measured = {(g, s): {"labels": np.zeros(4), "embeddings": np.eye(4)} for g in subject.models for s in subject.sets}
+    measured |= {(g, w): {"features": np.eye(4)} for g in subject.models for w in ("retrieval", "gallery")}
+    asked = {figure.name: figure for figure in probes.figures(measured, subject)}
+    assert "same classes on both sides" in asked["forget_or_not"].absent
+
+
+def test_unseen_images_are_of_classes_that_training_has_not(tmp_path):
+    run = resolve(make_run(tmp_path), measured=True)
+    with pytest.raises(ConfigError, match="unseen: .* only classes that are in training data too"):
+        job.prepared(run, audits.load(None, [*QUICK, "unseen=embedded:fashion-test"]))
+
+
+def test_an_oracle_is_a_model_of_its_own(tmp_path):
+    for oracle, message in ((ORIGINAL, "holds the weights of the original"), ([ORACLE, ORACLE], "of the oracle;")):
+        with pytest.raises(ConfigError, match=message):
+            audited(make_run(tmp_path, oracle=oracle), "tests=[transfer]")
 
 
 def test_without_held_out_images_nothing_is_shown(tmp_path):

@@ -13,7 +13,7 @@ from unlearn.audit import membership, shadows
 from unlearn.audit import settings as audits
 from unlearn.data.images import Images
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, ImageError
+from unlearn.errors import ConfigError, ImageError, UnlearnError
 from unlearn.models import weights
 from unlearn.run import Run, resolve
 
@@ -80,6 +80,18 @@ def test_shadows_of_something_else_are_refused(trained, tmp_path):
         job.train_shadows(run, recipe(to, retain={"classes": ["Bag"]}), to, 4)
     with pytest.raises(ConfigError, match="its data.train is not that of the run"):
         job.train_shadows(run, recipe(tmp_path, train="embedded:fashion-test"), str(tmp_path), 4)
+
+
+def test_shadows_of_another_forget_set_of_that_size_are_refused(trained, tmp_path):
+    run, to = trained
+    whole = run.sets["forget"]
+    other = replace(whole, rows=whole.rows + 1)
+    with pytest.raises(ConfigError, match="trained for another forget set"):
+        shadows.found(to, run.settings.model, other)
+    storage = Storage(str(tmp_path))
+    storage.write(shadows.CARD, b'{"identity": "x", "forget": 30, "seed": 0}')  # as they were written before
+    with pytest.raises(UnlearnError, match="of an earlier version"):
+        shadows.found(str(tmp_path), run.settings.model, whole)
 
 
 def test_membership_is_told_image_by_image(trained):

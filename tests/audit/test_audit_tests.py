@@ -122,6 +122,7 @@ def test_transfer_allows_neither_traces_nor_outputs_that_no_oracle_would_give():
     subject = SimpleNamespace(
         models=["original", "unlearned", "oracle"],
         estimate=lambda statistic, *samples: statistics.bootstrap(statistic, *samples, resamples=50, seed=0),
+        run=SimpleNamespace(settings=config.RunConfig.model_construct(train_views=[config.ViewSpec(size=0.5)])),
     )
     test = transfer.Transfer(transfer.TransferOptions())
     embeddings = np.random.default_rng(1).normal(size=(200, 4))
@@ -139,6 +140,39 @@ def test_transfer_allows_neither_traces_nor_outputs_that_no_oracle_would_give():
     passed = {"views": "PASS", "images": "PASS", "beyond": "PASS", "bystanders": "PASS"}
     assert verdicts(0.5) == verdicts(-2.5) == passed
     assert verdicts(2) == passed | {"views": "FAIL", "images": "FAIL"} and verdicts(-6) == passed | {"beyond": "FAIL"}
+
+
+def test_views_that_unlearning_used_are_not_new():
+    def subject(*used):
+        settings = SimpleNamespace(train_views=[config.ViewSpec(**view) for view in used])
+        return SimpleNamespace(run=SimpleNamespace(settings=settings), sets=dict.fromkeys(transfer.Transfer.needs, [0]),
+                               models=["original"], settings=SimpleNamespace(batch_size=1))  # fmt: skip
+
+    test = transfer.Transfer(transfer.TransferOptions())
+    assert test.new_views(subject({"size": 0.5}, {"kind": "box", "size": 0.5})) == test.options.views
+    some = test.new_views(subject({"size": (0.7, 0.8)}, {"kind": "outpaint", "size": (0.25, 0.45)}))
+    assert [view.name for view in some] == ["outpaint 0.5", "brush 0.5"]
+    every = subject(*({"kind": view.kind, "size": view.size} for view in test.options.views))
+    assert not test.new_views(every) and "forget" not in {piece.what for piece in test.pieces(every)}
+
+
+def test_members_are_found_only_among_enough_others():
+    test = membership.Membership(membership.MembershipOptions())
+    rng = np.random.default_rng(0)
+    names = ["original", "unlearned", "oracle"]
+    subject = SimpleNamespace(
+        models=names, shadows={}, settings=SimpleNamespace(shadows=None),
+        estimate=lambda statistic, *samples: statistics.bootstrap(statistic, *samples, resamples=20, seed=0),
+    )  # fmt: skip
+    for others, told in ((50, []), (500, ["tpr_1"]), (1000, ["tpr_1", "tpr_01"])):
+        sizes = {"forget": 60, "forget_new": others}
+        measured = {(g, kind): {"errors": rng.exponential(1, (n, 2))} for g in names for kind, n in sizes.items()}
+        made = {figure.name: figure for figure in test.figures(measured, subject)}
+        assert list(made) == ["auc", "tpr_1", "tpr_01"]
+        assert [name for name, figure in made.items() if figure.estimates] == ["auc", *told]
+        assert all(f"there are {others}" in base.judge(made[n], 0.95).reason for n in made if not made[n].estimates)
+    subject.settings.shadows = "folder"
+    assert "it takes 4 shadow models, and folder has 0" in test.figures(measured, subject)[-1].absent
 
 
 def test_a_lead_holds_the_chance_of_which_images_were_drawn():
@@ -172,7 +206,7 @@ def test_retain_images_are_trained_on_with_another_seed_in_every_draw():
     )  # fmt: skip
     bench = SimpleNamespace(
         subject=subject, size=32, generator=lambda name: model,
-        pixels=lambda name, start, stop: asked.append((name, start, stop)) or (np.arange(start, stop), images),
+        some=lambda name, start, stop: asked.append((name, start, stop)) or (np.arange(start, stop), images),
         view=lambda spec, number, name, kept: views.draw([spec], model.grid, len(kept), np.random.default_rng(0)),
     )  # fmt: skip
     first, second = (test.measure(piece, bench)["errors"] for piece in test.pieces(subject))

@@ -39,7 +39,7 @@ def tree(folder, **changes) -> dict:
                 "tune": {"method.threshold": [0.1, 1.0]}},
         },
         "tune": {"common": {"training.lr": [1e-4, 1e-3]}, "limit": 7}, "seeds": [0, 5],
-        "originals": [{"weights": "/a", "oracles": ["/a1", "/a2"]}, {"weights": "/b", "oracles": ["/b1"]}],
+        "originals": [{"weights": "/a", "oracles": ["/a1", "/a2"]}, {"weights": "/b", "oracles": ["/b1", "/b2"]}],
     } | changes  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_tuning_and_the_runs_that_are_compared(tmp_path):
     final = found.final({label: found.candidates(label)[0] for label in found.methods})
     assert final.size == 2 and final.pairs() == [(0, "/a"), (0, "/b"), (5, "/a"), (5, "/b")]
     runs = {model: final.of(final.grid()[0], 5, model, "x") for model in ("/a", "/b")}
-    assert runs["/a"].evaluation.oracles == ["/a1", "/a2"] and runs["/b"].evaluation.oracles == ["/b1"]
+    assert runs["/a"].evaluation.oracles == ["/a1", "/a2"] and runs["/b"].evaluation.oracles == ["/b1", "/b2"]
     assert (runs["/b"].evaluation.data, runs["/b"].evaluation.limit) == ("embedded:fashion-test", 30)
     assert runs["/b"].model.weights == "/b" and runs["/b"].method.alpha == 0.1
     again = comparisons.parse(comparisons.config.yaml_tree(comparisons.dump(found), "x"))
@@ -87,6 +87,12 @@ def test_what_is_not_fair_or_not_valid_is_refused(tmp_path):
         ({"methods": {"plain": {"method": {"name": "pretrain"}}}}, "plain: pretrain forgets nothing"),
         ({"tune": {"choose": ["forget.charm"]}}, "no figure 'forget.charm'"),
         ({"speed": 1}, "speed: unknown key"),
+        ({"seeds": [3, 3]}, "seeds: .*3 is there twice"),
+        ({"originals": [{"weights": "/a"}, {"weights": "/a"}]}, "originals: .*/a is there twice"),
+        (
+            {"originals": [{"weights": "/a", "oracles": ["/1", "/2"]}, {"weights": "/b", "oracles": ["/3"]}]},
+            "originals: .*cannot be averaged",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             comparisons.parse(tree(tmp_path, **changes))

@@ -5,10 +5,14 @@ A test measures pieces of work, each with one generator, in any worker; from all
 intervals for every generator. A figure with a rule is judged: the difference of the unlearned model to a reference (the
 oracle, else a value known beforehand) must lie within a margin, and so must its interval.
 
-    PASS        the whole interval lies within the margin, and the original model would have failed
+    PASS        the whole interval lies within the margin, and the original model would have failed; of a figure that
+                looks for damage the first is enough
     FAIL        the whole interval lies beyond it
     NOT SHOWN   neither: the interval crosses the margin, there is no reference, or the original passes too, so that
                 passing says nothing
+
+That nothing was damaged says nothing of forgetting: a test that looks for traces, and the audit as a whole, has PASS
+only where a figure of traces has.
 """
 
 from collections.abc import Iterable, Sequence
@@ -75,7 +79,7 @@ class Rule:
 @dataclass(frozen=True)
 class Figure:
     """One figure of a test. estimates: by generator. rule: None where it is told and not judged. curves: by generator,
-    points (x, y) that the page draws. note: what a reader must know of it."""
+    points (x, y) that the page draws. note: what a reader must know of it. absent: why there are no estimates."""
 
     name: str
     title: str
@@ -84,15 +88,18 @@ class Figure:
     digits: int = 3
     curves: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     note: str = ""
+    absent: str = ""
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """verdict and reason of one figure. open: whether more images could have decided it."""
+    """verdict and reason of one figure. open: whether more images could have decided it. trace: whether it asks for
+    traces of what was forgotten, and not for damage."""
 
     verdict: str
     reason: str
     open: bool = False
+    trace: bool = True
 
 
 class AuditTest:
@@ -158,39 +165,39 @@ def judge(figure: Figure, confidence: float) -> Judgement | None:
     rule, known = figure.rule, figure.estimates
     if rule is None:
         return None
-    if UNLEARNED not in known:
-        return Judgement(NOT_SHOWN, f"{figure.title}: there is no unlearned model.")
+
+    def told(verdict: str, reason: str, open: bool = False) -> Judgement:
+        return Judgement(verdict, reason, open, rule.power)
+
+    if figure.absent or UNLEARNED not in known:
+        return told(NOT_SHOWN, f"{figure.title}: {figure.absent or 'there is no unlearned model'}.")
     reference, name = _reference(rule, known)
     if reference is None:
-        return Judgement(
-            NOT_SHOWN,
-            f"{figure.title}: no oracle (evaluation.oracle) to compare with."
-            if rule.against == "oracle"
-            else f"{figure.title}: no original model to compare with.",
-        )
+        missing = "oracle (evaluation.oracle)" if rule.against == "oracle" else "original model"
+        return told(NOT_SHOWN, f"{figure.title}: no {missing} to compare with.")
     said = f"{figure.title}: {_told(figure, known[UNLEARNED], confidence)}, {name} {reference.value:.{figure.digits}f}"
     said += f", margin {rule.margin:g}"
     found = rule.beyond(_difference(known[UNLEARNED], reference, confidence))
     if found == "yes":
-        return Judgement(FAIL, f"{said}: beyond the margin.")
+        return told(FAIL, f"{said}: beyond the margin.")
     if found == "maybe":
-        return Judgement(NOT_SHOWN, f"{said}: the interval crosses the margin; more images could decide it.", open=True)
+        return told(NOT_SHOWN, f"{said}: the interval crosses the margin; more images could decide it.", open=True)
     if rule.power and not (
         ORIGINAL in known and rule.beyond(_difference(known[ORIGINAL], reference, confidence)) == "yes"
     ):
         original = _told(figure, known[ORIGINAL], confidence) if ORIGINAL in known else "not there"
-        return Judgement(
-            NOT_SHOWN, f"{said}: within the margin, but so is the original ({original}): passing says nothing."
-        )
-    return Judgement(PASS, f"{said}: within the margin.")
+        return told(NOT_SHOWN, f"{said}: within the margin, but so is the original ({original}): passing says nothing.")
+    return told(PASS, f"{said}: within the margin.")
 
 
 def combined(judgements: Sequence[Judgement]) -> str:
-    """FAIL where any failed; PASS where one passed and none is open; else NOT SHOWN."""
-    verdicts = {judgement.verdict for judgement in judgements}
-    if FAIL in verdicts:
+    """FAIL where any failed; PASS where one passed, one that asks for traces if any does, and none is open; else NOT
+    SHOWN."""
+    if any(judgement.verdict == FAIL for judgement in judgements):
         return FAIL
-    return PASS if PASS in verdicts and not any(judgement.open for judgement in judgements) else NOT_SHOWN
+    asked = [judgement for judgement in judgements if judgement.trace] or judgements
+    passed = any(judgement.verdict == PASS for judgement in asked)
+    return PASS if passed and not any(judgement.open for judgement in judgements) else NOT_SHOWN
 
 
 def _reference(rule: Rule, known: dict[str, Estimate]) -> tuple[Estimate | None, str]:
@@ -224,6 +231,7 @@ def document(test: AuditTest, figures: list[Figure], judgements: list[Judgement]
         "title": test.title, "shows": test.shows, "hides": test.hides, "cost": test.cost,
         "options": test.options.model_dump(mode="json"), "verdict": combined(judgements),
         "open": any(judgement.open for judgement in judgements),
+        "trace": any(judgement.trace for judgement in judgements),
         "reasons": [judgement.reason for judgement in judgements],
         "figures": {
             figure.name: {"title": figure.title, "digits": figure.digits, "judged": figure.rule is not None,

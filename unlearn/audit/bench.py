@@ -113,6 +113,11 @@ class Bench:
         on_their_side = name == "unseen" and self.subject.settings.unseen is None
         return kept, pixels.rot90(1, (2, 3)).contiguous() if on_their_side else pixels
 
+    def some(self, name: str, start: int, stop: int) -> tuple[np.ndarray, torch.Tensor]:
+        """The same of the images start .. stop of a random order of the set, so that each part has all of its
+        classes."""
+        return self.compared.pixels(name, self.subject.shuffled(name)[start:stop])
+
     def view(self, spec: config.ViewSpec, number: int, name: str, positions: np.ndarray) -> views.View:
         """The view `number` of a kind of the images at these positions of a set, whatever batch they are in."""
         key = (spec.name, number, name)
@@ -159,7 +164,7 @@ class Bench:
     def labels(self, piece: Piece) -> np.ndarray:
         """(B,) labels of a piece's images."""
         kept, _ = self.pixels(piece.what, piece.start, piece.stop)
-        return self.subject.sets[piece.what].labels[kept]
+        return self.subject.labels(piece.what)[kept]
 
 
 def pooled(embedding: Embedding) -> torch.Tensor:

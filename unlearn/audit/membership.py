@@ -65,22 +65,36 @@ class Membership(AuditTest):
         return {"errors": errors(piece, specs), "kept": bench.pixels(piece.what, piece.start, piece.stop)[0]}
 
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
-        auc, found = {}, {share: {} for share in (0.01, 0.001)}
-        others = len(subject.sets["forget_new"])
-        for generator in subject.models:
-            scores = [-measured[generator, name]["errors"].mean(1) for name in self.needs]
-            auc[generator] = subject.estimate(statistics.auc, *scores)
-            for share in found:
-                if others * share >= 1:
-                    found[share][generator] = subject.estimate(
-                        lambda members, rest, share=share: statistics.tpr_at(members, rest, share), *scores
-                    )
+        scores = {g: tuple(-measured[g, name]["errors"].mean(1) for name in self.needs) for g in subject.models}
+        auc = {g: subject.estimate(statistics.auc, *each) for g, each in scores.items()}
         figures = [Figure("auc", "AUC", auc, Rule("apart", self.options.margin, known=0.5))]
-        for share, name in ((0.01, "tpr_1"), (0.001, "tpr_01")):
-            if found[share]:
-                rule = Rule("above", self.options.tpr_margin, known=share)
-                figures.append(Figure(name, f"members found at {share:.1%} false alarms", found[share], rule))
-        return figures + (self._by_image(measured, subject) if len(subject.shadows) >= FEWEST else [])
+        figures += self._found("tpr", "members found", scores, subject)
+        if not subject.settings.shadows:
+            return figures
+        if (count := len(subject.shadows)) < FEWEST:
+            absent = f"it takes {FEWEST} shadow models, and {subject.settings.shadows} has {count} from the first on"
+            return [*figures, Figure("lr_auc", "by image: AUC", {}, Rule("apart", self.options.margin), absent=absent)]
+        return figures + self._by_image(measured, subject)
+
+    def _found(
+        self, name: str, title: str, scores: dict[str, tuple[np.ndarray, ...]], subject: Subject
+    ) -> list[Figure]:
+        """The share of members that is found where 1 % and 0.1 % of the others are taken for members. scores: of
+        members and of the others, by generator."""
+        figures = []
+        for share, suffix in ((0.01, "1"), (0.001, "01")):
+            few, others, known = round(1 / share), len(next(iter(scores.values()))[1]), {}
+            absent = f"it takes {few} held-out images of the forgotten classes, and there are {others}"
+            if others >= few:
+                absent = ""
+                known = {
+                    g: subject.estimate(lambda m, r, share=share: statistics.tpr_at(m, r, share), *each)
+                    for g, each in scores.items()
+                }
+            rule = Rule("above", self.options.tpr_margin, known=share)
+            told = f"{title} at {share:.1%} false alarms"
+            figures.append(Figure(f"{name}_{suffix}", told, known, rule, absent=absent))
+        return figures
 
     def _by_image(self, measured: Measured, subject: Subject) -> list[Figure]:
         """The same with the difficulty of each image taken out of its score, by shadow models that have not seen it."""
@@ -101,7 +115,7 @@ class Membership(AuditTest):
                 for i, kind in enumerate(self.needs)
             )
             ratios[generator] = subject.estimate(statistics.auc, members, rest)
-            found[generator] = subject.estimate(lambda m, r: statistics.tpr_at(m, r, 0.01), members, rest)
+            found[generator] = members, rest
             members, rest = (
                 _ratio(_score(measured[generator, kind]["errors"]), scores[i][half:], unseen[i][half:])
                 for i, kind in enumerate(self.needs)
@@ -114,12 +128,7 @@ class Membership(AuditTest):
         rule, margin = Rule("apart", self.options.margin, known=0.5), self.options.worst_margin
         return [
             Figure("lr_auc", "by image: AUC", ratios, rule, note=note),
-            Figure(
-                "lr_tpr_1",
-                "by image: members found at 1.0% false alarms",
-                found,
-                Rule("above", self.options.tpr_margin, known=0.01),
-            ),
+            *self._found("lr_tpr", "by image: members found", found, subject),
             Figure("worst_auc", "by image, the worst decile: AUC", hardest, Rule("apart", margin, known=0.5)),
         ]
 

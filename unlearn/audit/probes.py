@@ -5,7 +5,10 @@ forget or not       another, for whether an image is of the forget set
 original decoder    the decoder of the original model on the encoder that is audited
 fresh decoder       a decoder of random weights, trained on the frozen encoder with half of the forget images, tested on
                     the other
-retrieval           whether the hole of an output leads to its own original among others
+retrieval           whether the hole of an output leads to its own original among other forget images
+
+The linear probes are fitted on training images and tried on held-out ones of the same classes, the other figures are of
+forget images of training.
 """
 
 from typing import Any
@@ -58,6 +61,7 @@ class Probes(AuditTest):
     )
     cost = "embeddings of all images, steps of training a decoder"
     needs = SETS
+    schema = 2
     Options = ProbesOptions
     options: ProbesOptions
 
@@ -67,7 +71,7 @@ class Probes(AuditTest):
         return [subject.network] if piece.what in (SOUGHT, GALLERY) else []
 
     def pieces(self, subject: Subject) -> list[Piece]:
-        count = min(self.options.images, len(subject.sets["forget_new"]))
+        count = min(self.options.images, len(subject.sets["forget"]))
         pieces = self.batches(subject, SETS)
         if ORIGINAL in subject.models:
             pieces += [Piece(self.name, g, OLD, 0, count) for g in subject.models]
@@ -82,8 +86,8 @@ class Probes(AuditTest):
             return {"errors": self._fresh(piece, bench)}
         if piece.what == OLD:
             return {"errors": self._old(piece, bench)}
-        kept, pixels = bench.pixels("forget_new", piece.start, piece.stop)
-        view = bench.view(self.options.view, 0, "forget_new", kept)
+        kept, pixels = bench.some("forget", piece.start, piece.stop)
+        view = bench.view(self.options.view, 0, "forget", kept)
         images = pixels.float() / 255
         if piece.what == SOUGHT:
             images = bench.compared.reconstruct(piece.generator, pixels, view)
@@ -99,38 +103,43 @@ class Probes(AuditTest):
             )
             model.decoder = original.requires_grad_(False).to(bench.device).decoder
         try:
-            return self._errors(model, bench, "forget_new", piece.start, piece.stop)
+            return self._errors(model, bench, piece.start, piece.stop)
         finally:
             model.decoder = own
 
     def _fresh(self, piece: Piece, bench: Bench) -> np.ndarray:
-        """Errors on the second half of the forget images of a decoder that was trained on the first half."""
+        """Errors on one half of the forget images of a decoder that was trained on the other, both drawn."""
         half = len(bench.subject.sets["forget"]) // 2
-        _, shown = bench.pixels("forget", 0, half)
+        _, shown = bench.some("forget", 0, half)
         model = tuning.with_fresh_decoder(bench.generator(piece.generator), bench.subject.settings.seed)
         options = self.options
         tuning.tune(
             model, shown, [options.view], options.steps, options.batch_size, options.lr, bench.subject.settings.seed
         )
-        return self._errors(model, bench, "forget", half, min(2 * half, half + options.images))
+        return self._errors(model, bench, half, min(2 * half, half + options.images))
 
     @torch.no_grad()
-    def _errors(self, model: Adapter, bench: Bench, name: str, start: int, stop: int) -> np.ndarray:
-        kept, pixels = bench.pixels(name, start, stop)
-        view = bench.view(self.options.view, 0, name, kept)
+    def _errors(self, model: Adapter, bench: Bench, start: int, stop: int) -> np.ndarray:
+        kept, pixels = bench.some("forget", start, stop)
+        view = bench.view(self.options.view, 0, "forget", kept)
         made = model.denormalise(model.reconstruct(model.normalise(pixels), view))
         return hole_errors(made, pixels.float() / 255, view.pixel_mask(bench.size)).cpu().numpy()
 
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
         options, models = self.options, list(subject.models)
-        figures = []
-        if all((measured[g, name]["labels"] >= 0).all() for g in models[:1] for name in ("forget", "retain")):
+        known, absent = {}, "not every image has a class, or not one that can be compared with training's"
+        if all((measured[models[0], name]["labels"] >= 0).all() for name in SETS[:3]):
             known = {g: subject.estimate(statistics.average, self._classes(measured, g)) for g in models}
-            rule = Rule("above", options.class_margin)
-            figures.append(Figure("class", "class of forget images by a linear probe: accuracy", known, rule))
-        known = {g: subject.estimate(statistics.auc, *self._forget_or_not(measured, g)) for g in models}
-        rule = Rule("above", options.forget_margin, power=False)
-        figures.append(Figure("forget_or_not", "forget image or not by a linear probe: AUC", known, rule))
+            absent = ""
+        rule, title = Rule("above", options.class_margin), "class of forget images by a linear probe: accuracy"
+        figures = [Figure("class", title, known, rule, absent=absent)]
+        rule, known, absent = Rule("above", options.forget_margin, power=False), {}, ""
+        if subject.same_classes:
+            absent = "held-out images are of the same classes on both sides, so there is nothing to tell apart"
+        else:
+            known = {g: subject.estimate(statistics.auc, *self._forget_or_not(measured, g)) for g in models}
+        title = "forget image or not by a linear probe: AUC"
+        figures.append(Figure("forget_or_not", title, known, rule, absent=absent))
         for what, name, title in (
             (OLD, "original_decoder", "original decoder on this encoder: PSNR of forget images, dB"),
             (FRESH, "fresh_decoder", "fresh decoder on this encoder: PSNR of forget images, dB"),

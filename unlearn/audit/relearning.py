@@ -63,6 +63,7 @@ class Relearning(AuditTest):
     )
     cost = "(retain_draws + draws) x steps of training"
     needs = ("forget", "forget_new", "retain")
+    schema = 2
     Options = RelearningOptions
     options: RelearningOptions
 
@@ -78,8 +79,8 @@ class Relearning(AuditTest):
         ]
 
     def _draws(self, what: str, count: int) -> list[tuple[int, int]]:
-        """The images that are trained on, as rows start .. stop of the set: other forget images in every draw. Of
-        retain images, which are all trained on, start is the number of the draw."""
+        """The images that are trained on, start .. stop of the set's random order: other forget images in every draw.
+        Of retain images, which are all trained on, start is the number of the draw."""
         if what == "retain":
             return [(n, count) for n in range(self.options.retain_draws)]
         size = min(self.options.images, count)
@@ -88,8 +89,8 @@ class Relearning(AuditTest):
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
         """errors: (1, images, points) squared errors in the hole after each number of steps."""
         options, seed = self.options, bench.subject.settings.seed
-        _, shown = bench.pixels(piece.what, 0 if piece.what == "retain" else piece.start, piece.stop)
-        kept, pixels = bench.pixels("forget_new", 0, min(options.watched, len(bench.subject.sets["forget_new"])))
+        _, shown = bench.some(piece.what, 0 if piece.what == "retain" else piece.start, piece.stop)
+        kept, pixels = bench.some("forget_new", 0, min(options.watched, len(bench.subject.sets["forget_new"])))
         real, view = pixels.float() / 255, bench.view(options.view, 0, "forget_new", kept)
         model, columns = tuning.copied(bench.generator(piece.generator)), []
 

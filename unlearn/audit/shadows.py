@@ -37,13 +37,13 @@ def name(number: int) -> str:
 
 def identity(recipe: Run, forget: RowSet) -> str:
     """The hash of how shadows are trained, and of what they do or do not see."""
-    told = [
-        recipe.settings.hash(),
-        recipe.origin,
-        forget.manifest.hash,
-        hashlib.sha256(forget.rows.astype("<i8").tobytes()).hexdigest(),
-    ]
+    told = [recipe.settings.hash(), recipe.origin, images(forget)]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def images(forget: RowSet) -> str:
+    """The hash of which images a forget set has."""
+    return hashlib.sha256(forget.manifest.hash.encode() + forget.rows.astype("<i8").tobytes()).hexdigest()
 
 
 def card(folder: str, recipe: Run, forget: RowSet) -> None:
@@ -53,7 +53,7 @@ def card(folder: str, recipe: Run, forget: RowSet) -> None:
         raise ConfigError(
             "--recipe: its data.train is not that of the run; shadows are trained on what the original was trained on"
         )
-    known = {"identity": identity(recipe, forget), "forget": len(forget), "seed": recipe.settings.seed}
+    known = {"identity": identity(recipe, forget), "forget": images(forget), "seed": recipe.settings.seed}
     storage = Storage(folder)
     if not storage.create(CARD, json.dumps(known).encode()) and _card(folder) != known:
         raise ConfigError(f"{folder} holds shadows of another recipe or forget set: give another folder")
@@ -62,9 +62,12 @@ def card(folder: str, recipe: Run, forget: RowSet) -> None:
 def _card(folder: str) -> dict:
     try:
         known = json.loads(Storage(folder).read(CARD))
-        assert isinstance(known["seed"], int) and isinstance(known["forget"], int)
+        assert isinstance(known["seed"], int) and isinstance(known["forget"], str)
     except (ValueError, KeyError, TypeError, AssertionError):
-        raise UnlearnError(f"{folder}/{CARD} is damaged: train the shadows again, in another folder") from None
+        raise UnlearnError(
+            f"{folder}/{CARD} is damaged, or of an earlier version that did not write down which images its shadows "
+            "were trained without: train them again, in another folder"
+        ) from None
     return known
 
 
@@ -72,9 +75,10 @@ def found(folder: str, model: config.Model, forget: RowSet) -> tuple[dict[str, c
     """({name: shadow}, the seed of their halves) of a folder, in order. Raises UnlearnError where they are of another
     forget set."""
     known, storage, models = _card(folder), Storage(folder), {}
-    if known["forget"] != len(forget):
+    if known["forget"] != images(forget):
         raise ConfigError(
-            f"{folder}: its shadows are of a forget set of {known['forget']} images, and this run forgets {len(forget)}"
+            f"{folder}: its shadows were trained for another forget set than that of this run ({len(forget)} images): "
+            "which images a shadow has seen would be wrong. Train shadows for this run, in another folder"
         )
     while storage.is_file(f"{name(len(models))}/model/{weights.CARD}"):
         number = len(models)

@@ -41,7 +41,8 @@ class Streisand(AuditTest):
         "unseen classes look like, where `unseen` names none."
     )
     cost = "2 x images reconstructions"
-    needs = ("forget_new", "unseen", "retain_new")
+    needs = ("forget", "unseen", "retain_new")
+    schema = 2
     Options = StreisandOptions
     options: StreisandOptions
 
@@ -62,7 +63,7 @@ class Streisand(AuditTest):
             forgotten, unseen = (measured[generator, name]["looks"] for name in self.needs[:2])
             told = linear.crossed(forgotten, unseen, options.ridge, options.folds, subject.settings.seed)
             known[generator] = subject.estimate(statistics.auc, *told)
-            off, kept = (measured[generator, name]["off"] for name in ("forget_new", "retain_new"))
+            off, kept = (measured[generator, name]["off"] for name in ("forget", "retain_new"))
             distances = (_unusual(x, kept[::2]) for x in (off, kept[1::2]))
             unusual[generator] = subject.estimate(statistics.auc, *distances)
         note = (

@@ -19,9 +19,10 @@ from unlearn.audit import shadows
 from unlearn.audit.base import AuditTest, Piece, test_class
 from unlearn.audit.settings import AuditConfig
 from unlearn.audit.statistics import Estimate, bootstrap
-from unlearn.data import held_out, order, selection, shards
+from unlearn.data import classes, held_out, order, selection, shards
 from unlearn.data.selection import RowSet
-from unlearn.evaluation import features
+from unlearn.errors import ConfigError
+from unlearn.evaluation import comparison, features
 from unlearn.models import weights
 from unlearn.models.weights import Source
 from unlearn.run import Run
@@ -57,6 +58,34 @@ class Subject:
     def why(self, name: str) -> str:
         """What is missing where there is no set of that name."""
         return _ABSENT[name]
+
+    def shuffled(self, name: str) -> np.ndarray:
+        """Positions of a set's images in a random order: in that of the rows its parts would be of a class each."""
+        rng = order.generator(self.settings.seed, 1 << 24, len(_ABSENT) + list(_ABSENT).index(name))
+        return rng.permutation(len(self.sets[name]))
+
+    def labels(self, name: str) -> np.ndarray:
+        """(N,) labels of a set's images, those of other data by the numbers that their classes have in training, which
+        are found by name; -1 where there is none, or where classes cannot be compared."""
+        train, rows = self.sets["forget"].manifest, self.sets[name]
+        if rows.manifest.hash == train.hash:
+            return rows.labels
+        known, made = np.unique(rows.labels), np.full(len(rows), -1)
+        for label in known[known >= 0].tolist():
+            try:
+                number = classes.translated(label, rows.manifest, train, "evaluation.data")
+            except ConfigError:
+                number = -1
+            # A class that training has not: a number that none of its classes has.
+            made[rows.labels == label] = (1 << 32) + label if number is None else number
+        return made
+
+    @property
+    def same_classes(self) -> bool:
+        """Whether held-out images of forgotten and of retained classes are the same images, as where images were chosen
+        by ids: their classes then say nothing of what was forgotten."""
+        new, kept = (self.sets[name] for name in ("forget_new", "retain_new"))
+        return new.manifest.hash == kept.manifest.hash and bool(np.isin(new.rows, kept.rows).any())
 
     def source(self, generator: str) -> Source:
         """What the storage says of the weights of a generator."""
@@ -107,7 +136,7 @@ def subject(run: Run, models: dict[str, config.Model], settings: AuditConfig) ->
         known, seed = shadows.found(settings.shadows, run.settings.model, forget)
         kept = _drawn(forget, settings, 0)
         seen = np.array([shadows.seen(len(forget), number, seed)[kept] for number in range(len(known))])
-    run = run.with_weights(model.weights for model in (models | known).values())
+    run = comparison.located(run, models | known)
     return Subject(run, models, _sets(run, settings), settings, tests, known, seen)
 
 
@@ -116,7 +145,7 @@ def _sets(run: Run, settings: AuditConfig) -> dict[str, RowSet]:
     found = {"forget": run.sets.get("forget"), "forget_new": new.get("forget"), "retain": run.sets["retain"],
              "retain_new": new.get("retain")}  # fmt: skip
     if settings.unseen:
-        found["unseen"] = selection.select(shards.load(settings.unseen), config.Rows(), settings.seed, "unseen")
+        found["unseen"] = _unseen(settings.unseen, settings.seed, run.sets["retain"].manifest)
     else:
         found["unseen"] = found["retain_new"]
     return {
@@ -124,6 +153,20 @@ def _sets(run: Run, settings: AuditConfig) -> dict[str, RowSet]:
         for number, (name, rows) in enumerate(found.items())
         if rows is not None and len(rows)
     }
+
+
+def _unseen(uri: str, seed: int, train: shards.Manifest) -> RowSet:
+    """The images of `unseen` whose classes training has not. Raises ConfigError where there are none."""
+    rows = selection.select(shards.load(uri), config.Rows(), seed, "unseen")
+    if not (train.classes and rows.manifest.classes):  # nothing to compare by
+        return rows
+    known = [label for label, name in enumerate(rows.manifest.classes) if name in train.classes]
+    new = ~np.isin(rows.labels, known)
+    if not new.any():
+        raise ConfigError(
+            f"unseen: {rows.manifest.uri} has only classes that are in training data too: name images of others"
+        )
+    return replace(rows, rows=rows.rows[new], labels=rows.labels[new])
 
 
 def _drawn(rows: RowSet, settings: AuditConfig, number: int) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Transfer: does forgetting reach what unlearning has not seen, and does it spare what is near?"""
 
+from typing import Any
+
 import numpy as np
 from pydantic import Field
 
@@ -19,7 +21,7 @@ class TransferOptions(Part):
     views: list[ViewSpec] = Field(
         default_factory=lambda: [ViewSpec(kind="outpaint", size=0.5), ViewSpec(kind="brush", size=0.5),
             ViewSpec(size=0.75)],
-        min_length=1, description="views that unlearning did not use (train_views)",
+        min_length=1, description="views that unlearning did not use; those that it used (train_views) are left out",
     )  # fmt: skip
     bystanders: float = Field(
         default=0.1, gt=0, le=1, description="share of the retained images that lie nearest to the forget set"
@@ -48,19 +50,28 @@ class Transfer(AuditTest):
     Options = TransferOptions
     options: TransferOptions
 
+    def new_views(self, subject: Subject) -> list[ViewSpec]:
+        """Those of `views` that unlearning cannot have drawn."""
+        used = subject.run.settings.train_views
+        return [view for view in self.options.views if not any(_holds(one, view) for one in used)]
+
+    def reads(self, subject: Subject, piece: Piece) -> list[Any]:
+        return [view.model_dump(mode="json") for view in self.new_views(subject)]
+
     def pieces(self, subject: Subject) -> list[Piece]:
         embedder = ORIGINAL if ORIGINAL in subject.models else UNLEARNED
         near = [
             Piece(self.name, piece.generator, NEAR + piece.what, piece.start, piece.stop)
             for piece in self.batches(subject, ("forget", "retain_new"), [embedder])
         ]
-        return near + self.batches(subject, self.needs)
+        sets = [name for name in self.needs if name != "forget" or self.new_views(subject)]
+        return near + self.batches(subject, sets)
 
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
         if piece.what.startswith(NEAR):
             plain = Piece(piece.test, piece.generator, piece.what.removeprefix(NEAR), piece.start, piece.stop)
             return {"embeddings": bench.embeddings(plain, self.options.view)}
-        specs = self.options.views if piece.what == "forget" else [self.options.view]
+        specs = self.new_views(bench.subject) if piece.what == "forget" else [self.options.view]
         return {"errors": bench.errors(piece, specs)}
 
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
@@ -78,13 +89,23 @@ class Transfer(AuditTest):
         damage = Rule("below", self.options.damage, against="original", power=False)
         beyond = Rule("below", self.options.beyond, power=False)
         unseen = by_generator("forget_new")
+        views, title = self.new_views(subject), "forget images, new views: PSNR, dB"
+        left_out = [view.name for view in self.options.views if view not in views]
+        note = f"Not asked, since unlearning used them: {', '.join(left_out)}." if left_out and views else ""
+        absent = "" if views else "unlearning used all of these views (transfer.views)"
         return [
-            Figure("views", "forget images, new views: PSNR, dB", by_generator("forget"), trace, 2),
+            Figure("views", title, by_generator("forget") if views else {}, trace, 2, note=note, absent=absent),
             Figure("images", "new images of the forgotten classes: PSNR, dB", unseen, trace, 2),
             Figure("beyond", "the same, which may not be far below the oracle either", unseen, beyond, 2),
             Figure("bystanders", "bystanders: PSNR, dB", by_generator("retain_new", nearest), damage, 2),
             Figure("retain", "all retained classes: PSNR, dB", by_generator("retain_new"), None, 2),
         ]
+
+
+def _holds(used: ViewSpec, view: ViewSpec) -> bool:
+    """Whether a view may have been drawn from another: of its kind, and of a size that it has."""
+    (low, high), (least, most) = (x.size if isinstance(x.size, tuple) else (x.size, x.size) for x in (used, view))
+    return used.kind == view.kind and low <= most and least <= high
 
 
 def _closest(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -34,6 +34,22 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
     return models
 
 
+def located(run: Run, models: dict[str, config.Model]) -> Run:
+    """The run that knows the weights of all of these generators. Raises ConfigError where an oracle is the original, or
+    another oracle: that none differs from it would then say nothing, and the oracles' spread too little."""
+    run = run.with_weights(model.weights for model in models.values())
+    known: dict[str, str] = {}  # fingerprint -> generator
+    for name in (name for name in models if name != "unlearned"):
+        fingerprint = run.sources[models[name].weights or ""].fingerprint
+        if name.startswith(oracles.ORACLE) and fingerprint in known:
+            raise ConfigError(
+                f"evaluation.oracle: {models[name].weights} holds the weights of the {known[fingerprint]}; an oracle "
+                "is a model of its own, trained without the forget set with a seed of its own (`unlearn oracle`)"
+            )
+        known.setdefault(fingerprint, name)
+    return run
+
+
 class Comparison:
     """The images of an evaluation, their views, and what each generator makes of them. One generator is in memory at a
     time."""

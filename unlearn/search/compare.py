@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from unlearn import config, run_files
 from unlearn.config import Location, Part, Positive, RunConfig
@@ -105,6 +105,24 @@ class Compare(Part):
                 put(tree, key, value) if key.startswith("method.") else parameters.update({key: value})
             made.append({**parameters, **tree})
         return made
+
+    @field_validator("seeds", "originals")
+    @classmethod
+    def _once(cls, values: list[Any] | None) -> list[Any] | None:
+        told = [value.weights if isinstance(value, Original) else value for value in values or []]
+        if twice := [value for value in told if told.count(value) > 1]:
+            raise ValueError(f"{twice[0]} is there twice")
+        return values
+
+    @field_validator("originals")
+    @classmethod
+    def _one_unit(cls, originals: list[Original] | None) -> list[Original] | None:
+        if len({min(len(original.oracles), 2) for original in originals or []}) > 1:
+            raise ValueError(
+                "distances to no oracle, to one, and in units of the spread of several cannot be averaged: give each "
+                "original several oracles, or each one, or each none"
+            )
+        return originals
 
     @property
     def tunes(self) -> bool:
