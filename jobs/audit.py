@@ -94,14 +94,17 @@ def workers(settings: RunConfig, audit: AuditConfig) -> AbstractContextManager[M
 
 def report(run: Run, document: dict, show_forget: bool = False) -> str | None:
     """Write report.html anew, with the audit in it; its URI. None where the run has no figures of these weights to
-    report."""
-    storage = Storage(run.folder)
-    if not storage.is_file(evaluate.RESULTS):
+    report, or none that a report can be written of, which is told."""
+    if not Storage(run.folder).is_file(evaluate.RESULTS):
         return None
-    measured = json.loads(storage.read(evaluate.RESULTS))
-    if measured.get("weights", {}).get(base.UNLEARNED) != document["weights"][base.UNLEARNED]:
+    try:
+        measured = evaluate.measured(run)
+        if measured.get("weights", {}).get(base.UNLEARNED) != document["weights"][base.UNLEARNED]:
+            return None
+        return evaluate.write_report(run, show_forget)
+    except UnlearnError as e:
+        log.warning("report.html stays as it was, without this audit: %s", e)
         return None
-    return evaluate.write_report(run, show_forget)
 
 
 def prepared(run: Run, settings: AuditConfig) -> Subject:

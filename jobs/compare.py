@@ -75,8 +75,12 @@ def report(compare: Compare) -> dict:
         chosen = {label: _best(compare, label, trials) for label in compare.methods}
     final = compare.final(chosen)
     trials = Trials(Storage(final.sweep_dir)).all()
-    if not any(trial.status == "done" for trial in trials):
-        raise UnlearnError(f"{compare.compare_dir}: no run is done yet, so there is nothing to compare")
+    asked = {canonical(parameters) for parameters in chosen.values()}
+    if not any(trial.status == "done" and canonical(trial.parameters) in asked for trial in trials):
+        raise UnlearnError(
+            f"{compare.compare_dir}: no run with the settings chosen is done, so there is nothing to compare; "
+            "`unlearn compare` makes them"
+        )
     return _write(compare, chosen, trials, final)
 
 

@@ -17,7 +17,7 @@ from unlearn.audit import settings as audit_settings
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, LeaseError, MissingExtra, StorageError, UnlearnError
 from unlearn.models import weights
-from unlearn.search import leaderboard
+from unlearn.search import leaderboard, records
 from unlearn.search.compare import Compare, Stage
 from unlearn.search.records import Trial
 
@@ -53,6 +53,9 @@ def audit_all(
             if not retry_failed and _failed(folder) == options:
                 continue
             try:
+                if not (folder.is_file("config.yaml") and folder.is_file(f"model/{weights.CARD}")):
+                    record = Storage(final.sweep_dir).where(f"{records.FOLDER}/{trial.id}.json")
+                    raise UnlearnError(f"{folder.uri}: its files are gone; delete {record}, and the run is made again")
                 run = runs.resolve(runs.load(folder.uri), measured=True, known=known)
                 known |= weights.located([run.settings.model.weights, *run.settings.evaluation.oracles], known)
                 run = replace(run, sources=known | run.sources)

@@ -5,11 +5,13 @@ import json
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 from jobs.pool import pool
+from unlearn import documents
 from unlearn.data.storage import Storage
 from unlearn.errors import UnlearnError
-from unlearn.evaluation import comparison, measure, provenance, report
+from unlearn.evaluation import comparison, measure, oracles, provenance, report
 from unlearn.run import Run
 from unlearn.training import metrics
 
@@ -68,12 +70,26 @@ def write_report(run: Run, show_forget: bool = False) -> str:
     if not storage.is_file(RESULTS):
         raise UnlearnError(f"{run.folder} has no {RESULTS}: run `unlearn evaluate` first")
     provenance.check(run)
-    document, models = json.loads(storage.read(RESULTS)), comparison.generators(run.settings)
+    document, models = measured(run), comparison.generators(run.settings)
     run = comparison.located(run, models)
+    views = [view.name for view in run.settings.evaluation.views]
+    if document["views"] != views or not set(oracles.shown(models)) <= set(document["generators"]):
+        raise UnlearnError(
+            f"{run.folder}/{RESULTS} was measured with other views, weights or oracles than config.yaml says, so "
+            "pictures would not be of what was measured: `unlearn evaluate` measures again, and writes the report"
+        )
     wanted = measure.columns(list(models), _pictured(run, show_forget))
     with _workers(run, models, looks=False, workers=1) as mapped:
         pictures = dict(zip(wanted, mapped(wanted), strict=True))
     return report.write(run, document, measure.grids(pictures, list(models), _pictured(run, show_forget)))
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """The metrics.json of a run. Raises UnlearnError where it is damaged."""
+    found = documents.mapping(Storage(run.folder).read(RESULTS))
+    if not all(key in found for key in ("rows", "views", "generators")):
+        raise UnlearnError(f"{run.folder}/{RESULTS} is damaged: `unlearn evaluate` measures again")
+    return found
 
 
 def _workers(run: Run, models: dict, looks: bool = True, workers: int | None = None):

@@ -19,12 +19,22 @@ def settings(pretraining: RunConfig, forgetting: RunConfig, seed: int, folder: s
 
     pretraining: how the original was trained; forgetting: names the forget set. Raises ConfigError where there is no
     forget set, where it is drawn with the seed, so that each oracle would leave out other rows, or is one of other
-    data.
+    data, and where the configuration is not one that trains a model.
     """
     forget, data = forgetting.data.forget, pretraining.data
+    if pretraining.method.name != "pretrain":
+        raise ConfigError(
+            f"method {pretraining.method.name} does not train an original: give the configuration that the original "
+            "was trained with (method pretrain), and the run that forgets as --without"
+        )
     if forget is None:
         raise ConfigError(
             "data.forget is missing: say with --without RUN.yaml, or in the configuration, what the oracle must not see"
+        )
+    if pretraining.model.weights:
+        log.warning(
+            "model.weights: the oracle is trained on from %s; if that model has seen the forget set, it is no oracle",
+            pretraining.model.weights,
         )
     if forget.per_class or forget.limit:
         raise ConfigError(
@@ -39,7 +49,6 @@ def settings(pretraining: RunConfig, forgetting: RunConfig, seed: int, folder: s
     name = f"{pretraining.name}-oracle-{seed}"
     tree = pretraining.model_dump(mode="json", exclude_defaults=True)
     tree |= {
-        "method": {"name": "pretrain"},
         "seed": seed,
         "name": name[-100:],
         "run_dir": Storage(folder).where(f"seed-{seed}"),
@@ -50,10 +59,8 @@ def settings(pretraining: RunConfig, forgetting: RunConfig, seed: int, folder: s
 
 def trained(run: RunConfig) -> bool:
     """Whether the oracle of this run is there, whole."""
-    folder = Storage(run.run_dir)
-    if not folder.is_file(f"model/{weights.CARD}"):
-        return False
-    return weights.card(Storage(folder.where("model"))).get("config_hash") == run.hash()
+    model = Storage(Storage(run.run_dir).where("model"))
+    return weights.whole(model.uri) and weights.card(model).get("config_hash") == run.hash()
 
 
 def oracle(

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 from unlearn import lease, signals
+from unlearn.data.storage import Storage
 from unlearn.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -15,6 +16,7 @@ log = logging.getLogger(__name__)
 def owned(run_dir: str, command: str, advice: str = lease.ADVICE) -> Iterator[lease.Lease]:
     """Own the run folder for the length of a command of `unlearn`, which others are told. Raises LeaseError where
     another process owns it, and at the end where it was lost; ask the lease before what must not be written then."""
+    Storage(run_dir).check_writable()
     job = os.environ.get(signals.JOB)
     what = f"unlearn {command}" + (f" (job {job})" if job else "")
     with lease.held(run_dir, what, say=lambda text: log.warning("%s", text), advice=advice) as held:

@@ -67,13 +67,22 @@ class ViewSpec(Part):
         return self
 
 
+def _class(value: Any) -> Any:
+    if isinstance(value, bool | float):  # YAML reads no, yes, on and off as truth values
+        raise ValueError(f"{str(value).lower()} is neither a label nor a name: put a name that YAML reads so in quotes")
+    return value
+
+
+Class = Annotated[int | str, BeforeValidator(_class)]
+
+
 class Rows(Part):
     """Which rows of the shards form a set. All given conditions must hold; none given selects every row."""
 
-    classes: list[int | str] | None = Field(
+    classes: list[Class] | None = Field(
         default=None, description="labels (numbers), or names (text) as `unlearn shards inspect` tells them"
     )
-    exclude_classes: list[int | str] | None = Field(default=None, description="rows of these classes are left out")
+    exclude_classes: list[Class] | None = Field(default=None, description="rows of these classes are left out")
     ids: list[str] | None = Field(default=None, description="row ids (column `id`, else `shard:row`)")
     ids_from: Location | None = Field(
         default=None,

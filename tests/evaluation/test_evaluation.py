@@ -186,6 +186,21 @@ def test_a_report_needs_figures(tmp_path):
         report(make_run(tmp_path))
 
 
+def test_a_report_is_of_what_was_measured(done):
+    settings, document, _ = done
+    there = Storage(settings.run_dir)
+    try:
+        other = settings.evaluation.model_copy(update={"views": [config.ViewSpec(kind="outpaint", size=0.5)]})
+        with pytest.raises(UnlearnError, match="measured with other views"):
+            report(settings.model_copy(update={"evaluation": other}))
+        for damaged in (b'{"rows":', b"[]", b"{}"):
+            there.write("metrics.json", damaged)
+            with pytest.raises(UnlearnError, match="metrics.json is damaged: `unlearn evaluate`"):
+                report(settings)
+    finally:
+        there.write("metrics.json", json.dumps(document).encode())
+
+
 def test_one_generator_is_in_memory_at_a_time(tmp_path):
     compared = compare(make_run(tmp_path))
     former = weakref.ref(compared.generator("original"))

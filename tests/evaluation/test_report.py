@@ -136,7 +136,8 @@ def run(tmp_path_factory) -> config.RunConfig:
     return config.parse({
         "run_dir": str(root / "run"), "model": {"weights": str(root / "original")},
         "data": {"train": "embedded:fashion-test", "forget": {"classes": ["Bag"]}, "retain": {"classes": ["Coat"]}},
-        "training": {"engine": "torch", "steps": 40}, "evaluation": {"pictures": 3},
+        "training": {"engine": "torch", "steps": 40},
+        "evaluation": {"pictures": 3, "views": [{"size": 0.5}, {"kind": "random", "size": 0.5}]},
     })  # fmt: skip
 
 

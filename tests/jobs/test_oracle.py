@@ -47,11 +47,15 @@ def test_an_oracle_is_the_recipe_without_the_forget_set(tiny_shards, tiny_run, t
     by_hand, mine, other = (load_file(f"{m}/weights.safetensors") for m in (export(kept), *models))
     assert all((mine[n] == t).all() for n, t in by_hand.items()) and any((other[n] != t).any() for n, t in mine.items())
     before = [Path(m, "weights.safetensors").stat().st_mtime_ns for m in models]
-    Path(models[1], "model.json").unlink()
+    Path(models[1], "weights.safetensors").unlink()  # its tensors above are mapped from it
+    Path(models[1], "weights.safetensors").write_bytes(b"cut")
     assert told(*command)[0] == 0
     after = [Path(m, "weights.safetensors").stat().st_mtime_ns for m in models]
     assert after[0] == before[0] and after[1] > before[1], "what is there stays, what is not whole is made"
     assert all((other[n] == t).all() for n, t in load_file(f"{models[1]}/weights.safetensors").items())
+    for name in ("weights.safetensors", "model.json"):
+        Path(models[1], name).unlink()
+        assert not oracle.trained(runs[1])
 
 
 def test_what_is_no_oracle_is_refused(tiny_shards, tiny_run, tmp_path):
@@ -63,3 +67,5 @@ def test_what_is_no_oracle_is_refused(tiny_shards, tiny_run, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             oracle.settings(base, forgetting, 0, str(tmp_path))
+    with pytest.raises(ConfigError, match="method encoder_l2 does not train an original"):
+        oracle.settings(tiny_run(), tiny_run(), 0, str(tmp_path))

@@ -108,7 +108,7 @@ def test_what_is_not_fair_or_not_valid_is_refused(tmp_path):
         job.prepare(comparisons.parse(tree(tmp_path, audit={"tests": ["charm"]})))
     with pytest.raises(ConfigError, match="holds another comparison"):
         job.prepare(comparisons.parse(tree(tmp_path, seeds=[1])))
-    with pytest.raises(UnlearnError, match="no run is done yet"):
+    with pytest.raises(UnlearnError, match="no run with the settings chosen is done"):
         job.report(comparisons.parse(tree(tmp_path)))
 
 
@@ -184,6 +184,24 @@ def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):
     assert second - first >= labels.HEIGHT, "names of lines that lie close"
 
 
+def test_a_run_whose_figures_are_gone_counts_for_nothing(compared):
+    """Without its distance in oracle spreads it would be averaged in another unit."""
+    before = job.report(compared)
+    lost = "p001-s0-m0"
+    folder = Storage(compared.final({label: compared.candidates(label)[1] for label in compared.methods}).sweep_dir)
+    for damage in (b'{"a":', None):
+        folder.write(f"runs/{lost}/metrics.json", damage) if damage else folder.delete(f"runs/{lost}/metrics.json")
+        row = next(row for row in job.report(compared)["rows"] if row["method"] == "decoupling")
+        assert (row["done"], row["of"]) == (3, 4) and f"metrics.json of {lost} is missing or damaged" in row["failed"]
+        assert row["figures"]["forget.distance"]["mean"] == pytest.approx((5 + 6 + 7) / 3)
+    assert before["rows"][1]["done"] == 4
+    Storage(compared.compare_dir).delete("tune")
+    good = Storage(compared.compare_dir).read(leaderboard.NAME)
+    with pytest.raises(UnlearnError, match="no run with the settings chosen is done"):
+        job.report(compared)
+    assert Storage(compared.compare_dir).read(leaderboard.NAME) == good
+
+
 def test_numbers_of_near_points_lie_beside_each_other_and_of_more_points_share_a_label():
     near = [(str(n), 100.0 + 3 * n, 50.0) for n in range(1, 5)]
     made = labels.placed(near, [], 560, 330)
@@ -224,6 +242,7 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
         run = final.of(point, seed, None, id)
         Storage(run.run_dir).write("config.yaml", config.dump(run).encode())
         weights.write(weights.build(config.Model(weights=name)), Storage(run.run_dir).where("model"), {})
+        Storage(run.run_dir).write("metrics.json", b'{"rows": []}')
         trials.append(trial("p000", seed, point, 0.6, 0.77, id=id, run=f"runs/{id}"))
     folders = [Storage(Storage(final.sweep_dir).where(t.run)) for t in trials]
     whole = folders[0].read("model/weights.safetensors")
@@ -286,7 +305,9 @@ def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):
     )
     bare = [t.__class__(**{**t.__dict__, "figures": figures, "oracle": {}}) for t in trials if t.status == "done"]
     chosen = {label: plain.candidates(label)[1] for label in plain.methods}
-    document = leaderboard.document(plain, chosen, bare, Storage(f"{final.sweep_dir}/nowhere"))
+    for t in bare:
+        Storage(final.sweep_dir).write(f"bare/{t.run}/metrics.json", b'{"rows": []}')
+    document = leaderboard.document(plain, chosen, bare, Storage(f"{final.sweep_dir}/bare"))
     assert document["distance"] is None and "There is no oracle" in document["notes"][0]
     drawn, page = leaderboard_page.drawing(document), leaderboard_page.html(document)
     assert {mark["label"] for mark in drawn["marks"]} == {"paper", "decoupling"}

@@ -105,7 +105,7 @@ class Trainer:
         )  # fmt: skip
         run = replace(self.recipe, settings=own, sets={"retain": self._rows(number)})
         storage = Storage(own.run_dir)
-        if storage.is_file(f"model/{weights.CARD}"):
+        if weights.whole(storage.where("model")):
             return storage.where("model")
         loop.worker(run)
         return export(run)

@@ -62,7 +62,7 @@ def start(
                 document = job.audit(run, wanted, lambda n, of: advance(n, of, ""), lease.check, again)
             written = job.report(run, document, show_forget)
         except signals.Stopped as e:
-            e.hint = f"what was measured stays; go on with: unlearn audit {settings.run_dir}"
+            e.hint = "what was measured stays: the same command goes on"
             raise
     out.print(page.table(document))
     out.print(f"audit: {Storage(settings.run_dir).where(page.NAME)}", soft_wrap=True)

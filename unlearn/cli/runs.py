@@ -210,7 +210,8 @@ def _measuring(settings: "RunConfig") -> Iterator[None]:
     try:
         yield
     except signals.Stopped as e:
-        e.hint = f"the model is there; {_again(f'unlearn evaluate {settings.run_dir}')}"
+        again = _again(f"unlearn evaluate {settings.run_dir}")
+        e.hint = f"the model is there; {again}, with the same --set evaluation.* where any was given"
         raise
 
 

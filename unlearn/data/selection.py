@@ -202,7 +202,8 @@ def _no_overlap(row_sets: dict[str, RowSet]) -> None:
         manifest = row_sets["forget"].manifest
         raise ConfigError(
             f"data: forget and retain overlap in {len(both)} image(s), for example {_place(manifest, int(both[0]))}; "
-            "an image can only be in one of them"
+            "an image can only be in one of them. Leave what is forgotten out of data.retain (exclude_classes); "
+            "without data.retain, all the rest is retained"
         )
 
 

@@ -238,6 +238,17 @@ def card(storage: Storage) -> dict[str, Any]:
     return card
 
 
+def whole(uri: str) -> bool:
+    """Whether a folder of ours is there with the weights that were written into it. Raises StorageError."""
+    if not all(Storage(uri).is_file(name) for name in (CARD, WEIGHTS)):
+        return False
+    try:
+        locate(uri)
+    except WeightsError:
+        return False
+    return True
+
+
 def fingerprint(uri: str) -> str:
     """sha256 of the file of weights at `uri`, or of all files of a folder of another library."""
     return locate(uri).fingerprint

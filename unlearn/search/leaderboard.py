@@ -46,7 +46,13 @@ def document(
     compare: Compare, chosen: dict[str, Parameters], trials: Sequence[Trial], folder: Storage
 ) -> dict[str, Any]:
     """The whole of it. chosen: the settings of each method; folder: where the trials' run folders are."""
-    measured = {trial.id: _read(folder, trial, METRICS) for trial in trials if trial.status == "done"}
+    known = {trial.id: _read(folder, trial, METRICS) for trial in trials if trial.status == "done"}
+    measured = {id: metrics for id, metrics in known.items() if metrics}
+    lost = {
+        id: f"{METRICS} of {id} is missing or damaged: delete its record in trials, and the run is made again"
+        for id in known
+        if id not in measured
+    }
     chances = [m["oracle_distance"]["chance"] for m in measured.values() if "oracle_distance" in m]
     audits = {trial.id: _read(folder, trial, AUDIT) for trial in trials if trial.id in measured}
     unmade = [trial for trial in trials if trial.id in measured and not audits[trial.id]]
@@ -60,7 +66,7 @@ def document(
         rows.append({
             "method": label, "options": parameters, "of": len(compare.seeds) * len(compare.originals or [None]),
             "done": sum(trial.id in figures for trial in mine),
-            "failed": next((trial.message for trial in mine if trial.message), None),
+            "failed": next((said for trial in mine if (said := trial.message or lost.get(trial.id))), None),
             "audits": _verdicts(
                 [audits[trial.id] for trial in mine if audits.get(trial.id)],
                 [broken[trial.id] for trial in mine if trial.id in broken],
