@@ -12,8 +12,6 @@ from unlearn.data.storage import Storage
 from unlearn.models import weights
 from unlearn.run import resolve
 
-pytestmark = pytest.mark.slow  # tests/audit/test_audit.py says the same of the embedded models
-
 FORGET = ["Trouser", "Sandal", "Sneaker", "Bag", "Ankle boot"]
 SHAPE = {
     "image_size": 32, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "decoder_width": 64, "decoder_depth": 2,
