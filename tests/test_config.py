@@ -18,6 +18,8 @@ def parse(*overrides: str) -> config.RunConfig:
         (["data.forget.clases=[1]"], "data.forget.clases: unknown key; did you mean classes?"),
         (["train_views=[{sise: 0.3}]"], "train_views.0.sise: unknown key; did you mean size?"),
         (["zzz=1"], "zzz: unknown key; known keys: name, seed"),
+        (["data.forget.classes=[no]"], "data.forget.classes.0: false is neither a label nor a name"),
+        (["data.forget.exclude_classes=[1.0]"], "data.forget.exclude_classes.0: 1.0 is neither a label nor a name"),
         (["train_views=[{size: [0.6, 0.3]}]"], "give 0 < low <= high < 1"),
         (["train_views=[{size: 1.0}]"], "give 0 < low <= high < 1"),
         (["train_views=[{size: 0}]"], "give 0 < low <= high < 1"),
