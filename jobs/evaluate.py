@@ -35,6 +35,7 @@ def evaluate(
     trained = provenance.check(run)
     models = comparison.generators(run.settings)
     run = comparison.located(run, models)
+    comparison.warn_of_others(run, models)
     log.info(
         "measuring %s on %s",
         ", ".join(models),

@@ -33,6 +33,7 @@ class Run:
     origin: sha256 of the manifest of each set, of its file of ids, and of the weights it starts from.
     steps: optimizer steps of the whole run.
     sources: what the storage says of the weights that the run reads, by their URI.
+    without: the digest of data.forget where the method does not forget, and training leaves it out.
     """
 
     settings: RunConfig
@@ -41,6 +42,7 @@ class Run:
     origin: dict[str, str]
     steps: int
     sources: dict[str, Source] = field(default_factory=dict)
+    without: str = ""
 
     @property
     def folder(self) -> str:
@@ -73,13 +75,12 @@ def resolve(settings: RunConfig, measured: bool | None = None, known: Sources | 
     wanted = method.needs_forget if measured is None else measured
     rows = held_out.sets(settings, chosen) if wanted else {}
     listed = {f"{name}.ids_from": rows.ids_file for name, rows in chosen.items() if rows.ids_file}
-    if not method.needs_forget:
-        chosen.pop("forget", None)
+    without = chosen.pop("forget").digest if "forget" in chosen and not method.needs_forget else ""
     files = {"weights": settings.model.weights, "first_stage": settings.model.first_stage}
     sources = weights.located(files.values(), known)
     origin = {name: rows.manifest.hash for name, rows in chosen.items()}
     origin |= listed | {name: sources[uri].fingerprint for name, uri in files.items() if uri}
-    return Run(settings, chosen, rows, origin, steps(settings, chosen), sources)
+    return Run(settings, chosen, rows, origin, steps(settings, chosen), sources, without)
 
 
 def steps(settings: RunConfig, chosen: dict[str, RowSet]) -> int:

@@ -19,7 +19,7 @@ from unlearn import config
 from unlearn.data import shards
 from unlearn.data.storage import Storage
 from unlearn.errors import ClusterError, UnlearnError
-from unlearn.evaluation import features, perceptual
+from unlearn.evaluation import comparison, features, perceptual
 from unlearn.evaluation.report import data_uri
 from unlearn.evaluation.verdict import verdict
 from unlearn.models import weights
@@ -184,6 +184,18 @@ def test_damaged_images_are_left_out_and_counted(tmp_path):
 def test_a_report_needs_figures(tmp_path):
     with pytest.raises(UnlearnError, match="unlearn evaluate"):
         report(make_run(tmp_path))
+
+
+def test_an_oracle_that_was_trained_without_other_images_is_told(tmp_path, caplog):
+    known, told = resolve(make_run(tmp_path), measured=True).sets["forget"], []
+    for name, without in (("a", known.digest), ("b", "0" * 64)):
+        oracle = weights.build(config.Model(variant="vit_nano_patch4_32"), 5)
+        weights.write(oracle, str(tmp_path / name), {"without": without})
+        run = resolve(make_run(tmp_path, evaluation={"oracle": str(tmp_path / name)}), measured=True)
+        models = comparison.generators(run.settings)
+        comparison.warn_of_others(comparison.located(run, models), models)
+        told.append([record.getMessage() for record in caplog.records if "without other images" in record.getMessage()])
+    assert not told[0] and [message.startswith(f"evaluation.oracle: {tmp_path}/b") for message in told[1]] == [True]
 
 
 def test_a_report_is_of_what_was_measured(done):

@@ -1,5 +1,6 @@
 """Oracles: the recipe of the original without the forget set, several seeds, on from where they were stopped."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,8 @@ def test_an_oracle_is_the_recipe_without_the_forget_set(tiny_shards, tiny_run, t
     code, out, _ = told(*command)
     models = [f"{run.run_dir}/model" for run in runs]
     assert code == 0 and f"evaluation.oracle: [{', '.join(models)}]" in out
+    cards = [json.loads(Path(m, "model.json").read_bytes()) for m in models]
+    assert {card["without"] for card in cards} == {resolve(forgetting).sets["forget"].digest}
     by_hand, mine, other = (load_file(f"{m}/weights.safetensors") for m in (export(kept), *models))
     assert all((mine[n] == t).all() for n, t in by_hand.items()) and any((other[n] != t).any() for n, t in mine.items())
     before = [Path(m, "weights.safetensors").stat().st_mtime_ns for m in models]

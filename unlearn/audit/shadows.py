@@ -37,13 +37,8 @@ def name(number: int) -> str:
 
 def identity(recipe: Run, forget: RowSet) -> str:
     """The hash of how shadows are trained, and of what they do or do not see."""
-    told = [recipe.settings.hash(), recipe.origin, images(forget)]
+    told = [recipe.settings.hash(), recipe.origin, forget.digest]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def images(forget: RowSet) -> str:
-    """The hash of which images a forget set has."""
-    return hashlib.sha256(forget.manifest.hash.encode() + forget.rows.astype("<i8").tobytes()).hexdigest()
 
 
 def card(folder: str, recipe: Run, forget: RowSet) -> None:
@@ -53,7 +48,7 @@ def card(folder: str, recipe: Run, forget: RowSet) -> None:
         raise ConfigError(
             "--recipe: its data.train is not that of the run; shadows are trained on what the original was trained on"
         )
-    known = {"identity": identity(recipe, forget), "forget": images(forget), "seed": recipe.settings.seed}
+    known = {"identity": identity(recipe, forget), "forget": forget.digest, "seed": recipe.settings.seed}
     storage = Storage(folder)
     if not storage.create(CARD, json.dumps(known).encode()) and _card(folder) != known:
         raise ConfigError(f"{folder} holds shadows of another recipe or forget set: give another folder")
@@ -75,7 +70,7 @@ def found(folder: str, model: config.Model, forget: RowSet) -> tuple[dict[str, c
     """({name: shadow}, the seed of their halves) of a folder, in order. Raises UnlearnError where they are of another
     forget set."""
     known, storage, models = _card(folder), Storage(folder), {}
-    if known["forget"] != images(forget):
+    if known["forget"] != forget.digest:
         raise ConfigError(
             f"{folder}: its shadows were trained for another forget set than that of this run ({len(forget)} images): "
             "which images a shadow has seen would be wrong. Train shadows for this run, in another folder"

@@ -111,7 +111,7 @@ class Subject:
             "weights": [self.source(name).fingerprint for name in (piece.generator, "original") if name in self.every],
             "model": self.every[piece.generator].model_dump(mode="json", exclude={"weights", "first_stage"}),
             "first_stage": self.run.origin.get("first_stage"),
-            "sets": {name: _digest(rows) for name, rows in self.sets.items()},
+            "sets": {name: rows.digest for name, rows in self.sets.items()},
             "features": [evaluation.features, evaluation.features_weights, evaluation.resize,
                 evaluation.guidance_scale],
             "orientation": self.run.settings.data.orientation, "run": test.reads(self, piece),
@@ -137,6 +137,7 @@ def subject(run: Run, models: dict[str, config.Model], settings: AuditConfig) ->
         kept = _drawn(forget, settings, 0)
         seen = np.array([shadows.seen(len(forget), number, seed)[kept] for number in range(len(known))])
     run = comparison.located(run, models | known)
+    comparison.warn_of_others(run, models)
     return Subject(run, models, _sets(run, settings), settings, tests, known, seen)
 
 
@@ -183,7 +184,3 @@ def _limited(rows: RowSet, settings: AuditConfig, number: int) -> RowSet:
 
 def _hash(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(rows: RowSet) -> str:
-    return hashlib.sha256(rows.manifest.hash.encode() + rows.rows.astype("<i8").tobytes()).hexdigest()

@@ -1,5 +1,6 @@
 """Chosen rows of one folder of shards."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,11 @@ class RowSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def digest(self) -> str:
+        """The hash of which rows of which data these are."""
+        return hashlib.sha256(self.manifest.hash.encode() + self.rows.astype("<i8").tobytes()).hexdigest()
 
     @property
     def counts(self) -> np.ndarray:

@@ -1,5 +1,6 @@
 """What is compared: the images, what of them is hidden, and what each generator makes of them."""
 
+import logging
 from functools import cached_property
 
 import numpy as np
@@ -13,6 +14,8 @@ from unlearn.errors import ConfigError, ImageError, UnlearnError
 from unlearn.evaluation import oracles
 from unlearn.models import base, weights
 from unlearn.run import Run
+
+log = logging.getLogger(__name__)
 
 GREY = 128
 
@@ -48,6 +51,18 @@ def located(run: Run, models: dict[str, config.Model]) -> Run:
             )
         known.setdefault(fingerprint, name)
     return run
+
+
+def warn_of_others(run: Run, models: dict[str, config.Model]) -> None:
+    """Warn of an oracle that was trained without other images than this run forgets, where its folder says so."""
+    for name, model in models.items():
+        without = run.sources[model.weights or ""].card.get("without") if name.startswith(oracles.ORACLE) else None
+        if without and "forget" in run.sets and without != run.sets["forget"].digest:
+            log.warning(
+                "evaluation.oracle: %s was trained without other images than this run forgets, so it may know some of "
+                "what is to be forgotten",
+                model.weights,
+            )
 
 
 class Comparison:

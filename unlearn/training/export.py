@@ -31,6 +31,7 @@ def _write(run: Run, saved: Saved, state: TrainerState) -> str:
         "from": run.settings.model.weights,
         "config_hash": state.config, "data": state.data, "step": state.step, "samples": state.samples,
     }  # fmt: skip
+    card |= {"without": run.without} if run.without else {}
     folder = Storage(run.folder)
     if ema is not None:
         saved.weights(model, AVERAGE)
