@@ -197,6 +197,17 @@ def test_that_nothing_was_damaged_is_no_pass(tmp_path):
     assert "bystanders" in document["transfer"]["reasons"][-1] and "within" in document["transfer"]["reasons"][-1]
 
 
+def test_one_forgotten_image_is_too_few_to_judge_by_and_no_failure(tmp_path):
+    settings = make_run(tmp_path)
+    one = resolve(settings, measured=True).sets["forget"].manifest.table(["id"], [0])["id"].to_pylist()[:1]
+    data = settings.data.model_copy(update={"forget": config.Rows(ids=one)})
+    wanted = ["tests=[probes,relearning,streisand]", "probes.steps=1", "relearning.steps=1", "relearning.on=[forget]"]
+    document = audited(settings.model_copy(update={"data": data}), *wanted)
+    told = "\n".join(reason for name in document["tests"] for reason in document[name]["reasons"])
+    assert told.count("it rests on 1 image, and an interval takes 10") == 4 and "it takes two forget images" in told
+    assert document["streisand"]["verdict"] == document["probes"]["verdict"] == "NOT SHOWN"
+
+
 def test_parts_of_a_set_have_all_of_its_classes(tmp_path):
     """The embedded shards hold one class after another."""
     subject = job.prepared(resolve(make_run(tmp_path), measured=True), audits.load(None, ["limit=200"]))

@@ -8,8 +8,8 @@ oracle, else a value known beforehand) must lie within a margin, and so must its
     PASS        the whole interval lies within the margin, and the original model would have failed; of a figure that
                 looks for damage the first is enough
     FAIL        the whole interval lies beyond it
-    NOT SHOWN   neither: the interval crosses the margin, there is no reference, or the original passes too, so that
-                passing says nothing
+    NOT SHOWN   neither: the interval crosses the margin or rests on too few images, there is no reference, or the
+                original passes too, so that passing says nothing
 
 That nothing was damaged says nothing of forgetting: a test that looks for traces, and the audit as a whole, has PASS
 only where a figure of traces has.
@@ -177,6 +177,9 @@ def judge(figure: Figure, confidence: float) -> Judgement | None:
         return told(NOT_SHOWN, f"{figure.title}: no {missing} to compare with.")
     said = f"{figure.title}: {_told(figure, known[UNLEARNED], confidence)}, {name} {reference.value:.{figure.digits}f}"
     said += f", margin {rule.margin:g}"
+    if (images := known[UNLEARNED].images) is not None and images < statistics.FEW:
+        rests = f"it rests on {images} image{'s' * (images != 1)}, and an interval takes {statistics.FEW}"
+        return told(NOT_SHOWN, f"{said}: {rests}.", open=True)
     found = rule.beyond(_difference(known[UNLEARNED], reference, confidence))
     if found == "yes":
         return told(FAIL, f"{said}: beyond the margin.")

@@ -75,7 +75,8 @@ class Probes(AuditTest):
         pieces = self.batches(subject, SETS)
         if ORIGINAL in subject.models:
             pieces += [Piece(self.name, g, OLD, 0, count) for g in subject.models]
-        pieces += [Piece(self.name, generator, FRESH) for generator in subject.models]
+        if len(subject.sets["forget"]) > 1:
+            pieces += [Piece(self.name, generator, FRESH) for generator in subject.models]
         pieces += [Piece(self.name, generator, SOUGHT, 0, count) for generator in subject.models]
         return [*pieces, Piece(self.name, next(iter(subject.models)), GALLERY, 0, count)]
 
@@ -149,8 +150,9 @@ class Probes(AuditTest):
                 for g in models
                 if (g, what) in measured
             }
-            if known:
-                figures.append(Figure(name, title, known, Rule("above", options.margin), 2))
+            if known or what == FRESH:
+                absent = "" if known else "it takes two forget images, to learn from one and to try the other"
+                figures.append(Figure(name, title, known, Rule("above", options.margin), 2, absent=absent))
         gallery = measured[models[0], GALLERY]["features"]
         known = {
             g: subject.estimate(statistics.average, _found(measured[g, SOUGHT]["features"], gallery)) for g in models

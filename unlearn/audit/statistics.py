@@ -10,15 +10,18 @@ from unlearn.data import order
 from unlearn.evaluation import oracles
 
 STREAM = 1 << 25  # of the random numbers of a run: those of the bootstrap
+FEW = 10  # images under which an interval by the bootstrap is too narrow to judge by; of one it has no width at all
 
 
 @dataclass(frozen=True)
 class Estimate:
     """A figure, and what it would have been for other samples of the same images. draws: (resamples,), empty where the
-    figure has no interval."""
+    figure has no interval. images: on how many it rests, the forget images where it has others beside them; None where
+    it does not matter."""
 
     value: float
     draws: np.ndarray
+    images: int | None = None
 
     def interval(self, confidence: float) -> tuple[float, float] | None:
         """The central interval of the draws; None without any."""
@@ -51,13 +54,14 @@ def mean(estimates: list[Estimate]) -> Estimate:
 def bootstrap(statistic: Callable[..., float], *samples: np.ndarray, resamples: int, seed: int) -> Estimate:
     """statistic(*samples), and the same of `resamples` draws with replacement of the rows of each sample.
 
-    The rows that are drawn depend on the seed and the sizes alone: estimates over equally many rows are paired.
+    The rows that are drawn depend on the seed and the sizes alone: estimates over equally many rows are paired. The
+    rows of the first sample are images, those of the others may be.
     """
     draws = np.empty(resamples)
     for i in range(resamples):
         rng = order.generator(seed, STREAM, i)
         draws[i] = statistic(*(sample[rng.integers(0, len(sample), len(sample))] for sample in samples))
-    return Estimate(float(statistic(*samples)), draws)
+    return Estimate(float(statistic(*samples)), draws, len(samples[0]))
 
 
 def widened(statistic: Callable[..., float], count: int) -> Callable[..., float]:

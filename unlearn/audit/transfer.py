@@ -24,7 +24,10 @@ class TransferOptions(Part):
         min_length=1, description="views that unlearning did not use; those that it used (train_views) are left out",
     )  # fmt: skip
     bystanders: float = Field(
-        default=0.1, gt=0, le=1, description="share of the retained images that lie nearest to the forget set"
+        default=0.1,
+        gt=0,
+        le=1,
+        description="share of the retained images, those nearest to the forget set; ten at least",
     )
     margin: float = Field(default=1.0, gt=0, description="dB that forget images may be above the oracle")
     beyond: float = Field(
@@ -77,7 +80,7 @@ class Transfer(AuditTest):
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
         embedder = ORIGINAL if ORIGINAL in subject.models else UNLEARNED
         forget, retain = (measured[embedder, NEAR + name]["embeddings"] for name in ("forget", "retain_new"))
-        count = max(1, round(self.options.bystanders * len(retain)))
+        count = max(statistics.FEW, round(self.options.bystanders * len(retain)))
         nearest = np.argsort(-_closest(retain, forget), kind="stable")[:count]
 
         def by_generator(name: str, rows: np.ndarray | slice = slice(None)) -> dict[str, statistics.Estimate]:
