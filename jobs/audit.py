@@ -144,6 +144,8 @@ def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
     """The verdict of the whole, and each test's in a sentence."""
     verdicts = {name: judged[name]["verdict"] for name in names}
     verdict = base.combined([base.Judgement(verdicts[n], "", judged[n]["open"], judged[n]["trace"]) for n in names])
+    if verdict == base.PASS and not any(judged[n]["trace"] for n in names):  # no test asked for what was forgotten
+        verdict = base.NOT_SHOWN
     reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
     if left_out := [test_class(name).title for name in USUAL if name not in names]:
         reasons.append(f"Not made: {', '.join(left_out)}")

@@ -195,6 +195,8 @@ def test_that_nothing_was_damaged_is_no_pass(tmp_path):
     document = audited(make_run(tmp_path, oracle=None), "tests=[transfer]", "transfer.bystanders=1")
     assert document["verdict"] == document["transfer"]["verdict"] == "NOT SHOWN"
     assert "bystanders" in document["transfer"]["reasons"][-1] and "within" in document["transfer"]["reasons"][-1]
+    document = audited(make_run(tmp_path), "tests=[streisand]", "streisand.margin=1")
+    assert document["streisand"]["verdict"] == "PASS" and document["verdict"] == "NOT SHOWN", "it asks for damage alone"
 
 
 def test_one_forgotten_image_is_too_few_to_judge_by_and_no_failure(tmp_path):
