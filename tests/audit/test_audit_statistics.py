@@ -55,6 +55,17 @@ def verdict(rule, **known) -> str:
     return judged.verdict + (" open" if judged.open else "")
 
 
+def test_a_reason_tells_the_difference_that_was_judged():
+    """Which is known better than either figure where both rest on the same images."""
+    known = {"original": estimate(5), "unlearned": estimate(1.2, 3), "oracle": estimate(1, 3)}
+    judged = base.judge(Figure("f", "figure", known, Rule("above", 0.5), 1), 0.95)
+    assert judged is not None and judged.verdict == PASS
+    assert "1.2 [-1.6, 4.0], oracle 1.0, difference 0.2 [0.2, 0.2], margin 0.5" in judged.reason
+    known |= {"oracle": statistics.constant(0)}
+    judged = base.judge(Figure("f", "figure", known, Rule("above", 0.5), 1), 0.95)
+    assert judged is not None and "difference" not in judged.reason, "it is the figure itself"
+
+
 def test_a_figure_passes_within_the_margin_where_the_original_would_fail():
     above = Rule("above", 1.0)
     assert verdict(above, original=(5,), unlearned=(0.5,), oracle=(0,)) == PASS

@@ -176,6 +176,8 @@ def judge(figure: Figure, confidence: float) -> Judgement | None:
         missing = "oracle (evaluation.oracle)" if rule.against == "oracle" else "original model"
         return told(NOT_SHOWN, f"{figure.title}: no {missing} to compare with.")
     said = f"{figure.title}: {_told(figure, known[UNLEARNED], confidence)}, {name} {reference.value:.{figure.digits}f}"
+    if reference.value:  # what is judged is the difference, whose interval is often the narrower one
+        said += f", difference {_told(figure, known[UNLEARNED].minus(reference), confidence)}"
     said += f", margin {rule.margin:g}"
     if (images := known[UNLEARNED].images) is not None and images < statistics.FEW:
         rests = f"it rests on {images} image{'s' * (images != 1)}, and an interval takes {statistics.FEW}"
