@@ -213,6 +213,32 @@ def test_decoupling_climbs_until_the_outputs_differ_and_keeps_from_then_on(mae):
         assert parts_of(one, mae)["loss"] == found["retain"]
 
 
+def test_decoupling_climbs_by_the_encoder_alone_where_asked(mae):
+    student, teacher, batch = mae
+    method, view = runs.method("decoupling", threshold=0.8, climb="encoder"), batch.view.rows(RETAIN, len(batch.images))
+    mixed = build("mae", 1).double()  # the student's encoder before the original's decoder
+    mixed.load_state_dict(student.state_dict())
+    mixed.decoder.load_state_dict(teacher.decoder.state_dict())
+    error = (reconstructed(mixed, batch.images[F], view) - hidden_of(batch.images[F], view)) ** 2
+    found, plain = parts_of(method, mae), parts_of(runs.method("decoupling"), mae)
+    assert found["forget"] == pytest.approx(error.mean()) != plain["forget"] and found["retain"] == plain["retain"]
+    with pytest.raises(ConfigError, match="no gradient in the decoder"):
+        runs.method("decoupling", climb="encoder", saliency=0.5).check(type(student))
+
+
+@pytest.mark.parametrize("shape", SMALL)
+def test_the_decoder_of_any_family_rests_while_the_encoder_climbs(shape):
+    student, teacher = build(shape, 1), build(shape, 2).requires_grad_(False)
+    batch = cached(student, batch_for(student))
+    method = runs.method("decoupling", threshold=0.8, climb="encoder")
+    for behind, parts in ((0.0, {"encoder"}), (0.8, {"encoder", "decoder"})):
+        method.observe({"difference": torch.tensor(behind)})
+        student.zero_grad()
+        runs.losses(method, batch, student, teacher)["loss"].backward()
+        moved = {n.split(".")[0] for n, p in student.named_parameters() if p.grad is not None and p.grad.any()}
+        assert moved == parts
+
+
 @pytest.mark.parametrize("shape", SMALL)
 def test_the_loss_of_parts_adds_up_to_the_familys_own(shape):
     """Of any family: rows of predictions and targets, each part with its own view."""

@@ -6,19 +6,26 @@ from the original's, then fine-tune on the retain set.
 
 L is the loss that the family is pretrained with. Its argument: a model that was retrained without F does not answer it
 with noise, so noise is a tell-tale; here what comes out on F is what the retain set teaches.
+
+Climbing may change the decoder alone, and leave in the encoder all that leads back to F. With `climb: encoder`, which
+is not the paper's, it goes through the original's decoder: L(forget) is that of D0(E(T(x))), so D rests meanwhile.
 """
+
+import copy
+from typing import Literal
 
 import torch
 from pydantic import Field
 
 from unlearn.data.loader import Batch
+from unlearn.errors import ConfigError
 from unlearn.methods.base import ForgetOptions, Terms
-from unlearn.methods.max_loss import WholeModel, losses
+from unlearn.methods.max_loss import WholeModel
 from unlearn.models.base import Adapter
 
 
 class DecouplingOptions(ForgetOptions):
-    """How far it climbs."""
+    """How far it climbs, and with what."""
 
     threshold: float = Field(
         default=0.5,
@@ -27,6 +34,9 @@ class DecouplingOptions(ForgetOptions):
         description=(
             "how far the outputs on the forget set must be from the original's, as a share of their mean square"
         ),
+    )
+    climb: Literal["all", "encoder"] = Field(
+        default="all", description="what moves until then; the retain set is learnt by encoder and decoder either way"
     )
 
 
@@ -39,22 +49,33 @@ class Decoupling(WholeModel):
     options: DecouplingOptions
     needs_teacher = True
     observes = True
-    loss_options = (*WholeModel.loss_options, "threshold")
-    units = 4
+    loss_options = (*WholeModel.loss_options, "threshold", "climb")
+    units = 3.5  # the teacher sees the forget half alone
 
     def __init__(self, options: DecouplingOptions):
         super().__init__(options)
         self.apart = torch.zeros((), dtype=torch.bool)
 
+    def check(self, model: type[Adapter]) -> None:
+        super().check(model)
+        if self.options.climb == "encoder" and self.options.saliency is not None:
+            raise ConfigError(
+                "method.climb encoder with method.saliency: the forget term has no gradient in the decoder, which "
+                "would never move; give climb: all, or no saliency"
+            )
+
     def terms(self, batch: Batch, student: Adapter, teacher: Adapter | None) -> Terms:
         assert teacher is not None, "the trainer loads a teacher for every method that needs one"
-        found = student.predict(batch.images, batch.view, batch.seed)
-        forget, view = slice(batch.retain, None), batch.view.rows(batch.retain, len(batch.images))
+        climber = student if self.options.climb == "all" else _with_decoder_of(teacher, student)
+        retain, view = batch.images[: batch.retain], batch.view.rows(0, batch.retain)
+        terms = {"retain": student.training_loss(retain, view, batch.seed)}
+        forget, view = batch.images[batch.retain :], batch.view.rows(batch.retain, len(batch.images))
+        found = climber.predict(forget, view, batch.seed)
+        terms["forget"] = climber.loss(found, climber.targets(forget, view, batch.seed), view)
         with torch.no_grad():
-            original = teacher.predict(batch.images, batch.view, batch.seed)[forget]
+            original = teacher.predict(forget, view, batch.seed)
             size = student.difference(original, torch.zeros_like(original), view).clamp_min(1e-12)
-            difference = student.difference(found.detach()[forget], original, view) / size
-        return losses(student, batch, found) | {"difference": difference}
+            return terms | {"difference": student.difference(found, original, view) / size}
 
     def loss(self, terms: Terms) -> torch.Tensor:
         return torch.where(self.apart.to(terms["retain"].device), terms["retain"], -terms["forget"])
@@ -67,3 +88,10 @@ class Decoupling(WholeModel):
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         self.apart = state["apart"]
+
+
+def _with_decoder_of(teacher: Adapter, student: Adapter) -> Adapter:
+    """The student's encoder before the teacher's decoder, no weight copied."""
+    made = copy.copy(student)
+    made._modules = student._modules | {"decoder": teacher.decoder}
+    return made
