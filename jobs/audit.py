@@ -58,7 +58,9 @@ def audit(
     judged = {}
     for test in audited.tests.values():
         if reason := test.missing(audited):
-            judged[test.name] = base.document(test, [], [base.Judgement(base.NOT_SHOWN, reason)], settings.confidence)
+            judged[test.name] = base.document(
+                test, [], [base.Judgement(base.NOT_SHOWN, reason, open=True)], settings.confidence
+            )
     folder = Storage(kept or Storage(run.folder).where(DONE))
     left = [name for name in audited.tests if name not in judged]
     measured = _measured(audited, left, folder, progress, check, again, seconds, shared)
@@ -77,7 +79,9 @@ def audit(
             name: value for name, value in settings.model_dump(mode="json").items()
             if name not in audited.tests and not isinstance(value, dict)
         },
-    } | _verdict(judged, list(audited.tests)) | {name: judged[name] for name in audited.tests}  # fmt: skip
+    }  # fmt: skip
+    document |= _verdict(judged, list(audited.tests), comparison.others(run, audited.models))
+    document |= {name: judged[name] for name in audited.tests}
     seconds["total"] = time.perf_counter() - began
     document["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     written = page.write(run, document)  # first: an audit.json that is there ends the audit, see `unless_made`
@@ -140,15 +144,17 @@ def train_shadows(
     return made
 
 
-def _verdict(judged: dict[str, dict], names: list[str]) -> dict:
-    """The verdict of the whole, and each test's in a sentence."""
+def _verdict(judged: dict[str, dict], names: list[str], doubts: list[str]) -> dict:
+    """The verdict of the whole, and each test's in a sentence. doubts: of the oracles, with which nothing passes."""
     verdicts = {name: judged[name]["verdict"] for name in names}
     verdict = base.combined([base.Judgement(verdicts[n], "", judged[n]["open"], judged[n]["trace"]) for n in names])
-    if verdict == base.PASS and not any(judged[n]["trace"] for n in names):  # no test asked for what was forgotten
+    traces = any(judged[n]["trace"] for n in names)  # whether a test asked for what was forgotten
+    if verdict == base.PASS and (doubts or not traces):
         verdict = base.NOT_SHOWN
     reasons = [f"{judged[n]['title']}: {verdicts[n]}" for n in names]
     if left_out := [test_class(name).title for name in USUAL if name not in names]:
         reasons.append(f"Not made: {', '.join(left_out)}")
+    reasons += doubts
     counts = {
         key: sum(v == told for v in verdicts.values())
         for key, told in (("passed", base.PASS), ("failed", base.FAIL), ("not_shown", base.NOT_SHOWN))

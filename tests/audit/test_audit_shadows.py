@@ -78,6 +78,8 @@ def test_shadows_of_something_else_are_refused(trained, tmp_path):
     run, to = trained
     with pytest.raises(ConfigError, match="another recipe or forget set"):
         job.train_shadows(run, recipe(to, retain={"classes": ["Bag"]}), to, 4)
+    with pytest.raises(ConfigError, match="of the 30 forget images are not among its training images"):
+        job.train_shadows(run, recipe(tmp_path, retain={"classes": ["Coat"]}), str(tmp_path), 4)
     with pytest.raises(ConfigError, match="its data.train is not that of the run"):
         job.train_shadows(run, recipe(tmp_path, train="embedded:fashion-test"), str(tmp_path), 4)
 
@@ -111,7 +113,7 @@ def test_membership_is_told_image_by_image(trained):
 
 def test_a_damaged_image_is_left_out_of_what_shadows_have_seen(trained, monkeypatch):
     run, to = trained
-    damaged, whole, ratio, unseen = int(run.sets["forget"].rows[3]), Images.__getitem__, membership._ratio, []
+    damaged, whole, ratio, unseen = int(run.sets["forget"].rows[3]), Images.__getitem__, membership._ratios, []
 
     def image(self, row: int) -> np.ndarray:
         if row == damaged:
@@ -119,7 +121,7 @@ def test_a_damaged_image_is_left_out_of_what_shadows_have_seen(trained, monkeypa
         return whole(self, row)
 
     monkeypatch.setattr(Images, "__getitem__", image)
-    monkeypatch.setattr(membership, "_ratio", lambda *asked: unseen.append(asked[2]) or ratio(*asked))
+    monkeypatch.setattr(membership, "_ratios", lambda *asked: unseen.append(asked[2][0]) or ratio(*asked))
     data = run.settings.data.model_copy(update={"max_bad_images": 1})
     run = replace(run, settings=run.settings.model_copy(update={"data": data}))
     asked = audits.load(None, ["tests=[membership]", "membership.views=1", "resamples=100", f"shadows={to}"])

@@ -76,7 +76,29 @@ def test_a_figure_passes_within_the_margin_where_the_original_would_fail():
     assert verdict(above, unlearned=(0.5,), oracle=(0,)) == NOT_SHOWN
     assert verdict(above, original=(5,), unlearned=(1, 9), oracle=(0,)) == f"{NOT_SHOWN} open", "too wide"
     assert verdict(above, original=(5,), unlearned=(0,)) == NOT_SHOWN, "no oracle"
-    assert verdict(Rule("above", 1, known=0), original=(5,), unlearned=(0,)) == PASS, "but it is known without one"
+
+
+def test_without_an_oracle_or_room_for_a_finding_nothing_is_shown():
+    known = Rule("apart", 0.05, known=0.5)
+    assert verdict(known, original=(0.7, 0.01), unlearned=(0.5, 0.01)) == NOT_SHOWN
+    assert verdict(known, original=(0.7, 0.01), unlearned=(0.6, 0.01)) == FAIL
+    assert verdict(known, original=(0.7, 0.01), unlearned=(0.5, 0.01), oracle=(0.5, 0.01)) == PASS
+    top = Rule("above", 0.05, power=False, most=1.0)
+    assert verdict(top, unlearned=(1.0, 0), oracle=(0.97, 0)) == NOT_SHOWN, "nothing lies above 1"
+    assert (
+        verdict(top, unlearned=(0.9, 0), oracle=(0.9, 0)) == PASS
+        and verdict(top, unlearned=(1, 0), oracle=(0.9, 0)) == FAIL
+    )
+
+
+def test_a_figure_rests_on_the_kind_of_images_that_there_are_fewest_of():
+    rng = np.random.default_rng(0)
+    few = statistics.bootstrap(statistics.auc, rng.normal(size=200), rng.normal(size=3), resamples=20, seed=0)
+    rule, known = Rule("apart", 0.05), {"original": estimate(0.9), "unlearned": few, "oracle": statistics.constant(0.5)}
+    judged = base.judge(Figure("f", "figure", known, rule), 0.95)
+    assert judged is not None and judged.verdict == NOT_SHOWN and "rests on 3 images" in judged.reason and judged.open
+    each = statistics.bootstrap(lambda rows, drawn: 0.0, np.ones(50), resamples=20, seed=0, trainings=3)
+    assert each.images == 50, "trainings are no images"
 
 
 def test_a_figure_may_be_a_finding_on_either_side_or_below():
@@ -112,10 +134,11 @@ def test_an_interval_over_few_draws_holds_the_truth_as_often_as_it_says(count, p
         return float(rows[:, drawn].mean())
 
     for seed in range(400):
-        rows, every = rng.normal(size=(1, count)), np.arange(count)
+        rows = rng.normal(size=(1, count))
         for wide in held:
             statistic = statistics.widened(mean, count) if wide else mean
-            low, high = statistics.bootstrap(statistic, rows, every, resamples=100, seed=seed).interval(0.95)
+            made = statistics.bootstrap(statistic, rows, resamples=100, seed=seed, trainings=count)
+            low, high = made.interval(0.95)
             held[wide] += low <= 0 <= high
     assert held[True] >= 4 * 90 and held[False] < 4 * plain
     assert statistics.widened(mean, 1) is mean

@@ -150,8 +150,13 @@ def test_views_that_unlearning_used_are_not_new():
 
     test = transfer.Transfer(transfer.TransferOptions())
     assert test.new_views(subject({"size": 0.5}, {"kind": "box", "size": 0.5})) == test.options.views
-    some = test.new_views(subject({"size": (0.7, 0.8)}, {"kind": "outpaint", "size": (0.25, 0.45)}))
+    some = test.new_views(subject({"size": (0.7, 0.8)}, {"kind": "outpaint", "size": (0.25, 0.4)}))
     assert [view.name for view in some] == ["outpaint 0.5", "brush 0.5"]
+    assert [v.kind for v in test.new_views(subject({"size": 0.7}, {"kind": "box", "size": 0.3}))] == [
+        "outpaint",
+        "brush",
+    ]
+    assert [v.kind for v in test.new_views(subject({"kind": "box", "size": 0.75}))] == ["outpaint", "brush"]
     every = subject(*({"kind": view.kind, "size": view.size} for view in test.options.views))
     assert not test.new_views(every) and "forget" not in {piece.what for piece in test.pieces(every)}
 
@@ -162,11 +167,16 @@ def test_members_are_found_only_among_enough_others():
     names = ["original", "unlearned", "oracle"]
     subject = SimpleNamespace(
         models=names, shadows={}, settings=SimpleNamespace(shadows=None),
+        alike=lambda kept: {name: np.arange(len(positions)) for name, positions in kept.items()},
         estimate=lambda statistic, *samples: statistics.bootstrap(statistic, *samples, resamples=20, seed=0),
     )  # fmt: skip
     for others, told in ((50, []), (500, ["tpr_1"]), (1000, ["tpr_1", "tpr_01"])):
         sizes = {"forget": 60, "forget_new": others}
-        measured = {(g, kind): {"errors": rng.exponential(1, (n, 2))} for g in names for kind, n in sizes.items()}
+        measured = {
+            (g, kind): {"errors": rng.exponential(1, (n, 2)), "kept": np.arange(n)}
+            for g in names
+            for kind, n in sizes.items()
+        }
         made = {figure.name: figure for figure in test.figures(measured, subject)}
         assert list(made) == ["auc", "tpr_1", "tpr_01"]
         assert [name for name, figure in made.items() if figure.estimates] == ["auc", *told]
@@ -180,9 +190,11 @@ def test_a_lead_holds_the_chance_of_which_images_were_drawn():
     level = np.random.default_rng(0).exponential(0.1, (2, 40, 3))
     ahead = np.stack([level[0], level[1] / 10 ** np.array([0, 0.1, 0.3])])
     subject = SimpleNamespace(
-        models=["unlearned", "oracle"],
-        estimate=lambda statistic, *samples: statistics.bootstrap(statistic, *samples, resamples=300, seed=0),
-    )
+        models=["unlearned", "oracle"], same_classes=False,
+        estimate=lambda statistic, *samples, **how: statistics.bootstrap(
+            statistic, *samples, resamples=300, seed=0, **how
+        ),
+    )  # fmt: skip
     test = relearning.Relearning(relearning.RelearningOptions(on=["forget"], steps=2, images=8))
     measured = {("oracle", "forget"): {"errors": level}, ("unlearned", "forget"): {"errors": ahead}}
     lead, *_ = test.figures(measured, subject)
@@ -193,6 +205,13 @@ def test_a_lead_holds_the_chance_of_which_images_were_drawn():
     subject.sets = {"forget": range(20), "forget_new": range(9), "retain": range(50)}
     rows = [(p.generator, p.start, p.stop) for p in test.pieces(subject)]
     assert rows == [(name, *draw) for name in subject.models for draw in ((0, 8), (8, 16))], "no image in two draws"
+    assert test.watched(subject, "forget") == test.watched(subject, "retain") == ("forget_new", 0, 9)
+    # Of images that were chosen one by one, others of their classes say nothing: they are watched themselves.
+    subject.same_classes = True
+    assert {(p.start, p.stop) for p in test.pieces(subject)} == {(0, 8)}, "half of them are left"
+    assert test.watched(subject, "forget") == ("forget", 8, 20) and test.watched(subject, "retain") == ("forget", 0, 20)
+    subject.sets["forget"] = range(1)
+    assert test.watched(subject, "forget") == ("forget", 0, 1)
 
 
 def test_retain_images_are_trained_on_with_another_seed_in_every_draw():
@@ -201,7 +220,8 @@ def test_retain_images_are_trained_on_with_another_seed_in_every_draw():
     images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     asked = []
     subject = SimpleNamespace(
-        models=["unlearned"], sets={"retain": range(6), "forget_new": range(6)}, settings=SimpleNamespace(seed=0),
+        models=["unlearned"], sets={"retain": range(6), "forget_new": range(6)}, same_classes=False,
+        settings=SimpleNamespace(seed=0),
         run=SimpleNamespace(settings=SimpleNamespace(train_views=[config.ViewSpec(kind="random", size=0.5)])),
     )  # fmt: skip
     bench = SimpleNamespace(
@@ -223,15 +243,29 @@ def test_pairs_of_shadows_divide_the_forget_images():
 def test_a_likelihood_ratio_finds_members_that_plain_errors_do_not():
     """Members' errors are a little smaller than they would be, but images differ far more than that."""
     rng = np.random.default_rng(0)
-    kinds, ratios, plain = 8, [], []
+    kinds, known, plain = 8, [], []
     for member in (True, False):
         hard = rng.normal(0, 3, 400)
         unseen = np.array([shadows.seen(400, n, 0) for n in range(kinds)])
         scores = hard + rng.normal(0, 0.2, (kinds, 400)) + 0.5 * (~unseen if member else 0)
         target = hard + rng.normal(0, 0.2, 400) + 0.5 * member
-        ratios.append(membership._ratio(target, scores, unseen))
+        known.append((scores, unseen))
         plain.append(target)
-    assert statistics.auc(*plain) < 0.6 and statistics.auc(*ratios) > 0.9
+    assert statistics.auc(*plain) < 0.6 and statistics.auc(*membership._ratios(plain, *zip(*known, strict=True))) > 0.9
+
+
+def test_what_is_lost_on_members_and_others_alike_tells_no_member():
+    """Few shadows, whose scores scatter otherwise on either kind by chance."""
+    rng, found = np.random.default_rng(1), []
+    for _ in range(8):
+        known, own = [], []
+        for count in (400, 100):
+            scatter = rng.pareto(1.5, count) + 0.1
+            scores = rng.normal(0, 1, (4, count)) * scatter
+            known.append((scores, np.ones((4, count), bool)))
+            own.append(rng.normal(0, 1, count) * scatter - 5)
+        found.append(statistics.auc(*membership._ratios(own, *zip(*known, strict=True))))
+    assert 0.45 < np.mean(found) < 0.55 and max(found) < 0.62 and min(found) > 0.38
 
 
 def test_poisoned_shards_hold_every_image_and_stamped_copies(tiny_shards, tmp_path):

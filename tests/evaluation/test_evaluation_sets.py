@@ -34,6 +34,16 @@ def test_sets_are_held_out_rows_of_the_same_classes():
     assert classes_of(with_sets({"classes": [1]}, {"classes": [2, 3], "per_class": 2})["retain"]) == {2, 3}
 
 
+def test_where_a_proxy_stands_for_the_retain_set_held_out_rows_are_of_what_it_stands_for():
+    tree = {
+        "run_dir": "unused", "training": {"steps": 1}, "evaluation": {"data": TEST},
+        "data": {"train": TRAIN, "forget": {"classes": [1, 5]}, "proxy": {"classes": [2]}},
+    }  # fmt: skip
+    settings = config.parse(tree)
+    found = held_out.of_classes(settings, selection.sets(settings.data, settings.seed))
+    assert classes_of(found["forget"]) == {1, 5} and classes_of(found["retain"]) == {0, 2, 3, 4, 6, 7, 8, 9}
+
+
 def test_retain_never_holds_what_is_forgotten():
     found = with_sets({"classes": ["Bag"]}, {"per_class": 10}, trained={})
     assert 8 not in classes_of(found["retain"]) and len(found["retain"]) == 900

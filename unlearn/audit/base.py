@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PASS, FAIL, NOT_SHOWN = "PASS", "FAIL", "NOT SHOWN"
 ORIGINAL, UNLEARNED, ORACLE = "original", "unlearned", "oracle"
+EXPECTED = "expected without traces"  # a reference that is no model
 # What the workers have measured, by (generator, what): arrays whose rows are images.
 Measured = dict[tuple[str, str], dict[str, np.ndarray]]
 
@@ -53,8 +54,9 @@ class Rule:
     """When a figure is a finding. risk: whether it is one above the reference, below it, or on either side, by more
     than `margin`.
 
-    known: the reference where there is no oracle. against: "original" for what was to be kept. power: whether the
-    original model must fail for passing to mean anything: so it is for traces, and not for damage.
+    known: the reference where there is no oracle, by which a figure can fail and not pass. against: "original" for
+    what was to be kept. power: whether the original model must fail for passing to mean anything: so it is for traces,
+    and not for damage. most: the largest value that there is.
     """
 
     risk: Literal["above", "below", "apart"]
@@ -62,6 +64,7 @@ class Rule:
     against: Literal["oracle", "original"] = "oracle"
     known: float | None = None
     power: bool = True
+    most: float | None = None
 
     def beyond(self, difference: tuple[float, float]) -> Literal["yes", "no", "maybe"]:
         """Whether an interval of the difference to the reference lies beyond the margin."""
@@ -192,6 +195,10 @@ def judge(figure: Figure, confidence: float) -> Judgement | None:
     ):
         original = _told(figure, known[ORIGINAL], confidence) if ORIGINAL in known else "not there"
         return told(NOT_SHOWN, f"{said}: within the margin, but so is the original ({original}): passing says nothing.")
+    if name == EXPECTED:
+        return told(NOT_SHOWN, f"{said}: within the margin, but without an oracle that does not show it.")
+    if rule.most is not None and reference.value + rule.margin >= rule.most:
+        return told(NOT_SHOWN, f"{said}: within the margin, beyond which nothing can lie: passing says nothing.")
     return told(PASS, f"{said}: within the margin.")
 
 
@@ -210,7 +217,7 @@ def _reference(rule: Rule, known: dict[str, Estimate]) -> tuple[Estimate | None,
         return known.get(ORIGINAL), "original"
     if found := [known[name] for name in oracles(known)]:
         return statistics.mean(found), "oracle" if len(found) == 1 else f"mean of {len(found)} oracles"
-    return (None, "") if rule.known is None else (statistics.constant(rule.known), "expected without traces")
+    return (None, "") if rule.known is None else (statistics.constant(rule.known), EXPECTED)
 
 
 def _difference(one: Estimate, reference: Estimate, confidence: float) -> tuple[float, float]:

@@ -5,6 +5,7 @@ The score of an image is minus its mean error over K random views. A model that 
 one far below it tells members too, by doing worse on them.
 """
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -65,7 +66,13 @@ class Membership(AuditTest):
         return {"errors": errors(piece, specs), "kept": bench.pixels(piece.what, piece.start, piece.stop)[0]}
 
     def figures(self, measured: Measured, subject: Subject) -> list[Figure]:
-        scores = {g: tuple(-measured[g, name]["errors"].mean(1) for name in self.needs) for g in subject.models}
+        rows = subject.alike({name: measured[next(iter(subject.models)), name]["kept"] for name in self.needs})
+        scores = {
+            g: tuple(-measured[g, name]["errors"].mean(1)[rows[name]] for name in self.needs) for g in subject.models
+        }
+        if not all(len(each) for each in rows.values()):
+            absent = "none of the held-out images has a class of the forget images"
+            return [Figure("auc", "AUC", {}, Rule("apart", self.options.margin), absent=absent)]
         auc = {g: subject.estimate(statistics.auc, *each) for g, each in scores.items()}
         figures = [Figure("auc", "AUC", auc, Rule("apart", self.options.margin, known=0.5))]
         figures += self._found("tpr", "members found", scores, subject)
@@ -74,7 +81,7 @@ class Membership(AuditTest):
         if (count := len(subject.shadows)) < FEWEST:
             absent = f"it takes {FEWEST} shadow models, and {subject.settings.shadows} has {count} from the first on"
             return [*figures, Figure("lr_auc", "by image: AUC", {}, Rule("apart", self.options.margin), absent=absent)]
-        return figures + self._by_image(measured, subject)
+        return figures + self._by_image(measured, subject, rows)
 
     def _found(
         self, name: str, title: str, scores: dict[str, tuple[np.ndarray, ...]], subject: Subject
@@ -96,12 +103,17 @@ class Membership(AuditTest):
             figures.append(Figure(f"{name}_{suffix}", told, known, rule, absent=absent))
         return figures
 
-    def _by_image(self, measured: Measured, subject: Subject) -> list[Figure]:
-        """The same with the difficulty of each image taken out of its score, by shadow models that have not seen it."""
+    def _by_image(self, measured: Measured, subject: Subject, rows: dict[str, np.ndarray]) -> list[Figure]:
+        """The same with the difficulty of each image taken out of its score, by shadow models that have not seen it.
+        rows: those of each set that are compared."""
         names = list(subject.shadows)
-        forget, new = (measured[names[0], kind] for kind in self.needs)
-        seen, others = subject.seen[:, forget["kept"]], len(new["errors"])
-        scores = [np.array([_score(measured[name, kind]["errors"]) for name in names]) for kind in self.needs]
+        kept = measured[names[0], "forget"]["kept"][rows["forget"]]
+        seen, others = subject.seen[:, kept], len(rows["forget_new"])
+
+        def scored(generator: str, kind: str) -> np.ndarray:
+            return _score(measured[generator, kind]["errors"][rows[kind]])
+
+        scores = [np.array([scored(name, kind) for name in names]) for kind in self.needs]
         # An image that none has seen is compared with one of each pair, as many as have not seen a member.
         absent = np.array([shadows.seen(others, number, subject.settings.seed) for number in range(len(names))])
         unseen = [~seen, absent]
@@ -110,16 +122,11 @@ class Membership(AuditTest):
         worst = np.argsort(-learnt, kind="stable")[: max(1, len(learnt) // 10)]
         ratios, hardest, found = {}, {}, {}
         for generator in subject.models:
-            members, rest = (
-                _ratio(_score(measured[generator, kind]["errors"]), scores[i], unseen[i])
-                for i, kind in enumerate(self.needs)
-            )
+            own = [scored(generator, kind) for kind in self.needs]
+            members, rest = _ratios(own, scores, unseen)
             ratios[generator] = subject.estimate(statistics.auc, members, rest)
             found[generator] = members, rest
-            members, rest = (
-                _ratio(_score(measured[generator, kind]["errors"]), scores[i][half:], unseen[i][half:])
-                for i, kind in enumerate(self.needs)
-            )
+            members, rest = _ratios(own, [s[half:] for s in scores], [u[half:] for u in unseen])
             hardest[generator] = subject.estimate(statistics.auc, members[worst], rest)
         note = (
             f"By image rests on {len(names)} shadow models; the worst decile are the images that half of them "
@@ -143,14 +150,20 @@ def _mean(scores: np.ndarray, which: np.ndarray) -> np.ndarray:
     return np.where(which, scores, 0).sum(0) / which.sum(0)
 
 
-def _ratio(score: np.ndarray, scores: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    """(N,) how far a score lies above those of shadows that have not seen the image, in their standard deviations.
+def _ratios(
+    score: Sequence[np.ndarray], scores: Sequence[np.ndarray], unseen: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+    """Of members and of others, (N,) each: how far a score lies above those of shadows that have not seen the image, in
+    their standard deviations.
 
     It grows with the likelihood ratio against "not seen" (the offline test of arXiv 2112.03570). With few shadows all
-    images share one deviation.
+    images of both kinds share one deviation: with one for each kind, what a model has lost on both alike would tell
+    them apart.
     """
-    mean = _mean(scores, unseen)
-    variance = _mean((scores - mean) ** 2, unseen)
-    if unseen.sum(0).min() < ENOUGH:
-        variance = np.full_like(variance, max(variance.mean(), 1e-12))
-    return (score - mean) / np.sqrt(variance.clip(1e-12))
+    means = [_mean(s, u) for s, u in zip(scores, unseen, strict=True)]
+    variances = [_mean((s - m) ** 2, u) for s, m, u in zip(scores, means, unseen, strict=True)]
+    if min(u.sum(0).min() for u in unseen) < ENOUGH:
+        shared = float(np.concatenate(variances).mean())
+        variances = [np.full_like(each, shared) for each in variances]
+    every = zip(score, means, variances, strict=True)
+    return [(own - mean) / np.sqrt(variance.clip(1e-12)) for own, mean, variance in every]

@@ -134,7 +134,7 @@ class Probes(AuditTest):
             absent = ""
         rule, title = Rule("above", options.class_margin), "class of forget images by a linear probe: accuracy"
         figures = [Figure("class", title, known, rule, absent=absent)]
-        rule, known, absent = Rule("above", options.forget_margin, power=False), {}, ""
+        rule, known, absent = Rule("above", options.forget_margin, power=False, most=1.0), {}, ""
         if subject.same_classes:
             absent = "held-out images are of the same classes on both sides, so there is nothing to tell apart"
         else:

@@ -40,7 +40,7 @@ class RelearningOptions(Part):
     batch_size: Positive = 32
     lr: float = Field(default=3e-4, gt=0, description="of AdamW, over encoder and decoder")
     view: ViewSpec = Field(default=ViewSpec(size=0.5), description="under which the forget images are watched")
-    watched: Positive = Field(default=200, description="held-out images of the forgotten classes that are watched")
+    watched: Positive = Field(default=200, description="images that are watched")
     margin: float = Field(
         default=1.0,
         gt=0,
@@ -68,30 +68,47 @@ class Relearning(AuditTest):
     options: RelearningOptions
 
     def reads(self, subject: Subject, piece: Piece) -> list[Any]:
-        return [view.model_dump(mode="json") for view in subject.run.settings.train_views]
+        watched = [self.watched(subject, piece.what)] if subject.same_classes else []
+        return [*(view.model_dump(mode="json") for view in subject.run.settings.train_views), *watched]
 
     def pieces(self, subject: Subject) -> list[Piece]:
         return [
             Piece(self.name, generator, what, start, stop)
             for generator in subject.models
             for what in self.options.on
-            for start, stop in self._draws(what, len(subject.sets[what]))
+            for start, stop in self._draws(subject, what)
         ]
 
-    def _draws(self, what: str, count: int) -> list[tuple[int, int]]:
+    def _draws(self, subject: Subject, what: str) -> list[tuple[int, int]]:
         """The images that are trained on, start .. stop of the set's random order: other forget images in every draw.
         Of retain images, which are all trained on, start is the number of the draw."""
+        count = len(subject.sets[what])
         if what == "retain":
             return [(n, count) for n in range(self.options.retain_draws)]
+        if subject.same_classes:  # half of them are left to be watched
+            count = (count + 1) // 2
         size = min(self.options.images, count)
         return [(n * size, (n + 1) * size) for n in range(min(self.options.draws, count // size))]
+
+    def watched(self, subject: Subject, what: str) -> tuple[str, int, int]:
+        """(set, start, stop) of the images that are watched, in the set's random order.
+
+        They are new images of the forgotten classes. Where single images of classes that stay were chosen, these say
+        nothing: then forget images that are not trained on.
+        """
+        name = "forget" if subject.same_classes else "forget_new"
+        start = self._draws(subject, what)[-1][1] if (what, name) == ("forget", "forget") else 0
+        count = len(subject.sets[name])
+        start = start if start < count else 0  # there is one alone
+        return name, start, min(start + self.options.watched, count)
 
     def measure(self, piece: Piece, bench: Bench) -> dict[str, np.ndarray]:
         """errors: (1, images, points) squared errors in the hole after each number of steps."""
         options, seed = self.options, bench.subject.settings.seed
         _, shown = bench.some(piece.what, 0 if piece.what == "retain" else piece.start, piece.stop)
-        kept, pixels = bench.some("forget_new", 0, min(options.watched, len(bench.subject.sets["forget_new"])))
-        real, view = pixels.float() / 255, bench.view(options.view, 0, "forget_new", kept)
+        name, start, stop = self.watched(bench.subject, piece.what)
+        kept, pixels = bench.some(name, start, stop)
+        real, view = pixels.float() / 255, bench.view(options.view, 0, name, kept)
         model, columns = tuning.copied(bench.generator(piece.generator)), []
 
         @torch.no_grad()
@@ -111,13 +128,13 @@ class Relearning(AuditTest):
             # (images, points, draws): whatever is estimated below is drawn anew over the images and over the draws.
             errors = {g: measured[g, what]["errors"].transpose(1, 2, 0) for g in subject.models}
             lines = {g: [statistics.psnr(e[:, point]) for point in range(len(points))] for g, e in errors.items()}
-            draws = np.arange(errors[next(iter(errors))].shape[2])
+            draws = errors[next(iter(errors))].shape[2]
             known = oracles(errors)
             if known:
                 reference = np.stack([errors[name] for name in known], 2)
-                lead = statistics.widened(_lead, len(draws))
+                lead = statistics.widened(_lead, draws)
                 leads = {
-                    g: subject.estimate(lead, np.concatenate([e[:, :, None], reference], 2), draws)
+                    g: subject.estimate(lead, np.concatenate([e[:, :, None], reference], 2), trainings=draws)
                     for g, e in errors.items()
                 }
                 curves = {g: list(zip(map(float, points), line, strict=True)) for g, line in lines.items()}
@@ -134,7 +151,9 @@ class Relearning(AuditTest):
                 )
                 title = f"trained on {what} images: steps until the forget images are back"
                 steps = {
-                    g: subject.estimate(lambda rows, chosen, level=level: _steps(rows, chosen, points, level), e, draws)
+                    g: subject.estimate(
+                        lambda rows, chosen, level=level: _steps(rows, chosen, points, level), e, trainings=draws
+                    )
                     for g, e in errors.items()
                 }
                 figures.append(Figure(f"steps_{what}", title, steps, None, 0, note=note))

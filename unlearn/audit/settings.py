@@ -24,7 +24,9 @@ class AuditConfig(Part):
     )
     seed: int = Field(default=0, ge=0, lt=1 << 63, description="of views, samples, probes and intervals")
     limit: Positive = Field(default=1000, description="images of each kind at most, drawn with the seed")
-    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="of the intervals")
+    confidence: float = Field(
+        default=0.95, gt=0.5, le=0.95, description="of the intervals; more than 0.95 few draws of training cannot give"
+    )
     resamples: int = Field(default=1000, ge=100, description="draws of the bootstrap")
     batch_size: Positive = Field(default=250, description="images that a worker measures at once")
     workers: Positive | None = Field(default=None, description="default: as the evaluation of the run")

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from unlearn import config
-from unlearn.data import order
+from unlearn.data import duplicates, order
 from unlearn.data.selection import RowSet
 from unlearn.data.storage import Storage
 from unlearn.errors import ConfigError, UnlearnError
@@ -47,6 +47,11 @@ def card(folder: str, recipe: Run, forget: RowSet) -> None:
     if recipe.sets["retain"].manifest.hash != forget.manifest.hash:
         raise ConfigError(
             "--recipe: its data.train is not that of the run; shadows are trained on what the original was trained on"
+        )
+    if missing := int((~np.isin(forget.rows, recipe.sets["retain"].rows)).sum()):
+        raise ConfigError(
+            f"--recipe: {missing} of the {len(forget)} forget images are not among its training images, so no shadow "
+            "would have seen them; give the recipe of the original, not that of an oracle"
         )
     known = {"identity": identity(recipe, forget), "forget": forget.digest, "seed": recipe.settings.seed}
     storage = Storage(folder)
@@ -110,4 +115,5 @@ class Trainer:
         whole = self.recipe.sets["retain"]
         unseen = self.forget.rows[~seen(len(self.forget), number, self.recipe.settings.seed)]
         keep = ~np.isin(whole.rows, unseen)
+        keep &= ~duplicates.in_both((self.forget.manifest, unseen), (whole.manifest, whole.rows))
         return replace(whole, rows=whole.rows[keep], labels=whole.labels[keep])

@@ -16,8 +16,8 @@ FEW = 10  # images under which an interval by the bootstrap is too narrow to jud
 @dataclass(frozen=True)
 class Estimate:
     """A figure, and what it would have been for other samples of the same images. draws: (resamples,), empty where the
-    figure has no interval. images: on how many it rests, the forget images where it has others beside them; None where
-    it does not matter."""
+    figure has no interval. images: on how many it rests, of the kind that there are fewest of; None where it does not
+    matter."""
 
     value: float
     draws: np.ndarray
@@ -51,17 +51,23 @@ def mean(estimates: list[Estimate]) -> Estimate:
     )  # fmt: skip
 
 
-def bootstrap(statistic: Callable[..., float], *samples: np.ndarray, resamples: int, seed: int) -> Estimate:
-    """statistic(*samples), and the same of `resamples` draws with replacement of the rows of each sample.
+def bootstrap(
+    statistic: Callable[..., float], *samples: np.ndarray, resamples: int, seed: int, trainings: int | None = None
+) -> Estimate:
+    """statistic(*samples), and the same of `resamples` draws with replacement of the rows of each sample, which are
+    images.
 
-    The rows that are drawn depend on the seed and the sizes alone: estimates over equally many rows are paired. The
-    rows of the first sample are images, those of the others may be.
+    The rows that are drawn depend on the seed and the sizes alone: estimates over equally many rows are paired.
+    trainings: where the statistic takes numbers of trainings, 0 .. trainings - 1, behind the samples; they are drawn
+    likewise.
     """
+    images = min(map(len, samples))
+    samples = samples if trainings is None else (*samples, np.arange(trainings))
     draws = np.empty(resamples)
     for i in range(resamples):
         rng = order.generator(seed, STREAM, i)
         draws[i] = statistic(*(sample[rng.integers(0, len(sample), len(sample))] for sample in samples))
-    return Estimate(float(statistic(*samples)), draws, len(samples[0]))
+    return Estimate(float(statistic(*samples)), draws, images)
 
 
 def widened(statistic: Callable[..., float], count: int) -> Callable[..., float]:

@@ -84,6 +84,8 @@ class Subject:
     def same_classes(self) -> bool:
         """Whether held-out images of forgotten and of retained classes are the same images, as where images were chosen
         by ids: their classes then say nothing of what was forgotten."""
+        if "forget_new" not in self.sets or "retain_new" not in self.sets:
+            return False
         new, kept = (self.sets[name] for name in ("forget_new", "retain_new"))
         return new.manifest.hash == kept.manifest.hash and bool(np.isin(new.rows, kept.rows).any())
 
@@ -97,9 +99,36 @@ class Subject:
         evaluation = self.run.settings.evaluation
         return weights.locate(features.file(evaluation.features, evaluation.features_weights)).fingerprint
 
-    def estimate(self, statistic: Any, *samples: np.ndarray) -> Estimate:
-        """statistic(*samples) with its bootstrap draws; rows are images."""
-        return bootstrap(statistic, *samples, resamples=self.settings.resamples, seed=self.settings.seed)
+    def alike(self, kept: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """{"forget", "forget_new"}: of the images that are left of each, those to compare one by one, as numbers from
+        0.
+
+        kept: their positions in the sets. All of them where the forget set is of whole classes. Where single images
+        were chosen, held-out ones are drawn with the forget set's shares of classes: a class that is harder than
+        another would else tell the two apart.
+        """
+        every = {name: np.arange(len(positions)) for name, positions in kept.items()}
+        chosen = self.run.settings.data.forget
+        if chosen is None or chosen.classes is not None or chosen.exclude_classes is not None:
+            return every
+        mine, others = (self.labels(name)[kept[name]] for name in ("forget", "forget_new"))
+        if (mine < 0).all():  # there are no classes
+            return every
+        found, counts = np.unique(mine[np.isin(mine, others)], return_counts=True)
+        if not len(found):
+            return {name: rows[:0] for name, rows in every.items()}
+        there = np.array([(others == label).sum() for label in found])
+        times = (there / counts).min()
+        wanted = np.maximum(counts * (np.floor(times) if times >= 1 else times), 1).astype(int)
+        rng = order.generator(self.settings.seed, 1 << 24, 2 * len(_ABSENT))
+        drawn = [rng.permutation(np.flatnonzero(others == n))[:w] for n, w in zip(found, wanted, strict=True)]
+        return {"forget": np.flatnonzero(np.isin(mine, found)), "forget_new": np.sort(np.concatenate(drawn))}
+
+    def estimate(self, statistic: Any, *samples: np.ndarray, trainings: int | None = None) -> Estimate:
+        """statistic(*samples) with its bootstrap draws; rows are images. trainings: their number, where the statistic
+        takes numbers of trainings behind the samples."""
+        settings = self.settings
+        return bootstrap(statistic, *samples, resamples=settings.resamples, seed=settings.seed, trainings=trainings)
 
     def key(self, piece: Piece) -> str:
         """The hash of everything that a piece's result depends on."""

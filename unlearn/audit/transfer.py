@@ -11,6 +11,7 @@ from unlearn.audit.bench import Bench
 from unlearn.audit.subject import Subject
 from unlearn.config import Part, ViewSpec
 
+NEARLY = 1 / 16  # sizes of holes that differ by no more may be as many patches
 NEAR = "near:"  # pieces that embed a set
 
 
@@ -106,9 +107,11 @@ class Transfer(AuditTest):
 
 
 def _holds(used: ViewSpec, view: ViewSpec) -> bool:
-    """Whether a view may have been drawn from another: of its kind, and of a size that it has."""
+    """Whether a view may have been drawn from another, or hides nearly the same: of its kind, where a box may lie in
+    the centre, and of a size that it has or that may come to as many patches."""
     (low, high), (least, most) = (x.size if isinstance(x.size, tuple) else (x.size, x.size) for x in (used, view))
-    return used.kind == view.kind and low <= most and least <= high
+    same = used.kind == view.kind or (used.kind, view.kind) == ("box", "centre")
+    return same and low - NEARLY <= most and least <= high + NEARLY
 
 
 def _closest(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:

@@ -23,15 +23,10 @@ def sets(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[str, Ro
     # Classes in the configuration refer to data.train; a retain set may come from data.proxy_data.
     train = trained["forget"].manifest if "forget" in trained else shards.load(settings.data.train, settings.data.split)
     measured: dict[str, RowSet] = {}
-    forget, retain = settings.data.forget, settings.data.retain or config.Rows()
-    if forget is not None:
-        by_class = forget.classes is not None or forget.exclude_classes is not None
-        chosen = _same_classes(manifest, train, forget, settings.seed, "forget") if manifest and by_class else None
+    if settings.data.forget is not None:
+        chosen = _forgotten(settings, manifest, train) if manifest else None
         measured["forget"] = chosen or trained["forget"]
-    chosen = _same_classes(manifest, train, retain, settings.seed, "retain") if manifest else None
-    if chosen and forget is not None and measured["forget"].manifest is manifest:
-        keep = ~np.isin(chosen.rows, measured["forget"].rows)
-        chosen = replace(chosen, rows=chosen.rows[keep], labels=chosen.labels[keep])
+    chosen = _retained(settings, manifest, train) if manifest else None
     measured["retain"] = chosen or trained["retain"]
     return {name: _limit(rows, settings.evaluation.limit, settings.seed) for name, rows in measured.items()}
 
@@ -41,12 +36,15 @@ def of_classes(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[s
     chosen.
 
     Of a set without labels, every held-out row. A set has none where evaluation.data names no other images than those
-    of training.
+    of training. Where a proxy stands for the retain set, these are of the classes that it stands for.
     """
     manifest, found = _manifest(settings), {}
     for name, rows in trained.items():
-        proxied = name == "retain" and settings.data.proxy is not None  # whose classes are others
-        if manifest is None or manifest.hash == rows.manifest.hash or proxied:
+        if manifest is None or manifest.hash == rows.manifest.hash:
+            continue
+        if name == "retain" and settings.data.proxy is not None:  # its classes are others
+            if "forget" in trained and (stood_for := _retained(settings, manifest, trained["forget"].manifest)):
+                found[name] = stood_for
             continue
         labels = [int(label) for label in np.unique(rows.labels) if label >= 0]
         named = _labels(manifest, rows.manifest, list(labels), f"data.{name}") or {}
@@ -55,6 +53,24 @@ def of_classes(settings: config.RunConfig, trained: dict[str, RowSet]) -> dict[s
             conditions = config.Rows(classes=[*chosen] or None)
             found[name] = selection.select(manifest, conditions, settings.seed, name)
     return found
+
+
+def _forgotten(settings: config.RunConfig, manifest: shards.Manifest, train: shards.Manifest) -> RowSet | None:
+    """The held-out rows of the forgotten classes; None where the forget set is not chosen by class."""
+    forget = settings.data.forget
+    if forget is None or (forget.classes is None and forget.exclude_classes is None):
+        return None
+    return _same_classes(manifest, train, forget, settings.seed, "forget")
+
+
+def _retained(settings: config.RunConfig, manifest: shards.Manifest, train: shards.Manifest) -> RowSet | None:
+    """The held-out rows that are to be kept: of the retained classes, or all but those of the forgotten ones."""
+    chosen = _same_classes(manifest, train, settings.data.retain or config.Rows(), settings.seed, "retain")
+    forgotten = _forgotten(settings, manifest, train)
+    if chosen and forgotten:
+        keep = ~np.isin(chosen.rows, forgotten.rows)
+        return replace(chosen, rows=chosen.rows[keep], labels=chosen.labels[keep])
+    return chosen
 
 
 def _manifest(settings: config.RunConfig) -> shards.Manifest | None:

@@ -38,11 +38,12 @@ def generators(settings: config.RunConfig) -> dict[str, config.Model]:
 
 
 def located(run: Run, models: dict[str, config.Model]) -> Run:
-    """The run that knows the weights of all of these generators. Raises ConfigError where an oracle is the original, or
-    another oracle: that none differs from it would then say nothing, and the oracles' spread too little."""
+    """The run that knows the weights of all of these generators. Raises ConfigError where an oracle is the original,
+    the model that is to be judged, or another oracle: that none differs from it would then say nothing, and the
+    oracles' spread too little."""
     run = run.with_weights(model.weights for model in models.values())
     known: dict[str, str] = {}  # fingerprint -> generator
-    for name in (name for name in models if name != "unlearned"):
+    for name in sorted(models, key=lambda name: name.startswith(oracles.ORACLE)):
         fingerprint = run.sources[models[name].weights or ""].fingerprint
         if name.startswith(oracles.ORACLE) and fingerprint in known:
             raise ConfigError(
@@ -53,16 +54,24 @@ def located(run: Run, models: dict[str, config.Model]) -> Run:
     return run
 
 
-def warn_of_others(run: Run, models: dict[str, config.Model]) -> None:
-    """Warn of an oracle that was trained without other images than this run forgets, where its folder says so."""
+def others(run: Run, models: dict[str, config.Model]) -> list[str]:
+    """What is to be said of each oracle that was trained without other images than this run forgets, where its folder
+    says so."""
+    told = []
     for name, model in models.items():
         without = run.sources[model.weights or ""].card.get("without") if name.startswith(oracles.ORACLE) else None
         if without and "forget" in run.sets and without != run.sets["forget"].digest:
-            log.warning(
-                "evaluation.oracle: %s was trained without other images than this run forgets, so it may know some of "
-                "what is to be forgotten",
-                model.weights,
+            told.append(
+                f"evaluation.oracle: {model.weights} was trained without other images than this run forgets, so it may "
+                "know some of what is to be forgotten"
             )
+    return told
+
+
+def warn_of_others(run: Run, models: dict[str, config.Model]) -> None:
+    """Warn of these."""
+    for told in others(run, models):
+        log.warning("%s", told)
 
 
 class Comparison:
