@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 PASS, FAIL, NOT_SHOWN = "PASS", "FAIL", "NOT SHOWN"
 ORIGINAL, UNLEARNED, ORACLE = "original", "unlearned", "oracle"
+RULES = 2  # raised when figures or verdicts are made otherwise of the same pieces
 EXPECTED = "expected without traces"  # a reference that is no model
 # What the workers have measured, by (generator, what): arrays whose rows are images.
 Measured = dict[tuple[str, str], dict[str, np.ndarray]]

@@ -16,7 +16,7 @@ import numpy as np
 
 from unlearn import __version__, config
 from unlearn.audit import shadows
-from unlearn.audit.base import AuditTest, Piece, test_class
+from unlearn.audit.base import RULES, AuditTest, Piece, test_class
 from unlearn.audit.settings import AuditConfig
 from unlearn.audit.statistics import Estimate, bootstrap
 from unlearn.data import classes, held_out, order, selection, shards
@@ -149,11 +149,12 @@ class Subject:
         return _hash(told)
 
     def identity(self) -> str:
-        """The hash of everything that the figures of the audit depend on: of two equal ones one need not be made."""
+        """The hash of everything that the figures of the audit and its verdicts depend on: of two equal ones one need
+        not be made."""
         pieces = [piece for test in self.tests.values() if not test.missing(self) for piece in test.pieces(self)]
         settings = self.settings.model_dump(mode="json", exclude={"workers"})
         audited = {name: self.source(name).fingerprint for name in self.models}
-        return _hash([__version__, settings, audited, [self.key(piece) for piece in pieces]])
+        return _hash([__version__, RULES, settings, audited, [self.key(piece) for piece in pieces]])
 
 
 def subject(run: Run, models: dict[str, config.Model], settings: AuditConfig) -> Subject:
