@@ -127,6 +127,9 @@ def train(run: Run, progress: Progress = lambda row: None, check: Callable[[], N
     else:
         _on_ray(run, progress, check)
     check()
+    if rows := metrics.read(run.folder):
+        if doubt := methods.create(run.settings.method).doubt(rows[-1]):
+            log.warning("%s: %s", run.settings.name, doubt)
     uri = export(run)
     log.info("exported %s", uri)
     return uri

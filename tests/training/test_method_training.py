@@ -127,6 +127,15 @@ def test_decoupling_turns_round(trained):
     assert signs[0] and not signs[-1] and signs == sorted(signs, reverse=True)
 
 
+def test_decoupling_that_never_turns_round_says_so(tiny_run, tmp_path, caplog):
+    for threshold, told in ((1e9, 1), (1e-9, 0)):
+        caplog.clear()
+        own = [f"run_dir={tmp_path / str(told)}", "training.steps=3"]
+        run = tiny_run("method.name=decoupling", f"method.threshold={threshold}", *own)
+        train.train(train.prepare(run))
+        assert sum("the run ended while it climbed" in r.message for r in caplog.records) == told
+
+
 def test_a_method_without_a_teacher_starts_from_an_original_and_is_measured(tiny_run):
     run = train.check(tiny_run("method.name=max_loss"))
     assert run.measured.keys() == {"forget", "retain"}

@@ -87,6 +87,11 @@ class Method:
         Called when they are all computed: before `combine`, and without `gradients_apart` behind the update.
         """
 
+    def doubt(self, row: dict) -> str | None:
+        """What is to be told of a run whose last row in metrics.jsonl is this one, where it has not come to what the
+        method is for."""
+        return None
+
     def trainable(self, model: Adapter) -> list[torch.nn.Parameter]:
         """The parameters that move."""
         return [p for p in model.encoder.parameters() if p.requires_grad]

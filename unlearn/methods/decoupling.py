@@ -12,6 +12,7 @@ is not the paper's, it goes through the original's decoder: L(forget) is that of
 """
 
 import copy
+import math
 from typing import Literal
 
 import torch
@@ -82,6 +83,15 @@ class Decoupling(WholeModel):
 
     def observe(self, values: Terms) -> None:
         self.apart = self.apart.to(values["difference"].device) | (values["difference"] >= self.options.threshold)
+
+    def doubt(self, row: dict) -> str | None:
+        if not math.isclose(row["loss"], -row["forget"], rel_tol=1e-6):
+            return None
+        return (
+            f"the run ended while it climbed: outputs on the forget set differ by {row['difference']:.2g} of their mean "
+            f"square, method.threshold is {self.options.threshold:g}. The retain set was never learnt, so the model is "
+            "damaged: give a lower threshold, or more steps"
+        )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return {"apart": self.apart}
