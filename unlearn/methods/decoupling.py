@@ -88,9 +88,9 @@ class Decoupling(WholeModel):
         if not math.isclose(row["loss"], -row["forget"], rel_tol=1e-6):
             return None
         return (
-            f"the run ended while it climbed: outputs on the forget set differ by {row['difference']:.2g} of their mean "
-            f"square, method.threshold is {self.options.threshold:g}. The retain set was never learnt, so the model is "
-            "damaged: give a lower threshold, or more steps"
+            f"the run ended while it climbed: outputs on the forget set differ by {row['difference']:.2g} of their "
+            f"mean square, method.threshold is {self.options.threshold:g}. The retain set was never learnt, so the "
+            "model is damaged: give a lower threshold, or more steps"
         )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
