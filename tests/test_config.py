@@ -166,7 +166,8 @@ def test_another_method_leaves_the_options_of_the_former_behind(caplog):
 
     caplog.clear()
     run, again = (changed("method.name=decoupling", "method.threshold=2") for _ in range(2))
-    assert run == again and run.method.model_dump() == {"name": "decoupling", "saliency": 0.5, "threshold": 2}
+    kept = {"name": "decoupling", "saliency": 0.5, "threshold": 2, "climb": "all"}
+    assert run == again and run.method.model_dump() == kept
     told = "method.name is decoupling now: left out method.alpha, method.noise, which was given for encoder_l2"
     assert caplog.messages == [told]
     written = BASE | {"method": {"name": "decoupling", "saliency": 0.5, "threshold": 2}}
