@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from unlearn.evaluation import intervals, metrics
+from unlearn.evaluation import distributions, intervals, metrics
 
 
 def normal(*shape, seed=0, scale=1.0):
     return torch.from_numpy(np.random.default_rng(seed).normal(0, scale, shape)).float()
+
+
+def fid(real, made):
+    return distributions.frechet(real, made)[0]
 
 
 @pytest.mark.parametrize("images", [70, 4])
@@ -22,14 +26,14 @@ def test_fid_is_the_frechet_distance(images):
     expected = ((real.mean(0) - made.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * cross
     # The expected root of a product that is singular is the coarser one.
     near = 1e-9 if images > 5 else 1e-6
-    assert metrics.fid(torch.from_numpy(real), torch.from_numpy(made)) == pytest.approx(expected, rel=near)
+    assert fid(torch.from_numpy(real), torch.from_numpy(made)) == pytest.approx(expected, rel=near)
 
 
 def test_fid_of_few_images_is_a_number_and_of_one_is_none():
     few = normal(4, 50)
-    assert metrics.fid(few, few) == pytest.approx(0, abs=1e-9)
-    assert metrics.fid(few, few + 1) == pytest.approx(50, rel=1e-6)
-    assert metrics.fid(few[:1], few) is None
+    assert fid(few, few) == pytest.approx(0, abs=1e-9)
+    assert fid(few, few + 1) == pytest.approx(50, rel=1e-6)
+    assert distributions.frechet(few[:1], few) is None
 
 
 def test_inception_score_is_the_mean_of_ten_splits():
@@ -41,10 +45,10 @@ def test_inception_score_is_the_mean_of_ten_splits():
     p /= p.sum(1, keepdims=True)
     parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in np.split(p, 10)]
     state = torch.random.get_rng_state()
-    mean, std = metrics.inception_score(scores, 3)
+    mean, std, _ = distributions.inception_score(scores, 3)
     assert torch.equal(state, torch.random.get_rng_state()), "the caller's random numbers are not touched"
     assert (mean, std) == (pytest.approx(np.mean(parts)), pytest.approx(np.std(parts, ddof=1)))
-    assert metrics.inception_score(scores[:1], 0) == (pytest.approx(1), None)
+    assert distributions.inception_score(scores[:1], 0) == (pytest.approx(1), None, None)
 
 
 def test_splits_of_the_inception_score_are_even():
@@ -54,7 +58,8 @@ def test_splits_of_the_inception_score_are_even():
         torch.manual_seed(3)
         p = torch.softmax(scores.double()[torch.randperm(95)], 1).numpy()
     parts = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in np.array_split(p, 10)]
-    assert metrics.inception_score(scores, 3) == (pytest.approx(np.mean(parts)), pytest.approx(np.std(parts, ddof=1)))
+    mean, std, _ = distributions.inception_score(scores, 3)
+    assert (mean, std) == (pytest.approx(np.mean(parts)), pytest.approx(np.std(parts, ddof=1)))
 
 
 def test_cosine_is_of_each_image_to_its_own_original():
@@ -89,7 +94,7 @@ def test_fid_and_kid_are_those_of_torch_fidelity():
     real, made = (
         torch.from_numpy(rng.normal(*of).astype("float32")) for of in ((0, 1, (300, 24)), (0.2, 1.3, (200, 24)))
     )
-    assert metrics.fid(real, made) == pytest.approx(5.128887221838937, rel=1e-6)
+    assert fid(real, made) == pytest.approx(5.128887221838937, rel=1e-6)
     found = intervals.kid(real[:200], made, 0)
     assert found is not None and found[0] == pytest.approx(0.22149157524108887, rel=1e-6)
 
@@ -126,6 +131,50 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
         found = intervals.kid(normal(60, 10, seed=seed), 0.5 + normal(60, 10, seed=1000 + seed), seed)
         inside["kid"] += found is not None and found[1] <= large[0] <= found[2]
     assert all(0.85 <= count / 150 <= 0.99 for count in inside.values()), inside
+
+
+def test_an_influence_is_what_the_figure_changes_by_with_the_weight_of_an_image():
+    """Against the distance of weighted covariances, computed with a little more and a little less of one image."""
+    real, made = normal(40, 6).double(), 0.3 + 1.5 * normal(30, 6, seed=1).double()
+    _, of_real, of_made = distributions.frechet(real, made)
+
+    def distance(a, b):
+        """With weights a and b of the images; n - 1 in the covariance stays in proportion to n."""
+        moments = []
+        for x, w in ((real.numpy(), a), (made.numpy(), b)):
+            mean = w @ x / w.sum()
+            moments.append((mean, (w * (x - mean).T) @ (x - mean) / w.sum() * len(x) / (len(x) - 1)))
+        (m, s), (n, t) = moments
+        root = np.sqrt(np.linalg.eigvals(s @ t).real).sum()
+        return ((m - n) ** 2).sum() + np.trace(s) + np.trace(t) - 2 * root
+
+    for place in (0, 7, 29):
+        ends = []
+        for step in (1e-4, -1e-4):
+            a, b = np.ones(40), np.ones(30)
+            a[place] += step
+            b[place] += step
+            ends.append([distance(a, np.ones(30)), distance(np.ones(40), b)])
+        slopes = np.subtract(*ends) / 2e-4 * [40, 30]
+        found = [float(each[place]) for each in (of_real, of_made)]
+        assert found == pytest.approx(slopes.tolist(), rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("images", [30, 200])
+def test_intervals_of_fid_and_is_are_as_wide_as_other_images_make_them(images):
+    """Fewer and more images than features have numbers: 19 of 20 other samples are where the interval says."""
+    found = []
+    for seed in range(100):
+        real = normal(images, 60, seed=seed)
+        made = 0.3 + 0.8 * real + normal(images, 60, seed=1000 + seed, scale=0.5)
+        holes = {"errors": torch.ones(images), "ssim": torch.ones(images)}
+        found.append(metrics.scores(real, made, 2 * made[:, :9], holes, seed))
+    for figure in ("fid", "is"):
+        values = [row[figure] for row in found]
+        inside = sum(row[f"{figure}_low"] <= np.mean(values) <= row[f"{figure}_high"] for row in found)
+        widths = [row[f"{figure}_high"] - row[f"{figure}_low"] for row in found]
+        assert np.mean(widths) == pytest.approx(2 * 1.96 * np.std(values), rel=0.3), figure
+        assert 85 <= inside <= 100, figure
 
 
 def test_ssim_is_of_the_hole_alone_and_torchmetrics_at_the_edges_too():

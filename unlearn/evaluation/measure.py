@@ -21,8 +21,9 @@ metrics.json holds
                                      cosine of each reconstruction's features to its original's, mean and standard
                                      deviation; psnr in dB and ssim, inside the hole alone; with
                                      evaluation.lpips_weights also lpips, of the whole image, what is known of it pasted
-                                     back; null where a figure cannot be given. Of kid, cosine, psnr, ssim and lpips
-                                     also FIGURE_low and FIGURE_high: 95 % intervals, by the bootstrap over images
+                                     back; null where a figure cannot be given. Of all but the deviations also
+                                     FIGURE_low and FIGURE_high: 95 % intervals by the bootstrap over images, that of is
+                                     by its splits; the bias that few images give fid and is, is not in them
     notes                            sentences a reader of the figures must know
     seconds                          worker time by stage, and the whole by the clock
     training_seconds                 time in training steps, from metrics.jsonl; null without it

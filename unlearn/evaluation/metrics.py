@@ -4,9 +4,9 @@ import torch
 from torch.nn import functional
 
 from unlearn.evaluation import intervals
+from unlearn.evaluation.distributions import frechet, inception_score
 
 STABLE = 2048  # images below which FID is too biased to be more than an indication
-SPLITS = 10
 
 
 def scores(
@@ -18,19 +18,22 @@ def scores(
     of the reconstructions; holes: of each reconstruction "errors", the (N,) mean squared error in the hole, pixels in
     [0, 1], and "ssim", likewise; where it was measured also "lpips", of the whole image.
     """
-    score, score_std = inception_score(classes, seed) if classes is not None else (None, None)
-    similar = cosine(made, real)
+    score, score_std, score_interval = inception_score(classes, seed) if classes is not None else (None, None, None)
+    apart, similar = frechet(real, made), cosine(made, real)
     row: dict[str, float | int | None] = {
-        "images": len(made), "fid": fid(real, made), "is": score, "is_std": score_std,
+        "images": len(made), "fid": apart and apart[0], "is": score, "is_std": score_std,
         "cosine": float(similar.mean()), "cosine_std": float(similar.std(correction=0)), "psnr": psnr(holes["errors"]),
         "ssim": float(holes["ssim"].mean()),
     }  # fmt: skip
     distance = intervals.kid(real, made, seed)
+    of_each = None if apart is None else apart[0] + apart[1] + apart[2]
     found = {
         "cosine": intervals.of_mean(similar, seed, lambda means: means),
         "psnr": intervals.of_mean(holes["errors"], seed, _decibels),
         "ssim": intervals.of_mean(holes["ssim"], seed, lambda means: means),
         "kid": None if distance is None else distance[1:],
+        "fid": None if of_each is None else intervals.of_mean(of_each, seed, lambda means: means.clamp(min=0)),
+        "is": score_interval,
     }
     row["kid"] = None if distance is None else distance[0]
     if "lpips" in holes:
@@ -39,41 +42,6 @@ def scores(
     for name, interval in found.items():
         row[f"{name}_low"], row[f"{name}_high"] = interval or (None, None)
     return row
-
-
-def fid(real: torch.Tensor, made: torch.Tensor) -> float | None:
-    """Fréchet distance of two sets of features (N, D) and (M, D), in float64; None for fewer than two images."""
-    if min(len(real), len(made)) < 2:
-        return None
-    factors = [_factor(features) for features in (real, made)]
-    apart = (real.double().mean(0) - made.double().mean(0)).square().sum()
-    # The trace of the square root of the product of the covariances A'A and B'B: the singular values of AB', summed.
-    common = torch.linalg.svdvals(factors[0] @ factors[1].T).sum()
-    return max(float(apart + sum(factor.square().sum() for factor in factors) - 2 * common), 0.0)
-
-
-def _factor(features: torch.Tensor) -> torch.Tensor:
-    """A matrix A of at most D rows with the covariance A'A of features (N, D): few images make a small one, which is
-    much quicker than the covariance itself."""
-    centred = (features.double() - features.double().mean(0)) / (len(features) - 1) ** 0.5
-    return centred if len(centred) <= centred.shape[1] else torch.linalg.qr(centred, mode="r").R
-
-
-def inception_score(classes: torch.Tensor, seed: int) -> tuple[float, float | None]:
-    """(mean, standard deviation) over ten splits of class scores (N, C), rows dealt to the splits by the seed.
-
-    The splits differ by one row at most, as in the original code; one that is much smaller than the others would
-    inflate the deviation. None where there is one split alone.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        dealt = classes.double()[torch.randperm(len(classes))]
-    scores = []
-    for part in dealt.log_softmax(1).tensor_split(min(SPLITS, len(dealt))):
-        marginal = part.exp().mean(0, keepdim=True).log()
-        scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
-    stacked = torch.stack(scores)
-    return float(stacked.mean()), float(stacked.std()) if len(scores) > 1 else None
 
 
 def cosine(made: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

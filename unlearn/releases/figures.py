@@ -9,9 +9,9 @@ from typing import Any
 GENERATORS = {"base": "original", "oracle": "oracle"}
 UNLEARNED = "unlearned"
 # Figures of a row of metrics.json; those with an interval also as FIGURE_low and FIGURE_high.
-_INTERVALS = ("kid", "cosine", "psnr", "ssim", "lpips")
+_INTERVALS = ("fid", "is", "kid", "cosine", "psnr", "ssim", "lpips")
 FIGURES = (
-    "images", "fid", "is", "is_std", "cosine_std",
+    "images", "is_std", "cosine_std",
     *(f"{name}{end}" for name in _INTERVALS for end in ("", "_low", "_high")),
 )  # fmt: skip
 # What figures of metrics.json must have in common to be compared.
