@@ -20,10 +20,10 @@ VIEWS = ["centre 0.5", "random 0.5"]
 
 
 def row(generator, name, view=VIEWS[0], cosine=0.8, psnr=15.0, std=0.1, images=100) -> dict:
-    return {
-        "generator": generator, "set": name, "view": view, "images": images, "fid": 20.0, "is": 2.0, "is_std": 0.1,
-        "cosine": cosine, "cosine_std": std, "psnr": psnr,
-    }  # fmt: skip
+    figures = {"cosine": cosine, "psnr": psnr, "ssim": 0.5, "lpips": 0.25, "fid": 120.0, "kid": 0.125, "is": 2.0}
+    ends = {f"{key}{end}": 0.9 * value for key, value in figures.items() for end in ("_low", "_high")}
+    about = {"generator": generator, "set": name, "view": view, "images": images}
+    return about | figures | ends | {"is_std": 0.1, "cosine_std": std}
 
 
 def make_document(forget=(0.8, 0.5), retain=(0.8, 0.8), oracle=None) -> dict:
@@ -90,12 +90,18 @@ def test_ticks_are_round_and_reach_the_top():
 def test_the_terminal_table_names_the_network_and_the_differences():
     from rich.console import Console
 
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(report.table(make_document(oracle=0.4)))
-    told = console.export_text()
+    def told_in(columns: int, document: dict) -> str:
+        console = Console(width=columns, record=True, file=io.StringIO())
+        console.print(report.table(document))
+        return console.export_text()
+
+    usual = make_document(oracle=0.4)
+    usual["rows"] = [{key: value for key, value in row.items() if "lpips" not in key} for row in usual["rows"]]
+    assert "…" not in told_in(80, usual), "nothing is cut off in a narrow terminal"
+    told = told_in(140, make_document(oracle=0.4))
     assert (
         "feature network: efficientnet_lite0, resize bicubic" in told
-        and "0.500 (−0.300)" in told
+        and "0.500 −0.300" in told
         and "A <note> & more." in told
     )
     assert told.count("unlearned") == 4 and told.count("forget") == told.count("retain") == 1
@@ -204,8 +210,10 @@ def test_it_tells_the_audit_of_these_weights_alone(run):
             '<strong class="FAIL">FAIL</strong>' in html
             and "AUC: beyond the margin." in html
             and "&lt;hidden&gt;" in html
+            and '<span class="FAIL">Audit: FAIL.</span></h1>' in html
         )
         assert "beyond the margin" not in (other := written("b" * 64)) and "of other weights" in other
+        assert "Audit: FAIL" not in other, "nor in the headline"
         storage.write("audit.json", b"{")
         write(run, document)
         assert "audit.json is damaged" in storage.read("report.html").decode()
@@ -238,6 +246,8 @@ def test_a_browser_draws_it_on_a_desktop_and_a_phone_without_a_complaint(html, t
                 text.selectNodeContents(told);
                 return text.getBoundingClientRect().right <= told.closest('.scroll').getBoundingClientRect().right;
             })"""), "no caption is cut off"
+            wide = "[...document.querySelectorAll('.scroll')].some(part => part.scrollWidth > part.clientWidth)"
+            assert tab.run(wide) == (width < 1280), "on a desktop every figure is seen without scrolling"
         # The control: the page's policy stops what is fetched from elsewhere, and the browser says so.
         path.write_text(html.replace("</main>", '<img src="http://127.0.0.1:9/x.png" alt=""></main>'))
         tab.open(path, 1280)

@@ -83,21 +83,20 @@ def data_uri(image: torch.Tensor) -> str:
 
 
 def table(document: dict):
-    """A metrics.json as a rich Table for the terminal: figures with their differences to the original model's."""
+    """A metrics.json as a rich Table for the terminal: figures with their differences to the original model's, in 80
+    columns too."""
     from rich.table import Table
 
-    rich_table = Table(title=f"feature network: {network(document)}", title_justify="left", box=None)
+    title = f"feature network: {network(document)}; + and −: difference to the original"
+    rich_table = Table(title=title, title_justify="left", box=None)
     tables = [_table(document, name) for name in document["sets"]]
     for head in ("set", "view", "model"):
-        rich_table.add_column(head)
+        rich_table.add_column(head, no_wrap=head == "model")
     for head in tables[0]["heads"]:
         rich_table.add_column(head["name"], justify="right")
     for part in tables:
         for row in part["rows"]:
-            cells = [
-                f"{cell['value']} {'(' + cell['change'] + ')' if cell['change'] else ''}".strip()
-                for cell in row["cells"]
-            ]
+            cells = [f"{cell['value']} {cell['change'] or ''}".strip() for cell in row["cells"]]
             name, view = part["set"] if row is part["rows"][0] else "", row["view"] if row["first"] else ""
             rich_table.add_row(name, view, row["generator"], *cells)
         rich_table.add_section()
