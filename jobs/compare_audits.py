@@ -15,7 +15,7 @@ from unlearn import run as runs
 from unlearn.audit import page
 from unlearn.audit import settings as audit_settings
 from unlearn.data.storage import Storage
-from unlearn.errors import ClusterError, LeaseError, MissingExtra, StorageError, UnlearnError
+from unlearn.errors import ClusterError, LeaseError, MissingExtra, StorageError, UnlearnError, WorkerDied
 from unlearn.models import weights
 from unlearn.search import leaderboard, records
 from unlearn.search.compare import Compare, Stage
@@ -38,14 +38,19 @@ def audit_all(
     """Audit these runs as `unlearn audit` would each, but for those that are audited so already.
 
     They share workers, and what is measured of originals and oracles. An audit that fails is written down in its run's
-    folder, and the others go on; it is made again with `retry_failed`, or with other options. Raises UnlearnError where
-    none could go on.
+    folder, and the others go on; it is made again with `retry_failed`, or with other options. One whose workers die
+    leaves the next new ones, unless those die too. Raises UnlearnError where none could go on.
     """
     settings = audit_settings.parse(compare.audit or {}, "audit")
     options = hashlib.sha256(json.dumps(compare.audit, sort_keys=True).encode()).hexdigest()
     kept, known = Storage(compare.compare_dir).where(KEPT), {}
+    died = False
     with contextlib.ExitStack() as stack:
-        workers = functools.cache(lambda: _started(stack, audits.workers(final.settings, settings)))
+
+        def new_workers() -> Callable[[], Map]:
+            return functools.cache(lambda: _started(stack, audits.workers(final.settings, settings)))
+
+        workers = new_workers()
         for number, trial in enumerate(trials):
             progress("auditing", number, len(trials))
             check()
@@ -61,9 +66,14 @@ def audit_all(
                 run = replace(run, sources=known | run.sources)
                 audits.audit(run, settings, check=check, kept=kept, shared=workers, unless_made=True)
                 folder.delete(leaderboard.AUDIT_FAILED)
-            except ENDS:
-                raise
+                died = False
             except Exception as e:
+                again, died = died, isinstance(e, WorkerDied)
+                if isinstance(e, ENDS) and (again or not died):
+                    raise
+                if died:
+                    stack.close()  # what this audit has sent them waits there, and may kill them once more
+                    workers = new_workers()
                 message = _told(e)
                 told = "the audit of %s has failed: %s; --retry-failed makes it again once the cause is mended"
                 log.error(told, trial.id, message, exc_info=not isinstance(e, UnlearnError))

@@ -14,7 +14,7 @@ from typing import Any
 
 from unlearn import config, signals
 from unlearn import log as logs
-from unlearn.errors import ClusterError, MissingExtra, StorageError, UnlearnError
+from unlearn.errors import MissingExtra, StorageError, UnlearnError, WorkerDied
 
 AHEAD = 4  # pieces that each worker has waiting, so that it works on while the driver computes
 RETRIES = 3  # of a piece whose worker dies
@@ -32,8 +32,8 @@ def pool(
 
     here: whether one worker is this process even where there is a cluster; without one it always is. A run that goes on
     with fewer workers (cluster.min_workers) is given fewer. The arguments are sent to the cluster once, what pieces
-    have in common once a call. Raises UnlearnError as the task does, and ClusterError where the workers of a piece die
-    too often or the cluster has too little.
+    have in common once a call. Raises UnlearnError as the task does, WorkerDied where the workers of a piece die too
+    often, and ClusterError where the cluster has too little.
     """
     if workers == 1 and (here or not on_cluster(cluster)):
         import torch
@@ -121,7 +121,7 @@ def _result(future) -> Any:
         good, result = ray.get(future)
     except RayActorError as e:
         told = str(e).splitlines()[0][:160]
-        raise ClusterError(f"a worker died more than {RETRIES} times: {told}; it may need more memory") from None
+        raise WorkerDied(f"a worker died more than {RETRIES} times: {told}; it may need more memory") from None
     if not good:
         raise result
     return result

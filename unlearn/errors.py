@@ -44,6 +44,10 @@ class ClusterError(UnlearnError):
     """The cluster cannot give what the run asks for."""
 
 
+class WorkerDied(ClusterError):
+    """The workers of a piece of work died again and again."""
+
+
 class TrainingError(UnlearnError):
     """Training had to stop, for example at a loss that is not finite."""
 

@@ -17,9 +17,10 @@ from support.workers import together
 
 from jobs import own_cluster
 from jobs.cluster import connected
+from jobs.pool import pool
 from jobs.trainer import StoppableTrainer
 from unlearn import config
-from unlearn.errors import ClusterError, TrainingError
+from unlearn.errors import ClusterError, TrainingError, WorkerDied
 from unlearn.training import metrics
 from unlearn.training.checkpoint import Checkpoints
 
@@ -89,6 +90,17 @@ def test_a_killed_worker_changes_nothing(cluster, uninterrupted, tmp_path):
     assert [(r["step"], r["loss"]) for r in rows] == [(r["step"], r["loss"]) for r in expected]
     assert {"images_per_s", "grad_norm", "lr", "peak_memory_gib"} <= set(rows[0])
     assert Path(model, "weights.safetensors").exists() and not list(Path(run.run_dir).rglob("*.p*kl*"))
+
+
+def test_a_piece_that_kills_its_workers_is_told_and_they_are_started_again(cluster):
+    def task():
+        return lambda piece: os._exit(1) if piece == "kill" else piece
+
+    with pool(task, cluster=config.Cluster(cpus_per_worker=0.5), workers=2, here=False) as mapped:
+        assert list(mapped(range(5))) == [0, 1, 2, 3, 4]
+        with pytest.raises(WorkerDied, match="died more than 3 times: .*; it may need more memory"):
+            list(mapped(["kill"]))
+        assert list(mapped(range(5))) == [0, 1, 2, 3, 4]
 
 
 def start_driver(path: Path, *options: str) -> subprocess.Popen:

@@ -19,7 +19,7 @@ from unlearn.audit import settings as audit_settings
 from unlearn.audit import subject as subjects
 from unlearn.audit.bench import Bench
 from unlearn.data.storage import Storage
-from unlearn.errors import ConfigError, StorageError, UnlearnError
+from unlearn.errors import ConfigError, StorageError, UnlearnError, WorkerDied
 from unlearn.models import weights
 from unlearn.search import compare as comparisons
 from unlearn.search import labels, leaderboard, leaderboard_page
@@ -294,6 +294,26 @@ def test_every_run_is_audited_as_alone_and_one_that_cannot_be_stops_no_other(tmp
     folders[0].write("model/weights.safetensors", whole[:-1])
     found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit | {"resamples": 101}))
     assert len(audited()) == 2 and not folders[0].is_file(page.NAME), "what other options have shown goes"
+
+    folders[0].write("model/weights.safetensors", whole)
+    audit_of = audits.audit
+    for of, resamples, left in ((trials[:1], 102, 2), (trials[:2], 103, 0)):
+        found = comparisons.parse(tree(tmp_path, tune={}, originals=None, audit=audit | {"resamples": resamples}))
+        fatal = {folder.uri for folder, _ in zip(folders, of, strict=False)}
+
+        def dying(run, *rest, fatal=fatal, **options):
+            if run.folder in fatal:
+                raise WorkerDied("a worker died more than 3 times")
+            return audit_of(run, *rest, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(audits, "audit", dying)
+            if left:
+                assert len(audited()) == left, "one whose workers die stops no other"
+            else:
+                with pytest.raises(WorkerDied):
+                    audited()
+            assert folders[0].is_file(leaderboard.AUDIT_FAILED)
 
 
 def test_without_an_oracle_there_is_no_distance_and_it_is_said(compared):
