@@ -1,5 +1,6 @@
 """Comparisons: fair and whole before anything starts, the settings that each method gets, the table and its page."""
 
+import io
 import itertools
 import json
 import math
@@ -144,6 +145,20 @@ def compared(tmp_path) -> comparisons.Compare:
                 audit = {"verdict": verdict, "tests": ["probes"], "probes": {"verdict": verdict}}
                 folder.write(f"runs/{id}/audit.json", json.dumps(audit).encode())
     return found
+
+
+def test_the_terminal_shows_the_columns_that_it_has_room_for(compared):
+    from rich.console import Console
+
+    def told_in(width: int) -> str:
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(leaderboard_page.table(job.report(compared), width))
+        return console.export_text()
+
+    narrow, wide = told_in(80), told_in(200)
+    assert "…" not in narrow and "The page has more columns." in narrow and "cosine" not in narrow.split("paper")[0]
+    assert "FAIL 1 (probes" in narrow and "FAIL 1 (probes 1), PASS 3" in wide
+    assert "retain cosine" in wide and "The page has" not in wide
 
 
 def test_the_leaderboard_is_the_mean_over_seeds_and_originals(compared):

@@ -84,5 +84,5 @@ def compare(
             except signals.Stopped as e:
                 e.hint = f"what has ended stays: unlearn compare {comparison.compare_dir}"
                 raise
-    out.print(leaderboard_page.table(document))
+    out.print(leaderboard_page.table(document, out.width))
     out.print(f"page: {Storage(comparison.compare_dir).where(leaderboard_page.NAME)}", soft_wrap=True)

@@ -64,13 +64,17 @@ def _audits(audits: dict[str, Any]) -> str:
     return ", ".join([*told.values(), *([f"not audited {audits['broken']}"] if audits["broken"] else [])])
 
 
-def table(document: dict[str, Any]):
-    """As a rich Table."""
+def table(document: dict[str, Any], width: int):
+    """As a rich Table, of the columns for which a terminal of that width has room."""
     from rich.table import Table
 
     made = Table(title=title(document), title_justify="left", box=None)
-    made.add_column("method")
+    made.add_column("method", overflow="fold")
     heads = columns(document)
+    room = itertools.accumulate((22 if figure == "audit.passed" else 12 for figure, *_ in heads), initial=22)
+    seen = max(sum(taken <= width for taken in room) - 1, 1)
+    notes = [*document["notes"], *(["The page has more columns."] if seen < len(heads) else [])]
+    heads = heads[:seen]
     for _, head, _, _ in heads:
         made.add_column(head, justify="right")
     for row in document["rows"]:
@@ -80,7 +84,7 @@ def table(document: dict[str, Any]):
     for name, figures in document["reference"].items():
         if figures:
             made.add_row(f"({name})", *(form.format(figures[f]) if f in figures else "" for f, _, form, _ in heads))
-    made.caption, made.caption_justify = "\n".join(document["notes"]), "left"
+    made.caption, made.caption_justify = "\n".join(notes), "left"
     return made
 
 
