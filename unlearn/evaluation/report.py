@@ -83,8 +83,8 @@ def data_uri(image: torch.Tensor) -> str:
 
 
 def table(document: dict):
-    """A metrics.json as a rich Table for the terminal: figures with their differences to the original model's, in 80
-    columns too."""
+    """A metrics.json as a rich Table for the terminal: figures with their differences to the original model's. Six
+    figures fit into 80 columns."""
     from rich.table import Table
 
     title = f"feature network: {network(document)}; + and −: difference to the original"
